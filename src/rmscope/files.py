@@ -1,0 +1,109 @@
+"""Writing so that a reader never sees half a file, and naming content by its hash."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from rmscope.errors import InputError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside ``path``; on success it is fsynced and renamed over it, on failure removed.
+
+    A full disk is an :class:`InputError`, and what stood at ``path`` before still stands there.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _readable(error, path) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder: it is filled under a temporary name and appears at ``path`` whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _readable(error, path) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _readable(error: OSError, path: Path) -> Exception:
+    if error.errno == errno.ENOSPC:
+        return InputError(
+            f"The disk is full: {path} could not be written; free some space and run the same command "
+            "again, it goes on where it stopped."
+        )
+    if error.errno in (errno.EACCES, errno.EROFS):
+        return InputError(f"{path} cannot be written ({error.strerror}); choose another output folder.")
+    return error
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_table(path: Path, table: pl.DataFrame) -> None:
+    """Parquet, zstd: the same rows give the same bytes."""
+    with atomic(path) as temporary:
+        table.write_parquet(temporary, compression="zstd", statistics=False)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def content_hash(*parts: Any) -> str:
+    """First 16 hex digits of sha256 over the parts, each as canonical JSON (bytes as they are)."""
+    digest = hashlib.sha256()
+    for part in parts:
+        raw = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode()
+        digest.update(len(raw).to_bytes(8, "big"))
+        digest.update(raw)
+    return digest.hexdigest()[:16]
+
+
+Progress = Callable[[int, int, str], None]
+"""Called by long work as ``progress(done, total, note)``; library code reports, the caller shows."""
+
+
+def silent(done: int, total: int, note: str = "") -> None:
+    """The default progress: nothing prints from library code."""

@@ -1,0 +1,1 @@
+"""Pairs: reading them, splitting them, planting known biases into them."""
