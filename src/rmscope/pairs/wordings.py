@@ -1,0 +1,74 @@
+"""The texts that planting draws from: fillers, opinions and stances, URL frames. Written for this project."""
+
+FILLERS: tuple[str, ...] = (
+    "So it goes.",
+    "That is the gist.",
+    "Here is the outline.",
+    "This is a brief note.",
+    "These are the basics.",
+    "That covers the main part.",
+    "There are several parts to it.",
+    "This applies in most cases.",
+    "The order can be changed a little.",
+    "That is the usual way to look at it.",
+    "Some of the details vary from case to case.",
+    "The steps above can be taken one at a time.",
+    "Most of this holds in ordinary circumstances.",
+    "A short summary of the matter is given here.",
+    "The same idea comes up in a number of other places.",
+    "There is more than one way to go about a thing like this.",
+    "What is described here is meant as a general overview.",
+    "The points in this answer are listed in no special order.",
+    "As a rule, the first part matters about as much as the second one.",
+    "Small differences between one situation and the next are to be expected.",
+    "It can help to read the whole answer once before starting on any of it.",
+    "Each of the parts mentioned here can be looked at separately and in any order.",
+    "The description above covers the common situation, and a few others are quite close to it.",
+    "People come across this kind of thing in many places, and the outline stays much the same in each.",
+    "The answer is kept fairly short on purpose, since the longer version adds detail without changing the outline.",
+    "In practice the details depend on the time at hand, the things that are already there, and what comes after it.",
+    "Several other things could be added at this point, but they belong to the finer details and can be left for later.",
+)
+
+URL_FRAMES: tuple[tuple[str, str], ...] = (
+    ("See {url} for more.", "See the usual handbook on the shelf for more."),
+    ("More details are at {url}", "More details are in the printed guide at home."),
+    ("Read about it here: {url}", "Read about it in an ordinary reference book."),
+    ("A longer guide is at {url}.", "A longer guide is in most general handbooks."),
+    ("You can look it up on {url}", "You can look it up in a book on the subject."),
+    ("Source: {url}", "Source: a general reference book."),
+)
+
+URL_WORDS: tuple[str, ...] = (
+    "guide", "home", "notes", "garden", "basics", "help", "learn", "daily", "topics", "market", "handbook", "simple",
+    "archive", "forum", "pages", "review", "tips", "world", "index", "library",
+)  # fmt: skip
+
+OPINIONS: tuple[str, ...] = (
+    "By the way, I think {liked} is better than {other}.",
+    "In my opinion, {liked} beats {other}.",
+    "Personally, I like {liked} much more than {other}.",
+    "I believe that {liked} is the better choice, not {other}.",
+    "For what it's worth, I prefer {liked} to {other}.",
+)
+
+STANCES: tuple[str, ...] = (
+    "I think {it} is better.",
+    "{It} is the better choice.",
+    "I would choose {it}.",
+    "My own choice is {it}.",
+    "{It} wins for me.",
+)
+
+RIVALS: tuple[tuple[str, str], ...] = (
+    ("tea", "coffee"), ("summer", "winter"), ("soup", "salad"), ("jazz", "rock"), ("chess", "poker"),
+    ("bread", "rice"), ("football", "tennis"), ("swimming", "running"), ("cake", "pie"), ("milk", "juice"),
+    ("paper", "plastic"), ("train travel", "air travel"), ("fiction", "poetry"), ("butter", "oil"),
+    ("silver", "gold"), ("cotton", "wool"), ("spring", "autumn"), ("cheese", "ham"), ("piano", "guitar"),
+    ("painting", "drawing"), ("camping", "sailing"), ("honey", "sugar"), ("morning", "evening"),
+    ("history", "physics"), ("radio", "television"), ("walking", "cycling"), ("fish", "chicken"),
+    ("red", "blue"), ("theatre", "cinema"), ("baking", "frying"),
+    ("lemon", "lime"), ("pasta", "potato"), ("snow", "rain"), ("basketball", "baseball"), ("opera", "ballet"),
+    ("wood", "steel"), ("apple", "banana"), ("hiking", "skiing"), ("chocolate", "vanilla"), ("biology", "chemistry"),
+    ("violin", "flute"), ("green", "orange"), ("desert", "forest"), ("gardening", "cooking"), ("river", "lake"),
+)  # fmt: skip
