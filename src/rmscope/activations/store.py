@@ -1,0 +1,307 @@
+"""Activations on disk: one folder a site, safetensors shards, and a manifest that is written last.
+
+``<root>/<site>/shard-00000.safetensors`` holds, for n stored tokens, ``x`` [n, d_model] in the stream's own
+units and the columns of :data:`COLUMNS`; ``manifest.json`` names the shards with their checksums and what
+they were made from. A site without a manifest is unfinished. Nothing is ever concatenated: rows are gathered
+from the mapped files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rmscope.errors import InputError
+from rmscope.files import atomic, sha256, write_json
+
+COLUMNS = {"token": torch.int32, "pair": torch.int32, "position": torch.int32, "region": torch.uint8}
+"""Token id, row of the pair, position in the sequence, and region; one value a stored token."""
+REGIONS = ("prompt", "chosen", "rejected")
+"""What the values 0, 1, 2 of ``region`` mean."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MANIFEST = "manifest.json"
+
+
+class StoreWriter:
+    """Writes a store: ``add`` rows as they come, ``close`` at the end (or use it as a context manager).
+
+    At most one shard a site is held in memory. Leaving the context by an exception leaves no manifest behind.
+
+    Args:
+        root: folder that gets one subfolder a site.
+        sites: names such as ``resid_post.6``.
+        d: width of the stream, d_model.
+        identity: what the rows were made from (model, tokenizer, data, ...), kept word for word in the
+            manifest.
+        dtype: ``float32`` or ``bfloat16``.
+        shard_tokens: rows in a shard.
+
+    Raises:
+        InputError: unknown dtype, or a full disk.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        sites: Sequence[str],
+        d: int,
+        identity: Mapping[str, Any],
+        dtype: str = "float32",
+        shard_tokens: int = 65536,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise InputError(f"Activations cannot be stored as {dtype}; choose one of {', '.join(DTYPES)}.")
+        self.root, self.d, self.dtype, self.shard_tokens = Path(root), d, dtype, shard_tokens
+        self.identity = dict(identity)
+        self._pending: dict[str, list[dict[str, Tensor]]] = {site: [] for site in sites}
+        self._shards: dict[str, list[dict[str, Any]]] = {site: [] for site in sites}
+        for site in sites:
+            (self.root / site).mkdir(parents=True, exist_ok=True)
+            (self.root / site / MANIFEST).unlink(missing_ok=True)
+            for stale in (self.root / site).glob("shard-*.safetensors"):
+                stale.unlink()
+
+    def add(
+        self,
+        site: str,
+        x: Float[Tensor, "n d_model"],
+        token: Int[Tensor, " n"],
+        pair: Int[Tensor, " n"],
+        position: Int[Tensor, " n"],
+        region: Int[Tensor, " n"],
+    ) -> None:
+        """Appends n rows to a site.
+
+        Raises:
+            InputError: the site was not announced, or the lengths or the width do not agree.
+        """
+        if site not in self._pending:
+            raise InputError(
+                f"Site {site} is not in this store; it was opened for {', '.join(self._pending)}."
+            )
+        columns = {"token": token, "pair": pair, "position": position, "region": region}
+        if x.ndim != 2 or x.shape[1] != self.d or any(c.shape != x.shape[:1] for c in columns.values()):
+            shapes = ", ".join(f"{name} {list(c.shape)}" for name, c in [("x", x), *columns.items()])
+            raise InputError(f"Rows for {site} do not fit a store of width {self.d}: {shapes}.")
+        rows = {name: c.detach().to("cpu", COLUMNS[name], copy=True) for name, c in columns.items()}
+        rows["x"] = x.detach().to("cpu", DTYPES[self.dtype], copy=True)
+        self._pending[site].append(rows)
+        while sum(len(part["x"]) for part in self._pending[site]) >= self.shard_tokens:
+            self._write_shard(site)
+
+    def close(self) -> None:
+        """Writes the last shards, then the manifests."""
+        for site in self._pending:
+            if self._pending[site]:
+                self._write_shard(site)
+        for site, shards in self._shards.items():
+            manifest = {
+                "identity": self.identity,
+                "d": self.d,
+                "dtype": self.dtype,
+                "total": sum(shard["n"] for shard in shards),
+                "shards": shards,
+            }
+            write_json(self.root / site / MANIFEST, manifest)
+
+    def _write_shard(self, site: str) -> None:
+        parts = self._pending[site]
+        rows = {name: torch.cat([part[name] for part in parts]) for name in ("x", *COLUMNS)}
+        shard = {name: column[: self.shard_tokens].contiguous() for name, column in rows.items()}
+        rest = {name: column[self.shard_tokens :].clone() for name, column in rows.items()}
+        self._pending[site] = [rest] if len(rest["x"]) else []
+        path = self.root / site / f"shard-{len(self._shards[site]):05d}.safetensors"
+        with atomic(path) as temporary:
+            save_file(shard, temporary)
+        self._shards[site].append({"file": path.name, "n": len(shard["x"]), "sha256": sha256(path)})
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+
+
+class _Site:
+    """The shards of one site, opened on first use and then kept mapped."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.starts = list(accumulate((shard["n"] for shard in manifest["shards"]), initial=0))
+        self.columns: dict[str, Tensor] = {}
+        self._x: dict[int, Tensor] = {}
+
+    def tensor(self, shard: int, name: str) -> Tensor:
+        path = self.folder / self.manifest["shards"][shard]["file"]
+        try:
+            with safe_open(path, framework="pt") as opened:
+                return opened.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"Shard {path} cannot be read ({error}); harvest this site again.") from error
+
+    def x(self, shard: int) -> Tensor:
+        """[n, d_model], mapped: only the pages that are touched are read."""
+        if shard not in self._x:
+            self._x[shard] = self.tensor(shard, "x")
+        return self._x[shard]
+
+
+class ActivationStore:
+    """A finished store, opened for reading with :meth:`open`."""
+
+    def __init__(self, root: Path, sites: dict[str, _Site]) -> None:
+        self.root, self._sites = root, sites
+
+    @classmethod
+    def open(cls, root: Path | str) -> ActivationStore:
+        """Reads the manifests only.
+
+        Raises:
+            InputError: no store there, a site without a manifest (unfinished), or sites of different origin.
+        """
+        root = Path(root)
+        folders = sorted({path.parent for path in root.glob("*/*") if _belongs(path)})
+        if not folders:
+            raise InputError(f"{root} holds no activations; make them with rmscope harvest.")
+        unfinished = [folder.name for folder in folders if not (folder / MANIFEST).exists()]
+        if unfinished:
+            raise InputError(f"{root} is unfinished at {', '.join(unfinished)}; run the harvest again.")
+        sites = {}
+        for folder in folders:
+            try:
+                sites[folder.name] = _Site(
+                    folder, json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+                )
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{folder / MANIFEST} is not a manifest; run the harvest again.") from error
+        store = cls(root, sites)
+        if any(site.manifest["identity"] != store.identity for site in sites.values()):
+            raise InputError(f"The sites in {root} were not made together; harvest them into one new folder.")
+        return store
+
+    @property
+    def sites(self) -> list[str]:
+        return list(self._sites)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the rows were made from, as the writer was told."""
+        return next(iter(self._sites.values())).manifest["identity"]
+
+    def d(self, site: str) -> int:
+        return self._site(site).manifest["d"]
+
+    def tokens(self, site: str) -> int:
+        """Stored rows of the site."""
+        return self._site(site).manifest["total"]
+
+    def rows(self, site: str, index: Int[Tensor, " k"]) -> Float[Tensor, "k d_model"]:
+        """The rows at ``index`` (any order, repeats allowed) as float32, in the stream's own units."""
+        opened = self._site(site)
+        ordered, order = torch.sort(index)
+        if len(ordered) and (ordered[0] < 0 or ordered[-1] >= opened.starts[-1]):
+            raise InputError(
+                f"Row {int(ordered[-1])} is outside {site}, which holds {opened.starts[-1]} rows."
+            )
+        out = torch.empty(len(index), self.d(site))
+        cuts = torch.searchsorted(ordered, torch.tensor(opened.starts)).tolist()
+        for shard, (low, high) in enumerate(pairwise(cuts)):
+            if high > low:
+                out[order[low:high]] = opened.x(shard)[ordered[low:high] - opened.starts[shard]].float()
+        return out
+
+    def column(self, site: str, name: str) -> Int[Tensor, " n"]:
+        """One of :data:`COLUMNS` over all rows of the site."""
+        opened = self._site(site)
+        if name not in COLUMNS:
+            raise InputError(f"{site} has no column {name}; it has {', '.join(COLUMNS)}.")
+        if name not in opened.columns:
+            parts = [opened.tensor(shard, name) for shard in range(len(opened.starts) - 1)]
+            opened.columns[name] = torch.cat(parts) if parts else torch.empty(0, dtype=COLUMNS[name])
+        return opened.columns[name]
+
+    def default_keep(self, site: str) -> Bool[Tensor, " n"]:
+        """Position > 0: the first token is an attention sink of huge norm and stays out of SAE training."""
+        return self.column(site, "position") > 0
+
+    def norm_scale(self, site: str, keep: Bool[Tensor, " n"] | None = None) -> float:
+        """s with mean ||s x|| = sqrt(d_model) over the kept rows (default: position > 0)."""
+        opened, keep = self._site(site), self.default_keep(site) if keep is None else keep
+        norms = 0.0
+        for shard in range(len(opened.starts) - 1):
+            kept = keep[opened.starts[shard] : opened.starts[shard + 1]]
+            for rows in opened.x(shard)[kept].split(8192):
+                norms += float(rows.float().norm(dim=1).double().sum())
+        if not norms > 0 or norms == float("inf"):
+            raise InputError(
+                f"{site} has no rows to train on, or their norms are not finite; check the harvest."
+            )
+        return float(self.d(site) ** 0.5 * int(keep.sum()) / norms)
+
+    def batches(
+        self,
+        site: str,
+        batch_size: int,
+        epochs: int = 1,
+        seed: int = 0,
+        keep: Bool[Tensor, " n"] | None = None,
+        start: int = 0,
+    ) -> Iterator[Float[Tensor, "batch d_model"]]:
+        """Shuffled batches as float32, from batch number ``start`` on; see :func:`shuffled`."""
+        kept = (self.default_keep(site) if keep is None else keep).nonzero().squeeze(1)
+        for index in shuffled(kept, batch_size, epochs, seed, start):
+            yield self.rows(site, index)
+
+    def verify(self) -> None:
+        """Checksums of all shards.
+
+        Raises:
+            InputError: names the first shard that is missing or differs from its manifest.
+        """
+        for name, site in self._sites.items():
+            for shard in site.manifest["shards"]:
+                path = site.folder / shard["file"]
+                if not path.exists():
+                    raise InputError(f"Shard {path} is missing; harvest {name} again.")
+                if sha256(path) != shard["sha256"]:
+                    raise InputError(f"Shard {path} is damaged (its checksum differs); harvest {name} again.")
+
+    def _site(self, name: str) -> _Site:
+        if name not in self._sites:
+            raise InputError(f"{self.root} holds no site {name}; it holds {', '.join(self._sites)}.")
+        return self._sites[name]
+
+
+def shuffled(
+    rows: Int[Tensor, " n"], batch_size: int, epochs: int, seed: int, start: int = 0
+) -> Iterator[Int[Tensor, " batch"]]:
+    """Batches of row numbers: every epoch is a new permutation, drawn from (seed, epoch) alone.
+
+    Hence the order is the same on every run, and a resumed run can begin at batch ``start`` without the ones
+    before. The rows that do not fill an epoch's last batch are left out of that epoch (with fewer than
+    ``batch_size`` rows in all, the batch is all of them).
+    """
+    size = min(batch_size, len(rows))
+    per_epoch = len(rows) // size if size else 0
+    for epoch in range(start // per_epoch if per_epoch else epochs, epochs):
+        generator = torch.Generator().manual_seed((seed << 20) + epoch)
+        order = rows[torch.randperm(len(rows), generator=generator)]
+        first = max(0, start - epoch * per_epoch)
+        yield from order[first * size : per_epoch * size].split(size)
+
+
+def _belongs(path: Path) -> bool:
+    return path.name == MANIFEST or path.match("shard-*.safetensors")

@@ -1,0 +1,163 @@
+"""Exact removal effects: R_j = r(s) - r(s with f_tj := 0 for t in the span), by running the model.
+
+Features are encoded once from the clean run; the edit is x_t - f_tj d_j; the SAE's error stays and nothing is encoded
+again (METHOD, "Removal effect"). Where the time goes, and how it is saved: only features that fire are run; the model
+starts at the site, with the stream and the keys and values of the clean run; only tokens from the feature's first
+firing on; features of one response share a batch, sorted by that token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rmscope.effects.gradients import sum_by_feature
+from rmscope.model.packing import padded
+from rmscope.model.rendering import PairTokens
+from rmscope.model.reward_model import Prefilled, RewardModel
+from rmscope.pairs.pair import SIDES
+from rmscope.sae.base import Active, Sae
+
+BATCH_TOKENS = 2048
+"""Tokens (features x rest of the response) in one run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Removals:
+    """One response at one site: features (or groups) and what removing each does to the reward."""
+
+    pair: int
+    side: str
+    feature: Int[Tensor, "removed"]  # noqa: F821
+    effect: Float[Tensor, "removed"]  # noqa: F821
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A response ready for removal at one site: its clean run, the start of its span, and its active features there."""
+
+    text: Prefilled
+    start: int
+    x: Float[Tensor, "span d"]
+    active: Active
+
+    def features(self) -> Int[Tensor, "active"]:  # noqa: F821
+        return torch.unique(self.active.feature)
+
+
+def prefill_pair(rm: RewardModel, tokens: PairTokens, sites: Sequence[str], sides: Sequence[str] = SIDES) -> dict[str, Prefilled]:
+    """Clean runs of a pair's sides; the second forks the first one's keys and values at the divergence."""
+    first, *rest = sides
+    out = {first: rm.prefill(tokens.side(first), sites)}
+    for side in rest:
+        shared = min(tokens.divergence, out[first].ids.numel(), rm.read_position(tokens.side(side)))
+        out[side] = rm.prefill(tokens.side(side), sites, out[first], shared)
+    return out
+
+
+def at_site(sae: Sae, text: Prefilled, site: str, start: int) -> Response:
+    """Encodes the span of a clean run, once."""
+    x = text.streams[site][start:].float().cpu()
+    return Response(text, start, x, sae.active(x))
+
+
+def remove_groups(
+    rm: RewardModel, sae: Sae, response: Response, site: str, groups: Sequence[Sequence[int]]
+) -> Float[Tensor, "groups"]:  # noqa: F821
+    """R_G of each group of features removed together; 0 exactly where none of a group fires."""
+    entries = [_entries(response.active, group) for group in groups]
+    effects = torch.zeros(len(groups))
+    fires = [i for i, (token, _, _) in enumerate(entries) if token.numel()]
+    fires.sort(key=lambda i: int(entries[i][0][0]))
+    for batch in _batches(fires, [int(entries[i][0][0]) for i in fires], response.x.shape[0]):
+        first = int(entries[batch[0]][0][0])
+        stream = response.x[first:].expand(len(batch), -1, -1).clone()
+        for row, i in enumerate(batch):
+            token, feature, value = entries[i]
+            stream[row].index_add_(0, token - first, -value[:, None] * sae.W_dec[feature])
+        rewards = rm.resume(response.text, site, response.start + first, stream.to(rm.device))
+        effects[torch.tensor(batch)] = response.text.reward - rewards.cpu()
+    return effects
+
+
+def _entries(active: Active, group: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The active entries of a group's features, by token."""
+    mask = torch.isin(active.feature, torch.as_tensor(list(group)))
+    return active.token[mask], active.feature[mask], active.value[mask]
+
+
+def _batches(ids: Sequence[int], firsts: Sequence[int], length: int) -> Iterator[list[int]]:
+    """Consecutive removals, sorted by first firing, whose runs from the earliest one's token fit the token budget."""
+    batch: list[int] = []
+    start = 0
+    for i, first in zip(ids, firsts, strict=True):
+        if batch and (len(batch) + 1) * (length - start) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        if not batch:
+            start = first
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def remove_naively(rm: RewardModel, sae: Sae, ids: Tensor, site: str, start: int, groups: Sequence[Sequence[int]]) -> Tensor:
+    """The same by one full forward pass a group, with a hook: the fallback for PMs that cannot be resumed at a site."""
+    ids = ids[: rm.read_position(ids) + 1] if rm.causal else ids
+    batch = padded([(0, "chosen", ids, start, ids.numel() - 1)], 0)
+    with torch.no_grad():
+        clean = rm.rewards(batch)
+        x = rm.streams(batch, [site])[site][0, start:].float().cpu()
+        active = sae.active(x)
+        effects = []
+        for group in groups:
+            token, feature, value = _entries(active, group)
+            change = torch.zeros_like(x).index_add_(0, token, -value[:, None] * sae.W_dec[feature])
+
+            def edit(stream: Tensor, change: Tensor = change) -> Tensor:
+                edited = stream.clone()
+                edited[0, start:] += change.to(stream)
+                return edited
+
+            effects.append((clean - rm.rewards(batch, {site: edit}))[0].cpu())
+    return torch.stack(effects) if effects else torch.zeros(0)
+
+
+def removals(
+    rm: RewardModel,
+    saes: Mapping[str, Sae],
+    tokens: Sequence[PairTokens],
+    wanted: Mapping[int, Mapping[str, Mapping[str, Sequence[int] | None]]],
+) -> Iterator[tuple[str, Removals]]:
+    """(site, removals) for ``wanted[pair][side][site]`` = features, or None for all active ones.
+
+    Features that do not fire in a response are left out: their effect is exactly 0.
+    """
+    for pair, sides in wanted.items():
+        t = tokens[pair]
+        texts = prefill_pair(rm, t, list(saes), list(sides)) if rm.causal else {}
+        for side, by_site in sides.items():
+            for site, features in by_site.items():
+                if rm.causal:
+                    response = at_site(saes[site], texts[side], site, t.divergence)
+                    firing = response.features()
+                    run = _chosen(firing, features)
+                    effect = remove_groups(rm, saes[site], response, site, [[int(j)] for j in run])
+                else:
+                    x = rm.streams(padded([(0, side, t.side(side), 1, 0)], 0), [site])[site][0, t.divergence :]
+                    run = _chosen(torch.unique(saes[site].active(x.float().cpu()).feature), features)
+                    effect = remove_naively(rm, saes[site], t.side(side), site, t.divergence, [[int(j)] for j in run])
+                yield site, Removals(pair, side, run, effect)
+
+
+def _chosen(firing: Tensor, features: Sequence[int] | None) -> Tensor:
+    return firing if features is None else firing[torch.isin(firing, torch.as_tensor(list(features)))]
+
+
+def activity(active: Active) -> tuple[Tensor, Tensor]:
+    """(distinct features, Σ_t f_tj) of one response."""
+    return sum_by_feature(active, active.value)

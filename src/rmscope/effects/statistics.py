@@ -1,0 +1,78 @@
+"""The statistics of trust and ranking: weighted rank correlation, bootstrap by prompt, sign-flip test, FDR."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy import stats
+
+FLIPS = 10_000
+RESAMPLES = 1_000
+Array = np.ndarray
+
+
+def weighted_spearman(a: Array, b: Array, weights: Array) -> float:
+    """Spearman of a and b where item i stands for ``weights[i]`` items of the population; nan where one is constant."""
+    ra, rb = _weighted_ranks(a, weights), _weighted_ranks(b, weights)
+    w = weights / weights.sum()
+    ra, rb = ra - w @ ra, rb - w @ rb
+    spread = np.sqrt((w @ ra**2) * (w @ rb**2))
+    return float((w * ra) @ rb / spread) if spread > 0 else float("nan")
+
+
+def _weighted_ranks(values: Array, weights: Array) -> Array:
+    """The mean rank each item has when it is repeated by its weight; ties share theirs."""
+    order = np.argsort(values, kind="stable")
+    v, w = values[order], weights[order]
+    starts = np.r_[True, v[1:] != v[:-1]]
+    group = np.cumsum(starts) - 1
+    total = np.bincount(group, w)
+    middle = np.cumsum(total) - total / 2
+    ranks = np.empty_like(values, dtype=float)
+    ranks[order] = middle[group]
+    return ranks
+
+
+def bootstrap(values: Array, groups: Array, statistic: Callable[[Array], float], seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of a statistic of ``values`` [n, ...], resampling whole groups (prompts)."""
+    rng = np.random.default_rng(seed)
+    _, index = np.unique(groups, return_inverse=True)
+    members = [np.flatnonzero(index == g) for g in range(index.max() + 1)]
+    draws = [
+        statistic(values[np.concatenate([members[g] for g in rng.integers(0, len(members), len(members))])])
+        for _ in range(RESAMPLES)
+    ]
+    low, high = np.nanpercentile(draws, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def mean_interval(values: Array, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of a mean, one value a prompt."""
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, values.size, (RESAMPLES, values.size))].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def flip_matrix(prompts: int, seed: int) -> Array:
+    """Signs [FLIPS, prompts]: the same flips serve every feature, so that their tests are dependent as their data are."""
+    return np.random.default_rng(seed).integers(0, 2, (FLIPS, prompts)).astype(np.int8) * 2 - 1
+
+
+def sign_flip_p(values: Array, signs: Array) -> float:
+    """One-sided p of mean(values) > 0 under sign flips, one value a prompt; the observed signs count as one flip."""
+    flipped = signs @ values
+    return float((1 + (flipped >= values.sum() - 1e-12).sum()) / (1 + len(flipped)))
+
+
+def benjamini_hochberg(p: Array) -> Array:
+    """q-values of a list of p-values."""
+    return np.asarray(stats.false_discovery_control(p)) if p.size else p
+
+
+def partial_correlation(a: Array, b: Array) -> float:
+    """Pearson correlation, 0 where one of the two does not vary."""
+    if a.size < 3 or a.std() == 0 or b.std() == 0:
+        return 0.0
+    return float(np.corrcoef(a, b)[0, 1])

@@ -1,0 +1,339 @@
+"""RewardModel: a preference model that can be loaded, checked, scored and run from any site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rmscope.errors import InputError
+from rmscope.files import Progress, content_hash, silent
+from rmscope.model import loading
+from rmscope.model.packing import Batch, by_budget, packed, padded, units
+from rmscope.model.rendering import PairTokens, Rendering, encode, pair_tokens, render
+from rmscope.model.sites import Edit, StopForward, default_sites, edited, find_blocks, gives_tuple, site_index, skipping
+from rmscope.pairs.pair import SIDES, Message, Pair
+
+TOKEN_BUDGET = 4096
+"""Tokens (padding included) in one forward pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Rewards of both sides, [pairs] float32."""
+
+    chosen: Float[Tensor, "pairs"]  # noqa: F821
+    rejected: Float[Tensor, "pairs"]  # noqa: F821
+
+    @property
+    def delta(self) -> Float[Tensor, "pairs"]:  # noqa: F821
+        return self.chosen - self.rejected
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """One text after its clean run: ids [T], the stream at each watched site [T, d], keys and values a layer, r."""
+
+    ids: Tensor
+    streams: dict[str, Tensor]
+    keys: list[tuple[Tensor, Tensor]]
+    reward: float
+
+
+class RewardModel:
+    """A preference model. ``model`` is the transformers module itself, ``tokenizer`` its tokenizer."""
+
+    def __init__(self, model: Any, tokenizer: Any, rendering: Rendering, name: str, output: Any = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.rendering = rendering
+        self.name = name
+        self._weights = loading.output_weights(model, output)
+        self.blocks: nn.ModuleList = find_blocks(model)
+        self.causal = isinstance(getattr(model, "score", None), nn.Linear)
+
+    @classmethod
+    def load(
+        cls,
+        source: str,
+        dtype: str = "float32",
+        device: str = "auto",
+        *,
+        adapter: str | None = None,
+        revision: str | None = None,
+        output: int | Sequence[float] | None = None,
+        trust_remote_code: bool = False,
+    ) -> RewardModel:
+        """Loads a PM from a folder, the hub, or the zoo (``zoo:hh``, ``zoo:planted``).
+
+        ``adapter`` is a PEFT adapter put on top and merged; ``output`` picks one of several outputs, or weights them.
+        Raises :class:`InputError` where there is no scalar head, or where the head would be newly initialised.
+        """
+        model, tokenizer, folder = loading.load(source, dtype, adapter, revision, trust_remote_code)
+        place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        if place != "cpu":
+            model = model.to(place)
+        return cls(model, tokenizer, Rendering.find(folder, tokenizer), source, output)
+
+    # What the model is
+
+    @property
+    def d_model(self) -> int:
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def sites(self) -> list[str]:
+        return ["embed", *(f"resid_post.{i}" for i in range(len(self.blocks)))]
+
+    @property
+    def default_sites(self) -> list[str]:
+        return default_sites(len(self.blocks))
+
+    def site_index(self, site: str) -> int:
+        """The block whose output the site is; InputError lists the sites that exist."""
+        return site_index(site, len(self.blocks))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def context(self) -> int:
+        """The longest text in tokens; a huge number where the model states none."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
+
+    @cached_property
+    def identity(self) -> str:
+        """Content hash of weights (name, shape, sum and samples of each), rendering and tokenizer."""
+        return loading.identity(self.model, self.tokenizer, self.rendering)
+
+    # Text to tokens
+
+    def tokenize(self, pair: Pair) -> PairTokens:
+        """Token ids of both sides [T], [T'] and the divergence."""
+        return self.tokenize_all([pair])[0]
+
+    def tokenize_all(self, pairs: Sequence[Pair]) -> list[PairTokens]:
+        texts = [render(self.rendering, self.tokenizer, p.prompt, p.side(s)) for s in SIDES for p in pairs]
+        ids = encode(self.rendering, self.tokenizer, texts)
+        return [pair_tokens(c, r) for c, r in zip(ids[: len(pairs)], ids[len(pairs) :], strict=True)]
+
+    def text_ids(self, prompt: Sequence[Message], response: str) -> Tensor:
+        """Token ids [T] of one rendered text."""
+        return torch.tensor(encode(self.rendering, self.tokenizer, [render(self.rendering, self.tokenizer, prompt, response)])[0])
+
+    def read_position(self, ids: Tensor) -> int:
+        """Where the model's own forward reads the score of this text alone: the rightmost token that is not padding."""
+        pad = self.model.config.get_text_config().pad_token_id
+        if not self.causal or pad is None:
+            return ids.numel() - 1
+        kept = (ids != pad).nonzero()
+        return int(kept[-1]) if kept.numel() else 0
+
+    # Batches
+
+    @cached_property
+    def packs(self) -> bool:
+        """Whether packed rows give the rewards of each text alone; measured once, on two short texts."""
+        if not self.causal:
+            return False
+        prompt: list[Message] = [{"role": "user", "content": "What is the capital of France?"}]
+        pair = Pair("probe", prompt, "It is Paris, on the Seine.", "The capital of France is a large city.")
+        tokens = self.tokenize(pair)
+        alone = torch.stack([self._logit(tokens.chosen), self._logit(tokens.rejected)])
+        together = self.rewards(packed([(0, tokens, self._reads(tokens))]))
+        tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
+        return bool(((alone - together).abs() <= tolerance * (1 + alone.abs())).all())
+
+    def _reads(self, tokens: PairTokens) -> dict[str, int]:
+        return {side: self.read_position(tokens.side(side)) for side in SIDES}
+
+    def _logit(self, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self._reward(self.model(ids[None].to(self.device)).logits.float())[0].cpu()
+
+    def batches(self, tokens: Sequence[PairTokens], budget: int = TOKEN_BUDGET) -> Iterator[Batch]:
+        """Batches over units of 64 pairs in file order; ``Text.pair`` is the index into ``tokens``."""
+        for unit in units(len(tokens)):
+            yield from self.unit_batches(tokens, unit, budget)
+
+    def unit_batches(self, tokens: Sequence[PairTokens], unit: Sequence[int], budget: int = TOKEN_BUDGET) -> Iterator[Batch]:
+        if self.packs:
+            lengths = [tokens[i].chosen.numel() + tokens[i].rejected.numel() - tokens[i].divergence for i in unit]
+            for chosen in by_budget(lengths, budget):
+                yield packed([(unit[i], tokens[unit[i]], self._reads(tokens[unit[i]])) for i in chosen])
+            return
+        rows = [(i, side) for i in unit for side in SIDES]
+        for chosen in by_budget([tokens[i].side(side).numel() for i, side in rows], budget):
+            texts = [(i, side, tokens[i]) for i, side in (rows[c] for c in chosen)]
+            yield padded([(i, s, t.side(s), t.divergence, self._reads(t)[s]) for i, s, t in texts], self._pad)
+
+    @property
+    def _pad(self) -> int:
+        pad = self.model.config.get_text_config().pad_token_id
+        return 0 if pad is None else int(pad)
+
+    # Forward passes
+
+    def rewards(self, batch: Batch, edits: dict[str, Edit] | None = None) -> Float[Tensor, "texts"]:  # noqa: F821
+        """r of every text of the batch, float32; the stream at each site of ``edits`` passes through its edit."""
+        by_index = {self.site_index(site): edit for site, edit in (edits or {}).items()}
+        with edited(self.blocks, by_index), torch.set_grad_enabled(bool(edits) and torch.is_grad_enabled()):
+            if not self.causal:
+                return self._reward(self.model(**batch.inputs(self.device, self.dtype)).logits.float())
+            hidden = self.model.base_model(**batch.inputs(self.device, self.dtype), use_cache=False).last_hidden_state
+        return self.head(hidden, batch)
+
+    def rewards_from(self, batch: Batch, site: str, stream: Float[Tensor, "rows width d"]) -> Float[Tensor, "texts"]:  # noqa: F821
+        """r of every text with the stream at ``site`` replaced; blocks up to the site do not run. Differentiable."""
+        if not self.causal or site == "embed":
+            return self.rewards(batch, {site: lambda _x: stream})
+        with skipping(self.blocks, self.site_index(site), stream, self._gives_tuple):
+            hidden = self.model.base_model(**batch.inputs(self.device, self.dtype), use_cache=False).last_hidden_state
+        return self.head(hidden, batch)
+
+    def head(self, hidden: Float[Tensor, "rows width d"], batch: Batch) -> Float[Tensor, "texts"]:  # noqa: F821
+        rows, columns = batch.reads
+        at = hidden[rows.to(hidden.device), columns.to(hidden.device)]
+        return self._reward(self.model.score(at).float())
+
+    def _reward(self, logits: Float[Tensor, "texts outputs"]) -> Float[Tensor, "texts"]:  # noqa: F821
+        return logits @ self._weights.to(logits)
+
+    @torch.no_grad()
+    def streams(self, batch: Batch, sites: Sequence[str]) -> dict[str, Float[Tensor, "rows width d"]]:
+        """The residual stream at each site; the forward stops after the last one."""
+        index = {site: self.site_index(site) for site in sites}
+        kept: dict[int, Tensor] = {}
+
+        def keep(i: int) -> Edit:
+            def edit(x: Tensor) -> Tensor:
+                kept[i] = x
+                return x
+
+            return edit
+
+        runner = self.model.base_model
+        try:
+            with edited(self.blocks, {i: keep(i) for i in index.values()}, stop_after=max(index.values())):
+                runner(**batch.inputs(self.device, self.dtype), **({"use_cache": False} if self.causal else {}))
+        except StopForward:
+            pass
+        return {site: kept[i] for site, i in index.items()}
+
+    @cached_property
+    def _gives_tuple(self) -> bool:
+        probe = torch.ones(1, 1, dtype=torch.long, device=self.device)
+        return gives_tuple(self.blocks, lambda: self.model.base_model(probe))
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor, sites: Sequence[str], before: Prefilled | None = None, shared: int = 0) -> Prefilled:
+        """The clean run of one text [T] up to its read position, keeping streams, keys and values.
+
+        ``before`` is another text with the same first ``shared`` tokens, whose work is then not done again.
+        """
+        from transformers import DynamicCache
+
+        ids = ids[: self.read_position(ids) + 1]
+        kept: dict[str, Tensor] = {}
+
+        def keep(site: str) -> Edit:
+            def edit(x: Tensor) -> Tensor:
+                kept[site] = x[0] if before is None else torch.cat([before.streams[site][:shared], x[0]])
+                return x
+
+            return edit
+
+        cache = DynamicCache() if before is None else _cache(before.keys, shared, 1)
+        start = 0 if before is None else shared
+        with edited(self.blocks, {self.site_index(site): keep(site) for site in sites}):
+            hidden = self.model.base_model(
+                ids[None, start:].to(self.device),
+                position_ids=torch.arange(start, ids.numel(), device=self.device)[None],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        reward = float(self._reward(self.model.score(hidden[:, -1]).float())[0])
+        return Prefilled(ids, kept, [(layer.keys, layer.values) for layer in cache.layers], reward)
+
+    @torch.no_grad()
+    def resume(self, text: Prefilled, site: str, start: int, stream: Float[Tensor, "batch rest d"]) -> Float[Tensor, "batch"]:  # noqa: F821
+        """r with the stream at ``site`` replaced by ``stream`` from token ``start`` to the read position.
+
+        No block up to the site runs again, and no token before ``start``: their keys and values come from the clean
+        run. Decoder PMs only.
+        """
+        rows, upto = stream.shape[0], self.site_index(site)
+        n = text.ids.numel()
+        ids = text.ids[start:].to(self.device).expand(rows, -1)
+        cache = _cache(text.keys, start, rows)
+        with skipping(self.blocks, upto, stream.to(self.dtype), self._gives_tuple):
+            hidden = self.model.base_model(
+                ids,
+                position_ids=torch.arange(start, n, device=self.device).expand(rows, -1),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        return self._reward(self.model.score(hidden[:, -1]).float())
+
+    # Scores
+
+    @torch.no_grad()
+    def score(self, pairs: Sequence[Pair], progress: Progress = silent) -> Scores:
+        """Rewards of both sides, [pairs] float32. InputError where a text is longer than the PM's context."""
+        tokens = self.tokenize_all(pairs)
+        too_long = [p.id for p, t in zip(pairs, tokens, strict=True) if not self.fits(t)]
+        if too_long:
+            raise InputError(
+                f"{len(too_long)} pairs are longer than the PM's context of {self.context} tokens (first: {too_long[0]}); "
+                "leave them out."
+            )
+        return self.score_tokens(tokens, progress)
+
+    def fits(self, tokens: PairTokens) -> bool:
+        return max(tokens.chosen.numel(), tokens.rejected.numel()) <= self.context
+
+    @torch.no_grad()
+    def score_tokens(self, tokens: Sequence[PairTokens], progress: Progress = silent) -> Scores:
+        out = {side: torch.zeros(len(tokens)) for side in SIDES}
+        done = 0
+        for batch in self.batches(tokens):
+            for text, reward in zip(batch.texts, self.rewards(batch).cpu().tolist(), strict=True):
+                out[text.side][text.pair] = reward
+            done += len({t.pair for t in batch.texts})
+            progress(min(done, len(tokens)), len(tokens), "pairs scored")
+        return Scores(out["chosen"], out["rejected"])
+
+    @torch.no_grad()
+    def score_texts(self, prompt: str | Sequence[Message], responses: Sequence[str]) -> Float[Tensor, "texts"]:  # noqa: F821
+        """Rewards of free responses to one prompt, [responses] float32."""
+        turns: Sequence[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        ids = [self.text_ids(turns, response) for response in responses]
+        out = torch.zeros(len(ids))
+        for chosen in by_budget([i.numel() for i in ids], TOKEN_BUDGET):
+            batch = padded([(i, "chosen", ids[i], 1, self.read_position(ids[i])) for i in chosen], self._pad)
+            out[torch.tensor(chosen)] = self.rewards(batch).cpu()
+        return out
+
+
+def _cache(keys: list[tuple[Tensor, Tensor]], length: int, rows: int) -> Any:
+    """A cache of the first ``length`` positions, as views: expanded to ``rows`` without a copy."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for i, (k, v) in enumerate(keys):
+        cache.update(k[:, :, :0], v[:, :, :0], i)
+        layer = cache.layers[i]
+        layer.keys = k[:, :, :length].expand(rows, -1, -1, -1)
+        layer.values = v[:, :, :length].expand(rows, -1, -1, -1)
+    return cache

@@ -1,0 +1,377 @@
+"""Reading preference pairs: a file or a hub dataset, row by row, into Pairs with stable ids."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rmscope.errors import InputError
+from rmscope.pairs.formats import NAMES, BadRow, Candidate, Outcome, Record, Row, convert, recognise
+from rmscope.pairs.pair import Pair
+
+OnBadRow = Literal["error", "skip"]
+
+_SUFFIX = re.compile(r"\.((jsonl|json|csv|tsv)(\.gz)?|parquet)$", re.IGNORECASE)
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_COLUMNS = ("prompt", "chosen", "rejected", "response", "score")
+
+
+@dataclass
+class ReadReport:
+    """What became of the rows of a source: filled by :func:`load_pairs`.
+
+    ``format`` is one of ``rmscope.pairs.formats.NAMES`` (or ``demo``), ``skipped`` holds where a row or a
+    combination stands and what is wrong with it, ``duplicates`` counts repetitions of a pair already read.
+    """
+
+    format: str = ""
+    rows: int = 0
+    pairs: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    duplicates: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """An opened source: its name for messages, the stem of its ids, what its rows are counted in."""
+
+    name: str
+    stem: str
+    unit: Literal["line", "row"]
+    records: Iterator[Record]
+
+
+def load_pairs(
+    source: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    on_bad_row: OnBadRow = "error",
+    report: ReadReport | None = None,
+) -> list[Pair]:
+    """The pairs of a file, of a dataset on the Hugging Face hub, or of the demo (``demo:``).
+
+    A file is ``.jsonl``, ``.json`` (a list), ``.csv`` or ``.tsv`` (each also ``.gz``), or ``.parquet``;
+    ``split`` is for the hub alone. The format is found from the columns: transcripts as in hh-rlhf (or a
+    transcript as prompt, as in Dahoas/rm-static), TRL plain and conversational (prompt explicit or implicit),
+    RewardBench, best of N (RewardBench 2: every chosen with every rejected), RM-Bench (likewise, with
+    styles), LLMBar, and scored responses (``prompt, response, overall | score | helpfulness``: every two rows
+    of a prompt whose scores differ).
+
+    ``limit`` is the number of pairs, in file order; JSONL is read no further than that. ``columns`` maps
+    ``prompt``, ``chosen``, ``rejected`` (or ``response``, ``score``) to their names in the source.
+
+    An id is ``{stem}:{line}`` (hub: ``{name}-{split}:{row}``), with ``:{c}-{r}``, places on either side from
+    0, where a row, or a scored prompt at its first row, gives several pairs. Lines count from 1 as in the
+    file, rows (all but JSONL) from 1 after the header. A repeated pair is kept once. CRLF becomes LF and a
+    byte order mark is dropped; other text stays as it is.
+
+    A bad row (a side missing, empty or no text, identical sides, no prompt, malformed) raises under
+    ``on_bad_row="error"`` and is listed in ``report.skipped`` under ``"skip"``. In hh-rlhf transcripts alone,
+    identical sides and empty responses are skipped and listed even under ``"error"``: the data holds some and is used
+    without them. Bytes that are not UTF-8 and broken CSV quoting always raise.
+
+    Raises:
+        InputError: one sentence with the place and the mend; also where no pair is left.
+    """
+    _check(limit, columns, on_bad_row)
+    report = ReadReport() if report is None else report
+    vars(report).update(vars(ReadReport()))
+    name = os.fspath(source)
+    if name.startswith("demo:"):
+        return _demo(limit, report)
+    opened = _open(name, split, streaming=limit is not None)
+    form, records = recognise(_normalised(opened, columns))
+    if form is None:
+        raise _unknown(opened, records)
+    report.format = form
+    pairs = _collect(opened, convert(form, _counted(records, report)), on_bad_row, limit, report)
+    if not pairs:
+        raise _nothing_left(opened, report)
+    return pairs
+
+
+def _check(limit: int | None, columns: Mapping[str, str] | None, on_bad_row: str) -> None:
+    if limit is not None and limit < 1:
+        raise InputError(f"A limit of {limit} pairs leaves nothing to read; give 1 or more.")
+    if on_bad_row not in ("error", "skip"):
+        raise InputError(f"on_bad_row is {on_bad_row!r}; it must be 'error' or 'skip'.")
+    for name in columns or {}:
+        if name not in _COLUMNS:
+            raise InputError(f"columns names {name!r}; only {', '.join(_COLUMNS)} can be mapped.")
+
+
+def _demo(limit: int | None, report: ReadReport) -> list[Pair]:
+    from rmscope.pairs.demo import demo_pairs
+
+    pairs = list(demo_pairs())
+    report.format, report.rows, pairs = "demo", len(pairs), pairs[:limit]
+    report.pairs = len(pairs)
+    return pairs
+
+
+def _open(name: str, split: str, *, streaming: bool) -> _Source:
+    path = Path(name).expanduser()
+    suffix = _SUFFIX.search(path.name)
+    if path.is_dir():
+        raise InputError(f"{name or 'The empty name'} is a folder; name one file in it.")
+    if path.exists() and suffix:
+        return _open_file(path, name, suffix)
+    if path.exists():
+        raise InputError(
+            f"{name} has no ending that tells its format; use .jsonl, .json, .csv, .tsv or .parquet."
+        )
+    if suffix or not _HUB_ID.fullmatch(name):
+        raise InputError(f"{name} does not exist; check the path.")
+    stem = f"{name.rpartition('/')[2]}-{split}"
+    return _Source(name, stem, "row", _hub(name, split, streaming=streaming))
+
+
+def _open_file(path: Path, name: str, suffix: re.Match[str]) -> _Source:
+    kind = suffix[1].lower().removesuffix(".gz")
+    readers = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _tsv, "parquet": _parquet}
+    records = _guarded(name, readers[kind](path, name))
+    return _Source(name, path.name[: suffix.start()], "line" if kind == "jsonl" else "row", records)
+
+
+def _guarded(name: str, records: Iterator[Record]) -> Iterator[Record]:
+    try:
+        yield from records
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{name} is no whole gzip file ({error}); fetch or pack it again.") from error
+    except OSError as error:
+        raise InputError(f"{name} cannot be read ({error.strerror or error}); check the file.") from error
+
+
+def _binary(path: Path) -> io.BufferedIOBase:
+    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def _jsonl(path: Path, name: str) -> Iterator[Record]:
+    with _binary(path) as lines:
+        for number, raw in enumerate(lines, 1):
+            raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+            if raw.strip():
+                yield number, _parsed(raw)
+
+
+def _parsed(raw: bytes) -> Row | BadRow:
+    try:
+        row = json.loads(raw.decode())
+    except UnicodeDecodeError as error:
+        return BadRow(_not_utf8(error), always="raise")
+    except json.JSONDecodeError as error:
+        return BadRow(f"malformed JSON ({error.msg} at column {error.colno})")
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"malformed JSON ({_one_line(error)})")
+    return _mapping(row)
+
+
+def _mapping(row: object) -> Row | BadRow:
+    return row if isinstance(row, Mapping) else BadRow("it is not an object with named columns")
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"the byte 0x{error.object[error.start]:02x} is not UTF-8"
+
+
+def _whole(path: Path, name: str) -> str:
+    """The text of a file that can only be read as one."""
+    with _binary(path) as opened:
+        raw = opened.read().removeprefix(codecs.BOM_UTF8)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{name} line {line}: {_not_utf8(error)}; save the file as UTF-8.") from error
+
+
+def _json(path: Path, name: str) -> Iterator[Record]:
+    text = _whole(path, name)
+    if not text.strip():
+        return
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        mend = "name it .jsonl if each line is an object" if error.msg == "Extra data" else "mend it there"
+        raise InputError(f"{name} line {error.lineno}: malformed JSON ({error.msg}); {mend}.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name} is malformed JSON ({_one_line(error)}); write it again.") from error
+    if not isinstance(rows, list):
+        raise InputError(f"{name} holds no list of rows at its top level; write one, or use JSONL.")
+    yield from enumerate(map(_mapping, rows), 1)
+
+
+def _csv(path: Path, name: str, delimiter: str = ",") -> Iterator[Record]:
+    text = _whole(path, name)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    read = 0
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise InputError(f"{name} line 1: the header names a column twice; rename one.")
+        for fields in filter(None, reader):
+            read += 1
+            yield read, _fields(header, fields)
+    except csv.Error as error:
+        yield read + 1, BadRow(f"malformed quoting ({error})", always="raise")
+
+
+def _tsv(path: Path, name: str) -> Iterator[Record]:
+    return _csv(path, name, delimiter="\t")
+
+
+def _fields(header: list[str], fields: list[str]) -> Row | BadRow:
+    if len(fields) != len(header):
+        return BadRow(f"it has {len(fields)} fields where the header has {len(header)}")
+    return dict(zip(header, fields, strict=True))
+
+
+def _parquet(path: Path, name: str) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    read = 0
+    try:
+        with pq.ParquetFile(path) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    read += 1
+                    yield read, row
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        where = f"{name} row {read + 1}" if read else name
+        raise InputError(f"{where}: no whole Parquet file ({_one_line(error)}); fetch it again.") from error
+
+
+def _hub(name: str, split: str, *, streaming: bool) -> Iterator[Record]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            f"{name} is no file here, and to read it from the Hugging Face hub the package `datasets` is "
+            "missing; run `pip install 'rmscope[train]'`, or name a file."
+        ) from error
+    try:
+        yield from enumerate(datasets.load_dataset(name, split=split, streaming=streaming), 1)
+    except Exception as error:  # the hub's client raises kinds of its own for each way of being out of reach
+        raise InputError(
+            f"{name} is no file here, and its split {split!r} could not be read from the Hugging Face hub "
+            f"({type(error).__name__}: {_one_line(error)}); check name and connection, or name a file."
+        ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _normalised(source: _Source, columns: Mapping[str, str] | None) -> Iterator[Record]:
+    """The records with LF line ends, own columns under the names that the formats know."""
+    for line, row in source.records:
+        if isinstance(row, BadRow):
+            yield line, row
+            continue
+        for mapped in (columns or {}).values():
+            if mapped not in row:
+                raise InputError(
+                    f"{source.name} {source.unit} {line}: there is no column {mapped!r} (it has "
+                    f"{', '.join(map(str, row)) or 'none'}); mend the mapping of columns."
+                )
+        renamed = {name: row[mapped] for name, mapped in (columns or {}).items()}
+        yield line, _with_lf({**row, **renamed})
+
+
+def _with_lf(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace("\r\n", "\n")
+    if isinstance(value, list):
+        return [_with_lf(item) for item in value]
+    return {name: _with_lf(item) for name, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _counted(records: Iterator[Record], report: ReadReport) -> Iterator[Record]:
+    for record in records:
+        report.rows += 1
+        yield record
+
+
+def _collect(
+    source: _Source, outcomes: Iterator[Outcome], on_bad_row: OnBadRow, limit: int | None, report: ReadReport
+) -> list[Pair]:
+    pairs: list[Pair] = []
+    seen: set[tuple[Any, ...]] = set()
+    for line, outcome in outcomes:
+        if isinstance(outcome, BadRow):
+            report.skipped.append(_skipped(source, line, outcome, on_bad_row))
+            continue
+        turns = tuple((turn["role"], turn["content"]) for turn in outcome.prompt)
+        key = (turns, outcome.chosen, outcome.rejected)
+        if key in seen:
+            report.duplicates += 1
+            continue
+        seen.add(key)
+        pairs.append(_pair(source, line, outcome))
+        report.pairs = len(pairs)
+        if len(pairs) == limit:
+            break
+    return pairs
+
+
+def _pair(source: _Source, line: int, candidate: Candidate) -> Pair:
+    tail = f":{candidate.part}" if candidate.part else ""
+    return Pair(
+        id=f"{source.stem}:{line}{tail}",
+        prompt=candidate.prompt,
+        chosen=candidate.chosen,
+        rejected=candidate.rejected,
+        meta={"source": source.stem, "line": line, **candidate.meta},
+    )
+
+
+def _skipped(source: _Source, line: int, bad: BadRow, on_bad_row: OnBadRow) -> tuple[str, str]:
+    """Where and why, or the error that the row is."""
+    where = f"{source.unit} {line}" + (f", pair {bad.part}" if bad.part else "")
+    if bad.always == "raise":
+        raise InputError(f"{source.name} {where}: {bad.reason}; mend the file there.")
+    if bad.always is None and on_bad_row == "error":
+        raise InputError(
+            f"{source.name} {where}: {bad.reason}; mend it, or leave such rows out with `--on-bad-row skip`."
+        )
+    return where, bad.reason
+
+
+def _unknown(source: _Source, records: Iterator[Record]) -> InputError:
+    line, row = next((line, row) for line, row in records if not isinstance(row, BadRow))
+    return InputError(
+        f"{source.name} {source.unit} {line}: its columns ({', '.join(map(str, row)) or 'none'}) are of no "
+        'known format; name yours with columns={"prompt": ..., "chosen": ..., "rejected": ...}.'
+    )
+
+
+def _nothing_left(source: _Source, report: ReadReport) -> InputError:
+    if not report.rows:
+        return InputError(f"{source.name} is empty; name a file with at least one pair.")
+    if not report.skipped:
+        return InputError(
+            f"{source.name} holds no pair in its {report.rows} rows: no prompt has two responses with "
+            "different scores; give data that compares."
+        )
+    where, reason = report.skipped[0]
+    return InputError(
+        f"{source.name} holds no usable pair: {len(report.skipped)} were left out, the first at {where} "
+        f"({reason}); mend the file."
+    )
+
+
+__all__ = ["NAMES", "OnBadRow", "ReadReport", "load_pairs"]

@@ -1,0 +1,66 @@
+"""Settings of SAE training; the sentence under a field is its help text."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class SaeConfig(BaseModel):
+    """How the SAEs of a run are trained. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    architecture: str = "topk"
+    """Family: topk or gated."""
+    d_sae: int | None = Field(None, gt=0)
+    """Features; left out, 8 times d_model."""
+    k: int = Field(32, gt=0)
+    """Features that fire on a token (topk)."""
+    l1: float = Field(2.0, ge=0)
+    """Weight of the L1 penalty on the gates, beside a squared error summed over dimensions (gated)."""
+    lr: float | None = Field(None, gt=0)
+    """Adam's learning rate; left out, 4e-4 sqrt(16384 / d_sae), the scaling of Gao et al. 2024."""
+    batch_size: int = Field(2048, gt=0)
+    """Tokens a step."""
+    tokens: int | None = Field(None, gt=0)
+    """Training tokens; left out, 2 million, but at least one and at most 20 epochs of the store."""
+    epochs: int | None = Field(None, gt=0)
+    """Readings of the store, instead of ``tokens``."""
+    warmup: float = Field(0.05, ge=0, le=1)
+    """Share of the steps over which the learning rate and the L1 weight rise from zero."""
+    decay: float = Field(0.2, ge=0, le=1)
+    """Share of the steps, at the end, over which the learning rate falls to zero."""
+    auxk_alpha: float = Field(1 / 32, ge=0)
+    """Weight of the loss by which dead features model the error (topk)."""
+    auxk: int | None = Field(None, gt=0)
+    """Dead features that model the error of a token (topk); left out, d_model / 2."""
+    dead_after_tokens: int = Field(200_000, gt=0)
+    """A feature that was silent on so many training tokens in a row counts as dead."""
+    seed: int = Field(0, ge=0)
+    """Fixes the first weights and the order of the tokens."""
+    scale: Literal["mean_norm", "none"] = "mean_norm"
+    """Units of training: mean norm sqrt(d_model), folded back into the weights; or the stream's own."""
+    amp: bool = True
+    """Choose what fires by bfloat16 products where the hardware has them; values stay float32."""
+    checkpoint_steps: int = Field(500, gt=0)
+    """Steps between two checkpoints."""
+
+    def features(self, d: int) -> int:
+        return self.d_sae or 8 * d
+
+    def rate(self, m: int) -> float:
+        return self.lr or 4e-4 * (16384 / m) ** 0.5
+
+    def budget(self, n: int) -> int:
+        """Training tokens from a store that offers n."""
+        if self.epochs is not None:
+            return self.epochs * n
+        return self.tokens or min(max(2_000_000, n), 20 * n)
+
+    def schedule(self, step: int, steps: int) -> tuple[float, float]:
+        """(share of the full learning rate, share of the full L1 weight) at a step counted from 0."""
+        rising = min(1.0, (step + 1) / max(1.0, self.warmup * steps))
+        falling = min(1.0, (steps - step) / max(1.0, self.decay * steps))
+        return rising * falling, rising

@@ -1,0 +1,250 @@
+"""SAEs as others store them: SAELens (which is also how ours are saved), dictionary_learning, sparsify.
+
+Conventions differ in where b_dec is subtracted and in whose norm features are counted; both are folded into
+the weights on load, exactly, so that every loaded SAE encodes x - b_dec in the features' own units. Nothing
+is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import rmscope.sae.gated
+import rmscope.sae.relu
+import rmscope.sae.topk  # noqa: F401
+from rmscope.errors import InputError
+from rmscope.files import atomic, write_json
+from rmscope.sae.base import Sae
+from rmscope.sae.registry import sae_class
+
+SAELENS_VERSION = "6.54.12"
+"""The release whose layout is written; from 6 on, SAELens reads all settings from cfg.json and its metadata.
+"""
+CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+Weights = dict[str, Tensor]
+
+
+def hook_name(site: str) -> str:
+    """``resid_post.6`` as ``blocks.6.hook_resid_post``, ``embed`` as ``hook_embed``."""
+    kind, _, layer = site.partition(".")
+    return f"blocks.{layer}.hook_{kind}" if layer else f"hook_{kind}"
+
+
+def site_of(hook: str | None) -> str:
+    """The inverse (``resid_pre.L`` is ``resid_post.L-1``); a hook that is no site of ours keeps its name."""
+    if hook == "hook_embed" or hook == "blocks.0.hook_resid_pre":
+        return "embed"
+    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook or "")
+    return f"resid_post.{int(found[1]) - (found[2] == 'pre')}" if found else hook or ""
+
+
+def save_sae(sae: Sae, folder: Path) -> None:
+    """cfg.json and sae_weights.safetensors; SAELens >= 6 opens the folder as it is."""
+    cfg = {
+        "architecture": sae.architecture,
+        "d_in": sae.d,
+        "d_sae": sae.m,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        **sae.cfg,
+        "metadata": {
+            "sae_lens_version": SAELENS_VERSION,
+            "sae_lens_training_version": None,
+            **sae.metadata,
+            "hook_name": hook_name(sae.site) if sae.site else None,
+        },
+    }
+    weights = {name: p.detach().to("cpu", torch.float32).contiguous() for name, p in sae.named_parameters()}
+    with atomic(folder / WEIGHTS) as temporary:
+        save_file(weights, temporary)
+    write_json(folder / CFG, cfg)
+
+
+def load_sae(source: Path) -> Sae:
+    """Opens a folder or file by what lies in it.
+
+    Raises:
+        InputError: nothing there, a format not known, an unsupported convention, contradicting shapes, or a
+            pickle that holds more than tensors.
+    """
+    if source.name in (CFG, WEIGHTS):
+        source = source.parent
+    if (source / WEIGHTS).exists():
+        return _from_saelens(_json(source / CFG), _tensors(source / WEIGHTS))
+    if (source / "sae.safetensors").exists():
+        return _from_sparsify(_json(source / CFG), _tensors(source / "sae.safetensors"), source.name)
+    if (source / "ae.pt").exists():
+        return _from_dictionary_learning(_tensors(source / "ae.pt"), _json(source / "config.json")["trainer"])
+    if source.is_file():
+        return _from_dictionary_learning(_tensors(source), {})
+    raise InputError(
+        f"There is no SAE at {source}; expected a folder with {CFG} and {WEIGHTS}, ae.pt and config.json, or "
+        "sae.safetensors, or a file of weights."
+    )
+
+
+def _from_saelens(cfg: dict[str, Any], weights: Weights) -> Sae:
+    metadata = cfg.get("metadata") or {
+        key: cfg[key] for key in ("hook_name", "model_name", "dataset_path", "context_size") if key in cfg
+    }
+    unsupported = {
+        "normalize_activations": ("none", None, False),
+        "reshape_activations": ("none", None),
+        "finetuning_scaling_factor": (False, None),
+    }
+    for key, accepted in unsupported.items():
+        if cfg.get(key) not in accepted:
+            raise InputError(
+                f"This SAE needs {key} = {cfg[key]!r}, which cannot be folded in; save it without."
+            )
+    architecture = cfg.get("architecture") or "standard"
+    old = cfg.get("activation_fn_str") or cfg.get("activation_fn")
+    if architecture == "standard" and old == "topk":
+        architecture = "topk"
+    weights.pop("scaling_factor", None)
+    _check_shapes(weights)
+    if not cfg.get("apply_b_dec_to_input", True):
+        _unsubtract(weights)
+    if cfg.get("rescale_acts_by_decoder_norm"):
+        _unit_decoder(weights)
+    settings = {}
+    if architecture == "topk":
+        settings["k"] = cfg["k"] if "k" in cfg else (cfg.get("activation_fn_kwargs") or {}).get("k")
+    return _build(architecture, weights, site_of(metadata.get("hook_name")), metadata, settings)
+
+
+def _from_sparsify(cfg: dict[str, Any], weights: Weights, name: str) -> Sae:
+    if cfg.get("transcode") or cfg.get("skip_connection") or cfg.get("activation", "topk") != "topk":
+        raise InputError("Of the sparsify formats, plain TopK SAEs are supported; this one is another.")
+    renamed = _rename(weights, {"encoder.weight": "W_enc", "encoder.bias": "b_enc"})
+    if "W_enc" in renamed:
+        renamed["W_enc"] = renamed["W_enc"].t()
+    layer = re.search(r"layers\.(\d+)$", name)
+    site = f"resid_post.{layer[1]}" if layer else ""
+    _check_shapes(renamed)
+    return _build("topk", renamed, site, {"sparsify": cfg}, {"k": cfg.get("k")})
+
+
+def _from_dictionary_learning(weights: Weights, trainer: dict[str, Any]) -> Sae:
+    """``ae.pt`` of dictionary_learning, or a bare state dict: the keys tell the family."""
+    kind, settings = str(trainer.get("dict_class", "")), dict[str, Any]()
+    linear, subtracted = "encoder.weight" in weights, "decoder.bias" not in weights
+    if "r_mag" in weights:
+        architecture = "gated"
+        names = {"decoder_bias": "b_dec", "gate_bias": "b_gate", "mag_bias": "b_mag"}
+    elif "threshold" in weights and "W_enc" in weights:
+        architecture, names, subtracted = "jumprelu", {}, False
+    elif "b_dec" in weights and linear:
+        k, threshold = weights.pop("k", trainer.get("k")), weights.pop("threshold", None)
+        names = {"encoder.bias": "b_enc"}
+        if "Batch" in kind and threshold is not None:
+            architecture = "jumprelu"
+            weights["threshold"] = threshold.float().expand(len(weights["encoder.weight"])).clone()
+        else:
+            architecture, settings = "topk", {"k": None if k is None else int(k)}
+    elif linear:
+        architecture = "standard"
+        names = {"encoder.bias": "b_enc", "bias": "b_dec", "decoder.bias": "b_dec"}
+    else:
+        raise InputError(f"These weights are of no known SAE: {', '.join(sorted(weights)) or 'no tensors'}.")
+    weights = _rename(weights, {"encoder.weight": "W_enc", "decoder.weight": "W_dec", **names})
+    if linear:
+        weights |= {name: weights[name].t() for name in ("W_enc", "W_dec") if name in weights}
+    _check_shapes(weights)
+    if not subtracted:
+        _unsubtract(weights)
+    if architecture in ("gated", "jumprelu"):
+        _unit_decoder(weights)
+    layer, hook = trainer.get("layer"), str(trainer.get("submodule_name", ""))
+    site = f"resid_post.{layer}" if isinstance(layer, int) and "resid" in hook else ""
+    return _build(architecture, weights, site, {"model_name": trainer.get("lm_name")}, settings)
+
+
+def _build(
+    architecture: str, weights: Weights, site: str, metadata: dict[str, Any], settings: dict[str, Any]
+) -> Sae:
+    cls = sae_class(architecture)
+    if architecture == "topk" and not isinstance(settings.get("k"), int):
+        raise InputError("This TopK SAE does not say its k; add it to its config.")
+    m, d = weights["W_dec"].shape
+    return cls(d, m, site, metadata, **settings).fill({name: w.float() for name, w in weights.items()})
+
+
+def _check_shapes(weights: Weights) -> None:
+    """Before anything is folded: W_enc [d, m], W_dec [m, d], b_dec [d], all else [m]."""
+    missing = {"W_enc", "W_dec", "b_dec"} - weights.keys()
+    if missing or weights["W_dec"].ndim != 2:
+        raise InputError(f"These SAE weights hold no {', '.join(sorted(missing)) or 'decoder matrix'}.")
+    m, d = weights["W_dec"].shape
+    for name, w in weights.items():
+        expected = {"W_enc": (d, m), "W_dec": (m, d), "b_dec": (d,)}.get(name, (m,))
+        if tuple(w.shape) != expected:
+            raise InputError(
+                f"The SAE's weights contradict each other: {name} is {list(w.shape)} beside W_dec {[m, d]}."
+            )
+
+
+def _unsubtract(weights: Weights) -> None:
+    """Encoders of x itself: x W + b = (x - b_dec) W + (b + b_dec W)."""
+    shift = weights["b_dec"].double() @ weights["W_enc"].double()
+    for name in ("b_enc", "b_gate"):
+        if name in weights:
+            weights[name] = (weights[name].double() + shift).float()
+    if "b_mag" in weights:
+        weights["b_mag"] = (weights["b_mag"].double() + weights["r_mag"].double().exp() * shift).float()
+
+
+def _unit_decoder(weights: Weights) -> None:
+    """Counts features in units of the reconstruction, f_j |d_j|, and makes d_j unit: nothing else changes."""
+    norms = weights["W_dec"].norm(dim=1)
+    weights["W_dec"] = weights["W_dec"] / norms[:, None]
+    if "r_mag" in weights:  # only the magnitude is stretched; the gate's sign is its own
+        weights["r_mag"] = weights["r_mag"] + norms.log()
+        weights["b_mag"] = weights["b_mag"] * norms
+        return
+    weights["W_enc"] = weights["W_enc"] * norms
+    for name in ("b_enc", "threshold"):
+        if name in weights:
+            weights[name] = weights[name] * norms
+
+
+def _rename(weights: Weights, names: dict[str, str]) -> Weights:
+    return {names.get(name, name): w for name, w in weights.items()}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is missing or not JSON; an SAE needs it beside its weights.") from error
+
+
+def _tensors(path: Path) -> Weights:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} is a pickle that holds more than tensors and could run code, so it is not opened; "
+            "save its state_dict alone."
+        ) from error
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read as weights; it may be cut short or of another kind."
+        ) from error
+    if not isinstance(loaded, dict) or not all(isinstance(w, Tensor) for w in loaded.values()):
+        raise InputError(f"{path} is not a dictionary of tensors; save the state_dict alone.")
+    return dict(loaded)

@@ -1,0 +1,195 @@
+"""Products that touch only the features that fire, written once for dense and sparse patterns.
+
+A training step needs five products between codes (one value a (token, feature) entry) and matrices. On
+entries that are few, these are gathers and sparse products; where many fire, plain matrix products are
+faster. A pattern says which entries exist and computes all five, so that a family's loss reads as in its
+paper, whichever way it is computed.
+
+Timed on one core (AVX512-BF16), 2,048 tokens, d 576, m 4,608, k 32, in ms: encoder product float32 124,
+bfloat16 25; ``<g_t, d_j>`` at the entries 4.5 (gathering rows and ``bmm``: 113); decode 1.7; a weight
+gradient into a kept buffer 2.8, of which a fresh allocation would triple the cost at m 16,384 (dense: 125).
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+SPARSE_BELOW = 1 / 8
+"""Density of the entries below which gathers beat matrix products (measured: 69 ns an entry against 13.5)."""
+CHUNK_ENTRIES = 1 << 24
+"""Largest [tokens, features] block of pre-activations that is held at once."""
+
+
+class Pattern(Protocol):
+    """The (token, feature) entries of a batch; ``codes`` hold a value an entry, in the pattern's layout."""
+
+    def at(self, vector: Float[Tensor, " m"]) -> Tensor:
+        """A per-feature vector, read at the entries."""
+        ...
+
+    def products(self, a: Float[Tensor, "n d"], rows: Float[Tensor, "m d"]) -> Tensor:
+        """<a_t, rows_j> at the entries."""
+        ...
+
+    def combine(self, codes: Tensor, rows: Float[Tensor, "m d"]) -> Float[Tensor, "n d"]:
+        """Σ_j codes_tj rows_j."""
+        ...
+
+    def outer(self, codes: Tensor, a: Float[Tensor, "n d"], out: Float[Tensor, "m d"]) -> None:
+        """out_j = Σ_t codes_tj a_t."""
+        ...
+
+    def per_feature(self, codes: Tensor) -> Float[Tensor, " m"]:
+        """Σ_t codes_tj."""
+        ...
+
+
+class Dense:
+    """All n x m entries; codes are [n, m]."""
+
+    def at(self, vector: Tensor) -> Tensor:
+        return vector
+
+    def products(self, a: Tensor, rows: Tensor) -> Tensor:
+        return a @ rows.t()
+
+    def combine(self, codes: Tensor, rows: Tensor) -> Tensor:
+        return codes @ rows
+
+    def outer(self, codes: Tensor, a: Tensor, out: Tensor) -> None:
+        torch.mm(codes.t(), a, out=out)
+
+    def per_feature(self, codes: Tensor) -> Tensor:
+        return codes.sum(dim=0)
+
+
+class Sparse:
+    """Listed entries, grouped by token; codes are [nnz]."""
+
+    def __init__(self, counts: Int[Tensor, " n"], feature: Int[Tensor, " nnz"], m: int) -> None:
+        self.m, self.n, self.feature = m, len(counts), feature
+        self.offsets = counts.cumsum(0) - counts
+        self.token = torch.repeat_interleave(torch.arange(self.n, device=feature.device), counts)
+        self._order = torch.argsort(feature, stable=True)
+        per_feature = torch.bincount(feature, minlength=m)
+        self._crow = torch.cat([per_feature.new_zeros(1), per_feature.cumsum(0)])
+        self._col = self.token[self._order]
+
+    @classmethod
+    def of_top(cls, feature: Int[Tensor, "n k"], m: int) -> Sparse:
+        """k entries a token."""
+        n, k = feature.shape
+        return cls(torch.full((n,), k, device=feature.device), feature.reshape(-1), m)
+
+    @classmethod
+    def of_mask(cls, mask: Bool[Tensor, "n m"]) -> Sparse:
+        return cls(mask.sum(dim=1), mask.nonzero()[:, 1], mask.shape[1])
+
+    def at(self, vector: Tensor) -> Tensor:
+        return vector[self.feature]
+
+    def products(self, a: Tensor, rows: Tensor) -> Tensor:
+        # The gradient of embedding_bag in its weights is just this product, in one native pass.
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            a.contiguous(), rows, self.feature, self.offsets, self.token, 0, -1
+        )
+
+    def combine(self, codes: Tensor, rows: Tensor) -> Tensor:
+        return F.embedding_bag(self.feature, rows, self.offsets, mode="sum", per_sample_weights=codes)
+
+    def outer(self, codes: Tensor, a: Tensor, out: Tensor) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*[Ss]parse.*")
+            transposed = torch.sparse_csr_tensor(
+                self._crow, self._col, codes[self._order], (self.m, self.n), check_invariants=False
+            )
+        torch.addmm(out, transposed, a, beta=0, out=out)
+
+    def per_feature(self, codes: Tensor) -> Tensor:
+        return codes.new_zeros(self.m).index_add_(0, self.feature, codes)
+
+
+def pre_activations(x: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], fast: bool) -> Float[Tensor, "n m"]:
+    """x rows^T; in bfloat16 where ``fast``, erring by about 2^-8 of the product's typical size."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=fast):
+        return x @ rows.t()
+
+
+def top_entries(
+    x: Float[Tensor, "n d"],
+    rows: Float[Tensor, "m d"],
+    bias: Float[Tensor, " m"],
+    k: int,
+    fast: bool = False,
+) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """The k largest of <x_t, rows_j> + bias_j a token, as (values, features), in no particular order.
+
+    Where ``fast``, a few more than k candidates are chosen in bfloat16 and decided by their float32 values.
+    """
+    m = len(rows)
+    wanted = min(m, k + max(8, k // 4)) if fast else k
+    chosen = []
+    for part in x.split(max(1, CHUNK_ENTRIES // m)):
+        h = pre_activations(part, rows, fast)
+        chosen.append(top_k(h.add_(bias.to(h.dtype)), wanted))
+    values, features = (torch.cat(column) for column in zip(*chosen, strict=True))
+    if fast:
+        offsets = torch.arange(0, features.numel(), wanted, device=x.device)
+        token = torch.arange(len(x), device=x.device).repeat_interleave(wanted)
+        exact = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            x.contiguous(), rows, features.reshape(-1), offsets, token, 0, -1
+        )
+        exact = exact.view_as(features) + bias[features]
+        values, place = exact.topk(k, dim=1, sorted=False)
+        features = features.gather(1, place)
+    return values, features
+
+
+def open_entries(
+    x: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], bias: Float[Tensor, " m"], fast: bool = False
+) -> Bool[Tensor, "n m"]:
+    """Where <x_t, rows_j> + bias_j > 0; where ``fast``, a little more than that, to be decided in float32.
+
+    A bfloat16 product errs by about 2^-8 of |x_t| |rows_j| / sqrt(d); the margin is 4 times that.
+    """
+    limit = -bias
+    margin = rows.norm(dim=1) * (2**-6 / x.shape[1] ** 0.5)
+    masks = []
+    for part in x.split(max(1, CHUNK_ENTRIES // len(rows))):
+        u = pre_activations(part, rows, fast)
+        if fast:
+            masks.append(u > (limit - margin * part.norm(dim=1).mean()).to(u.dtype))
+        else:
+            masks.append(u > limit)
+    return torch.cat(masks)
+
+
+def top_k(h: Float[Tensor, "n m"], k: int, block: int = 8) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """Exact ``topk``: an entry among the k largest lies in one of the k blocks with the largest maxima.
+
+    On CPU with wide rows this reads less and is 1.5 times faster at m 16,384; elsewhere it is ``torch.topk``.
+    """
+    n, m = h.shape
+    if h.is_cuda or m < 8192 or m % block or m // block < 4 * k:
+        return h.topk(k, dim=1, sorted=False)
+    blocks = m // block
+    best = h.view(n, block, blocks).amax(dim=1).topk(k, dim=1, sorted=False).indices
+    index = (best[:, :, None] + torch.arange(0, m, blocks)).view(n, -1)
+    values, place = h.gather(1, index).topk(k, dim=1, sorted=False)
+    return values, index.gather(1, place)
+
+
+@cache
+def has_fast_bfloat16(device: str) -> bool:
+    """Whether bfloat16 products run in hardware: 3 to 5 times faster than float32 there, slower elsewhere."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return device == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("amx_tile"))

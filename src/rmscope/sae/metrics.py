@@ -1,0 +1,77 @@
+"""How good an SAE is on activations, accumulated batch by batch in float64.
+
+FVU here is centred per dimension and summed over dimensions: Σ|x - x^|² / Σ|x - mean x|². One global variance
+would be flattered by outlier dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rmscope.errors import InputError
+from rmscope.sae.base import Sae
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """``l0`` features a token, ``cosine`` of x and x^ (mean over tokens), ``norm_ratio`` E|x^| / E|x|,
+    ``dead`` the share of features that never fired, ``density`` [m] the share of tokens on which each fires.
+    """
+
+    tokens: int
+    l0: float
+    fvu: float
+    cosine: float
+    norm_ratio: float
+    dead: float
+    density: Float[Tensor, " m"]
+
+
+def fvu(x: Float[Tensor, "tokens d"], x_hat: Float[Tensor, "tokens d"]) -> float:
+    """Fraction of variance unexplained, centred per dimension, summed over dimensions."""
+    x, x_hat = x.double(), x_hat.double()
+    return float((x - x_hat).square().sum() / (x - x.mean(dim=0)).square().sum())
+
+
+@torch.no_grad()
+def measure(sae: Sae, batches: Iterable[Float[Tensor, "tokens d"]]) -> Metrics:
+    """All metrics over the batches (see ``ActivationStore.batches``).
+
+    Raises:
+        InputError: no tokens, or a width that is not the SAE's.
+    """
+    n, squared, cosine, norm, norm_hat = 0, 0.0, 0.0, 0.0, 0.0
+    fires = torch.zeros(sae.m, dtype=torch.int64)
+    shift, total, total_squared = None, torch.zeros(sae.d).double(), torch.zeros(sae.d).double()
+    for batch in batches:
+        if batch.shape[1] != sae.d:
+            raise InputError(
+                f"This SAE reads a stream of width {sae.d}, the activations have {batch.shape[1]}."
+            )
+        active = sae.active(batch)
+        x, x_hat = batch.double(), sae.decode_active(active).double()
+        shift = x.mean(dim=0) if shift is None else shift  # sums around a typical point lose no digits
+        n += len(x)
+        fires += torch.bincount(active.feature, minlength=sae.m).cpu()
+        squared += float((x - x_hat).square().sum())
+        total += (x - shift).sum(dim=0).cpu()
+        total_squared += (x - shift).square().sum(dim=0).cpu()
+        cosine += float(torch.cosine_similarity(x, x_hat, dim=1).sum())
+        norm, norm_hat = norm + float(x.norm(dim=1).sum()), norm_hat + float(x_hat.norm(dim=1).sum())
+    if n == 0:
+        raise InputError("There are no activations to measure the SAE on.")
+    variance = float((total_squared - total.square() / n).sum())
+    return Metrics(
+        tokens=n,
+        l0=float(fires.sum()) / n,
+        fvu=squared / variance,
+        cosine=cosine / n,
+        norm_ratio=norm_hat / norm,
+        dead=float((fires == 0).double().mean()),
+        density=fires.float() / n,
+    )

@@ -1,0 +1,190 @@
+"""What is saved comes back; what others saved is read by their own equations."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rmscope.errors import InputError
+from rmscope.sae import Sae
+from rmscope.sae.formats import hook_name, site_of
+from tests.sae.test_sae import KINDS, D, M, made
+
+X = torch.randn(20, D, generator=torch.Generator().manual_seed(5))
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trip(kind: str, tmp_path: Path) -> None:
+    sae = made(kind)
+    sae.metadata = {"model_name": "toy/pm", "rmscope": {"tokens": 5}}
+    sae.save(tmp_path / "a")
+    again = Sae.load(tmp_path / "a")
+    assert type(again) is type(sae)
+    assert again.identity() == sae.identity()
+    assert again.site == "resid_post.2"
+    assert again.metadata["rmscope"] == {"tokens": 5}
+    assert torch.equal(again.encode(X), sae.encode(X))
+    assert Sae.load(tmp_path / "a" / "cfg.json").identity() == sae.identity()
+    again.save(tmp_path / "b")
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_layout_is_that_of_saelens(tmp_path: Path) -> None:
+    made("topk").save(tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    assert (cfg["architecture"], cfg["d_in"], cfg["d_sae"], cfg["k"]) == ("topk", D, M, 6)
+    assert cfg["apply_b_dec_to_input"] is True
+    assert cfg["metadata"]["hook_name"] == "blocks.2.hook_resid_post"
+    assert cfg["metadata"]["sae_lens_version"].startswith("6.")
+    shapes = {name: list(w.shape) for name, w in load_file(tmp_path / "sae_weights.safetensors").items()}
+    assert shapes == {"W_enc": [D, M], "b_enc": [M], "W_dec": [M, D], "b_dec": [D]}
+
+
+def test_sites_and_hooks_name_each_other() -> None:
+    for site in ("embed", "resid_post.0", "resid_post.17"):
+        assert site_of(hook_name(site)) == site
+    assert site_of("blocks.4.hook_resid_pre") == "resid_post.3"
+    assert site_of("blocks.0.hook_resid_pre") == "embed"
+    assert site_of("blocks.3.hook_mlp_out") == "blocks.3.hook_mlp_out"
+
+
+def test_saelens_conventions_are_folded(tmp_path: Path) -> None:
+    """No b_dec on the input, and activations counted with the decoder's norm, as SAELens computes them."""
+    w = {"W_enc": draw(D, M), "b_enc": draw(M), "W_dec": draw(M, D, seed=1), "b_dec": draw(D, seed=2)}
+    cfg = {"architecture": "topk", "d_in": D, "d_sae": M, "k": 4, "normalize_activations": "none"}
+    save_file(w, tmp_path / "sae_weights.safetensors")
+    cfg |= {"apply_b_dec_to_input": False, "rescale_acts_by_decoder_norm": True}
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg | {"metadata": {"hook_name": "hook_embed"}}))
+    norms = w["W_dec"].norm(dim=1)
+    h = (X @ w["W_enc"] + w["b_enc"]) * norms
+    top = h.topk(4)
+    f = torch.zeros_like(h).scatter(1, top.indices, top.values.relu())
+    sae = Sae.load(tmp_path)
+    assert sae.site == "embed"
+    torch.testing.assert_close(sae.encode(X), f, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sae(X), (f / norms) @ w["W_dec"] + w["b_dec"], rtol=1e-4, atol=1e-4)
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg | {"normalize_activations": "layer_norm"}))
+    with pytest.raises(InputError, match="layer_norm"):
+        Sae.load(tmp_path)
+
+
+def test_the_reference_study(tmp_path: Path) -> None:
+    """``ae_layer12.pt``: a bare state dict of dictionary_learning's GatedAutoEncoder."""
+    w = {
+        "encoder.weight": draw(M, D),
+        "decoder.weight": draw(D, M, seed=1),
+        "decoder_bias": draw(D, seed=2),
+        "r_mag": draw(M, seed=3),
+        "gate_bias": draw(M, seed=4),
+        "mag_bias": draw(M, seed=5),
+    }
+    torch.save(w, tmp_path / "ae_layer12.pt")
+    u = (X - w["decoder_bias"]) @ w["encoder.weight"].t()
+    f = (u + w["gate_bias"] > 0) * (w["r_mag"].exp() * u + w["mag_bias"]).relu()
+    norms = w["decoder.weight"].norm(dim=0)
+    sae = Sae.load(tmp_path / "ae_layer12.pt")
+    assert sae.architecture == "gated"
+    torch.testing.assert_close(sae.encode(X), f * norms, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sae(X), f @ w["decoder.weight"].t() + w["decoder_bias"], rtol=1e-4, atol=1e-4)
+    torch.save({**w, "r_mag": draw(M + 1)}, tmp_path / "odd.pt")
+    with pytest.raises(InputError, match=r"r_mag is \[33\] beside W_dec \[32, 10\]"):
+        Sae.load(tmp_path / "odd.pt")
+
+
+def dictionary(folder: Path, weights: dict[str, torch.Tensor], **trainer: object) -> Sae:
+    folder.mkdir(exist_ok=True)
+    torch.save(weights, folder / "ae.pt")
+    (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
+    return Sae.load(folder)
+
+
+def test_dictionary_learning(tmp_path: Path) -> None:
+    w = {"encoder.weight": draw(M, D), "encoder.bias": draw(M), "decoder.weight": draw(D, M, seed=1)}
+    b, threshold = draw(D, seed=2), torch.tensor(0.7)
+    h = (X - b) @ w["encoder.weight"].t() + w["encoder.bias"]
+
+    standard = dictionary(tmp_path / "s", {**w, "bias": b}, dict_class="AutoEncoder")
+    torch.testing.assert_close(standard.encode(X), h.relu(), rtol=1e-4, atol=1e-4)
+    new = dictionary(tmp_path / "n", {**w, "decoder.bias": b}, dict_class="AutoEncoderNew")
+    expected = (X @ w["encoder.weight"].t() + w["encoder.bias"]).relu()
+    torch.testing.assert_close(new.encode(X), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(new(X), expected @ w["decoder.weight"].t() + b, rtol=1e-4, atol=1e-4)
+
+    extra = {"b_dec": b, "k": torch.tensor(5), "threshold": threshold}
+    topk = dictionary(
+        tmp_path / "t", w | extra, dict_class="AutoEncoderTopK", layer=3, submodule_name="resid_post_layer_3"
+    )
+    assert (topk.cfg, topk.site) == ({"k": 5}, "resid_post.3")
+    assert ((topk.encode(X) > 0) <= (h > 0)).all()
+    batch = dictionary(tmp_path / "b", w | extra, dict_class="BatchTopKSAE")
+    f, norms = h * (h > threshold), w["decoder.weight"].norm(dim=0)
+    assert batch.architecture == "jumprelu"
+    torch.testing.assert_close(batch.encode(X), f * norms, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(batch(X), f @ w["decoder.weight"].t() + b, rtol=1e-4, atol=1e-4)
+
+    jump = {
+        "W_enc": draw(D, M),
+        "b_enc": draw(M),
+        "W_dec": draw(M, D),
+        "b_dec": b,
+        "threshold": draw(M).abs(),
+    }
+    loaded = dictionary(tmp_path / "j", jump, dict_class="JumpReluAutoEncoder")
+    pre = X @ jump["W_enc"] + jump["b_enc"]
+    expected = (pre * (pre > jump["threshold"])).relu()
+    torch.testing.assert_close(loaded(X), expected @ jump["W_dec"] + b, rtol=1e-3, atol=1e-3)
+
+
+def test_sparsify(tmp_path: Path) -> None:
+    folder = tmp_path / "layers.4"
+    folder.mkdir()
+    w = {"encoder.weight": draw(M, D), "encoder.bias": draw(M), "W_dec": draw(M, D, seed=1), "b_dec": draw(D)}
+    save_file(w, folder / "sae.safetensors")
+    (folder / "cfg.json").write_text(json.dumps({"k": 7, "d_in": D, "num_latents": M}))
+    sae = Sae.load(folder)
+    assert (sae.site, sae.cfg) == ("resid_post.4", {"k": 7})
+    h = (X - w["b_dec"]) @ w["encoder.weight"].t() + w["encoder.bias"]
+    top = h.topk(7)
+    f = torch.zeros_like(h).scatter(1, top.indices, top.values.relu())
+    torch.testing.assert_close(sae(X), f @ w["W_dec"] + w["b_dec"], rtol=1e-4, atol=1e-4)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (exec, ("raise SystemExit('ran')",))
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no SAE at"):
+        Sae.load(tmp_path / "nothing")
+    for name, value in (("bomb.pt", Bomb()), ("list.pt", [1, 2])):
+        torch.save(value, tmp_path / name)
+        with pytest.raises(InputError, match=name):
+            Sae.load(tmp_path / name)
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(InputError, match=r"plain\.pt"):
+        Sae.load(tmp_path / "plain.pt")
+    (tmp_path / "short.safetensors").write_bytes(b"\x08\x00")
+    with pytest.raises(InputError, match=r"short\.safetensors cannot be read"):
+        Sae.load(tmp_path / "short.safetensors")
+    save_file({"weird": torch.ones(2)}, tmp_path / "weird.safetensors")
+    with pytest.raises(InputError, match="no known SAE: weird"):
+        Sae.load(tmp_path / "weird.safetensors")
+    made("topk").save(tmp_path / "sae")
+    cfg = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    (tmp_path / "sae" / "cfg.json").write_text(json.dumps({**cfg, "architecture": "transcoder"}))
+    with pytest.raises(InputError, match="no SAE family transcoder"):
+        Sae.load(tmp_path / "sae")
+    (tmp_path / "sae" / "cfg.json").unlink()
+    with pytest.raises(InputError, match=r"cfg\.json is missing"):
+        Sae.load(tmp_path / "sae")

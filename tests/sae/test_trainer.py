@@ -1,0 +1,152 @@
+"""Training on a planted dictionary, resume to the same bytes, and the folder that is left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+
+from rmscope.errors import InputError
+from rmscope.files import Progress
+from rmscope.sae import Sae, SaeConfig, measure, train_saes
+from tests.sae.planted import planted, store_of
+
+D, DIRECTIONS = 24, 40
+
+
+def config(**settings: object) -> SaeConfig:
+    return SaeConfig(
+        **{
+            "d_sae": 64,
+            "k": 3,
+            "batch_size": 256,
+            "lr": 3e-3,
+            "amp": False,
+            "checkpoint_steps": 7,
+            **settings,
+        }
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"architecture": "gated", "l1": 1.5}])
+def test_planted_directions_are_found(tmp_path: Path, settings: dict[str, object]) -> None:
+    x, v = planted(6000, D, DIRECTIONS, 3)
+    store = store_of(tmp_path, {"resid_post.1": x})
+    sae = train_saes(store, config(tokens=200_000, dead_after_tokens=20_000, **settings))["resid_post.1"]
+    found = measure(sae, x.split(2000))
+    nearest = (v @ sae.W_dec.t()).amax(dim=1)
+    assert found.fvu < 0.1, found
+    assert float((nearest > 0.9).float().mean()) > 0.9, nearest.sort().values
+    assert 1 < found.l0 < 8, found
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-5)
+
+
+class KilledError(Exception):
+    pass
+
+
+def kill_at(step: int) -> Progress:
+    def progress(done: int, total: int, note: str) -> None:
+        if done >= step:
+            raise KilledError
+
+    return progress
+
+
+@pytest.mark.parametrize("settings", [{}, {"architecture": "gated"}])
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, settings: dict[str, object]) -> None:
+    x, _ = planted(3000, D, DIRECTIONS, 3)
+    store = store_of(tmp_path / "acts", {"embed": x, "resid_post.0": x.flip(1)})
+    given = config(epochs=5, dead_after_tokens=1500, **settings)
+    whole = train_saes(store, given, tmp_path / "whole")
+    with pytest.raises(KilledError):
+        train_saes(store, given, tmp_path / "cut", progress=kill_at(21))
+    assert (tmp_path / "cut" / "embed" / "checkpoint.safetensors").exists()
+    (tmp_path / "cut" / "resid_post.0" / "checkpoint.safetensors").unlink()  # the sites need not be level
+    resumed = train_saes(store, given, tmp_path / "cut")
+    for site in ("embed", "resid_post.0"):
+        for name in ("cfg.json", "sae_weights.safetensors"):
+            expected = (tmp_path / "whole" / site / name).read_bytes()
+            assert (tmp_path / "cut" / site / name).read_bytes() == expected
+        assert whole[site].identity() == resumed[site].identity()
+        assert not (tmp_path / "cut" / site / "checkpoint.safetensors").exists()
+        tables = [pl.read_parquet(tmp_path / run / site / "training.parquet") for run in ("whole", "cut")]
+        assert tables[0].drop("tokens_per_second").equals(tables[1].drop("tokens_per_second"))
+    assert whole["embed"].identity() != whole["resid_post.0"].identity()
+
+
+def test_the_folder_and_a_second_call(tmp_path: Path) -> None:
+    x, _ = planted(2000, D, DIRECTIONS, 3)
+    store = store_of(tmp_path / "acts", {"resid_post.2": 50 * x})
+    notes: list[str] = []
+    given = config(epochs=2)
+    sae = train_saes(
+        store,
+        given,
+        tmp_path / "saes",
+        progress=lambda done, total, note: notes.append(f"{done}/{total} {note}"),
+    )["resid_post.2"]
+    folder = tmp_path / "saes" / "resid_post.2"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "cfg.json",
+        "sae_weights.safetensors",
+        "training.parquet",
+    ]
+    cfg = json.loads((folder / "cfg.json").read_text())
+    assert cfg["metadata"]["hook_name"] == "blocks.2.hook_resid_post"
+    assert cfg["metadata"]["model_name"] == "toy/pm"
+    assert cfg["metadata"]["rmscope"]["store"] == store.identity
+    loaded = Sae.load(folder)
+    assert loaded.identity() == sae.identity()
+    figures = pl.read_parquet(folder / "training.parquet")
+    assert {"step", "tokens", "loss", "fvu", "l0", "dead", "tokens_per_second"} <= set(figures.columns)
+    assert "fvu" in notes[-1]
+    assert notes[-1].startswith("14/14 ")
+    raw = measure(sae, [50 * x]).fvu
+    assert raw == pytest.approx(float(figures["fvu"][-1]), abs=0.1)  # folded: it works on raw activations
+
+    notes.clear()
+    again = train_saes(store, given, tmp_path / "saes", progress=lambda *told: notes.append(str(told)))
+    assert again["resid_post.2"].identity() == sae.identity()
+    assert notes == []  # finished work is loaded, not repeated
+
+
+def test_scale_makes_training_blind_to_units(tmp_path: Path) -> None:
+    x, _ = planted(2000, D, DIRECTIONS, 3)
+    small = train_saes(store_of(tmp_path / "a", {"embed": x}), config(epochs=2))["embed"]
+    large = train_saes(store_of(tmp_path / "b", {"embed": 64 * x}), config(epochs=2))["embed"]
+    torch.testing.assert_close(large.encode(64 * x), 64 * small.encode(x), rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(large.W_dec, small.W_dec, rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_token_is_not_trained_on(tmp_path: Path) -> None:
+    x, _ = planted(2000, D, DIRECTIONS, 3)
+    sinks = x.clone()
+    sinks[::10] = 1e6  # position 0 in the planted store
+    saes = [
+        train_saes(store_of(tmp_path / str(n), {"embed": rows}), config(epochs=1))["embed"]
+        for n, rows in enumerate((x, sinks))
+    ]
+    assert saes[0].identity() == saes[1].identity()
+
+
+def test_refusals(tmp_path: Path) -> None:
+    x, _ = planted(1000, D, DIRECTIONS, 3)
+    store = store_of(tmp_path / "acts", {"embed": x})
+    with pytest.raises(InputError, match="holds embed"):
+        train_saes(store, config(), sites=["resid_post.8"])
+    with pytest.raises(InputError, match="choose one of gated, topk"):
+        train_saes(store, config(architecture="toppk"))
+    with pytest.raises(InputError, match="no tokens"):
+        train_saes(store, config(), keep=torch.zeros(1000, dtype=torch.bool))
+    with pytest.raises(KilledError):
+        train_saes(store, config(epochs=9), tmp_path / "saes", progress=kill_at(21))
+    with pytest.raises(InputError, match=r"other settings or data"):
+        train_saes(store, config(epochs=9, k=4), tmp_path / "saes")
+    broken = x.clone()
+    broken[5] = float("nan")
+    with pytest.raises(InputError, match="not finite"):
+        train_saes(store_of(tmp_path / "nan", {"embed": broken}), config())
