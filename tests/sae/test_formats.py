@@ -50,6 +50,13 @@ def test_layout_is_that_of_saelens(tmp_path: Path) -> None:
     assert shapes == {"W_enc": [D, M], "b_enc": [M], "W_dec": [M, D], "b_dec": [D]}
 
 
+def test_an_old_version_in_the_metadata_is_not_passed_on(tmp_path: Path) -> None:
+    sae = made("gated")
+    sae.metadata = {"sae_lens_version": "5.9.0"}
+    sae.save(tmp_path)
+    assert json.loads((tmp_path / "cfg.json").read_text())["metadata"]["sae_lens_version"].startswith("6.")
+
+
 def test_sites_and_hooks_name_each_other() -> None:
     for site in ("embed", "resid_post.0", "resid_post.17"):
         assert site_of(hook_name(site)) == site

@@ -150,7 +150,7 @@ class RewardModel:
         prompt: list[Message] = [{"role": "user", "content": "What is the capital of France?"}]
         pair = Pair("probe", prompt, "It is Paris, on the Seine.", "The capital of France is a large city.")
         tokens = self.tokenize(pair)
-        alone = torch.stack([self._logit(tokens.chosen), self._logit(tokens.rejected)])
+        alone = torch.stack([self.reward_alone(tokens.chosen), self.reward_alone(tokens.rejected)])
         together = self.rewards(packed([(0, tokens, self._reads(tokens))]))
         tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
         return bool(((alone - together).abs() <= tolerance * (1 + alone.abs())).all())
@@ -158,7 +158,8 @@ class RewardModel:
     def _reads(self, tokens: PairTokens) -> dict[str, int]:
         return {side: self.read_position(tokens.side(side)) for side in SIDES}
 
-    def _logit(self, ids: Tensor) -> Tensor:
+    def reward_alone(self, ids: Tensor) -> Tensor:
+        """r of one text [T] by the model's own forward: the truth that every faster way is held to."""
         with torch.no_grad():
             return self._reward(self.model(ids[None].to(self.device)).logits.float())[0].cpu()
 

@@ -1,1 +1,1 @@
-
+"""The report: one self-contained page made from the figures of a run."""

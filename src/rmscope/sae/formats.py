@@ -60,9 +60,9 @@ def save_sae(sae: Sae, folder: Path) -> None:
         "reshape_activations": "none",
         **sae.cfg,
         "metadata": {
-            "sae_lens_version": SAELENS_VERSION,
             "sae_lens_training_version": None,
             **sae.metadata,
+            "sae_lens_version": SAELENS_VERSION,
             "hook_name": hook_name(sae.site) if sae.site else None,
         },
     }

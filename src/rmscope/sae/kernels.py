@@ -13,7 +13,6 @@ gradient into a kept buffer 2.8, of which a fresh allocation would triple the co
 from __future__ import annotations
 
 import warnings
-from functools import cache
 from typing import Protocol
 
 import torch
@@ -184,12 +183,3 @@ def top_k(h: Float[Tensor, "n m"], k: int, block: int = 8) -> tuple[Float[Tensor
     index = (best[:, :, None] + torch.arange(0, m, blocks)).view(n, -1)
     values, place = h.gather(1, index).topk(k, dim=1, sorted=False)
     return values, index.gather(1, place)
-
-
-@cache
-def has_fast_bfloat16(device: str) -> bool:
-    """Whether bfloat16 products run in hardware: 3 to 5 times faster than float32 there, slower elsewhere."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return device == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("amx_tile"))

@@ -1,0 +1,91 @@
+"""Settings of a run; the sentence under a field is its help text, and the command line is made from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rmscope.errors import InputError
+from rmscope.sae.config import SaeConfig
+
+
+class RunConfig(BaseModel):
+    """What ``rmscope run`` does. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    model: str
+    """The PM: a hub id, a folder, or zoo:NAME."""
+    data: str
+    """The pairs: a file, a hub id, or demo:planted."""
+    out: Path
+    """The run folder."""
+    split: str = "train"
+    """Which split of a hub dataset."""
+    limit: int | None = Field(None, gt=0)
+    """At most this many pairs, from the start of the data."""
+    columns: dict[str, str] | None = None
+    """Own column names for prompt, chosen, rejected."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Whether a row that gives no pair ends the run or is counted, listed and left out."""
+    adapter: str | None = None
+    """A PEFT adapter to put on the PM."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of rewards, gradients and removals; anything but float32 is labelled."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, or auto."""
+    sites: list[str] | None = None
+    """Sites such as resid_post.6; left out, about one and two thirds of the depth."""
+    sae: SaeConfig = SaeConfig(tokens=600_000)
+    """How the SAEs are trained."""
+    sae_dir: Path | None = None
+    """Folder of SAEs to use instead of training, one subfolder a site."""
+    screen: int = Field(100, gt=0)
+    """Features proposed up, and as many down, by the estimate; each is then removed exactly."""
+    others: int = Field(100, ge=0)
+    """Other active features that are removed exactly, a stratified sample."""
+    responses: int = Field(16, gt=0)
+    """Responses on which a screened feature is removed exactly."""
+    trust_responses: int = Field(24, gt=0)
+    """Responses of which a stratified sample of features is removed, for the trust score."""
+    frozen: int = Field(200, gt=0)
+    """Features of a run that go to the confirm split, all sites together."""
+    confirm_prompts: int = Field(24, gt=0)
+    """Confirm prompts on which a frozen feature is removed, one pair each."""
+    ledger_pairs: int = Field(48, gt=0)
+    """Pairs of the measure split that get a ledger, one a prompt while prompts last."""
+    seed: int = Field(0, ge=0)
+    """Fixes every draw of the run."""
+
+
+def read_config(path: Path | None, overrides: dict[str, Any]) -> RunConfig:
+    """A run's settings from a YAML file and flags, the flags on top.
+
+    Raises:
+        InputError: the file is missing or malformed, a key is unknown, or a value does not fit.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        if not path.is_file():
+            raise InputError(f"The config {path} is not there; name a YAML file.")
+        try:
+            values = yaml.safe_load(path.read_text("utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise InputError(f"The config {path} is no YAML: {str(error).splitlines()[0]}.") from error
+        if not isinstance(values, dict):
+            raise InputError(f"The config {path} holds no settings (key: value lines).")
+    sae = {**values.get("sae", {}), **overrides.pop("sae", {})}
+    values |= {k: v for k, v in overrides.items() if v is not None}
+    if sae:
+        values["sae"] = sae
+    try:
+        return RunConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(p) for p in first["loc"]) or "settings"
+        known = ", ".join(RunConfig.model_fields)
+        mend = f"; known settings are {known}" if first["type"] == "extra_forbidden" else ""
+        raise InputError(f"Setting {where}{f' in {path}' if path else ''}: {first['msg'].lower()}{mend}.") from error

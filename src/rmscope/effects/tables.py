@@ -1,0 +1,167 @@
+"""Effect tables: the estimates and exact removals of many pairs as frames, unit by unit, so that a run can go on.
+
+Columns: pair, side, feature, effect, kind, as DESIGN.md lays them out, and here ``mass`` = Σ_t f_tj |d_j| with estimates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import polars as pl
+import torch
+
+from rmscope.effects.gradients import Estimates, estimate
+from rmscope.effects.ledger import SILENT, SideParts
+from rmscope.effects.removal import Removals, activity, removals
+from rmscope.effects.trust import PER_RESPONSE, sample
+from rmscope.files import Progress, silent
+from rmscope.model.rendering import PairTokens
+from rmscope.model.reward_model import RewardModel
+from rmscope.pairs.pair import SIDES
+from rmscope.sae.base import Sae
+
+Wanted = dict[int, dict[str, dict[str, list[int] | None]]]
+"""pair -> side -> site -> features to remove (None: all that fire)."""
+
+LEDGER = {
+    "pair": pl.String, "delta_r": pl.Float64, "features": pl.Float64, "error": pl.Float64, "remainder": pl.Float64,
+    "gap": pl.Float64,
+}  # fmt: skip
+SCHEMA = {"pair": pl.String, "side": pl.String, "feature": pl.Int32, "effect": pl.Float32, "kind": pl.String}
+
+
+def _frame(ids: Sequence[str], rows: Iterable[tuple[int, str, torch.Tensor, dict[str, torch.Tensor]]], kind: str) -> pl.DataFrame:
+    parts = [
+        pl.DataFrame({"feature": feature.numpy().astype(np.int32), **{k: v.numpy() for k, v in values.items()}}).with_columns(
+            pl.lit(ids[pair]).alias("pair"), pl.lit(side).alias("side"), pl.lit(kind).alias("kind")
+        )
+        for pair, side, feature, values in rows
+    ]
+    if not parts:
+        return pl.DataFrame(schema=SCHEMA)
+    table = pl.concat(parts)
+    extra = [c for c in table.columns if c not in SCHEMA]
+    return table.select([pl.col(c).cast(t) for c, t in SCHEMA.items()] + [pl.col(c).cast(pl.Float32) for c in extra])
+
+
+def estimate_table(
+    rm: RewardModel,
+    saes: Mapping[str, Sae],
+    tokens: Sequence[PairTokens],
+    ids: Sequence[str],
+    unit: Sequence[int],
+    progress: Progress = silent,
+) -> dict[str, pl.DataFrame]:
+    """Per site, the estimated removal effects of all active features of the pairs in ``unit`` (kind removal_estimate)."""
+    found: dict[str, list[Estimates]] = {site: [] for site in saes}
+    for site, one in estimate(rm, saes, tokens, unit, progress):
+        found[site].append(one)
+    return {
+        site: _frame(ids, ((e.pair, e.side, e.feature, {"effect": e.effect, "mass": e.mass}) for e in _sorted(list_)), "removal_estimate")
+        for site, list_ in found.items()
+    }
+
+
+def firing_table(
+    rm: RewardModel, saes: Mapping[str, Sae], tokens: Sequence[PairTokens], ids: Sequence[str], unit: Sequence[int]
+) -> dict[str, pl.DataFrame]:
+    """Per site, which features fire in which response (kind firing, effect = Σ_t f_tj): a forward pass, no gradient."""
+    found: dict[str, list[tuple[int, str, torch.Tensor, dict[str, torch.Tensor]]]] = {site: [] for site in saes}
+    for batch in rm.unit_batches(tokens, unit):
+        streams = rm.streams(batch, list(saes))
+        for text in batch.texts:
+            for site, sae in saes.items():
+                x = streams[site][text.row, text.span.to(streams[site].device)].float().cpu()
+                feature, total = activity(sae.active(x))
+                found[site].append((text.pair, text.side, feature, {"effect": total}))
+    return {site: _frame(ids, sorted(rows, key=lambda r: (r[0], r[1])), "firing") for site, rows in found.items()}
+
+
+def removal_table(
+    rm: RewardModel,
+    saes: Mapping[str, Sae],
+    tokens: Sequence[PairTokens],
+    ids: Sequence[str],
+    wanted: Wanted,
+    progress: Progress = silent,
+) -> dict[str, pl.DataFrame]:
+    """Per site, exact removal effects of the wanted features where they fire (kind removal)."""
+    found: dict[str, list[Removals]] = {site: [] for site in saes}
+    total = sum(len(f or ()) for sides in wanted.values() for sites in sides.values() for f in sites.values())
+    done = 0
+    for site, one in removals(rm, saes, tokens, wanted):
+        found[site].append(one)
+        done += one.feature.numel()
+        progress(min(done, total) if total else done, max(total, done), "features removed")
+    return {
+        site: _frame(ids, ((r.pair, r.side, r.feature, {"effect": r.effect}) for r in _sorted(list_)), "removal")
+        for site, list_ in found.items()
+    }
+
+
+def _sorted(list_: list) -> list:
+    """In file order, whatever order the batches had."""
+    return sorted(list_, key=lambda e: (e.pair, SIDES.index(e.side)))
+
+
+def plan(requests: Mapping[str, pl.DataFrame], index: Mapping[str, int]) -> Wanted:
+    """``wanted`` for :func:`removal_table` from per-site frames with the columns pair, side, feature."""
+    wanted: Wanted = {}
+    for site, table in requests.items():
+        rows = table.select("pair", "side", "feature").unique().sort("pair", "side", "feature")
+        for pair, side, feature in rows.iter_rows():
+            wanted.setdefault(index[pair], {}).setdefault(side, {}).setdefault(site, []).append(feature)  # type: ignore[union-attr]
+    return {pair: wanted[pair] for pair in sorted(wanted)}
+
+
+def with_order(table: pl.DataFrame, prompts: Mapping[str, str], seed: int) -> pl.DataFrame:
+    """Adds the prompt of each row and ``order``, one random order of all responses."""
+    keys = table.select("pair", "side").unique().sort("pair", "side")
+    order = np.random.default_rng(seed).permutation(keys.height)
+    keys = keys.with_columns(
+        pl.Series("order", order), pl.col("pair").replace_strict(prompts, return_dtype=pl.String).alias("prompt")
+    )
+    return table.join(keys, on=["pair", "side"], how="left").sort("order", "feature")
+
+
+def trust_sample(estimates: pl.DataFrame, responses: int, seed: int) -> pl.DataFrame:
+    """A stratified sample of the active features of ``responses`` responses, one a prompt while prompts last.
+
+    ``estimates`` carries prompt and order (see :func:`with_order`). Adds ``weight``: how many features a row stands for.
+    """
+    keys = (
+        estimates.select("pair", "side", "prompt", "order")
+        .unique()
+        .sort("order")
+        .with_columns(pl.int_range(pl.len()).over("prompt").alias("turn"))
+        .sort("turn", "order")
+        .head(responses)
+    )
+    rng = np.random.default_rng(seed)
+    parts = []
+    for pair, side in keys.select("pair", "side").iter_rows():
+        part = estimates.filter((pl.col("pair") == pair) & (pl.col("side") == side))
+        picked, weight = sample(part["effect"].to_numpy(), part["mass"].to_numpy(), PER_RESPONSE, rng)
+        parts.append(part[picked.tolist()].with_columns(pl.Series("weight", weight, dtype=pl.Float64)))
+    return pl.concat(parts).rename({"effect": "estimate"}) if parts else pl.DataFrame()
+
+
+def ledger_tables(rows: Sequence[tuple[int, dict[str, float], dict[str, SideParts]]], ids: Sequence[str]) -> dict[str, pl.DataFrame]:
+    """The ledger (a row a pair) and its contributions (kind contribution; feature -1 is the sum of all silent ones)."""
+    ledger = pl.DataFrame([{"pair": ids[pair], **parts} for pair, parts, _ in rows], schema=LEDGER)
+    sides = [(pair, side, both[side]) for pair, _, both in rows for side in SIDES]
+    contribution = _frame(
+        ids,
+        (
+            (
+                pair,
+                side,
+                torch.cat([torch.tensor([SILENT]), part.feature]),
+                {"effect": torch.cat([torch.tensor([part.silent]), part.effect])},
+            )
+            for pair, side, part in sides
+        ),
+        "contribution",
+    )
+    return {"ledger": ledger, "contribution": contribution}

@@ -1,0 +1,293 @@
+"""Figures as inline SVG: small functions from numbers to :class:`Markup`.
+
+Colours are CSS classes, so that one picture serves light, dark and print. Rows of a table (forest bar, stacked bar) are
+drawn in percent of their width and stretch without distortion; charts have a fixed view box. Values that are missing or
+not finite are left out, and a figure without values says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from rmscope.report.formatting import decimals_for, fixed, number, real
+
+Range = tuple[float, float]
+WIDTH, HEIGHT = 440, 250
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40
+ROW = 22
+"""Height of a row figure in pixels."""
+
+
+def finite(values: Iterable[Any]) -> list[float]:
+    return [v for v in map(real, values) if v is not None]
+
+
+def extent(values: Iterable[Any], include: Sequence[float] = (), pad: float = 0.0) -> Range:
+    """The smallest range over the finite values, never empty; ``pad`` is a share of its width."""
+    known = finite([*values, *include])
+    if not known:
+        return 0.0, 1.0
+    low, high = min(known), max(known)
+    if low == high:
+        margin = abs(low) * 0.1 or 0.5
+        return low - margin, high + margin
+    margin = (high - low) * pad
+    return low - margin, high + margin
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers inside [low, high], about so many."""
+    raw = (high - low) / max(1, about)
+    if raw <= 0 or not math.isfinite(raw):
+        return [low]
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if raw <= m * power * 1.0001)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """The ticks with the fewest decimals that tell them apart."""
+    steps = [b - a for a, b in zip(values, values[1:], strict=False)]
+    if not steps:
+        return [number(v) for v in values]
+    for places in range(decimals_for(min(steps)) + 1):
+        if all(abs(round(v, places) - v) < min(steps) * 1e-3 for v in values):
+            break
+    return [fixed(v, places) for v in values]
+
+
+def empty(note: str = "nothing to draw") -> Markup:
+    return Markup('<p class="no-figure">{}</p>').format(note)
+
+
+# ── charts with axes ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The plotting area: data coordinates to those of the view box."""
+
+    xs: Range
+    ys: Range
+
+    def x(self, value: float) -> float:
+        return round(LEFT + (value - self.xs[0]) / (self.xs[1] - self.xs[0]) * (WIDTH - LEFT - RIGHT), 1)
+
+    def y(self, value: float) -> float:
+        return round(HEIGHT - BOTTOM - (value - self.ys[0]) / (self.ys[1] - self.ys[0]) * (HEIGHT - TOP - BOTTOM), 1)
+
+    def x_axis(self, marks: Sequence[tuple[float, str]], title: str) -> Markup:
+        base = HEIGHT - BOTTOM
+        parts = [Markup(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')]
+        for value, text in marks:
+            at = self.x(value)
+            parts.append(Markup(f'<line class="tick" x1="{at}" x2="{at}" y1="{base}" y2="{base + 4}"/>'))
+            parts.append(_text(at, base + 16, text, "middle"))
+        parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, title, "middle", "axis-title"))
+        return Markup("").join(parts)
+
+    def y_axis(self, marks: Sequence[tuple[float, str]], title: str) -> Markup:
+        parts = []
+        for value, text in marks:
+            at = self.y(value)
+            parts.append(Markup(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>'))
+            parts.append(_text(LEFT - 6, at + 4, text, "end"))
+        middle = (TOP + HEIGHT - BOTTOM) / 2
+        turned = _text(12, middle, title, "middle", "axis-title", f"rotate(-90 12 {middle})")
+        return Markup("").join([*parts, turned])
+
+
+def _text(x: float, y: float, text: str, anchor: str, css: str = "label", transform: str = "") -> Markup:
+    turn = Markup(' transform="{}"').format(transform) if transform else Markup("")
+    return Markup('<text class="{}" x="{}" y="{}" text-anchor="{}"{}>{}</text>').format(css, x, y, anchor, turn, text)
+
+
+def _chart(name: str, *parts: Markup) -> Markup:
+    head = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">')
+    return head.format(WIDTH, HEIGHT, name) + Markup("").join(parts) + Markup("</svg>")
+
+
+def _round_marks(span: Range, about: int = 5) -> list[tuple[float, str]]:
+    values = ticks(*span, about)
+    return list(zip(values, tick_labels(values), strict=True))
+
+
+def histogram(edges: Sequence[Any], counts: Sequence[Any], title: str, name: str) -> Markup:
+    """Bars between consecutive edges; those left of 0 are drawn hollow, a line stands at 0."""
+    edges, counts = finite(edges), finite(counts)
+    if not counts or len(edges) != len(counts) + 1 or edges[-1] <= edges[0]:
+        return empty()
+    frame = Frame((edges[0], edges[-1]), (0, max(counts) * 1.05 or 1))
+    bars = []
+    for low, high, n in zip(edges, edges[1:], counts, strict=False):
+        x, y = frame.x(low), frame.y(n)
+        css = "bar-below" if low + high < 0 else "bar"
+        width, height = max(0.5, round(frame.x(high) - x - 1, 1)), round(HEIGHT - BOTTOM - y, 1)
+        tip = Markup("<title>{} to {}: {}</title>").format(number(low), number(high), fixed(n, 0))
+        bars.append(
+            Markup(f'<rect class="{css}" x="{x}" y="{y}" width="{width}" height="{height}">') + tip + Markup("</rect>")
+        )
+    zero = Markup("")
+    if edges[0] < 0 < edges[-1]:
+        at = frame.x(0)
+        zero = Markup(f'<line class="zero" x1="{at}" x2="{at}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+    return _chart(
+        name,
+        frame.y_axis(_round_marks(frame.ys, 4), "pairs"),
+        *bars,
+        zero,
+        frame.x_axis(_round_marks(frame.xs, 6), title),
+    )
+
+
+def scatter(points: Sequence[Sequence[Any]], x_title: str, y_title: str, name: str) -> Markup:
+    """Points and the line of equality, on one scale for both axes: linear near 0, logarithmic outside (asinh).
+
+    Effects span orders of magnitude; on a linear scale nearly all lie on one spot. All dots are one path (12 bytes a dot).
+    """
+    known = [(x, y) for x, y in ((real(p[0]), real(p[1])) for p in points) if x is not None and y is not None]
+    if not known:
+        return empty()
+    sizes = sorted(abs(v) for p in known for v in p if v)
+    unit = sizes[len(sizes) // 4] if sizes else 1.0
+    reach = max(sizes, default=1.0) * 1.25
+
+    def scale(value: float) -> float:
+        return math.asinh(value / unit)
+
+    frame = Frame((scale(-reach), scale(reach)), (scale(-reach), scale(reach)))
+    marks = [(scale(v), text) for v, text in _power_marks(unit, reach)]
+    corner = (frame.x(frame.xs[0]), frame.y(frame.ys[0]), frame.x(frame.xs[1]), frame.y(frame.ys[1]))
+    dots = " ".join(f"M{frame.x(scale(x)):g} {frame.y(scale(y)):g}h0" for x, y in known)
+    return _chart(
+        name,
+        frame.y_axis(marks, y_title),
+        Markup('<line class="equal" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(*corner),
+        Markup(f'<path class="{"dots" if len(known) > 60 else "dots few"}" d="{dots}"/>'),
+        frame.x_axis(marks, x_title),
+    )
+
+
+def _power_marks(unit: float, reach: float) -> list[tuple[float, str]]:
+    """0 and the powers of ten between the unit and the reach, both signs; at most three a side."""
+    powers = list(range(math.ceil(math.log10(unit)), math.floor(math.log10(reach)) + 1))[-3:]
+    if not powers:
+        return [(v, number(v)) for v in (-unit, 0.0, unit)]
+    above = [10.0**p for p in powers]
+    labels = [f"{v:g}" if 1e-4 <= v < 1e5 else number(v) for v in above]
+    below = [(-v, f"\u2212{text}") for v, text in zip(above, labels, strict=True)]
+    return [*reversed(below), (0.0, "0"), *zip(above, labels, strict=True)]
+
+
+def line(points: Sequence[Sequence[Any]], x_title: str, y_title: str, name: str) -> Markup:
+    """A curve from 0 up, its last point marked with its value."""
+    known = [(x, y) for x, y in ((real(p[0]), real(p[1])) for p in points) if x is not None and y is not None]
+    if not known:
+        return empty()
+    frame = Frame(extent((x for x, _ in known)), extent((y for _, y in known), include=[0.0], pad=0.04))
+    frame = Frame(frame.xs, (0.0, frame.ys[1]) if min(y for _, y in known) >= 0 else frame.ys)
+    at_x, at_y = frame.x(known[-1][0]), frame.y(known[-1][1])
+    d = "M" + " L".join(f"{frame.x(x):g} {frame.y(y):g}" for x, y in known)
+    return _chart(
+        name,
+        frame.y_axis(_round_marks(frame.ys, 4), y_title),
+        Markup(f'<path class="curve" d="{d}"/><circle class="curve-end" cx="{at_x}" cy="{at_y}" r="3.5"/>'),
+        _text(at_x, at_y - 9, number(known[-1][1]), "end", "value-label"),
+        frame.x_axis(_round_marks(frame.xs, 5), x_title),
+    )
+
+
+# ── figures of a row, in percent of its width ───────────────────────────────────────────────────────────────────────
+
+
+def _share(value: float, span: Range) -> float:
+    return round(100 * min(1.0, max(0.0, (value - span[0]) / (span[1] - span[0]))), 2)
+
+
+def _row(name: str, *parts: Markup, css: str = "row-figure", height: int = ROW) -> Markup:
+    head = Markup('<svg class="{}" width="100%" height="{}" role="img" aria-label="{}">').format(css, height, name)
+    return head + Markup("").join(parts) + Markup("</svg>")
+
+
+def forest_bar(value: Any, low: Any, high: Any, span: Range, bound: float | None = None, muted: bool = False) -> Markup:
+    """A bar from 0 to the value and its 95 % interval as a whisker, on the x scale that all rows share.
+
+    ``bound`` shades the band of effects too small to claim.
+    """
+    value, low, high, bound = real(value), real(low), real(high), real(bound)
+    if value is None:
+        return Markup("")
+    middle = ROW / 2
+    zero, at = _share(0.0, span), _share(value, span)
+    css = "muted" if muted else "up" if value >= 0 else "down"
+    parts = []
+    if bound:
+        left, right = _share(-bound, span), _share(bound, span)
+        parts.append(Markup(f'<rect class="bound" x="{left}%" y="0" width="{right - left:.2f}%" height="{ROW}"/>'))
+    parts.append(Markup(f'<line class="zero" x1="{zero}%" x2="{zero}%" y1="0" y2="{ROW}"/>'))
+    start, width = min(zero, at), abs(at - zero)
+    parts.append(
+        Markup(f'<rect class="effect {css}" x="{start}%" y="{middle - 4}" width="{width:.2f}%" height="8" rx="1"/>')
+    )
+    if low is not None and high is not None:
+        a, b = _share(low, span), _share(high, span)
+        whisker = f'<line class="whisker" x1="{a}%" x2="{b}%" y1="{middle}" y2="{middle}"/>'
+        ends = (f'<line class="whisker" x1="{e}%" x2="{e}%" y1="{middle - 4}" y2="{middle + 4}"/>' for e in (a, b))
+        parts.append(Markup(whisker + "".join(ends)))
+    between = f", 95 % interval {number(low)} to {number(high)}" if low is not None and high is not None else ""
+    return _row(f"{number(value, plus=True)} reward{between}", *parts)
+
+
+def forest_axis(span: Range, about: int = 4) -> Markup:
+    """The labelled scale above a column of forest bars."""
+    parts = []
+    for value, text in _round_marks(span, about):
+        at = _share(value, span)
+        anchor = "start" if at < 4 else "end" if at > 96 else "middle"
+        parts.append(Markup('<text class="label" x="{}%" y="12" text-anchor="{}">{}</text>').format(at, anchor, text))
+        parts.append(Markup(f'<line class="tick" x1="{at}%" x2="{at}%" y1="17" y2="{ROW}"/>'))
+    return _row("scale, reward", *parts)
+
+
+def stacked_bar(parts: Sequence[tuple[str, Any]]) -> Markup:
+    """Shares of 1 laid end to end: positive ones to the right of 0, negative ones to its left."""
+    known = [(name, v) for name, v in ((name, real(v)) for name, v in parts) if v is not None]
+    if not known:
+        return empty()
+    right, left = sum(v for _, v in known if v > 0), sum(v for _, v in known if v < 0)
+    span = (min(0.0, left), max(1.0, right))
+    height, drawn, ahead, behind = 34, [], 0.0, 0.0
+    for name, v in known:
+        start = ahead if v >= 0 else behind + v
+        ahead, behind = (ahead + v, behind) if v >= 0 else (ahead, behind + v)
+        x, width = _share(start, span), _share(start + abs(v), span) - _share(start, span)
+        tip = Markup("<title>{}: {} %</title>").format(name, number(100 * v))
+        shape = Markup('<rect class="part part-{}" x="{}%" y="4" width="{}%" height="26">')
+        drawn.append(shape.format(name, x, f"{width:.2f}") + tip + Markup("</rect>"))
+    zero = _share(0.0, span)
+    drawn.append(Markup(f'<line class="zero" x1="{zero}%" x2="{zero}%" y1="0" y2="{height}"/>'))
+    name = ", ".join(f"{n} {number(100 * v)} %" for n, v in known)
+    return _row(name, *drawn, css="row-figure stacked", height=height)
+
+
+def before_after(sides: Sequence[tuple[str, Any, Any]], css: str) -> Markup:
+    """Rewards of the two sides on one scale, hollow before and filled after the removal, joined by a line."""
+    known = [(n, b, a) for n, b, a in ((n, real(b), real(a)) for n, b, a in sides) if b is not None and a is not None]
+    if not known:
+        return Markup("")
+    span = extent((v for _, b, a in known for v in (b, a)), pad=0.12)
+    parts = []
+    for i, (_, before, after) in enumerate(known):
+        y, x0, x1 = 11 + 20 * i, _share(before, span), _share(after, span)
+        parts.append(Markup(f'<line class="grid" x1="0" x2="100%" y1="{y}" y2="{y}"/>'))
+        parts.append(Markup(f'<line class="travel {css}" x1="{x0}%" x2="{x1}%" y1="{y}" y2="{y}"/>'))
+        parts.append(Markup(f'<circle class="hollow {css}" cx="{x0}%" cy="{y}" r="4"/>'))
+        parts.append(Markup(f'<circle class="filled {css}" cx="{x1}%" cy="{y}" r="4"/>'))
+    name = "; ".join(f"{n} {number(b)} to {number(a)}" for n, b, a in known)
+    return _row(str(escape(name)), *parts, css="row-figure shift", height=2 + 20 * len(known))
