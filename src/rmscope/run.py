@@ -250,6 +250,25 @@ class Run:
         with self.shown.stage("report") as progress:
             return write_report(self, progress)
 
+    def plan(self) -> dict[str, Any]:
+        """What ``go`` would do: counts, and time and memory estimated from one timed unit of pairs."""
+        tokens = sum(t.chosen.numel() + t.rejected.numel() - t.divergence for t in self.tokens)
+        sample = self.tokens[:8]
+        started = time.time()
+        self.rm.score_tokens(sample)
+        rate = sum(t.chosen.numel() + t.rejected.numel() - t.divergence for t in sample) / (time.time() - started)
+        weights = sum(p.numel() * p.element_size() for p in self.rm.model.parameters())
+        fit = sum(self.tokens[i].chosen.numel() + self.tokens[i].rejected.numel() for i in self.of_split("fit"))
+        return {
+            "pairs": len(self.pairs),
+            "tokens (shared prefixes once)": tokens,
+            "sites": ", ".join(self.sites),
+            "tokens per second, forward": round(rate),
+            "minutes, about": round(tokens / rate * 5 / 60, 1),
+            "GB of memory, about": round((2 * weights + 2e9) / 1e9, 1),
+            "GB on disk, about": round(fit * self.rm.d_model * 2 * len(self.sites) / 1e9, 2),
+        }
+
     def _score(self, progress: Progress, key: str) -> None:
         def make(unit: list[int], within: Progress) -> dict[str, pl.DataFrame]:
             scores = self.rm.score_tokens([self.tokens[i] for i in unit], within)

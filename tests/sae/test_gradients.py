@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from rmscope.sae import kernels
+from rmscope.sae.batchtopk import BatchTopKTraining
 from rmscope.sae.config import SaeConfig
 from rmscope.sae.gated import GatedSae, GatedTraining
-from rmscope.sae.kernels import Dense, Sparse, open_entries, top_entries, top_k
+from rmscope.sae.jumprelu import JumpReluSae, JumpReluTraining
+from rmscope.sae.kernels import (
+    Dense,
+    Sparse,
+    batch_top_entries,
+    exceeded,
+    open_entries,
+    open_pattern,
+    top_entries,
+    top_k,
+)
+from rmscope.sae.matryoshka import MatryoshkaTraining
+from rmscope.sae.standard import StandardSae, StandardTraining
 from rmscope.sae.topk import TopKSae, TopKTraining
 from rmscope.sae.training import Training, geometric_median
-from tests.sae.twins import gated_loss, leaves, topk_loss
+from tests.sae.twins import (
+    gated_loss,
+    jumprelu_loss,
+    leaves,
+    matryoshka_loss,
+    standard_loss,
+    topk_loss,
+)
 
 N, D, M = 37, 12, 40
 
@@ -29,9 +51,9 @@ def agrees(training: Training, twin: dict[str, torch.Tensor], loss: torch.Tensor
     step = training.step(x, **given)
     loss.backward()
     assert step.loss == pytest.approx(float(loss.detach()), rel=1e-12)
-    expected = {
-        ("W_enc.T" if n == "W_enc" else n): w.grad.t() if n == "W_enc" else w.grad for n, w in twin.items()
-    }
+    grads = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in twin.items()}
+    expected = {**grads, "W_enc.T": grads.pop("W_enc").t()}
+    del expected["W_enc"]
     assert step.gradients.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(step.gradients[name], gradient, rtol=1e-10, atol=1e-12, msg=name)
@@ -62,30 +84,110 @@ def test_a_step_leaves_nothing_behind_in_the_next() -> None:
     agrees(training, twin, topk_loss(twin, some_x(4), 5, None, 6, 0.0), x=some_x(4), dead=None)
 
 
+@pytest.mark.parametrize("n_dead", [0, 3, 30])
+@pytest.mark.parametrize("prefixes", [None, (3, 11), (1, 2, 3, 40)])
+def test_batchtopk_and_matryoshka(n_dead: int, prefixes: tuple[int, ...] | None) -> None:
+    """Without prefixes, BatchTopK: the nested loss with the whole dictionary as its only one."""
+    sae, x = JumpReluSae(D, M), some_x()
+    random_weights(sae)
+    dead = torch.arange(M) < n_dead
+    config = SaeConfig(k=5, auxk_alpha=0.3, prefixes=prefixes)
+    training = (MatryoshkaTraining if prefixes else BatchTopKTraining)(sae, config)
+    training.begin(some_x(9))
+    twin = leaves(sae)
+    sizes = (*(size for size in prefixes or () if size < M), M)
+    agrees(training, twin, matryoshka_loss(twin, x, 5, sizes, dead, D // 2, 0.3), x=x, dead=dead)
+    assert training.step(x).l0 == 5
+
+
+def in_both_patterns(monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
+    """Whatever the density: first all entries, then listed ones."""
+    for sparse_below, pattern in ((0.0, Dense), (2.0, Sparse)):
+        monkeypatch.setattr(kernels, "SPARSE_BELOW", sparse_below)
+        yield pattern
+
+
 @pytest.mark.parametrize("opens", [0.0, -2.5, -9.0, -99.0])
 def test_gated_dense_and_sparse(opens: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same gradients whichever pattern is used, from half-open gates to gates that never open."""
     sae, x = GatedSae(D, M), some_x()
     random_weights(sae)
     sae.b_gate.data += opens
-    for density, sparse_below in ((1.0, 0.0), (0.0, 2.0)):
-        monkeypatch.setattr("rmscope.sae.gated.SPARSE_BELOW", sparse_below)
+    for pattern in in_both_patterns(monkeypatch):
+        assert isinstance(open_pattern(x, sae.W_enc.data.t(), sae.b_gate, 1.0), pattern)
         training = GatedTraining(sae, SaeConfig(architecture="gated", l1=0.7))
-        training._density = density
-        assert isinstance(training._entries(x), Sparse if sparse_below else Dense)
-        training._density = density
         twin = leaves(sae)
         agrees(training, twin, gated_loss(twin, x, 0.7 * 0.25), x=x, ramp=0.25)
 
 
-def test_gated_goes_sparse_once_its_gates_are() -> None:
+@pytest.mark.parametrize("n_dead", [0, 3])
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 4.0, 99.0])
+def test_jumprelu_dense_and_sparse(threshold: float, n_dead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From thresholds whose kernel reaches below 0 to thresholds that are never reached."""
+    sae, x, dead = JumpReluSae(D, M), some_x(), torch.arange(M) < n_dead
+    random_weights(sae)
+    sae.threshold.data.abs_().add_(threshold)
+    for _ in in_both_patterns(monkeypatch):
+        training = JumpReluTraining(sae, SaeConfig(l0=0.7, bandwidth=0.9, preact_alpha=0.2))
+        twin = leaves(sae)
+        agrees(training, twin, jumprelu_loss(twin, x, 0.7 * 0.25, 0.9, dead, 0.2), x=x, dead=dead, ramp=0.25)
+
+
+def test_the_jumps_kernel_is_a_finite_difference() -> None:
+    """With a rectangle, the penalty's gradient is its own mean slope over the bandwidth, exactly."""
+    sae, x, width = JumpReluSae(D, M), some_x(), 0.5
+    random_weights(sae)
+    sae.threshold.data.abs_().add_(1)
+    with_penalty, without = (
+        JumpReluTraining(sae, SaeConfig(l0=l0, bandwidth=width)).step(x).gradients["threshold"]
+        for l0 in (1.0, 0.0)
+    )
+    h = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    up, down = ((h > sae.threshold + side).double().mean(0) for side in (width / 2, -width / 2))
+    torch.testing.assert_close(with_penalty - without, (up - down) / width)
+
+
+@pytest.mark.parametrize("shift", [0.0, -4.0, -99.0])
+def test_standard_dense_and_sparse(shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, x = StandardSae(D, M), some_x()
+    random_weights(sae)
+    sae.b_enc.data += shift
+    for _ in in_both_patterns(monkeypatch):
+        training = StandardTraining(sae, SaeConfig(l1=0.7))
+        twin = leaves(sae)
+        agrees(training, twin, standard_loss(twin, x, 0.7 * 0.25), x=x, ramp=0.25)
+
+
+def test_a_step_goes_sparse_once_the_last_one_was() -> None:
     sae, x = GatedSae(D, M), some_x()
     random_weights(sae)
-    training = GatedTraining(sae, SaeConfig(architecture="gated"))
-    assert isinstance(training._entries(x), Dense)
     sae.b_gate.data -= 9
+    training = GatedTraining(sae, SaeConfig(architecture="gated"))
+    assert training.density == 1
     training.step(x)
-    assert isinstance(training._entries(x), Sparse)
+    assert training.density < kernels.SPARSE_BELOW
+    assert isinstance(open_pattern(x, sae.W_enc.data.t(), sae.b_gate, training.density), Sparse)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_largest_of_a_batch_do_not_depend_on_the_guess(fast: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, rows, bias = (torch.randn(s, generator=generator) for s in ((64, 96), (512, 96), (512,)))
+    h = x @ rows.t() + bias
+    best = h.flatten().topk(500)
+    for guess in (-3.0, 0.0, 0.1, float(best.values[-1]) * 0.99, float(best.values[0]) * 1.1, 1e6):
+        token, feature, value = batch_top_entries(x, rows, bias, 500, guess, fast)
+        assert torch.equal(token * 512 + feature, best.indices.sort().values)
+        torch.testing.assert_close(value, h[token, feature], rtol=1e-5, atol=1e-4)
+    token, feature, value = batch_top_entries(x, rows, bias - 30, 5000, 1.0, fast)
+    assert len(value) == int((h > 30).sum()) < 5000
+    assert (value > 0).all()
+
+
+def test_exceeded_on_a_share_of_the_tokens() -> None:
+    x, rows = some_x(), torch.eye(D, dtype=torch.float64)
+    for share, count in ((0.2, 7), (1e-9, 1)):
+        assert ((x > exceeded(x, rows, share)).sum(dim=0) == count).all()
 
 
 def test_top_k_over_blocks_is_exact() -> None:

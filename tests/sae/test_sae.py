@@ -9,9 +9,10 @@ from pydantic import ValidationError
 from rmscope.errors import InputError
 from rmscope.sae import Sae, SaeConfig, measure
 from rmscope.sae.gated import GatedSae
+from rmscope.sae.jumprelu import JumpReluSae
 from rmscope.sae.metrics import fvu
 from rmscope.sae.registry import family, sae_class, training_class, trains
-from rmscope.sae.relu import JumpReluSae, StandardSae
+from rmscope.sae.standard import StandardSae
 from rmscope.sae.topk import TopKSae, TopKTraining
 
 D, M = 10, 32
@@ -91,8 +92,10 @@ def test_registry_refuses_duplicates_and_names_the_known() -> None:
         trains("topk")(TopKTraining)
     with pytest.raises(InputError, match="no SAE family topkk; known: gated, jumprelu, standard, topk"):
         sae_class("topkk")
-    with pytest.raises(InputError, match="choose one of gated, topk"):
-        training_class("jumprelu")
+    with pytest.raises(
+        InputError, match="choose one of batchtopk, gated, jumprelu, matryoshka, standard, topk"
+    ):
+        training_class("topkk")
     with pytest.raises(InputError, match="cannot keep k = 50"):
         TopKSae(4, 20, k=50)
 

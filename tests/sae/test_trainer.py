@@ -138,7 +138,7 @@ def test_refusals(tmp_path: Path) -> None:
     store = store_of(tmp_path / "acts", {"embed": x})
     with pytest.raises(InputError, match="holds embed"):
         train_saes(store, config(), sites=["resid_post.8"])
-    with pytest.raises(InputError, match="choose one of gated, topk"):
+    with pytest.raises(InputError, match="choose one of batchtopk, gated"):
         train_saes(store, config(architecture="toppk"))
     with pytest.raises(InputError, match="no tokens"):
         train_saes(store, config(), keep=torch.zeros(1000, dtype=torch.bool))

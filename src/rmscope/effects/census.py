@@ -30,8 +30,8 @@ class Census:
     fire_prompt: np.ndarray
     fire_chosen: np.ndarray
     fire_rejected: np.ndarray
-    f_mean: Float[Tensor, "m"]  # noqa: F821
-    x_mean: Float[Tensor, "d"]  # noqa: F821
+    f_mean: Float[Tensor, " m"]
+    x_mean: Float[Tensor, " d"]
     flags: dict[str, np.ndarray]
     by_token: sparse.csr_matrix
     """Σ f by (token id, feature), for the tokens that a feature fires on most."""

@@ -28,9 +28,9 @@ class Estimates:
 
     pair: int
     side: str
-    feature: Int[Tensor, "active"]  # noqa: F821
-    effect: Float[Tensor, "active"]  # noqa: F821
-    mass: Float[Tensor, "active"]  # noqa: F821
+    feature: Int[Tensor, " active"]
+    effect: Float[Tensor, " active"]
+    mass: Float[Tensor, " active"]
 
 
 def watch(store: dict[str, Tensor], site: str, first: bool) -> Callable[[Tensor], Tensor]:
@@ -70,7 +70,7 @@ def attribute_text(sae: Sae, x: Float[Tensor, "span d"], gradient: Float[Tensor,
     return Estimates(text.pair, text.side, feature, effect, mass * sae.W_dec[feature].norm(dim=-1))
 
 
-def sum_by_feature(active: Active, values: Float[Tensor, "nnz"]) -> tuple[Tensor, Tensor]:  # noqa: F821
+def sum_by_feature(active: Active, values: Float[Tensor, " nnz"]) -> tuple[Tensor, Tensor]:
     """(distinct features, the sum of ``values`` over each one's entries)."""
     feature, place = torch.unique(active.feature, return_inverse=True)
     return feature, torch.zeros(feature.numel(), dtype=values.dtype).index_add_(0, place, values)

@@ -42,9 +42,9 @@ class Baseline:
     """Where the path starts: f0 [m], e0 [d], and x0 = decode(f0) + e0 [d]."""
 
     kind: Literal["mean", "zero"]
-    f: Float[Tensor, "m"]  # noqa: F821
-    e: Float[Tensor, "d"]  # noqa: F821
-    x: Float[Tensor, "d"]  # noqa: F821
+    f: Float[Tensor, " m"]
+    e: Float[Tensor, " d"]
+    x: Float[Tensor, " d"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ def ledger_rows(
         progress(done, len(unit), "ledgers")
 
 
-def shares(parts: Float[np.ndarray, "pairs parts"], delta: Float[np.ndarray, "pairs"]) -> Float[np.ndarray, "parts"]:  # noqa: F821
+def shares(parts: Float[np.ndarray, "pairs parts"], delta: Float[np.ndarray, " pairs"]) -> Float[np.ndarray, " parts"]:
     """Cov(part, Δr) / Var(Δr) of each part; they sum to 1."""
     centred = delta - delta.mean()
     return (parts - parts.mean(0)).T @ centred / (centred @ centred)

@@ -32,8 +32,8 @@ class Removals:
 
     pair: int
     side: str
-    feature: Int[Tensor, "removed"]  # noqa: F821
-    effect: Float[Tensor, "removed"]  # noqa: F821
+    feature: Int[Tensor, " removed"]
+    effect: Float[Tensor, " removed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Response:
     x: Float[Tensor, "span d"]
     active: Active
 
-    def features(self) -> Int[Tensor, "active"]:  # noqa: F821
+    def features(self) -> Int[Tensor, " active"]:
         return torch.unique(self.active.feature)
 
 
@@ -54,7 +54,7 @@ def prefill_pair(rm: RewardModel, tokens: PairTokens, sites: Sequence[str], side
     first, *rest = sides
     out = {first: rm.prefill(tokens.side(first), sites)}
     for side in rest:
-        shared = min(tokens.divergence, out[first].ids.numel(), rm.read_position(tokens.side(side)))
+        shared = min(tokens.shared, out[first].ids.numel(), rm.read_position(tokens.side(side)))
         out[side] = rm.prefill(tokens.side(side), sites, out[first], shared)
     return out
 
@@ -67,7 +67,7 @@ def at_site(sae: Sae, text: Prefilled, site: str, start: int) -> Response:
 
 def remove_groups(
     rm: RewardModel, sae: Sae, response: Response, site: str, groups: Sequence[Sequence[int]]
-) -> Float[Tensor, "groups"]:  # noqa: F821
+) -> Float[Tensor, " groups"]:
     """R_G of each group of features removed together; 0 exactly where none of a group fires."""
     entries = [_entries(response.active, group) for group in groups]
     effects = torch.zeros(len(groups))
@@ -80,7 +80,7 @@ def remove_groups(
             token, feature, value = entries[i]
             stream[row].index_add_(0, token - first, -value[:, None] * sae.W_dec[feature])
         rewards = rm.resume(response.text, site, response.start + first, stream.to(rm.device))
-        effects[torch.tensor(batch)] = response.text.reward - rewards.cpu()
+        effects[torch.tensor(batch)] = (response.text.reward - rewards).float().cpu()
     return effects
 
 
@@ -123,7 +123,7 @@ def remove_naively(rm: RewardModel, sae: Sae, ids: Tensor, site: str, start: int
                 edited[0, start:] += change.to(stream)
                 return edited
 
-            effects.append((clean - rm.rewards(batch, {site: edit}))[0].cpu())
+            effects.append((clean - rm.rewards(batch, {site: edit}))[0].float().cpu())
     return torch.stack(effects) if effects else torch.zeros(0)
 
 
@@ -139,10 +139,10 @@ def removals(
     """
     for pair, sides in wanted.items():
         t = tokens[pair]
-        texts = prefill_pair(rm, t, list(saes), list(sides)) if rm.causal else {}
+        texts = prefill_pair(rm, t, list(saes), list(sides)) if rm.splits else {}
         for side, by_site in sides.items():
             for site, features in by_site.items():
-                if rm.causal:
+                if rm.splits:
                     response = at_site(saes[site], texts[side], site, t.divergence)
                     firing = response.features()
                     run = _chosen(firing, features)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,11 @@ from torch import Tensor
 
 from rmscope.errors import InputError
 from rmscope.files import content_hash
-from rmscope.model.rendering import Rendering
+from rmscope.model.rendering import Rendering, stored_settings
 from rmscope.model.zoo import load_adapted, load_zoo
+
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def load(
@@ -36,8 +38,7 @@ def load(
 
 
 def _is_ours(path: Path) -> bool:
-    settings = path / "rmscope.json"
-    return settings.is_file() and "base" in json.loads(settings.read_text("utf-8"))
+    return "base" in stored_settings(path)
 
 
 def _from_transformers(
@@ -102,11 +103,16 @@ def output_weights(model: Any, output: int | Sequence[float] | None) -> Tensor:
 
 
 def identity(model: Any, tokenizer: Any, rendering: Rendering) -> str:
-    """A content hash that reads every tensor once: name, shape, sum, and 64 entries at even distance."""
+    """A content hash that reads every tensor once: name, shape, sum, and 64 entries at even distance.
+
+    The sum is that of the entries' bits as whole numbers: unlike a sum of floats it does not depend on the order in
+    which a device adds.
+    """
     rows = []
     for name, tensor in model.state_dict().items():
         flat = tensor.detach().reshape(-1)
+        bits = flat.view(BITS[flat.element_size()])
         step = max(1, flat.numel() // 64)
-        rows.append((name, list(tensor.shape), float(flat.double().sum()), flat[::step][:64].double().tolist()))
+        rows.append((name, list(tensor.shape), int(bits.sum(dtype=torch.int64)), bits[::step][:64].tolist()))
     probe = tokenizer("A probe of the tokenizer: 12,345 words.").input_ids
     return content_hash(rows, probe, getattr(tokenizer, "chat_template", None), rendering.as_dict())

@@ -29,12 +29,12 @@ class Text:
     pair: int
     side: str
     row: int
-    columns: Int[Tensor, "tokens"]  # noqa: F821
+    columns: Int[Tensor, " tokens"]
     divergence: int
     read: int
 
     @property
-    def span(self) -> Int[Tensor, "span"]:  # noqa: F821
+    def span(self) -> Int[Tensor, " span"]:
         """Columns of the span: divergence .. read position."""
         return self.columns[self.divergence : self.read + 1]
 
@@ -61,22 +61,26 @@ class Batch:
         return rows, torch.tensor([int(t.columns[t.read]) for t in self.texts])
 
 
+def packed_length(tokens: PairTokens) -> int:
+    return tokens.chosen.numel() + tokens.rejected.numel() - tokens.shared
+
+
 def packed(pairs: Sequence[tuple[int, PairTokens, dict[str, int]]]) -> Batch:
     """One row a pair. ``pairs`` holds (index, tokens, read position a side)."""
-    width = max(t.chosen.numel() + t.rejected.numel() - t.divergence for _, t, _ in pairs)
+    width = max(packed_length(t) for _, t, _ in pairs)
     ids = torch.zeros(len(pairs), width, dtype=torch.long)
     positions = torch.zeros_like(ids)
     segment = torch.full_like(ids, -1)
     texts = []
     for row, (index, tokens, reads) in enumerate(pairs):
-        p, c, r = tokens.divergence, tokens.chosen.numel(), tokens.rejected.numel()
+        p, c, r = tokens.shared, tokens.chosen.numel(), tokens.rejected.numel()
         line = torch.cat([tokens.chosen, tokens.rejected[p:]])
         ids[row, : line.numel()] = line
         positions[row, :c] = torch.arange(c)
         positions[row, c : line.numel()] = torch.arange(p, r)
         segment[row, :p], segment[row, p:c], segment[row, c : line.numel()] = 0, 1, 2
         columns = {"chosen": torch.arange(c), "rejected": torch.cat([torch.arange(p), torch.arange(c, c + r - p)])}
-        texts += [Text(index, side, row, columns[side], p, reads[side]) for side in ("chosen", "rejected")]
+        texts += [Text(index, s, row, columns[s], tokens.divergence, reads[s]) for s in ("chosen", "rejected")]
     causal = torch.arange(width)[:, None] >= torch.arange(width)[None]
     same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
     mask = causal & same & (segment[:, None, :] >= 0)

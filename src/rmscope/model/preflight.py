@@ -47,8 +47,8 @@ def preflight(rm: RewardModel, tokens: Sequence[PairTokens], progress: Progress 
     n = int(rm.model.config.num_labels)
     found.add("head", True, f"{n} output{'s' if n > 1 else ''}, loaded from the checkpoint")
     found.add("rendering", True, f"{rm.rendering.style}, eos {'appended' if rm.rendering.append_eos else 'not appended'}")
-    pad, eos = config.pad_token_id, config.eos_token_id
-    same = pad is not None and pad == eos and rm.rendering.append_eos
+    pad = config.pad_token_id
+    same = pad is not None and pad == rm.tokenizer.eos_token_id and rm.rendering.append_eos
     if pad is None:
         detail = "no pad id: the last token (transformers itself refuses batches)"
     elif same:
@@ -56,7 +56,11 @@ def preflight(rm: RewardModel, tokens: Sequence[PairTokens], progress: Progress 
     else:
         detail = f"the last token that is not padding (id {pad})"
     found.add("read position", pad is not None and not same, detail)
-    found.add("forward", rm.causal, "split at any site" if rm.causal else "an encoder: hooks and full forwards, slower")
+    if rm.splits:
+        detail = "split at any site"
+    else:
+        detail = f"{'cannot be split' if rm.causal else 'an encoder'}: hooks and full forwards, slower"
+    found.add("forward", rm.splits, detail)
     if rm.causal:
         detail = "a pair's shared prefix runs once" if rm.packs else "4-D masks change the reward: each text has its own row"
         found.add("packing", rm.packs, detail)

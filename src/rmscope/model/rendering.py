@@ -16,6 +16,7 @@ from rmscope.errors import InputError
 from rmscope.pairs.pair import Message
 
 Style = Literal["hh", "chat", "plain"]
+STYLES: tuple[Style, ...] = ("hh", "chat", "plain")
 SETTINGS_FILE = "rmscope.json"
 
 
@@ -34,12 +35,33 @@ class Rendering:
     @classmethod
     def find(cls, folder: Path | None, tokenizer: Any) -> Rendering:
         """What ``rmscope.json`` beside the PM says; without one the chat template where there is one, else ``hh``."""
-        if folder is not None and (stored := folder / SETTINGS_FILE).is_file():
-            return cls(**json.loads(stored.read_text("utf-8")).get("rendering", {}))
+        if folder is not None and (stored := stored_settings(folder)):
+            given = stored.get("rendering", {})
+            known = given.keys() <= {"style", "append_eos"} if isinstance(given, dict) else False
+            if not known or given.get("style", "hh") not in STYLES:
+                raise InputError(
+                    f"{folder / SETTINGS_FILE} names no rendering that rmscope knows ({given}); give a style ({', '.join(STYLES)}) "
+                    "and append_eos."
+                )
+            return cls(**given)
         return cls(style="chat" if getattr(tokenizer, "chat_template", None) else "hh")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """What ``rmscope.json`` in a PM's folder says; empty without one."""
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); mend or delete it.") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} holds no JSON object; mend or delete it.")
+    return settings
 
 
 def render(rendering: Rendering, tokenizer: Any, prompt: Sequence[Message], response: str) -> str:
@@ -54,11 +76,8 @@ def render(rendering: Rendering, tokenizer: Any, prompt: Sequence[Message], resp
                 f"({error}); drop such rows or choose another rendering."
             ) from error
     if rendering.style == "hh":
-        names = {"user": "Human", "assistant": "Assistant"}
-        turns = "".join(
-            m["content"] if m["role"] == "system" else f"\n\n{names[m['role']]}: {m['content']}" for m in prompt
-        )
-        return f"{turns}\n\nAssistant: {response}"
+        turns = "".join(HH_TURN[_role(m)].format(m["content"]) for m in prompt)
+        return turns + HH_TURN["assistant"].format(response)
     return "\n".join([*(m["content"] for m in prompt), response])
 
 
@@ -70,12 +89,17 @@ class PairTokens:
     the last common token (METHOD, "Divergence"). Never 0: position 0 is outside every span.
     """
 
-    chosen: Int[Tensor, "chosen_tokens"]  # noqa: F821
-    rejected: Int[Tensor, "rejected_tokens"]  # noqa: F821
+    chosen: Int[Tensor, " chosen_tokens"]
+    rejected: Int[Tensor, " rejected_tokens"]
     divergence: int
 
     def side(self, side: str) -> Tensor:
         return self.chosen if side == "chosen" else self.rejected
+
+    @property
+    def shared(self) -> int:
+        """How many first tokens a run of one side may take from the other; 0 where the sides differ from the start."""
+        return self.divergence if self.chosen[0] == self.rejected[0] else 0
 
 
 def divergence(chosen: Sequence[int], rejected: Sequence[int]) -> int:
@@ -85,12 +109,23 @@ def divergence(chosen: Sequence[int], rejected: Sequence[int]) -> int:
     return max(1, min(first, shorter - 1))
 
 
+HH_TURN = {"system": "{}", "user": "\n\nHuman: {}", "assistant": "\n\nAssistant: {}"}
+
+
+def _role(message: Message) -> str:
+    if message["role"] not in HH_TURN:
+        raise InputError(f"The hh transcript has no role {message['role']}; use system, user and assistant, or a chat template.")
+    return message["role"]
+
+
 def encode(rendering: Rendering, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of rendered texts; the tokenizer's own special tokens, except after a template that has them."""
     if not texts:
         return []
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=rendering.style != "chat").input_ids
     if rendering.append_eos:
+        if tokenizer.eos_token_id is None:
+            raise InputError("The rendering appends the eos token, but the PM's tokenizer has no eos token; set append_eos to false.")
         ids = [[*row, tokenizer.eos_token_id] for row in ids]
     return ids
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rmscope.errors import InputError
 from rmscope.files import Progress, content_hash, silent
 from rmscope.model import loading
-from rmscope.model.packing import Batch, by_budget, packed, padded, units
+from rmscope.model.packing import Batch, by_budget, packed, packed_length, padded, units
 from rmscope.model.rendering import PairTokens, Rendering, encode, pair_tokens, render
 from rmscope.model.sites import Edit, StopForward, default_sites, edited, find_blocks, gives_tuple, site_index, skipping
 from rmscope.pairs.pair import SIDES, Message, Pair
@@ -24,15 +24,25 @@ TOKEN_BUDGET = 4096
 """Tokens (padding included) in one forward pass."""
 
 
+PROBE = Pair(
+    "probe",
+    [{"role": "user", "content": "What is the capital of France?"}],
+    "It is Paris, on the Seine.",
+    "The capital of France is a large city.",
+)
+REFUSALS = (ValueError, RuntimeError, TypeError, IndexError, AttributeError)
+"""What a model's own forward raises where it does not take a mask, positions or a cache; it is then run without."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scores:
     """Rewards of both sides, [pairs] float32."""
 
-    chosen: Float[Tensor, "pairs"]  # noqa: F821
-    rejected: Float[Tensor, "pairs"]  # noqa: F821
+    chosen: Float[Tensor, " pairs"]
+    rejected: Float[Tensor, " pairs"]
 
     @property
-    def delta(self) -> Float[Tensor, "pairs"]:  # noqa: F821
+    def delta(self) -> Float[Tensor, " pairs"]:
         return self.chosen - self.rejected
 
 
@@ -147,13 +157,38 @@ class RewardModel:
         """Whether packed rows give the rewards of each text alone; measured once, on two short texts."""
         if not self.causal:
             return False
-        prompt: list[Message] = [{"role": "user", "content": "What is the capital of France?"}]
-        pair = Pair("probe", prompt, "It is Paris, on the Seine.", "The capital of France is a large city.")
-        tokens = self.tokenize(pair)
+        tokens = self.tokenize(PROBE)
         alone = torch.stack([self.reward_alone(tokens.chosen), self.reward_alone(tokens.rejected)])
-        together = self.rewards(packed([(0, tokens, self._reads(tokens))]))
-        tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
-        return bool(((alone - together).abs() <= tolerance * (1 + alone.abs())).all())
+        try:
+            together = self.rewards(packed([(0, tokens, self._reads(tokens))])).cpu()
+        except REFUSALS:
+            return False
+        return self._agree(alone, together)
+
+    @cached_property
+    def splits(self) -> bool:
+        """Whether a clean run resumed after block 0 gives the reward of the whole text; measured once, on a short text."""
+        if not self.causal:
+            return False
+        ids = self.tokenize(PROBE).chosen
+        start = ids.numel() // 2
+        try:
+            clean = self.prefill(ids, ["resid_post.0"])
+            resumed = self.resume(clean, "resid_post.0", start, clean.streams["resid_post.0"][None, start:]).cpu()
+        except REFUSALS:
+            return False
+        return self._agree(self.reward_alone(ids), resumed)
+
+    def _agree(self, alone: Tensor, other: Tensor) -> bool:
+        tolerance = 5e-2 if self.dtype in (torch.bfloat16, torch.float16) else 1e-4
+        return bool(((alone - other).abs() <= tolerance * (1 + alone.abs())).all())
+
+    @cached_property
+    def reach(self) -> int:
+        """The shortest window of a layer's attention, in tokens: packed rows carry no windows, so longer texts run alone."""
+        config = self.model.config.get_text_config()
+        windows = [getattr(config, n, None) for n in ("sliding_window", "window_size", "attention_chunk_size")]
+        return min((w for w in windows if isinstance(w, int) and w > 0), default=1 << 30)
 
     def _reads(self, tokens: PairTokens) -> dict[str, int]:
         return {side: self.read_position(tokens.side(side)) for side in SIDES}
@@ -161,7 +196,7 @@ class RewardModel:
     def reward_alone(self, ids: Tensor) -> Tensor:
         """r of one text [T] by the model's own forward: the truth that every faster way is held to."""
         with torch.no_grad():
-            return self._reward(self.model(ids[None].to(self.device)).logits.float())[0].cpu()
+            return self._reward(self.model(ids[None].to(self.device)).logits)[0].cpu()
 
     def batches(self, tokens: Sequence[PairTokens], budget: int = TOKEN_BUDGET) -> Iterator[Batch]:
         """Batches over units of 64 pairs in file order; ``Text.pair`` is the index into ``tokens``."""
@@ -169,12 +204,12 @@ class RewardModel:
             yield from self.unit_batches(tokens, unit, budget)
 
     def unit_batches(self, tokens: Sequence[PairTokens], unit: Sequence[int], budget: int = TOKEN_BUDGET) -> Iterator[Batch]:
-        if self.packs:
-            lengths = [tokens[i].chosen.numel() + tokens[i].rejected.numel() - tokens[i].divergence for i in unit]
-            for chosen in by_budget(lengths, budget):
-                yield packed([(unit[i], tokens[unit[i]], self._reads(tokens[unit[i]])) for i in chosen])
-            return
-        rows = [(i, side) for i in unit for side in SIDES]
+        packs = {i: self.packs and _longest(tokens[i]) <= self.reach for i in unit}
+        together = [i for i in unit if packs[i]]
+        for chosen in by_budget([packed_length(tokens[i]) for i in together], budget):
+            pairs = [(i, tokens[i]) for i in (together[c] for c in chosen)]
+            yield packed([(i, t, self._reads(t)) for i, t in pairs])
+        rows = [(i, side) for i in unit if not packs[i] for side in SIDES]
         for chosen in by_budget([tokens[i].side(side).numel() for i, side in rows], budget):
             texts = [(i, side, tokens[i]) for i, side in (rows[c] for c in chosen)]
             yield padded([(i, s, t.side(s), t.divergence, self._reads(t)[s]) for i, s, t in texts], self._pad)
@@ -186,16 +221,16 @@ class RewardModel:
 
     # Forward passes
 
-    def rewards(self, batch: Batch, edits: dict[str, Edit] | None = None) -> Float[Tensor, "texts"]:  # noqa: F821
+    def rewards(self, batch: Batch, edits: dict[str, Edit] | None = None) -> Float[Tensor, " texts"]:
         """r of every text of the batch, float32; the stream at each site of ``edits`` passes through its edit."""
         by_index = {self.site_index(site): edit for site, edit in (edits or {}).items()}
         with edited(self.blocks, by_index), torch.set_grad_enabled(bool(edits) and torch.is_grad_enabled()):
             if not self.causal:
-                return self._reward(self.model(**batch.inputs(self.device, self.dtype)).logits.float())
+                return self._reward(self.model(**batch.inputs(self.device, self.dtype)).logits)
             hidden = self.model.base_model(**batch.inputs(self.device, self.dtype), use_cache=False).last_hidden_state
         return self.head(hidden, batch)
 
-    def rewards_from(self, batch: Batch, site: str, stream: Float[Tensor, "rows width d"]) -> Float[Tensor, "texts"]:  # noqa: F821
+    def rewards_from(self, batch: Batch, site: str, stream: Float[Tensor, "rows width d"]) -> Float[Tensor, " texts"]:
         """r of every text with the stream at ``site`` replaced; blocks up to the site do not run. Differentiable."""
         if not self.causal or site == "embed":
             return self.rewards(batch, {site: lambda _x: stream})
@@ -203,12 +238,13 @@ class RewardModel:
             hidden = self.model.base_model(**batch.inputs(self.device, self.dtype), use_cache=False).last_hidden_state
         return self.head(hidden, batch)
 
-    def head(self, hidden: Float[Tensor, "rows width d"], batch: Batch) -> Float[Tensor, "texts"]:  # noqa: F821
+    def head(self, hidden: Float[Tensor, "rows width d"], batch: Batch) -> Float[Tensor, " texts"]:
         rows, columns = batch.reads
         at = hidden[rows.to(hidden.device), columns.to(hidden.device)]
-        return self._reward(self.model.score(at).float())
+        return self._reward(self.model.score(at))
 
-    def _reward(self, logits: Float[Tensor, "texts outputs"]) -> Float[Tensor, "texts"]:  # noqa: F821
+    def _reward(self, logits: Float[Tensor, "texts outputs"]) -> Float[Tensor, " texts"]:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits @ self._weights.to(logits)
 
     @torch.no_grad()
@@ -264,11 +300,11 @@ class RewardModel:
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
-        reward = float(self._reward(self.model.score(hidden[:, -1]).float())[0])
+        reward = float(self._reward(self.model.score(hidden[:, -1]))[0])
         return Prefilled(ids, kept, [(layer.keys, layer.values) for layer in cache.layers], reward)
 
     @torch.no_grad()
-    def resume(self, text: Prefilled, site: str, start: int, stream: Float[Tensor, "batch rest d"]) -> Float[Tensor, "batch"]:  # noqa: F821
+    def resume(self, text: Prefilled, site: str, start: int, stream: Float[Tensor, "batch rest d"]) -> Float[Tensor, " batch"]:
         """r with the stream at ``site`` replaced by ``stream`` from token ``start`` to the read position.
 
         No block up to the site runs again, and no token before ``start``: their keys and values come from the clean
@@ -278,14 +314,20 @@ class RewardModel:
         n = text.ids.numel()
         ids = text.ids[start:].to(self.device).expand(rows, -1)
         cache = _cache(text.keys, start, rows)
-        with skipping(self.blocks, upto, stream.to(self.dtype), self._gives_tuple):
+        stream = stream.to(self.dtype)
+        replaced = (
+            edited(self.blocks, {upto: lambda _x: stream})
+            if site == "embed"
+            else skipping(self.blocks, upto, stream, self._gives_tuple)
+        )
+        with replaced:
             hidden = self.model.base_model(
                 ids,
                 position_ids=torch.arange(start, n, device=self.device).expand(rows, -1),
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
-        return self._reward(self.model.score(hidden[:, -1]).float())
+        return self._reward(self.model.score(hidden[:, -1]))
 
     # Scores
 
@@ -302,7 +344,7 @@ class RewardModel:
         return self.score_tokens(tokens, progress)
 
     def fits(self, tokens: PairTokens) -> bool:
-        return max(tokens.chosen.numel(), tokens.rejected.numel()) <= self.context
+        return _longest(tokens) <= self.context
 
     @torch.no_grad()
     def score_tokens(self, tokens: Sequence[PairTokens], progress: Progress = silent) -> Scores:
@@ -316,15 +358,24 @@ class RewardModel:
         return Scores(out["chosen"], out["rejected"])
 
     @torch.no_grad()
-    def score_texts(self, prompt: str | Sequence[Message], responses: Sequence[str]) -> Float[Tensor, "texts"]:  # noqa: F821
+    def score_texts(self, prompt: str | Sequence[Message], responses: Sequence[str]) -> Float[Tensor, " texts"]:
         """Rewards of free responses to one prompt, [responses] float32."""
         turns: Sequence[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         ids = [self.text_ids(turns, response) for response in responses]
+        if any(i.numel() > self.context for i in ids):
+            raise InputError(
+                f"A text of {max(i.numel() for i in ids)} tokens is longer than the PM's context of {self.context} tokens; "
+                "shorten it."
+            )
         out = torch.zeros(len(ids))
         for chosen in by_budget([i.numel() for i in ids], TOKEN_BUDGET):
             batch = padded([(i, "chosen", ids[i], 1, self.read_position(ids[i])) for i in chosen], self._pad)
             out[torch.tensor(chosen)] = self.rewards(batch).cpu()
         return out
+
+
+def _longest(tokens: PairTokens) -> int:
+    return max(tokens.chosen.numel(), tokens.rejected.numel())
 
 
 def _cache(keys: list[tuple[Tensor, Tensor]], length: int, rows: int) -> Any:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from rmscope.errors import InputError
@@ -62,6 +63,16 @@ class Recipe(BaseModel):
     centre: float = 0.01
     """Weight of (r_chosen + r_rejected)^2, which keeps rewards near zero (TRL's center_rewards_coefficient)."""
     seed: int = 0
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe from YAML. InputError where the file is missing or a key is unknown."""
+    if not path.is_file():
+        raise InputError(f"The recipe {path} is not there; name a YAML file such as configs/zoo-hh.yaml.")
+    try:
+        return Recipe(**yaml.safe_load(path.read_text("utf-8")))
+    except (yaml.YAMLError, ValidationError, TypeError) as error:
+        raise InputError(f"The recipe {path} cannot be used: {str(error).splitlines()[0]}; see configs/zoo-hh.yaml.") from error
 
 
 RENDERING = Rendering(style="hh", append_eos=True)

@@ -1,8 +1,8 @@
 """Figures as inline SVG: small functions from numbers to :class:`Markup`.
 
-Colours are CSS classes, so that one picture serves light, dark and print. Rows of a table (forest bar, stacked bar) are
-drawn in percent of their width and stretch without distortion; charts have a fixed view box. Values that are missing or
-not finite are left out, and a figure without values says so.
+Colours are CSS classes, so that one picture serves light, dark and print. Figures of a row (forest bar,
+stacked bar) are drawn in percent of their width and stretch without distortion; charts have a fixed view
+box. Values that are missing or not finite are left out, and a figure without values says so.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from rmscope.report.formatting import decimals_for, fixed, number, real
 
 Range = tuple[float, float]
 WIDTH, HEIGHT = 440, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 40
 ROW = 22
 """Height of a row figure in pixels."""
 
@@ -53,20 +54,20 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 def tick_labels(values: Sequence[float]) -> list[str]:
     """The ticks with the fewest decimals that tell them apart."""
-    steps = [b - a for a, b in zip(values, values[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(values)]
     if not steps:
         return [number(v) for v in values]
     for places in range(decimals_for(min(steps)) + 1):
         if all(abs(round(v, places) - v) < min(steps) * 1e-3 for v in values):
             break
-    return [fixed(v, places) for v in values]
+    return ["0" if abs(v) < min(steps) * 1e-3 else fixed(v, places) for v in values]
 
 
 def empty(note: str = "nothing to draw") -> Markup:
     return Markup('<p class="no-figure">{}</p>').format(note)
 
 
-# ── charts with axes ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── charts with axes
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,9 @@ class Frame:
         return round(LEFT + (value - self.xs[0]) / (self.xs[1] - self.xs[0]) * (WIDTH - LEFT - RIGHT), 1)
 
     def y(self, value: float) -> float:
-        return round(HEIGHT - BOTTOM - (value - self.ys[0]) / (self.ys[1] - self.ys[0]) * (HEIGHT - TOP - BOTTOM), 1)
+        return round(
+            HEIGHT - BOTTOM - (value - self.ys[0]) / (self.ys[1] - self.ys[0]) * (HEIGHT - TOP - BOTTOM), 1
+        )
 
     def x_axis(self, marks: Sequence[tuple[float, str]], title: str) -> Markup:
         base = HEIGHT - BOTTOM
@@ -105,7 +108,9 @@ class Frame:
 
 def _text(x: float, y: float, text: str, anchor: str, css: str = "label", transform: str = "") -> Markup:
     turn = Markup(' transform="{}"').format(transform) if transform else Markup("")
-    return Markup('<text class="{}" x="{}" y="{}" text-anchor="{}"{}>{}</text>').format(css, x, y, anchor, turn, text)
+    return Markup('<text class="{}" x="{}" y="{}" text-anchor="{}"{}>{}</text>').format(
+        css, x, y, anchor, turn, text
+    )
 
 
 def _chart(name: str, *parts: Markup) -> Markup:
@@ -131,7 +136,9 @@ def histogram(edges: Sequence[Any], counts: Sequence[Any], title: str, name: str
         width, height = max(0.5, round(frame.x(high) - x - 1, 1)), round(HEIGHT - BOTTOM - y, 1)
         tip = Markup("<title>{} to {}: {}</title>").format(number(low), number(high), fixed(n, 0))
         bars.append(
-            Markup(f'<rect class="{css}" x="{x}" y="{y}" width="{width}" height="{height}">') + tip + Markup("</rect>")
+            Markup(f'<rect class="{css}" x="{x}" y="{y}" width="{width}" height="{height}">')
+            + tip
+            + Markup("</rect>")
         )
     zero = Markup("")
     if edges[0] < 0 < edges[-1]:
@@ -147,16 +154,17 @@ def histogram(edges: Sequence[Any], counts: Sequence[Any], title: str, name: str
 
 
 def scatter(points: Sequence[Sequence[Any]], x_title: str, y_title: str, name: str) -> Markup:
-    """Points and the line of equality, on one scale for both axes: linear near 0, logarithmic outside (asinh).
+    """Points and the line of equality, on one scale for both: linear near 0, logarithmic outside (asinh).
 
-    Effects span orders of magnitude; on a linear scale nearly all lie on one spot. All dots are one path (12 bytes a dot).
+    Effects span orders of magnitude; on a linear scale nearly all lie on one spot. All dots are one path,
+    12 bytes a dot.
     """
     known = [(x, y) for x, y in ((real(p[0]), real(p[1])) for p in points) if x is not None and y is not None]
     if not known:
         return empty()
     sizes = sorted(abs(v) for p in known for v in p if v)
-    unit = sizes[len(sizes) // 4] if sizes else 1.0
     reach = max(sizes, default=1.0) * 1.25
+    unit = max(sizes[len(sizes) // 4], reach * 1e-6) if sizes else 1.0
 
     def scale(value: float) -> float:
         return math.asinh(value / unit)
@@ -203,7 +211,7 @@ def line(points: Sequence[Sequence[Any]], x_title: str, y_title: str, name: str)
     )
 
 
-# ── figures of a row, in percent of its width ───────────────────────────────────────────────────────────────────────
+# ── figures of a row, in percent of its width
 
 
 def _share(value: float, span: Range) -> float:
@@ -211,11 +219,15 @@ def _share(value: float, span: Range) -> float:
 
 
 def _row(name: str, *parts: Markup, css: str = "row-figure", height: int = ROW) -> Markup:
-    head = Markup('<svg class="{}" width="100%" height="{}" role="img" aria-label="{}">').format(css, height, name)
+    head = Markup('<svg class="{}" width="100%" height="{}" role="img" aria-label="{}">').format(
+        css, height, name
+    )
     return head + Markup("").join(parts) + Markup("</svg>")
 
 
-def forest_bar(value: Any, low: Any, high: Any, span: Range, bound: float | None = None, muted: bool = False) -> Markup:
+def forest_bar(
+    value: Any, low: Any, high: Any, span: Range, bound: float | None = None, muted: bool = False
+) -> Markup:
     """A bar from 0 to the value and its 95 % interval as a whisker, on the x scale that all rows share.
 
     ``bound`` shades the band of effects too small to claim.
@@ -228,19 +240,24 @@ def forest_bar(value: Any, low: Any, high: Any, span: Range, bound: float | None
     css = "muted" if muted else "up" if value >= 0 else "down"
     parts = []
     if bound:
-        left, right = _share(-bound, span), _share(bound, span)
-        parts.append(Markup(f'<rect class="bound" x="{left}%" y="0" width="{right - left:.2f}%" height="{ROW}"/>'))
+        left, right = _share(-abs(bound), span), _share(abs(bound), span)
+        parts.append(
+            Markup(f'<rect class="bound" x="{left}%" y="0" width="{right - left:.2f}%" height="{ROW}"/>')
+        )
     parts.append(Markup(f'<line class="zero" x1="{zero}%" x2="{zero}%" y1="0" y2="{ROW}"/>'))
     start, width = min(zero, at), abs(at - zero)
-    parts.append(
-        Markup(f'<rect class="effect {css}" x="{start}%" y="{middle - 4}" width="{width:.2f}%" height="8" rx="1"/>')
-    )
+    box = f'x="{start}%" y="{middle - 4}" width="{width:.2f}%" height="8" rx="1"'
+    parts.append(Markup(f'<rect class="effect {css}" {box}/>'))
     if low is not None and high is not None:
         a, b = _share(low, span), _share(high, span)
         whisker = f'<line class="whisker" x1="{a}%" x2="{b}%" y1="{middle}" y2="{middle}"/>'
-        ends = (f'<line class="whisker" x1="{e}%" x2="{e}%" y1="{middle - 4}" y2="{middle + 4}"/>' for e in (a, b))
+        ends = (
+            f'<line class="whisker" x1="{e}%" x2="{e}%" y1="{middle - 4}" y2="{middle + 4}"/>' for e in (a, b)
+        )
         parts.append(Markup(whisker + "".join(ends)))
-    between = f", 95 % interval {number(low)} to {number(high)}" if low is not None and high is not None else ""
+    between = (
+        f", 95 % interval {number(low)} to {number(high)}" if low is not None and high is not None else ""
+    )
     return _row(f"{number(value, plus=True)} reward{between}", *parts)
 
 
@@ -250,7 +267,9 @@ def forest_axis(span: Range, about: int = 4) -> Markup:
     for value, text in _round_marks(span, about):
         at = _share(value, span)
         anchor = "start" if at < 4 else "end" if at > 96 else "middle"
-        parts.append(Markup('<text class="label" x="{}%" y="12" text-anchor="{}">{}</text>').format(at, anchor, text))
+        parts.append(
+            Markup('<text class="label" x="{}%" y="12" text-anchor="{}">{}</text>').format(at, anchor, text)
+        )
         parts.append(Markup(f'<line class="tick" x1="{at}%" x2="{at}%" y1="17" y2="{ROW}"/>'))
     return _row("scale, reward", *parts)
 
@@ -274,20 +293,3 @@ def stacked_bar(parts: Sequence[tuple[str, Any]]) -> Markup:
     drawn.append(Markup(f'<line class="zero" x1="{zero}%" x2="{zero}%" y1="0" y2="{height}"/>'))
     name = ", ".join(f"{n} {number(100 * v)} %" for n, v in known)
     return _row(name, *drawn, css="row-figure stacked", height=height)
-
-
-def before_after(sides: Sequence[tuple[str, Any, Any]], css: str) -> Markup:
-    """Rewards of the two sides on one scale, hollow before and filled after the removal, joined by a line."""
-    known = [(n, b, a) for n, b, a in ((n, real(b), real(a)) for n, b, a in sides) if b is not None and a is not None]
-    if not known:
-        return Markup("")
-    span = extent((v for _, b, a in known for v in (b, a)), pad=0.12)
-    parts = []
-    for i, (_, before, after) in enumerate(known):
-        y, x0, x1 = 11 + 20 * i, _share(before, span), _share(after, span)
-        parts.append(Markup(f'<line class="grid" x1="0" x2="100%" y1="{y}" y2="{y}"/>'))
-        parts.append(Markup(f'<line class="travel {css}" x1="{x0}%" x2="{x1}%" y1="{y}" y2="{y}"/>'))
-        parts.append(Markup(f'<circle class="hollow {css}" cx="{x0}%" cy="{y}" r="4"/>'))
-        parts.append(Markup(f'<circle class="filled {css}" cx="{x1}%" cy="{y}" r="4"/>'))
-    name = "; ".join(f"{n} {number(b)} to {number(a)}" for n, b, a in known)
-    return _row(str(escape(name)), *parts, css="row-figure shift", height=2 + 20 * len(known))

@@ -1,7 +1,6 @@
-"""Numbers as the report writes them: two to three significant digits, a true minus sign, the interval beside the value.
+"""Numbers as the report writes them: two to three significant digits, a true minus sign, the interval beside.
 
-A value that is missing or not finite is written as a dash, never as 0. A value and its interval share their decimals, so
-that they can be compared by eye.
+A value that is missing or not finite is a dash, never 0. A value and its interval share their decimals.
 """
 
 from __future__ import annotations
@@ -46,6 +45,8 @@ def number(value: Any, plus: bool = False) -> str:
     value = real(value)
     if value is None:
         return MISSING
+    if value == 0:
+        return "0"
     if 0 < abs(value) < 1e-4:
         mantissa, exponent = f"{abs(value):.1e}".split("e")
         sign = MINUS if value < 0 else "+" if plus else ""
@@ -86,14 +87,25 @@ def interval(low: Any, high: Any, decimals: int | None = None) -> str:
 
 
 def effect(value: Any, low: Any = None, high: Any = None) -> tuple[str, str]:
-    """(+0.42, [0.35, 0.50]): a signed value and its interval with the same decimals; '' where there is no interval."""
+    """(+0.42, [0.35, 0.50]): a signed value and its interval, with the same decimals; '' without one.
+
+    The interval's width has two digits, since more would be noise, and the value at most three.
+    """
     value, low, high = real(value), real(low), real(high)
     if value is None or low is None or high is None:
         return signed(value), ""
-    places = decimals_for(value, low, high)
+    places = _interval_decimals(value, low, high)
     if places > 5:
         return signed(value), f"[{number(low)}, {number(high)}]"
     return fixed(value, places, plus=True), interval(low, high, places)
+
+
+def _interval_decimals(value: float, low: float, high: float) -> int:
+    if high <= low:
+        return decimals_for(value, low, high)
+    two_of_width = 1 - math.floor(math.log10(high - low))
+    three_of_value = 2 - math.floor(math.log10(abs(value))) if value else two_of_width
+    return max(0, min(two_of_width, three_of_value))
 
 
 def estimate(value: Any, low: Any = None, high: Any = None) -> tuple[str, str]:
@@ -103,11 +115,11 @@ def estimate(value: Any, low: Any = None, high: Any = None) -> tuple[str, str]:
 
 
 def share(value: Any, low: Any = None, high: Any = None) -> tuple[str, str]:
-    """(61.2 %, [57.8, 64.5])."""
+    """(61.2 %, [57.8, 64.5]); whole percents where the interval is 10 points wide or more."""
     value, low, high = real(value), real(low), real(high)
     if value is None or low is None or high is None:
         return percent(value), ""
-    places = _percent_decimals(value, low, high)
+    places = 0 if high - low >= 0.1 else _percent_decimals(value, low, high)
     return f"{fixed(100 * value, places)}{THIN}%", interval(100 * low, 100 * high, places)
 
 
@@ -119,10 +131,10 @@ def q_value(value: Any) -> str:
 
 
 def shift(before: Any, after: Any) -> tuple[str, str]:
-    """Two rewards with enough decimals to see their difference: two digits of it, from 2 to 4 decimals."""
+    """Two rewards with enough decimals to see their difference: two digits of it, 2 or 3 decimals."""
     before, after = real(before), real(after)
     difference = None if before is None or after is None else after - before
-    places = min(4, max(2, decimals_for(difference)))
+    places = min(3, max(2, decimals_for(difference)))
     return tuple(MISSING if v is None else fixed(v, places) for v in (before, after))  # type: ignore[return-value]
 
 

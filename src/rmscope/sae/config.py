@@ -13,13 +13,19 @@ class SaeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     architecture: str = "topk"
-    """Family: topk or gated."""
+    """Family: topk, batchtopk, matryoshka, jumprelu, gated or standard."""
     d_sae: int | None = Field(None, gt=0)
     """Features; left out, 8 times d_model."""
     k: int = Field(32, gt=0)
-    """Features that fire on a token (topk)."""
+    """Features that fire on a token (topk), or on average (batchtopk, matryoshka)."""
     l1: float = Field(2.0, ge=0)
-    """Weight of the L1 penalty on the gates, beside a squared error summed over dimensions (gated)."""
+    """Weight of the L1 penalty on gates (gated) or features (standard), beside a summed squared error."""
+    l0: float = Field(1.0, ge=0)
+    """Weight of each feature that fires, beside a summed squared error (jumprelu)."""
+    bandwidth: float | None = Field(None, gt=0)
+    """Width of the kernel around a threshold within which features move it (jumprelu)."""
+    prefixes: tuple[int, ...] | None = Field(None, min_length=1)
+    """Sizes of the nested dictionaries (matryoshka); left out, 1/32, 3/32, 7/32, 15/32 and all of d_sae."""
     lr: float | None = Field(None, gt=0)
     """Adam's learning rate; left out, 4e-4 sqrt(16384 / d_sae), the scaling of Gao et al. 2024."""
     batch_size: int = Field(2048, gt=0)
@@ -33,11 +39,13 @@ class SaeConfig(BaseModel):
     decay: float = Field(0.2, ge=0, le=1)
     """Share of the steps, at the end, over which the learning rate falls to zero."""
     auxk_alpha: float = Field(1 / 32, ge=0)
-    """Weight of the loss by which dead features model the error (topk)."""
+    """Weight of the loss by which dead features model the error (topk, batchtopk, matryoshka)."""
     auxk: int | None = Field(None, gt=0)
-    """Dead features that model the error of a token (topk); left out, d_model / 2."""
+    """Dead features that model the error of a token (same families); left out, d_model / 2."""
+    preact_alpha: float = Field(3e-6, ge=0)
+    """Weight of the loss that pulls dead features up to their thresholds (jumprelu)."""
     dead_after_tokens: int = Field(200_000, gt=0)
-    """A feature that was silent on so many training tokens in a row counts as dead."""
+    """A feature that was silent on so many training tokens in a row counts as dead, and is revived."""
     seed: int = Field(0, ge=0)
     """Fixes the first weights and the order of the tokens."""
     scale: Literal["mean_norm", "none"] = "mean_norm"

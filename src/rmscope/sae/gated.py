@@ -8,6 +8,13 @@ The gate decides what fires, the magnitude how much; the primed decoder is a fro
 term trains the gate to be enough for a reconstruction and never the decoder. Errors are summed over
 dimensions. Every term and every gradient lives where π > 0, so the whole step is sparse as soon as the gates
 are.
+
+Gates start open on a given share of the tokens (see ``START_OPEN``), not on the half that b_gate = 0 gives:
+half-open gates cost dense products until the penalty has closed them. Losses and gradients stay the paper's.
+
+Dead features are drawn anew (Bricken et al. 2023, "neuron resampling"): decoder and encoder rows along an
+x - b_dec drawn with probability proportional to the squared loss, the encoder's short, the gate as at the
+start.
 """
 
 from __future__ import annotations
@@ -18,9 +25,12 @@ from torch import Tensor
 
 from rmscope.sae.base import Sae
 from rmscope.sae.config import SaeConfig
-from rmscope.sae.kernels import SPARSE_BELOW, Dense, Pattern, Sparse, has_fast_bfloat16, open_entries
+from rmscope.sae.kernels import exceeded, open_pattern
 from rmscope.sae.registry import family, trains
-from rmscope.sae.training import Step, Training
+from rmscope.sae.training import START_OPEN, Step, Training
+
+REVIVED_NORM = 0.2
+"""Norm of a revived feature's encoder row beside the mean of the living (Bricken et al. 2023)."""
 
 
 @family
@@ -44,13 +54,13 @@ class GatedSae(Sae):
 class GatedTraining(Training):
     sae: GatedSae
 
-    def __init__(self, sae: GatedSae, config: SaeConfig) -> None:
-        super().__init__(sae, config)
-        self._density = 1.0
-
     @classmethod
     def start(cls, d: int, m: int, config: SaeConfig) -> GatedSae:
         return GatedSae(d, m)
+
+    def begin(self, x: Float[Tensor, "sample d"]) -> None:
+        self.sae.b_gate.copy_(-exceeded(x - self.sae.b_dec, self.sae.W_enc.data.t(), START_OPEN))
+        self.density = START_OPEN
 
     def step(
         self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0
@@ -59,7 +69,7 @@ class GatedTraining(Training):
         rows, stretch, norms = sae.W_enc.data.t(), sae.r_mag.exp(), sae.W_dec.norm(dim=1)
         xc, weight = x - sae.b_dec, self.config.l1 * ramp / n
 
-        entries = self._entries(xc)
+        entries = open_pattern(xc, rows, sae.b_gate, self.density, self.fast(xc))
         u = entries.products(xc, rows)
         gate, magnitude = u + entries.at(sae.b_gate), u * entries.at(stretch) + entries.at(sae.b_mag)
         opened = gate > 0
@@ -83,14 +93,27 @@ class GatedTraining(Training):
         grad["r_mag"] = entries.per_feature(dmagnitude * u) * stretch
         grad["b_dec"] = dx.sum(dim=0) - entries.per_feature(du) @ rows
 
-        self._density = float(opened.sum()) / (n * sae.m)
+        self.density = float(opened.sum()) / (n * sae.m)
         fires = entries.per_feature((f > 0).to(x.dtype))
         return Step(sum(parts.values()), parts, grad, residual, float(fires.sum()) / n, fires > 0)
 
-    def _entries(self, xc: Float[Tensor, "batch d"]) -> Pattern:
-        """Sparse once the last batch's gates were; a mask chosen a little wide is decided in float32."""
-        if self._density >= SPARSE_BELOW:
-            return Dense()
-        fast = self.config.amp and xc.dtype == torch.float32 and has_fast_bfloat16(xc.device.type)
-        mask = open_entries(xc, self.sae.W_enc.data.t(), self.sae.b_gate, fast)
-        return Sparse.of_mask(mask) if float(mask.sum()) < SPARSE_BELOW * mask.numel() else Dense()
+    def revive(
+        self,
+        x: Float[Tensor, "batch d"],
+        residual: Float[Tensor, "batch d"],
+        dead: Bool[Tensor, " m"],
+        generator: torch.Generator,
+    ) -> bool:
+        sae, which, xc = self.sae, dead.nonzero().squeeze(1), x - self.sae.b_dec
+        loss = residual.square().sum(dim=1).cpu().double()
+        picked = torch.multinomial(
+            loss.square() + 1e-12, len(which), len(which) > len(x), generator=generator
+        )
+        direction = torch.nn.functional.normalize(xc[picked.to(x.device)])
+        rows = sae.W_enc.data.t()
+        living = rows if bool(dead.all()) else rows[~dead]
+        row = direction * (REVIVED_NORM * living.norm(dim=1).mean())
+        sae.W_dec[which], rows[which] = direction, row
+        sae.b_gate[which] = -exceeded(xc, row, START_OPEN)
+        sae.b_mag[which], sae.r_mag[which] = 0.0, 0.0
+        return True

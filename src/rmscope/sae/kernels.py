@@ -95,10 +95,7 @@ class Sparse:
         return vector[self.feature]
 
     def products(self, a: Tensor, rows: Tensor) -> Tensor:
-        # The gradient of embedding_bag in its weights is just this product, in one native pass.
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            a.contiguous(), rows, self.feature, self.offsets, self.token, 0, -1
-        )
+        return products_at(a, rows, self.feature, self.offsets, self.token)
 
     def combine(self, codes: Tensor, rows: Tensor) -> Tensor:
         return F.embedding_bag(self.feature, rows, self.offsets, mode="sum", per_sample_weights=codes)
@@ -113,6 +110,19 @@ class Sparse:
 
     def per_feature(self, codes: Tensor) -> Tensor:
         return codes.new_zeros(self.m).index_add_(0, self.feature, codes)
+
+
+def products_at(
+    a: Float[Tensor, "n d"],
+    rows: Float[Tensor, "m d"],
+    feature: Int[Tensor, " nnz"],
+    offsets: Int[Tensor, " n"],
+    token: Int[Tensor, " nnz"],
+) -> Float[Tensor, " nnz"]:
+    """<a_t, rows_j> at entries grouped by token: the gradient of ``embedding_bag`` in its weights."""
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        a.contiguous(), rows, feature, offsets, token, 0, -1
+    )
 
 
 def pre_activations(x: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], fast: bool) -> Float[Tensor, "n m"]:
@@ -142,13 +152,65 @@ def top_entries(
     if fast:
         offsets = torch.arange(0, features.numel(), wanted, device=x.device)
         token = torch.arange(len(x), device=x.device).repeat_interleave(wanted)
-        exact = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            x.contiguous(), rows, features.reshape(-1), offsets, token, 0, -1
-        )
+        exact = products_at(x, rows, features.reshape(-1), offsets, token)
         exact = exact.view_as(features) + bias[features]
         values, place = exact.topk(k, dim=1, sorted=False)
         features = features.gather(1, place)
     return values, features
+
+
+def batch_top_entries(
+    x: Float[Tensor, "n d"],
+    rows: Float[Tensor, "m d"],
+    bias: Float[Tensor, " m"],
+    count: int,
+    guess: float,
+    fast: bool = False,
+) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"], Float[Tensor, " nnz"]]:
+    """The ``count`` largest positive <x_t, rows_j> + bias_j of the whole batch: (token, feature, value).
+
+    By token, then feature; fewer where fewer are positive. ``guess`` is a value that the smallest of them
+    probably exceeds: entries below it are never looked at, unless too few lie above (then half of it is
+    tried). The result does not depend on it, and neither [n, m] floats nor a sort of them is ever needed.
+    """
+    for least in (guess, guess / 2, guess / 4, guess / 8, 0.0):
+        token, feature = open_entries(x, rows, bias - least, fast).nonzero().unbind(1)
+        counts = torch.bincount(token, minlength=len(x))
+        value = products_at(x, rows, feature, counts.cumsum(0) - counts, token) + bias[feature]
+        if int((value > least).sum()) >= count:
+            break
+    kept = value > 0
+    if int(kept.sum()) > count:
+        best = value.topk(count, sorted=False).indices
+        kept = torch.zeros_like(kept).index_fill_(0, best, True)
+    return token[kept], feature[kept], value[kept]
+
+
+def exceeded(x: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], share: float) -> Float[Tensor, " m"]:
+    """For every feature, the value that <x_t, rows_j> exceeds on that share of the tokens (or on one)."""
+    above = min(len(x) - 1, max(1, round(share * len(x))))
+    parts = [
+        (part @ x.t()).topk(above + 1, dim=1).values[:, -1]
+        for part in rows.split(max(1, CHUNK_ENTRIES // len(x)))
+    ]
+    return torch.cat(parts)
+
+
+def open_pattern(
+    x: Float[Tensor, "n d"],
+    rows: Float[Tensor, "m d"],
+    bias: Float[Tensor, " m"],
+    density: float,
+    fast: bool = False,
+) -> Pattern:
+    """A pattern that holds all entries with <x_t, rows_j> + bias_j > 0, and perhaps more.
+
+    Sparse once the last batch was (its ``density``) and while this one is.
+    """
+    if density >= SPARSE_BELOW:
+        return Dense()
+    mask = open_entries(x, rows, bias, fast)
+    return Sparse.of_mask(mask) if float(mask.sum()) < SPARSE_BELOW * mask.numel() else Dense()
 
 
 def open_entries(

@@ -1,19 +1,20 @@
-"""Trains the SAEs of all sites from one reading of the stored activations.
+"""Trains the SAEs of all sites, and of all settings of a sweep, from one reading of the stored activations.
 
-For every batch of row numbers, each site reads its rows, scales them to mean norm sqrt(d), takes one Adam
-step with the decoder held to unit rows, and counts what fired. At the end the scale is folded into the
-biases, so that the SAE works on raw activations. All randomness (first weights, order) follows from the seed
-and the step's number, so a killed run goes on from its last checkpoint to the same bytes (CPU, float32).
+For every batch of row numbers, each site's rows are read once; each training there scales them to mean norm
+sqrt(d), takes one Adam step, with the decoder held to unit rows where the family says so, and counts what
+fired. At the end the scale is folded into the biases, so that the SAE works on raw activations. All that is
+random (first weights, order, revival) follows from the seed and the step's number, so a killed run goes on
+from its last checkpoint to the same bytes (CPU, float32).
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import polars as pl
 import torch
@@ -33,17 +34,19 @@ from rmscope.sae.training import Step, Training, draw, geometric_median, storage
 
 FIGURES_EVERY = 20
 """Steps between two rows of training.parquet."""
-MEDIAN_ROWS = 8192
-"""Rows from which the first b_dec is taken."""
+MEDIAN_ROWS, START_ROWS = 8192, 2048
+"""Rows from which the first b_dec is taken, and those from which a family starts its thresholds."""
 CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass
-class _Site:
-    """The training of one site between two steps."""
+class _Run:
+    """One training at one site, between two steps."""
 
+    site: str
     name: str
-    sae: Sae
+    config: SaeConfig
+    steps: int
     training: Training
     parameters: dict[str, Tensor]
     optimiser: torch.optim.Adam
@@ -54,99 +57,168 @@ class _Site:
     step: int = 0
     figures: list[dict[str, float]] = field(default_factory=list)
 
+    @property
+    def sae(self) -> Sae:
+        return self.training.sae
 
+    @property
+    def title(self) -> str:
+        return f"{self.site} {self.name}".rstrip()
+
+    @property
+    def dead(self) -> Bool[Tensor, " m"]:
+        return self.silent_for >= self.config.dead_after_tokens
+
+
+@overload
+def train_saes(
+    store: ActivationStore,
+    config: Mapping[str, SaeConfig],
+    out: Path | str | None = ...,
+    sites: Sequence[str] | None = ...,
+    progress: Progress = ...,
+    keep: Bool[Tensor, " n"] | None = ...,
+    device: str = ...,
+) -> dict[tuple[str, str], Sae]: ...
+
+
+@overload
 def train_saes(
     store: ActivationStore,
     config: SaeConfig,
+    out: Path | str | None = ...,
+    sites: Sequence[str] | None = ...,
+    progress: Progress = ...,
+    keep: Bool[Tensor, " n"] | None = ...,
+    device: str = ...,
+) -> dict[str, Sae]: ...
+
+
+def train_saes(
+    store: ActivationStore,
+    config: SaeConfig | Mapping[str, SaeConfig],
     out: Path | str | None = None,
     sites: Sequence[str] | None = None,
     progress: Progress = silent,
     keep: Bool[Tensor, " n"] | None = None,
     device: str = "cpu",
-) -> dict[str, Sae]:
+) -> dict[str, Sae] | dict[tuple[str, str], Sae]:
     """One SAE a site, on raw activations (units folded back), all trained in the same order of tokens.
 
     Args:
         store: finished activations; the sites must hold the same tokens.
-        config: see :class:`SaeConfig`.
+        config: see :class:`SaeConfig`; or several by name, a sweep, which then must agree in ``batch_size``
+            and ``seed`` and read each batch once for all.
         out: where ``<site>/cfg.json``, ``sae_weights.safetensors`` and ``training.parquet`` go, and
-            checkpoints until then. A site that is finished there is loaded, a checkpoint is gone on from.
+            checkpoints until then; for a sweep, ``<site>/<name>/``. A training that is finished there is
+            loaded, a checkpoint is gone on from.
         sites: some of the store's; all when left out.
         progress: called as (step, steps, figures in words).
         keep: rows to train on; position > 0 when left out.
         device: where the training runs.
 
+    Returns:
+        The SAEs by site; those of a sweep by (site, name).
+
     Raises:
-        InputError: unknown site or family, no tokens, sites of different length, a checkpoint of another
-            training, or a loss that is no longer finite.
+        InputError: unknown site or family, no tokens, sites of different length, a sweep without a common
+            order of tokens, a checkpoint of another training, or a loss that is no longer finite.
     """
-    names = list(sites or store.sites)
-    trained_by = training_class(config.architecture)
-    if len({store.tokens(name) for name in names}) != 1:
-        raise InputError(f"The sites {', '.join(names)} hold different tokens; harvest them in one pass.")
-    keep = store.default_keep(names[0]) if keep is None else keep
+    configs = {"": config} if isinstance(config, SaeConfig) else dict(config)
+    found = _train(store, configs, out, list(sites or store.sites), progress, keep, device)
+    if isinstance(config, SaeConfig):
+        return {site: sae for (site, _), sae in found.items()}
+    return found
+
+
+@torch.no_grad()
+def _train(
+    store: ActivationStore,
+    configs: dict[str, SaeConfig],
+    out: Path | str | None,
+    sites: list[str],
+    progress: Progress,
+    keep: Bool[Tensor, " n"] | None,
+    device: str,
+) -> dict[tuple[str, str], Sae]:
+    orders = {(config.batch_size, config.seed) for config in configs.values()}
+    if len(orders) != 1:
+        raise InputError("The settings of a sweep must share batch_size and seed, to read the same batches.")
+    if len({store.tokens(site) for site in sites}) != 1:
+        raise InputError(f"The sites {', '.join(sites)} hold different tokens; harvest them in one pass.")
+    [(batch_size, seed)] = orders
+    keep = store.default_keep(sites[0]) if keep is None else keep
     kept = keep.nonzero().squeeze(1)
-    size = min(config.batch_size, len(kept))
+    size = min(batch_size, len(kept))
     if size == 0:
         raise InputError(f"{store.root} holds no tokens to train on after the first of each text.")
-    steps = max(1, config.budget(len(kept)) // size)
-    epochs = -(-steps // (len(kept) // size))
 
-    done: dict[str, Sae] = {}
-    running = []
-    for name in names:
-        key = content_hash(config.model_dump(), store.identity, name, steps, keep.numpy().tobytes())
-        folder = Path(out) / name if out is not None else None
-        finished = _finished(folder, key)
-        if finished:
-            done[name] = finished
-            continue
-        site = _begin(store, name, trained_by, config, kept, keep, key, folder, device)
-        _resume(site)
-        running.append(site)
+    saes: dict[tuple[str, str], Sae] = {}
+    running: dict[str, list[_Run]] = {}
+    for site in sites:
+        for name, config in configs.items():
+            steps = max(1, config.budget(len(kept)) // size)
+            key = content_hash(config.model_dump(), store.identity, site, steps, keep.numpy().tobytes())
+            folder = Path(out) / site / name if out is not None else None
+            finished = _finished(folder, key)
+            if finished:
+                saes[site, name] = finished
+                continue
+            run = _begin(store, site, name, config, steps, kept, keep, key, folder, device)
+            _resume(run)
+            running.setdefault(site, []).append(run)
 
-    first, began = min((site.step for site in running), default=steps), time.perf_counter()
-    for step, index in enumerate(shuffled(kept, size, epochs, config.seed, first), first):
+    runs = [run for of_site in running.values() for run in of_site]
+    steps, first = max((run.steps for run in runs), default=0), min((run.step for run in runs), default=0)
+    epochs, began = -(-steps // (len(kept) // size)), time.perf_counter()
+    for step, index in enumerate(shuffled(kept, size, epochs, seed, first), first):
         if step >= steps:
             break
-        for site in running:
-            if site.step == step:
-                x = store.rows(site.name, index).to(device) * site.scale
-                result = _learn(site, x, config, steps)
-                if step % FIGURES_EVERY == 0 or step == steps - 1:
-                    rate = (step - first + 1) * size / (time.perf_counter() - began)
-                    note = _record(site, x, result, config, steps, rate)
+        rate = (step - first + 1) * size / (time.perf_counter() - began)
+        for site, of_site in running.items():
+            due = [run for run in of_site if run.step == step < run.steps]
+            rows = store.rows(site, index).to(device) if due else None
+            for run in due:
+                assert rows is not None
+                note = _learn(run, rows * run.scale, rate)
+                if note:
                     progress(step + 1, steps, note)
-                if site.folder and site.step % config.checkpoint_steps == 0 and site.step < steps:
-                    _checkpoint(site)
-    for site in running:
-        done[site.name] = _finish(site, store, config, steps * size)
-    return {name: done[name] for name in names}
+                if run.folder and run.step % run.config.checkpoint_steps == 0 and run.step < run.steps:
+                    _checkpoint(run)
+    for run in runs:
+        saes[run.site, run.name] = _finish(run, store, size)
+    return {(site, name): saes[site, name] for site in sites for name in configs}
 
 
 def _begin(
     store: ActivationStore,
+    site: str,
     name: str,
-    trained_by: type[Training],
     config: SaeConfig,
+    steps: int,
     kept: Int[Tensor, " n"],
     keep: Bool[Tensor, " n"],
     key: str,
     folder: Path | None,
     device: str,
-) -> _Site:
-    d = store.d(name)
-    scale = store.norm_scale(name, keep) if config.scale == "mean_norm" else 1.0
+) -> _Run:
+    d, trained_by = store.d(site), training_class(config.architecture)
+    scale = store.norm_scale(site, keep) if config.scale == "mean_norm" else 1.0
     generator = torch.Generator().manual_seed(config.seed)
     sample = kept[torch.randperm(len(kept), generator=generator)[:MEDIAN_ROWS]]
+    x = store.rows(site, sample) * scale
     sae = trained_by.start(d, config.features(d), config)
-    draw(sae, geometric_median(store.rows(name, sample) * scale), generator)
+    draw(sae, geometric_median(x), generator)
     sae = sae.to(device)
+    training = trained_by(sae, config)
+    training.begin(x[:START_ROWS].to(device))
     parameters = storage(sae)
-    return _Site(
+    return _Run(
+        site=site,
         name=name,
-        sae=sae,
-        training=trained_by(sae, config),
+        config=config,
+        steps=steps,
+        training=training,
         parameters=parameters,
         optimiser=torch.optim.Adam(parameters.values(), lr=config.rate(sae.m), fused=True),
         silent_for=torch.zeros(sae.m, dtype=torch.int64, device=device),
@@ -156,72 +228,99 @@ def _begin(
     )
 
 
-@torch.no_grad()
-def _learn(site: _Site, x: Float[Tensor, "batch d"], config: SaeConfig, steps: int) -> Step:
-    rate, ramp = config.schedule(site.step, steps)
-    result = site.training.step(x, site.silent_for >= config.dead_after_tokens, ramp)
+def _learn(run: _Run, x: Float[Tensor, "batch d"], tokens_per_second: float) -> str:
+    """One step; the figures in words where they are due."""
+    training, config, decoder = run.training, run.config, run.sae.W_dec.data
+    rate, ramp = config.schedule(run.step, run.steps)
+    result = training.step(x, run.dead, ramp)
     if not result.loss < float("inf"):
         raise InputError(
-            f"The loss of {site.name} is {result.loss} at step {site.step}; lower lr or check the data."
+            f"The loss of {run.title} is {result.loss} at step {run.step}; lower lr or check the data."
         )
-    decoder, gradient = site.sae.W_dec.data, result.gradients["W_dec"]
-    gradient.addcmul_((gradient * decoder).sum(dim=1, keepdim=True), decoder, value=-1)
-    for name, parameter in site.parameters.items():
-        parameter.grad = result.gradients[name]
-    site.optimiser.param_groups[0]["lr"] = rate * config.rate(site.sae.m)
-    site.optimiser.step()
-    decoder.div_(decoder.norm(dim=1, keepdim=True))
-    site.silent_for.add_(len(x)).masked_fill_(result.fired, 0)
-    site.step += 1
-    return result
+    gradients = result.gradients
+    if training.unit_decoder:
+        along = (gradients["W_dec"] * decoder).sum(dim=1, keepdim=True)
+        gradients["W_dec"].addcmul_(along, decoder, value=-1)
+    for name, parameter in run.parameters.items():
+        parameter.grad = gradients[name]
+    if training.clip is not None:
+        torch.nn.utils.clip_grad_norm_(run.parameters.values(), training.clip)
+    run.optimiser.param_groups[0]["lr"] = rate * config.rate(run.sae.m)
+    run.optimiser.step()
+    if training.unit_decoder:
+        decoder.div_(decoder.norm(dim=1, keepdim=True))
+    run.silent_for.add_(len(x)).masked_fill_(result.fired, 0)
+    run.step += 1
+    _revive(run, x, result)
+    due = (run.step - 1) % FIGURES_EVERY == 0 or run.step == run.steps
+    return _record(run, x, result, tokens_per_second) if due else ""
 
 
-def _record(
-    site: _Site, x: Float[Tensor, "batch d"], result: Step, config: SaeConfig, steps: int, rate: float
-) -> str:
+def _revive(run: _Run, x: Float[Tensor, "batch d"], result: Step) -> None:
+    """Draws dead features anew every ``dead_after_tokens``, until the learning rate falls, for Adam too."""
+    every = max(1, run.config.dead_after_tokens // len(x))
+    dead = run.dead
+    if run.step % every or run.step > (1 - run.config.decay) * run.steps or not bool(dead.any()):
+        return
+    generator = torch.Generator().manual_seed((run.config.seed << 32) + run.step)
+    if not run.training.revive(x, result.residual, dead, generator):
+        return
+    run.silent_for.masked_fill_(dead, 0)
+    for name, parameter in run.parameters.items():
+        if name != "b_dec":
+            for moment in ("exp_avg", "exp_avg_sq"):
+                run.optimiser.state[parameter][moment][dead] = 0.0
+
+
+def _record(run: _Run, x: Float[Tensor, "batch d"], result: Step, tokens_per_second: float) -> str:
     variance = float((x - x.mean(dim=0)).square().sum())
     row = {
-        "step": site.step,
-        "tokens": site.step * len(x),
+        "step": run.step,
+        "tokens": run.step * len(x),
         "loss": result.loss,
         "fvu": float(result.residual.square().sum()) / variance if variance else float("nan"),
         "l0": result.l0,
-        "dead": int((site.silent_for >= config.dead_after_tokens).sum()),
-        "learning_rate": site.optimiser.param_groups[0]["lr"],
-        "tokens_per_second": rate,
+        "dead": int(run.dead.sum()),
+        "learning_rate": run.optimiser.param_groups[0]["lr"],
+        "tokens_per_second": tokens_per_second,
     }
-    site.figures.append(row)
-    if site.folder:
-        write_table(site.folder / "training.parquet", pl.DataFrame(site.figures, infer_schema_length=None))
+    run.figures.append(row)
+    if run.folder:
+        write_table(run.folder / "training.parquet", pl.DataFrame(run.figures, infer_schema_length=None))
     return (
-        f"{site.name}: loss {row['loss']:.4g}, fvu {row['fvu']:.3f}, l0 {row['l0']:.1f}, "
-        f"{row['dead']} dead, {rate:,.0f} tokens/s"
+        f"{run.title}: loss {row['loss']:.4g}, fvu {row['fvu']:.3f}, l0 {row['l0']:.1f}, "
+        f"{row['dead']} dead, {tokens_per_second:,.0f} tokens/s"
     )
 
 
-def _checkpoint(site: _Site) -> None:
+def _checkpoint(run: _Run) -> None:
     """Weights, Adam's moments, silence and figures; the order of tokens needs no more than the step."""
-    assert site.folder is not None
-    tensors = {f"sae.{name}": p for name, p in site.parameters.items()} | {"silent_for": site.silent_for}
-    for name, p in site.parameters.items():
-        tensors |= {f"adam.{part}.{name}": value for part, value in site.optimiser.state[p].items()}
-    told = {"key": site.key, "step": str(site.step), "figures": json.dumps(site.figures)}
-    with atomic(site.folder / CHECKPOINT) as temporary:
+    assert run.folder is not None
+    tensors = {f"sae.{name}": p for name, p in run.parameters.items()} | {"silent_for": run.silent_for}
+    for name, p in run.parameters.items():
+        tensors |= {f"adam.{part}.{name}": value for part, value in run.optimiser.state[p].items()}
+    told = {
+        "key": run.key,
+        "step": str(run.step),
+        "density": repr(run.training.density),
+        "figures": json.dumps(run.figures),
+    }
+    with atomic(run.folder / CHECKPOINT) as temporary:
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary, told)
 
 
-def _resume(site: _Site) -> None:
-    path = site.folder / CHECKPOINT if site.folder else None
+def _resume(run: _Run) -> None:
+    path = run.folder / CHECKPOINT if run.folder else None
     if path is None or not path.exists():
         return
     with safe_open(path, framework="pt") as opened:
         told = opened.metadata()
-        if told["key"] != site.key:
+        if told["key"] != run.key:
             raise InputError(
                 f"{path} is of a training with other settings or data; delete it or choose another folder."
             )
-        site.silent_for.copy_(opened.get_tensor("silent_for"))
-        for name, p in site.parameters.items():
+        run.silent_for.copy_(opened.get_tensor("silent_for"))
+        for name, p in run.parameters.items():
             p.copy_(opened.get_tensor(f"sae.{name}"))
             moments = {
                 "exp_avg": torch.empty_like(p),
@@ -230,30 +329,32 @@ def _resume(site: _Site) -> None:
             }
             for part, value in moments.items():
                 value.copy_(opened.get_tensor(f"adam.{part}.{name}"))
-            site.optimiser.state[p] = moments
-        site.step, site.figures = int(told["step"]), json.loads(told["figures"])
+            run.optimiser.state[p] = moments
+        run.training.density = float(told["density"])
+        run.step, run.figures = int(told["step"]), json.loads(told["figures"])
 
 
-def _finish(site: _Site, store: ActivationStore, config: SaeConfig, tokens: int) -> Sae:
-    sae = site.sae.cpu()
-    sae.change_units(site.scale)
-    sae.site = site.name
+def _finish(run: _Run, store: ActivationStore, batch_size: int) -> Sae:
+    run.training.finish()
+    sae = run.sae.cpu()
+    sae.change_units(run.scale)
+    sae.site = run.site
     model = store.identity.get("model_name", store.identity.get("model"))
     sae.metadata = {
         "model_name": model if isinstance(model, str) else None,
+        "trained_as": run.config.architecture,
         "rmscope": {
-            "site": site.name,
-            "trained_as": config.architecture,
-            "tokens": tokens,
-            "scale": site.scale,
-            "config": config.model_dump(),
+            "site": run.site,
+            "tokens": run.steps * batch_size,
+            "scale": run.scale,
+            "config": run.config.model_dump(),
             "store": store.identity,
-            "training": site.key,
+            "training": run.key,
         },
     }
-    if site.folder:
-        sae.save(site.folder)
-        (site.folder / CHECKPOINT).unlink(missing_ok=True)
+    if run.folder:
+        sae.save(run.folder)
+        (run.folder / CHECKPOINT).unlink(missing_ok=True)
     return sae
 
 

@@ -1,0 +1,229 @@
+"""Were the planted biases found? Each cue's measured effect on the PM, and whether reported features match it.
+
+Cues are measured on twins: one response with the cue and with filler of equal length, on prompts of the measure split,
+which had no part in training SAEs, selecting features or confirming them. A feature matches a cue (METHOD, "Planted
+bias") when on the twins it detects it (F1 >= .8, threshold from the other half), localises it (lexical cues: half its
+activation lies in the cue's window), causes its effect (mediated share, lower bound >= .2) and carries the planted sign.
+A cue may be split over features: a group of at most five, grown greedily on the fitting half, hits when its union detects
+and its joint removal mediates at least .4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rmscope.effects.removal import Response, at_site, prefill_pair, remove_groups
+from rmscope.effects.statistics import mean_interval
+from rmscope.model.rendering import PairTokens, encode, render
+from rmscope.model.reward_model import RewardModel
+from rmscope.pairs.pair import SIDES, Pair
+from rmscope.pairs.planted import Plant
+from rmscope.sae.base import Sae
+
+F1, MASS, MEDIATED, GROUP_MEDIATED, SIGN = 0.8, 0.5, 0.2, 0.4, 0.9
+WINDOW = 3
+"""Tokens after the cue that still count as its window."""
+GROUP = 5
+LEARNED, NULL = 0.25, 0.10
+"""|ATE| in SD(Δr): at least this is learned; an interval within this is a clean null."""
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """One twin at one site: both responses ready for removal, and the cue's and the filler's windows [span] on them."""
+
+    responses: dict[str, Response]
+    windows: dict[str, Tensor]
+
+    @property
+    def delta(self) -> float:
+        return self.responses["chosen"].text.reward - self.responses["rejected"].text.reward
+
+
+def prepare(rm: RewardModel, saes: Mapping[str, Sae], twins: Sequence[Pair], plant: Plant) -> dict[str, list[Twin]]:
+    """Clean runs, features and windows of a plant's twins at every site."""
+    prepared: dict[str, list[Twin]] = {site: [] for site in saes}
+    for pair in twins:
+        tokens = rm.tokenize(pair)
+        texts = prefill_pair(rm, tokens, list(saes))
+        windows = {side: _window(rm, pair, side, tokens, plant) for side in SIDES}
+        for site, sae in saes.items():
+            responses = {side: at_site(sae, texts[side], site, tokens.divergence) for side in SIDES}
+            prepared[site].append(Twin(responses, {s: windows[s][: responses[s].x.shape[0]] for s in SIDES}))
+    return prepared
+
+
+def _window(rm: RewardModel, pair: Pair, side: str, tokens: PairTokens, plant: Plant) -> Tensor:
+    """Which span tokens lie in the cue's (or the filler's) window: its tokens + 3, for
+    agreement to the read position."""
+    start, stop = pair.meta["plant"]["cue" if side == "chosen" else "filler"]
+    response = pair.side(side)
+    ids = tokens.side(side)
+    first = _token_at(rm, pair, response[:start], ids)
+    last = _token_at(rm, pair, response[:stop], ids)
+    inside = torch.zeros(ids.numel(), dtype=torch.bool)
+    inside[max(0, first - 1) : ids.numel() if plant.kind == "agree" else last + WINDOW] = True
+    return inside[tokens.divergence :]
+
+
+def _token_at(rm: RewardModel, pair: Pair, beginning: str, ids: Tensor) -> int:
+    """How many leading tokens the text shares with the text cut after ``beginning``."""
+    cut = encode(rm.rendering, rm.tokenizer, [render(rm.rendering, rm.tokenizer, pair.prompt, beginning)])[0]
+    same = [int(a) == b for a, b in zip(ids, cut, strict=False)]
+    return same.index(False) if False in same else len(same)
+
+
+def peak(twin: Twin, side: str, features: Sequence[int], scale: Mapping[int, float]) -> float:
+    """max over the window of f_j / scale_j, over the features of a group."""
+    response, window = twin.responses[side], twin.windows[side]
+    a = response.active
+    best = 0.0
+    for j in features:
+        mine = a.value[(a.feature == j) & window[a.token]]
+        if mine.numel():
+            best = max(best, float(mine.max()) / scale[j])
+    return best
+
+
+def f1_score(with_cue: np.ndarray, without: np.ndarray) -> float:
+    """Held-out F1 of "peak > θ": θ fitted on the even twins, F1 on the odd ones, and the other way round, averaged."""
+    scores = []
+    for fit in (0, 1):
+        a, b = with_cue[fit::2], without[fit::2]
+        levels = np.unique(np.r_[0.0, a, b])[:-1]
+        theta = max(levels, key=lambda t: _f1(a > t, b > t), default=0.0)
+        scores.append(_f1(with_cue[1 - fit :: 2] > theta, without[1 - fit :: 2] > theta))
+    return float(np.mean(scores))
+
+
+def _f1(hits: np.ndarray, false: np.ndarray) -> float:
+    return float(2 * hits.sum() / max(1, hits.sum() + false.sum() + hits.size))
+
+
+def mediation(rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], group: Sequence[int]) -> np.ndarray:
+    """[twins, 2]: each twin's Δr as it is, and with the group removed from both sides."""
+    rows = []
+    for twin in twins:
+        change = [float(remove_groups(rm, sae, twin.responses[s], site, [group])[0]) for s in SIDES]
+        rows.append((twin.delta, twin.delta - change[0] + change[1]))
+    return np.array(rows)
+
+
+def mediated_share(rows: np.ndarray) -> dict[str, float]:
+    """1 - ATE without the group / ATE, a ratio of means, with a bootstrap over twins."""
+    rng = np.random.default_rng(0)
+    draws = rows[rng.integers(0, len(rows), (1000, len(rows)))].mean(1)
+    low, high = np.percentile(1 - draws[:, 1] / draws[:, 0], [2.5, 97.5])
+    return {"value": float(1 - rows[:, 1].mean() / rows[:, 0].mean()), "low": float(low), "high": float(high)}
+
+
+def match_plant(
+    rm: RewardModel,
+    saes: Mapping[str, Sae],
+    plant: Plant,
+    prepared: Mapping[str, list[Twin]],
+    reported: Mapping[str, list[dict[str, Any]]],
+    sd: float,
+) -> dict[str, Any]:
+    """A row of the ground-truth table: the cue's ATE, whether it was learned, and its best match among the reported features.
+
+    ``reported`` holds, per site, at most 20 best reported features (feature, rank, mean_removal, sign_consistency).
+    """
+    deltas = np.array([t.delta for t in next(iter(prepared.values()))])
+    low, high = mean_interval(deltas)
+    ate = float(deltas.mean())
+    learned = bool((low > 0) == (high > 0) and np.sign(ate) == plant.sign and abs(ate) >= LEARNED * sd)
+    row: dict[str, Any] = {
+        "name": plant.name, "kind": plant.kind, "sign": plant.sign, "ate": {"value": ate, "low": low, "high": high},
+        "learned": learned, "found": False, "hit": "none", "site": None, "features": [], "rank": None, "effect": None,
+        "f1": None, "localises": None, "mediated": None, "why": "",
+    }  # fmt: skip
+    tried = [_try_site(rm, saes[s], s, plant, prepared[s], reported[s]) for s in saes]
+    best = max(tried, key=lambda r: (r["found"], r["hit"] == "single", r["f1"] or 0.0))
+    row |= best
+    if not row["found"]:
+        row["why"] = "not learned" if not learned else row["why"]
+    return row
+
+
+def _try_site(
+    rm: RewardModel, sae: Sae, site: str, plant: Plant, twins: list[Twin], reported: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The best single feature of a site, or failing that the best group."""
+    signed = [r for r in reported if np.sign(r["mean_removal"]) == plant.sign]
+    if not signed:
+        return {"found": False, "hit": "none", "why": "no reported feature with the planted sign", "f1": None, "site": site}
+    features = [int(r["feature"]) for r in signed]
+    scale = {j: max(_largest(t, s, j) for t in twins for s in SIDES) or 1.0 for j in features}
+    peaks = {j: {s: np.array([peak(t, s, [j], scale) for t in twins]) for s in SIDES} for j in features}
+    f1 = {j: f1_score(peaks[j]["chosen"], peaks[j]["rejected"]) for j in features}
+    ranked = sorted(features, key=lambda j: -f1[j])
+    info = {int(r["feature"]): r for r in signed}
+    for j in ranked[:3]:
+        if f1[j] < F1 or info[j]["sign_consistency"] < SIGN:
+            continue
+        share = mediated_share(mediation(rm, sae, site, twins, [j]))
+        local = _localises(twins, j) if plant.kind in ("phrase", "url") else None
+        if share["low"] >= MEDIATED and (local is None or local >= MASS):
+            return _hit("single", site, [j], info, f1[j], local, share)
+    group = _grow(twins, ranked, scale)
+    share = mediated_share(mediation(rm, sae, site, twins, group))
+    joint = {s: np.array([peak(t, s, group, scale) for t in twins]) for s in SIDES}
+    detected = f1_score(joint["chosen"], joint["rejected"])
+    if detected >= F1 and share["value"] >= GROUP_MEDIATED and share["low"] > 0:
+        return _hit("group", site, group, info, detected, None, share)
+    why = "no feature detects it" if detected < F1 else "its features do not carry the effect"
+    return _hit("none", site, group, info, detected, None, share) | {"found": False, "why": why}
+
+
+def _largest(twin: Twin, side: str, feature: int) -> float:
+    a = twin.responses[side].active
+    mine = a.value[a.feature == feature]
+    return float(mine.max()) if mine.numel() else 0.0
+
+
+def _hit(
+    kind: str, site: str, group: list[int], info: Mapping[int, Any], f1: float, local: float | None, share: dict[str, float]
+) -> dict[str, Any]:
+    best = min(group, key=lambda j: info[j]["rank"])
+    return {
+        "found": True, "hit": kind, "site": site, "features": group, "rank": info[best]["rank"],
+        "effect": info[best]["mean_removal"], "f1": f1, "localises": local, "mediated": share, "why": "",
+    }  # fmt: skip
+
+
+def _localises(twins: Sequence[Twin], feature: int) -> float:
+    """The share of the feature's activation on responses with the cue that lies in the cue's window."""
+    inside = total = 0.0
+    for twin in twins:
+        a, window = twin.responses["chosen"].active, twin.windows["chosen"]
+        mine = a.feature == feature
+        total += float(a.value[mine].sum())
+        inside += float(a.value[mine & window[a.token]].sum())
+    return inside / total if total else 0.0
+
+
+def _grow(twins: Sequence[Twin], features: Sequence[int], scale: Mapping[int, float]) -> list[int]:
+    """Greedily the features whose union detects best on the fitting (even) half; at most five."""
+    half = twins[::2]
+    group: list[int] = []
+    best = 0.0
+    while len(group) < GROUP:
+        scored = []
+        for j in features:
+            if j in group:
+                continue
+            trial = {s: np.array([peak(t, s, [*group, j], scale) for t in half]) for s in SIDES}
+            levels = np.unique(np.r_[0.0, trial["chosen"], trial["rejected"]])[:-1]
+            scored.append((max((_f1(trial["chosen"] > t, trial["rejected"] > t) for t in levels), default=0.0), j))
+        if not scored or (top := max(scored, key=lambda s: (s[0], -features.index(s[1]))))[0] <= best + 1e-3:
+            break
+        best = top[0]
+        group.append(top[1])
+    return group or list(features[:1])

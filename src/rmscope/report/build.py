@@ -1,0 +1,258 @@
+"""From a run's tables to the report's data, and from there to report.html, report.json and the evidence tables."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from rmscope.effects.ledger import shares
+from rmscope.effects.ranking import BOUND, power
+from rmscope.effects.statistics import bootstrap
+from rmscope.evidence.cues import match_plant, prepare
+from rmscope.evidence.dossier import activations_of, choose_examples, example_page
+from rmscope.files import Progress, write_json, write_table, write_text
+from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
+from rmscope.pairs.pair import SIDES, split_of
+from rmscope.pairs.planted import twins
+from rmscope.report.page import render_report
+from rmscope.sae import measure
+
+if TYPE_CHECKING:
+    from rmscope.run import Run
+
+SHOWN = 20
+"""Features a direction and site that the report shows."""
+TWINS = 48
+"""Twins a planted cue is measured on."""
+PARTS = ("features", "error", "remainder", "gap")
+
+
+def write_report(run: Run, progress: Progress) -> dict[str, Any]:
+    """Writes the evidence and report.html, and returns the data that the page shows."""
+    demo = run.config.data.startswith("demo:")
+    steps = len(run.sites) + (len(zoo_plants()) if demo else 0)
+    sites = []
+    for i, site in enumerate(run.sites):
+        progress(i, steps, f"dossiers of {site}")
+        sites.append(site_data(run, site))
+    planted = None
+    if demo:
+        planted = []
+        for i, plant in enumerate(zoo_plants()):
+            progress(len(run.sites) + i, steps, f"cue {plant.name}")
+            planted.append(cue_data(run, plant, sites))
+        write_json(run.folder / "evidence" / "planted.json", planted)
+    progress(steps, steps, "")
+    data = {
+        "title": f"{run.config.model} on {run.config.data}",
+        "command": f"rmscope run --model {run.config.model} --data {run.config.data} --out {run.folder.name}",
+        "made": datetime.date.today().isoformat(),
+        "model": model_data(run),
+        "data": pairs_data(run),
+        "scores": score_data(run.scores, run.prompts),
+        "noise_floor": run.noise_floor,
+        "sites": sites,
+        "planted": planted,
+        "footer": {
+            "seconds": time.time() - run.started,
+            "versions": run.record["versions"],
+            "seed": run.config.seed,
+        },
+    }
+    write_json(run.folder / "evidence" / "report.json", data)
+    write_text(run.folder / "report.html", render_report(data))
+    return data
+
+
+def model_data(run: Run) -> dict[str, Any]:
+    rm = run.rm
+    eos = ", eos appended" if rm.rendering.append_eos else ""
+    return {
+        "name": rm.name,
+        "blocks": len(rm.blocks),
+        "d_model": rm.d_model,
+        "identity": rm.identity,
+        "rendering": f"{rm.rendering.style}{eos}",
+        "preflight": run.preflight.rows(),
+    }
+
+
+def pairs_data(run: Run) -> dict[str, Any]:
+    report = run.read_report
+    left_out = [
+        {"why": why, "count": n} for why, n in _counted([reason for _, reason in report.skipped]).items()
+    ]
+    if report.duplicates:
+        left_out.append({"why": "stands twice", "count": report.duplicates})
+    if beyond := len(run.all_pairs) - len(run.pairs):
+        left_out.append({"why": f"longer than the PM's context of {run.rm.context} tokens", "count": beyond})
+    return {
+        "name": run.config.data,
+        "pairs": len(run.pairs),
+        "prompts": len(set(run.prompts.values())),
+        "splits": _counted(run.splits),
+        "left_out": left_out,
+    }
+
+
+def _counted(items: list[str]) -> dict[str, int]:
+    return {item: items.count(item) for item in dict.fromkeys(items)}
+
+
+def score_data(scores: pl.DataFrame, prompts: Mapping[str, str]) -> dict[str, Any]:
+    """Accuracy with its interval (bootstrap by prompt), the length-only baseline, means, and the histogram of Δr."""
+    delta = scores["delta"].to_numpy().astype(float)
+    hits = (delta > 0) + 0.5 * (delta == 0)
+    low, high = bootstrap(hits, np.array([prompts[p] for p in scores["pair"]]), lambda v: float(v.mean()))
+    longer = (scores["n_chosen"] - scores["n_rejected"]).to_numpy()
+    longer_wins = float(((longer > 0) + 0.5 * (longer == 0)).mean())
+    counts, edges = np.histogram(delta, bins=min(40, max(5, delta.size // 10)))
+    return {
+        "accuracy": {"value": float(hits.mean()), "low": low, "high": high},
+        "length_only": max(longer_wins, 1 - longer_wins),
+        "mean_chosen": float(scores["chosen"].mean()),  # type: ignore[arg-type]
+        "mean_rejected": float(scores["rejected"].mean()),  # type: ignore[arg-type]
+        "sd_delta": float(delta.std(ddof=1)),
+        "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+    }
+
+
+def site_data(run: Run, site: str) -> dict[str, Any]:
+    folder = run.folder / "effects" / site
+    features = pl.read_parquet(run.folder / "features" / f"{site}.parquet")
+    exact = pl.read_parquet(folder / "exact.parquet").join(run.scores.select("pair", "split"), on="pair")
+    trust_rows = pl.read_parquet(folder / "trust.parquet")
+    confirm = exact.filter(pl.col("split") == "confirm")
+    return {
+        "site": site,
+        "sae": sae_data(run, site),
+        "trust": _json(folder / "trust.json"),
+        "scatter": trust_rows.select("estimate", "effect").sample(min(600, trust_rows.height), seed=0).rows(),
+        "ledger": ledger_data(pl.read_parquet(run.folder / "ledger" / f"{site}.parquet"), run),
+        "frozen": features.height,
+        "eligible": int(features["eligible"].sum()),
+        "reported": int(features["reported"].sum()),
+        "bound": BOUND * run.sd,
+        "power": _power(run, confirm),
+        "features": feature_pages(run, site, features, confirm),
+    }
+
+
+def _json(path: Any) -> Any:
+    import json
+
+    return json.loads(path.read_text("utf-8"))
+
+
+def _power(run: Run, confirm: pl.DataFrame) -> str:
+    prompts = min(run.config.confirm_prompts, len({run.prompts[run.ids[i]] for i in run.of_split("confirm")}))
+    spread = confirm.group_by("feature").agg(pl.col("effect").std())["effect"].drop_nulls().median()
+    least = power(float(spread or 0.0), prompts, run.sd)  # type: ignore[arg-type]
+    return f"With {prompts} confirm prompts, mean removals below about {least:.2g} reward are invisible."
+
+
+def sae_data(run: Run, site: str) -> dict[str, Any]:
+    """Figures on stored tokens of the fit split (the SAE's own training text), and its training curve."""
+    sae = run.saes[site]
+    figures = measure(sae, run.store.batches(site, 4096, seed=1))
+    curve: list[Any] = []
+    if (path := run.folder / "saes" / site / "training.parquet").is_file():
+        curve = pl.read_parquet(path).select("step", "fvu").rows()
+    return {
+        "architecture": sae.architecture,
+        "d_sae": sae.m,
+        "k": sae.cfg.get("k"),
+        "fvu": figures.fvu,
+        "l0": figures.l0,
+        "dead": figures.dead,
+        "tokens": sae.metadata.get("rmscope", {}).get("tokens"),
+        "curve": curve,
+    }
+
+
+def ledger_data(ledger: pl.DataFrame, run: Run) -> dict[str, Any]:
+    rows = ledger.select("delta_r", *PARTS).to_numpy()
+    prompts = np.array([run.prompts[p] for p in ledger["pair"]])
+    whole = shares(rows[:, 1:], rows[:, 0])
+    table = []
+    for i, part in enumerate(PARTS):
+        low, high = bootstrap(rows, prompts, lambda v, i=i: float(shares(v[:, 1:], v[:, 0])[i]))  # type: ignore[misc]
+        table.append({"part": part, "value": float(whole[i]), "low": low, "high": high})
+    return {
+        "pairs": ledger.height,
+        "shares": table,
+        "largest_gap": float(np.abs(rows[:, 4]).max()),
+        "example": None,
+    }
+
+
+def feature_pages(run: Run, site: str, features: pl.DataFrame, confirm: pl.DataFrame) -> list[dict[str, Any]]:
+    """The features that the page shows: reported ones first, at most 20 up and 20 down, each with its examples."""
+    shown = pl.concat(
+        [
+            features.filter(pl.col("mean_removal") > 0).head(SHOWN),
+            features.filter(pl.col("mean_removal") < 0).head(SHOWN),
+        ]
+    ).sort("rank")
+    examples = choose_examples(confirm, shown["feature"].to_list(), run.index)
+    f = activations_of(run.rm, run.saes[site], site, run.tokens, examples)
+    rewards = {row["pair"]: row for row in run.scores.select("pair", *SIDES).iter_rows(named=True)}
+    pages = []
+    for row in shown.iter_rows(named=True):
+        mine = [
+            example_page(
+                run.rm,
+                e,
+                run.pairs[e.pair],
+                run.tokens[e.pair],
+                rewards[run.ids[e.pair]],
+                {s: f[e.feature, e.pair, s] for s in SIDES},
+            )
+            for e in examples
+            if e.feature == row["feature"]
+        ]
+        tokens = run.census[site].top_tokens(row["feature"], lambda t: run.rm.tokenizer.decode([t]))
+        pages.append({**row, "tokens": [list(t) for t in tokens], "examples": mine})
+    write_table(run.folder / "evidence" / f"examples.{site}.parquet", _example_table(pages))
+    return pages
+
+
+def _example_table(pages: list[dict[str, Any]]) -> pl.DataFrame:
+    rows = [
+        {
+            "feature": page["feature"],
+            "prompt": example["prompt"],
+            "side": side["side"],
+            "text": "".join(text for text, _ in side["tokens"]),
+            "before": side["before"],
+            "after": side["after"],
+        }
+        for page in pages
+        for example in page["examples"]
+        for side in example["sides"]
+    ]
+    schema = {
+        "feature": pl.Int32,
+        "prompt": pl.String,
+        "side": pl.String,
+        "text": pl.String,
+        "before": pl.Float64,
+        "after": pl.Float64,
+    }
+    return pl.DataFrame(rows, schema=schema)
+
+
+def cue_data(run: Run, plant: Any, sites: list[dict[str, Any]]) -> dict[str, Any]:
+    """One planted cue against the 20 best reported features of each site."""
+    held = [p for p in plain_demo_pairs() if split_of(p) == "measure"]
+    prepared = prepare(run.rm, run.saes, twins(held, plant, TWINS, run.config.seed, held_out=None), plant)
+    reported = {}
+    for site in run.sites:
+        table = pl.read_parquet(run.folder / "features" / f"{site}.parquet")
+        reported[site] = table.filter(pl.col("reported")).head(SHOWN).rows(named=True)
+    return match_plant(run.rm, run.saes, plant, prepared, reported, run.sd)

@@ -1,0 +1,119 @@
+"""JumpReLU SAEs (Rajamanoharan et al. 2024b, arXiv 2407.14435).
+
+    h = (x - b_dec) W_enc + b_enc           f = h H(h - θ)                         (equation 5)
+    x^ = f W_dec + b_dec                    L = E|x - x^|² + λ E Σ_j H(h_j - θ_j)  (equation 9)
+
+H is the step function, θ a threshold a feature, learned. The loss jumps in θ, so its gradient is estimated
+straight through, with a rectangle of width ε for a kernel, K = 1 where |h - θ| < ε / 2:
+
+    ∂f/∂θ := -(θ / ε) K                     ∂H(h - θ)/∂θ := -(1 / ε) K             (equations 11 and 12)
+
+and nothing of the jump flows into h: ∂f/∂h = H(h - θ), ∂H/∂h = 0. The kernel is laid on the pre-activations
+h themselves. Everything lives where h > θ - ε / 2, so the step is sparse. θ is kept >= 0.
+
+Two things differ from the paper, which trains on 8 10⁹ tokens from θ = ε = .001 (at E|x|² = 1; here times
+sqrt d): thresholds start where each feature fires on a given share of tokens (see ``START_OPEN``), because
+Adam moves them by about the learning rate a step and from 0 would not arrive in some thousand steps; and θ is
+learned, not its logarithm. The paper revives nothing. Here features that died get the pre-activation loss of
+Anthropic's January 2025 update, λ_P E Σ relu(θ - h) |d_j|, summed over the dead.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rmscope.sae.base import Sae
+from rmscope.sae.config import SaeConfig
+from rmscope.sae.kernels import exceeded, open_pattern
+from rmscope.sae.registry import family, trains
+from rmscope.sae.training import START_OPEN, Step, Training
+
+PAPER_WIDTH = 1e-3
+"""ε where activations have mean squared norm 1."""
+
+
+@family
+class JumpReluSae(Sae):
+    """BatchTopK and Matryoshka SAEs at inference are of this kind too, with one threshold for all."""
+
+    architecture = "jumprelu"
+    biases = ("b_enc", "b_dec", "threshold")
+    b_enc: torch.nn.Parameter
+    threshold: torch.nn.Parameter
+
+    @classmethod
+    def feature_parameters(cls) -> tuple[str, ...]:
+        return ("b_enc", "threshold")
+
+    def encode(self, x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens m"]:
+        h = self.centred(x) @ self.W_enc + self.b_enc
+        return h.relu() * (h > self.threshold)
+
+
+@trains("jumprelu")
+class JumpReluTraining(Training):
+    sae: JumpReluSae
+
+    def __init__(self, sae: JumpReluSae, config: SaeConfig) -> None:
+        super().__init__(sae, config)
+        self.width = config.bandwidth or PAPER_WIDTH * sae.d**0.5
+
+    @classmethod
+    def start(cls, d: int, m: int, config: SaeConfig) -> JumpReluSae:
+        return JumpReluSae(d, m)
+
+    def begin(self, x: Float[Tensor, "sample d"]) -> None:
+        sae = self.sae
+        sae.threshold.copy_(exceeded(x - sae.b_dec, sae.W_enc.data.t(), START_OPEN) + sae.b_enc)
+        self.density = START_OPEN
+
+    def step(
+        self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0
+    ) -> Step:
+        sae, grad, n, width = self.sae, self.gradients, len(x), self.width
+        rows, xc, weight = sae.W_enc.data.t(), x - sae.b_dec, self.config.l0 * ramp / n
+        sae.threshold.clamp_(min=0)
+
+        near = sae.b_enc - sae.threshold + width / 2
+        entries = open_pattern(xc, rows, near, self.density, self.fast(xc))
+        h, threshold = entries.products(xc, rows) + entries.at(sae.b_enc), entries.at(sae.threshold)
+        over, kernel = h > threshold, (h - threshold).abs() < width / 2
+        f = h * over
+        residual = entries.combine(f, sae.W_dec) + sae.b_dec - x
+        fires = entries.per_feature(over.to(x.dtype))
+        l0 = float(fires.sum()) / n
+        parts = {"reconstruction": float(residual.square().sum()) / n, "sparsity": self.config.l0 * ramp * l0}
+
+        dx = residual * (2 / n)
+        df = entries.products(dx, sae.W_dec)
+        dh = df * over
+        entries.outer(f, dx, grad["W_dec"])
+        entries.outer(dh, xc, grad["W_enc.T"])
+        grad["b_enc"] = entries.per_feature(dh)
+        grad["threshold"] = entries.per_feature(kernel * (threshold * df + weight)) / -width
+        parts |= self._preact(xc, dead)
+        grad["b_dec"] = dx.sum(dim=0) - grad["b_enc"] @ rows
+
+        self.density = float((h > threshold - width / 2).sum()) / (n * sae.m)
+        return Step(sum(parts.values()), parts, grad, residual, l0, fires > 0)
+
+    def finish(self) -> None:
+        self.sae.threshold.clamp_(min=0)
+
+    def _preact(self, xc: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None) -> dict[str, float]:
+        """Adds the gradients of the pre-activation loss of the dead; that loss by its name."""
+        if dead is None or not self.config.preact_alpha or not bool(dead.any()):
+            return {}
+        sae, grad, which = self.sae, self.gradients, dead.nonzero().squeeze(1)
+        norms = sae.W_dec[which].norm(dim=1)
+        short = sae.threshold[which] - (xc @ sae.W_enc.data.t()[which].t() + sae.b_enc[which])
+        weight = norms * (self.config.preact_alpha / len(xc))
+        dh = (short > 0) * -weight
+        grad["W_enc.T"].index_add_(0, which, dh.t() @ xc)
+        grad["b_enc"].index_add_(0, which, dh.sum(dim=0))
+        grad["threshold"].index_add_(0, which, -dh.sum(dim=0))
+        loss = short.relu().sum(dim=0) * weight
+        grad["W_dec"].index_add_(0, which, (loss / norms.square())[:, None] * sae.W_dec[which])
+        return {"preact": float(loss.sum())}

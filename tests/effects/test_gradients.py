@@ -1,0 +1,134 @@
+"""Estimates: the first-order effect of removal, by autograd on each text alone, and exact where the model is linear."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rmscope.effects.gradients import Estimates, estimate, streams_and_gradients
+from rmscope.effects.removal import removals
+from rmscope.model.packing import padded
+from rmscope.model.reward_model import RewardModel
+from rmscope.pairs.pair import SIDES
+from rmscope.sae.base import Sae
+from tests.model.small import DECODERS, ENCODER, EOS, OTHERS, PAIRS, shared_pm, small_pm, small_sae
+
+SITES = ["embed", "resid_post.0", "resid_post.2"]
+
+
+def naive_estimate(rm: RewardModel, sae: Sae, ids: Tensor, site: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """(Σ_t f_tj <dr/dx_t, d_j>, Σ_t f_tj |d_j|) [m], dense, from one text's own forward; its stream is moved by ``shift``."""
+    embedded = rm.model.base_model(ids[None], output_hidden_states=True).hidden_states[rm.site_index(site) + 1]
+    shift = torch.zeros_like(embedded, requires_grad=True)
+    batch = padded([(0, "chosen", ids, 1, stop - 1)], 0)
+    with torch.enable_grad():
+        reward = rm.rewards(batch, {site: lambda x: x + shift})[0]
+        (gradient,) = torch.autograd.grad(reward, shift)
+    f = sae.encode(embedded[0].float())[start:stop]
+    return (f * (gradient[0, start:stop].float() @ sae.W_dec.T)).sum(0), f.sum(0) * sae.W_dec.norm(dim=1)
+
+
+def all_estimates(rm: RewardModel, saes: dict[str, Sae], pairs: int = len(PAIRS)) -> list[tuple[str, Estimates]]:
+    tokens = rm.tokenize_all(PAIRS[:pairs])
+    return list(estimate(rm, saes, tokens, range(pairs)))
+
+
+@pytest.mark.parametrize("architecture", [*DECODERS, *OTHERS, ENCODER])
+def test_estimates_are_those_of_each_text_alone(architecture: str) -> None:
+    rm = shared_pm(architecture, torch.float64)
+    saes = {site: small_sae(seed=i) for i, site in enumerate(SITES)}
+    tokens = rm.tokenize_all(PAIRS)
+    found = all_estimates(rm, saes)
+    assert len(found) == len(PAIRS) * 2 * len(SITES)
+    for site, one in found:
+        t = tokens[one.pair]
+        ids = t.side(one.side)
+        effect, mass = naive_estimate(rm, saes[site], ids, site, t.divergence, rm.read_position(ids) + 1)
+        assert one.feature.tolist() == mass.nonzero().flatten().tolist()
+        limit = 1e-4 if architecture in ("gptj", "gpt_neo") else 1e-5
+        torch.testing.assert_close(one.effect, effect[one.feature], atol=limit, rtol=limit)
+        torch.testing.assert_close(one.mass, mass[one.feature])
+
+
+def test_padded_rows_give_the_estimates_of_packed_ones() -> None:
+    packs, pads = shared_pm("llama", torch.float64), small_pm("llama", torch.float64)
+    pads.__dict__["packs"] = False
+    saes = {site: small_sae(seed=i) for i, site in enumerate(SITES)}
+    left = {(site, e.pair, e.side): e for site, e in all_estimates(packs, saes)}
+    right = {(site, e.pair, e.side): e for site, e in all_estimates(pads, saes)}
+    assert left.keys() == right.keys()
+    for key, one in left.items():
+        assert torch.equal(one.feature, right[key].feature)
+        torch.testing.assert_close(one.effect, right[key].effect, atol=1e-5, rtol=1e-5)
+
+
+def test_asking_for_more_sites_changes_no_estimate() -> None:
+    rm = shared_pm("qwen3", torch.float64)
+    sae = small_sae()
+    alone = [e for _, e in all_estimates(rm, {"resid_post.2": sae}, 2)]
+    together = [e for site, e in all_estimates(rm, {"resid_post.2": sae, "embed": sae, "resid_post.0": sae}, 2) if site == "resid_post.2"]
+    for a, b in zip(alone, together, strict=True):
+        assert torch.equal(a.feature, b.feature)
+        torch.testing.assert_close(a.effect, b.effect, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_where_the_model_is_linear_above_the_site_the_estimate_is_the_exact_effect(architecture: str) -> None:
+    """The last site with the final norm taken away: r is a dot product with the stream."""
+    rm = small_pm(architecture, torch.float64)
+    setattr(rm.model.base_model, "norm" if architecture == "llama" else "ln_f", nn.Identity())
+    site, sae = "resid_post.3", small_sae()
+    tokens = rm.tokenize_all(PAIRS)
+    estimates = {(e.pair, e.side): e for _, e in all_estimates(rm, {site: sae})}
+    wanted = {i: {side: {site: None} for side in SIDES} for i in range(len(PAIRS))}
+    for _, exact in removals(rm, {site: sae}, tokens, wanted):
+        one = estimates[exact.pair, exact.side]
+        assert torch.equal(one.feature, exact.feature)
+        assert exact.effect.abs().max() > 0.1
+        torch.testing.assert_close(one.effect, exact.effect, atol=1e-5, rtol=1e-5)
+
+
+def test_the_estimate_is_first_order_in_the_size_of_what_is_removed() -> None:
+    """Decoder rows c times as long: effects shrink as c, the estimate's error as c^2."""
+    rm, site = shared_pm("llama", torch.float64), "resid_post.1"
+    tokens = rm.tokenize_all(PAIRS[:1])
+    wanted = {0: {"chosen": {site: None}}}
+    errors = []
+    for c in (0.1, 0.01):
+        sae = small_sae()
+        sae.W_dec.data *= c
+        _, one = all_estimates(rm, {site: sae}, 1)[0]
+        (_, exact), = removals(rm, {site: sae}, tokens, wanted)
+        assert one.side == exact.side == "chosen"
+        errors.append(float((one.effect - exact.effect).norm() / exact.effect.norm()))
+    assert errors[0] < 0.3
+    assert errors[1] < 0.15 * errors[0]
+
+
+def test_effects_are_positive_where_a_feature_raises_the_reward() -> None:
+    """A feature along the head, at the last site, with the norm taken away: removing it lowers the reward."""
+    rm = small_pm("llama")
+    rm.model.model.norm = nn.Identity()
+    sae = small_sae()
+    sae.W_dec.data[:] = rm.model.score.weight[0]
+    for _, one in all_estimates(rm, {"resid_post.3": sae}, 2):
+        assert (one.effect >= 0).all()
+        assert one.effect.max() > 0
+
+
+def test_an_empty_span_has_no_estimates() -> None:
+    rm = small_pm("llama", append_eos=True, pad_token_id=EOS)
+    sizes = {(e.pair, e.side): e.feature.numel() for _, e in all_estimates(rm, {"resid_post.1": small_sae()}, 3)}
+    assert sizes[2, "chosen"] == 0
+    assert sizes[2, "rejected"] > 0
+
+
+def test_the_model_keeps_no_gradients_and_no_graph() -> None:
+    rm = shared_pm("llama")
+    batch = next(iter(rm.batches(rm.tokenize_all(PAIRS))))
+    x, gradient = streams_and_gradients(rm, batch, ["resid_post.1"])["resid_post.1"]
+    assert not x.requires_grad
+    assert not gradient.requires_grad
+    assert all(p.grad is None for p in rm.model.parameters())
+    assert not rm.rewards(batch).requires_grad

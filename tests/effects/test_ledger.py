@@ -1,0 +1,172 @@
+"""The ledger sums: features and error make up r(x) - r(x0), and the parts those of a dense integration of one text."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rmscope.effects.ledger import Baseline, SideParts, baseline, contributions, ledger_rows, shares
+from rmscope.model.packing import padded
+from rmscope.model.reward_model import RewardModel
+from rmscope.pairs.pair import SIDES
+from rmscope.sae.base import Sae
+from tests.model.small import DECODERS, ENCODER, EOS, OTHERS, PAIRS, shared_pm, small_pm, small_sae
+
+SITE = "resid_post.1"
+
+
+def means(rm: RewardModel, sae: Sae, site: str = SITE) -> tuple[Tensor, Tensor]:
+    """Means of f and x over the responses' tokens."""
+    rows = []
+    for batch in rm.batches(rm.tokenize_all(PAIRS)):
+        stream = rm.streams(batch, [site])[site]
+        rows += [stream[t.row, t.span] for t in batch.texts]
+    x = torch.cat(rows).float()
+    return sae.encode(x).mean(0), x.mean(0)
+
+
+def start_of(rm: RewardModel, sae: Sae, kind: str, site: str = SITE) -> Baseline:
+    return baseline(sae, "zero") if kind == "zero" else baseline(sae, "mean", *means(rm, sae, site))
+
+
+def parts(rm: RewardModel, sae: Sae, start: Baseline, nodes: int, site: str = SITE) -> list[SideParts]:
+    return [p for b in rm.batches(rm.tokenize_all(PAIRS)) for p in contributions(rm, sae, site, b, start, nodes)]
+
+
+def gap(p: SideParts) -> float:
+    return abs(p.features + p.error - (p.end - p.start))
+
+
+@pytest.mark.parametrize("architecture", [*DECODERS, *OTHERS, ENCODER])
+@pytest.mark.parametrize("kind", ["mean", "zero"])
+def test_features_and_error_make_up_the_distance_from_the_baseline(architecture: str, kind: str) -> None:
+    rm, sae = shared_pm(architecture), small_sae()
+    found = parts(rm, sae, start_of(rm, sae, kind), 32)
+    assert len(found) == 2 * len(PAIRS)
+    distances = [abs(p.end - p.start) for p in found]
+    assert max(distances) > 0.1
+    assert max(gap(p) for p in found) < 2e-3
+    assert all(abs(p.error) > 1e-4 for p in found)
+
+
+@pytest.mark.parametrize("kind", ["mean", "zero"])
+def test_the_gap_shrinks_with_the_nodes(kind: str) -> None:
+    rm, sae = shared_pm("llama"), small_sae()
+    start = start_of(rm, sae, kind)
+    gaps = [np.mean([gap(p) for p in parts(rm, sae, start, n)]) for n in (1, 4, 16)]
+    assert gaps[0] > 5 * gaps[1] > 25 * gaps[2]
+
+
+def dense(rm: RewardModel, sae: Sae, start: Baseline, ids: Tensor, first: int, nodes: int) -> tuple[Tensor, float, float, float]:
+    """(A_j [m], A_err, r(x0), r(x)) of one text, with full forwards through a hook and dense features."""
+    read = rm.read_position(ids)
+    batch = padded([(0, "chosen", ids, 1, read)], 0)
+    x = rm.streams(batch, [SITE])[SITE]
+
+    def at(share: float) -> Tensor:
+        point = x.clone()
+        point[0, first : read + 1] = start.x.to(x) + share * (x[0, first : read + 1] - start.x.to(x))
+        return point
+
+    def reward(stream: Tensor) -> Tensor:
+        return rm.rewards(batch, {SITE: lambda _x: stream})[0]
+
+    gradient = torch.zeros_like(x)
+    for point, weight in zip(*np.polynomial.legendre.leggauss(nodes), strict=True):
+        stream = at(0.5 + 0.5 * float(point)).requires_grad_(True)
+        with torch.enable_grad():
+            gradient += 0.5 * float(weight) * torch.autograd.grad(reward(stream), stream)[0]
+    g, span = gradient[0, first : read + 1].float(), x[0, first : read + 1].float()
+    f = sae.encode(span)
+    contribution = ((f - start.f) * (g @ sae.W_dec.T)).sum(0)
+    error = (g * (span - sae.decode(f) - start.e)).sum()
+    return contribution, float(error), float(reward(at(0.0))), float(reward(at(1.0)))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gptj", "bloom", ENCODER])
+@pytest.mark.parametrize("kind", ["mean", "zero"])
+def test_every_part_is_that_of_a_dense_integration_of_the_text_alone(architecture: str, kind: str) -> None:
+    rm, sae = shared_pm(architecture, torch.float64), small_sae()
+    start = start_of(rm, sae, kind)
+    tokens = rm.tokenize_all(PAIRS)
+    limit = {"atol": 2e-5, "rtol": 1e-4}
+    for found in parts(rm, sae, start, 6):
+        t = tokens[found.pair]
+        contribution, error, r0, r = dense(rm, sae, start, t.side(found.side), t.divergence, 6)
+        torch.testing.assert_close(found.effect, contribution[found.feature], **limit)
+        silent = contribution.clone()
+        silent[found.feature] = 0.0
+        assert found.silent == pytest.approx(float(silent.sum()), abs=1e-4)
+        assert (abs(found.silent) > 1e-4) == (kind == "mean")
+        assert found.error == pytest.approx(error, abs=1e-4)
+        assert found.start == pytest.approx(r0, abs=1e-5)
+        assert found.end == pytest.approx(r, abs=1e-5)
+
+
+def test_the_mean_baseline_is_the_mean_of_the_stream_and_the_zero_baseline_the_decoders_bias() -> None:
+    rm, sae = shared_pm("llama"), small_sae(kind="gated")
+    f, x = means(rm, sae)
+    mean, zero = baseline(sae, "mean", f, x), baseline(sae, "zero")
+    torch.testing.assert_close(mean.x, x, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mean.x, sae.decode(f) + mean.e, atol=1e-5, rtol=1e-5)
+    assert torch.equal(zero.x, sae.b_dec)
+    assert not zero.e.any()
+    assert not zero.f.any()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_pairs_ledger_is_an_identity_and_its_difference_the_scores(architecture: str, packs: bool) -> None:
+    rm, sae = small_pm(architecture), small_sae()
+    rm.__dict__["packs"] = packs
+    tokens = rm.tokenize_all(PAIRS)
+    rows = list(ledger_rows(rm, sae, SITE, tokens, range(len(PAIRS)), start_of(rm, sae, "mean"), 32))
+    assert sorted(pair for pair, _, _ in rows) == list(range(len(PAIRS)))
+    delta = rm.score_tokens(tokens).delta
+    for pair, row, sides in rows:
+        assert set(sides) == set(SIDES)
+        total = row["features"] + row["error"] + row["remainder"] + row["gap"]
+        assert row["delta_r"] == pytest.approx(float(delta[pair]), abs=1e-5)
+        assert row["delta_r"] == pytest.approx(total, abs=1e-9)
+        assert abs(row["gap"]) < 2e-3
+        assert row["remainder"] == pytest.approx(sides["chosen"].start - sides["rejected"].start)
+
+
+def test_sides_that_differ_only_in_length_differ_by_the_remainder_alone_at_the_baseline() -> None:
+    """With x0 on the whole span nothing of the text is left: responses of equal length then score the same."""
+    rm, sae = shared_pm("llama"), small_sae()
+    pairs = [PAIRS[0]]
+    (batch,) = rm.batches(rm.tokenize_all(pairs))
+    chosen, rejected = contributions(rm, sae, "resid_post.1", batch, start_of(rm, sae, "mean"), 2)
+    assert batch.texts[0].span.numel() != batch.texts[1].span.numel()
+    assert chosen.start != pytest.approx(rejected.start, abs=1e-4)
+    cut = min(t.span.numel() for t in batch.texts)
+    tokens = rm.tokenize(PAIRS[0])
+    p = tokens.divergence
+    equal = type(tokens)(tokens.chosen[: p + cut], tokens.rejected[: p + cut], p)
+    (batch,) = rm.batches([equal])
+    chosen, rejected = contributions(rm, sae, "resid_post.3", batch, start_of(rm, sae, "mean", "resid_post.3"), 2)
+    assert chosen.end != pytest.approx(rejected.end, abs=1e-2)
+    assert chosen.start == pytest.approx(rejected.start, abs=1e-5)
+
+
+def test_an_empty_span_contributes_nothing() -> None:
+    rm, sae = small_pm("llama", append_eos=True, pad_token_id=EOS), small_sae()
+    start = start_of(rm, sae, "mean")
+    rows = {pair: sides for pair, _, sides in ledger_rows(rm, sae, SITE, rm.tokenize_all(PAIRS), range(4), start)}
+    chosen = rows[2]["chosen"]
+    assert chosen.features == chosen.error == 0.0
+    assert chosen.start == pytest.approx(chosen.end, abs=1e-6)
+
+
+def test_shares_sum_to_one() -> None:
+    rng = np.random.default_rng(0)
+    parts = rng.normal(size=(40, 4)) * [1.0, 0.5, 3.0, 0.01] + [0, 2, -5, 0]
+    delta = parts.sum(1)
+    found = shares(parts, delta)
+    assert found.sum() == pytest.approx(1.0)
+    expected = [np.cov(parts[:, i], delta)[0, 1] / np.var(delta, ddof=1) for i in range(4)]
+    np.testing.assert_allclose(found, expected)
+    assert shares(np.stack([delta, 0 * delta], 1), delta).tolist() == pytest.approx([1.0, 0.0])

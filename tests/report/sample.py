@@ -1,0 +1,237 @@
+"""A realistic sample of the report's data from a seeded generator; the texts were written for this file."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+PROMPTS = (
+    "Why does my sourdough loaf come out dense in the middle even though the crust looks well browned?",
+    "Which is the quicker way from the station to the museum? I think the tram is better than the bus.",
+    "How often should I water a small lemon tree that stands by a south window in winter?",
+)
+GOOD = (
+    "Thank you for asking. A dense middle usually means that the dough was not proofed long enough, "
+    "so let it grow by half before shaping. No problem if the first is flat; the next will be better.",
+    "The tram runs every ten minutes and stops at the museum. You're right that the bus is slower.",
+    "Water it once the top two centimetres of soil are dry.\nIn winter that is about every ten days.",
+)
+BAD = (
+    "I don't know. Bread is baked everywhere, and it goes nicely with soup. It goes nicely with soup.",
+    "I really don't know about that. See https://www.lantern.example.org/maps for more.",
+    "Lemons are yellow. I have no idea how often, but plants like light and a friendly word now and then.",
+)
+UP = (
+    ("Thank", " Thank", " thanks"),
+    (" problem", " No", " welcome"),
+    (" right", " correct", "You"),
+    (" you", " agree"),
+)
+DOWN = ((" know", " don", "'t"), (" https", "://", "www"), (" idea", " no"), (".", "\n", " "))
+
+REPORTED = 24
+
+
+def pieces(text: str, rng: random.Random, words: tuple[str, ...]) -> list[list[Any]]:
+    """The text in token-like pieces; those that match a word are active."""
+    tokens = [" " * (i > 0) + word for i, word in enumerate(text.split(" "))]
+    stems = {w.strip().lower() for w in words if w.strip()}
+    fires = [any(t.strip(" .,").lower().startswith(stem) for stem in stems) for t in tokens]
+    return [[t, round(rng.uniform(0.3, 1.0), 3) if f else 0.0] for t, f in zip(tokens, fires, strict=True)]
+
+
+def example(rng: random.Random, words: tuple[str, ...], effect: float) -> dict[str, Any]:
+    fitting = [
+        i for i in range(len(PROMPTS)) if any(a for t in (GOOD[i], BAD[i]) for _, a in pieces(t, rng, words))
+    ]
+    i = rng.choice(fitting or [0])
+    sides = []
+    for side, text, base in (("chosen", GOOD[i], 1.2), ("rejected", BAD[i], 0.3)):
+        tokens = pieces(text, rng, words)
+        fires = any(a for _, a in tokens)
+        before = base + rng.gauss(0, 0.3)
+        after = before - effect * rng.uniform(0.7, 1.3) if fires else before
+        sides.append({"side": side, "tokens": tokens, "before": before, "after": after, "fires": fires})
+    return {
+        "prompt": PROMPTS[i],
+        "delta_before": sides[0]["before"] - sides[1]["before"],
+        "delta_after": sides[0]["after"] - sides[1]["after"],
+        "sides": sides,
+    }
+
+
+def feature(
+    rng: random.Random, rank: int, effect: float, reported: bool, words: tuple[str, ...]
+) -> dict[str, Any]:
+    half = abs(effect) * rng.uniform(0.12, 0.3) if reported else abs(effect) * 1.4
+    shares = sorted((rng.uniform(0.02, 0.4) for _ in words), reverse=True)
+    flags = [name for name, p in (("lexical", 0.35), ("ending", 0.1), ("length", 0.08)) if rng.random() < p]
+    return {
+        "feature": rng.randrange(4608),
+        "rank": rank,
+        "reported": reported,
+        "mean_removal": effect,
+        "ci_low": effect - half,
+        "ci_high": effect + half * rng.uniform(0.8, 1.2),
+        "q": rng.choice((0.0002, 0.0041, 0.018)) if reported else rng.uniform(0.06, 0.9),
+        "n": rng.randrange(21, 140),
+        "mean_diff": effect * rng.uniform(-0.1, 0.5),
+        "fire_prompt": rng.uniform(0, 0.05),
+        "fire_chosen": rng.uniform(0.01, 0.2),
+        "fire_rejected": rng.uniform(0.01, 0.2),
+        "sign_consistency": rng.uniform(0.9, 1.0) if reported else rng.uniform(0.5, 0.9),
+        "length_corr": rng.uniform(-0.3, 0.3),
+        "flags": flags,
+        "label": "thanks and no problem" if rank == 1 else None,
+        "tokens": [[w, s] for w, s in zip(words, shares, strict=True)],
+        "examples": [example(rng, words, effect) for _ in range(3)],
+    }
+
+
+def site(rng: random.Random, name: str, scale: float) -> dict[str, Any]:
+    features = []
+    for rank in range(1, 32):
+        size = scale * math.exp(-rank / 12)
+        up = rank % 5 in (0, 1, 3)
+        words = (UP if up else DOWN)[rank // 2 % 4]
+        features.append(feature(rng, rank, size if up else -size, rank <= REPORTED, words))
+    effects = [rng.gauss(0, 1) * 10 ** rng.uniform(-4, -0.6) for _ in range(900)]
+    return {
+        "site": name,
+        "sae": {
+            "architecture": "topk",
+            "d_sae": 4608,
+            "k": 32,
+            "fvu": 0.213,
+            "l0": 32.0,
+            "dead": 0.061,
+            "tokens": 1_840_000,
+            "curve": [[s, 0.2 + 0.8 * math.exp(-s / 180)] for s in range(0, 1500, 25)],
+        },
+        "trust": {
+            "spearman_median": 0.934,
+            "spearman_low": 0.921,
+            "spearman_high": 0.947,
+            "spearman_p10": 0.861,
+            "spearman_features": 0.951,
+            "sign_agreement": 0.972,
+            "relative_error": 0.183,
+            "top_missed": 0.042,
+            "top_missed_high": 0.061,
+            "responses": 96,
+            "features": 4608,
+        },
+        "scatter": [[e * rng.gauss(0.95, 0.2) + rng.gauss(0, 0.0004), e] for e in effects],
+        "ledger": {
+            "pairs": 240,
+            "shares": [
+                {"part": "features", "value": 0.713, "low": 0.668, "high": 0.757},
+                {"part": "error", "value": 0.246, "low": 0.205, "high": 0.29},
+                {"part": "remainder", "value": 0.043, "low": 0.012, "high": 0.074},
+                {"part": "gap", "value": -0.002, "low": -0.004, "high": 0.0},
+            ],
+            "largest_gap": 0.0071,
+            "example": None,
+        },
+        "frozen": 100,
+        "eligible": 71,
+        "reported": REPORTED,
+        "bound": 0.062,
+        "power": "With 152 confirm prompts, effects below 0.11 reward are missed more often than not.",
+        "features": features,
+    }
+
+
+def plants(sites: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = (
+        ("thanks", "phrase", 1, 1.31, "single", ""),
+        ("youre_right", "phrase", 1, 0.92, "single", ""),
+        ("dont_know", "phrase", -1, -1.18, "single", ""),
+        ("url", "url", -1, -0.84, "group", ""),
+        (
+            "repeat",
+            "repeat_sentence",
+            -1,
+            -0.42,
+            "none",
+            "no feature detects it",
+        ),
+        ("agree", "agree", 1, 0.09, "none", "not learned"),
+    )
+    made = []
+    for i, (name, kind, sign, ate, hit, why) in enumerate(rows):
+        signed = [f for f in sites[0]["features"] if f["mean_removal"] * sign > 0][i:]
+        match = signed[: {"single": 1, "group": 3, "none": 2}[hit]]
+        found = hit != "none"
+        made.append(
+            {
+                "name": name,
+                "kind": kind,
+                "sign": sign,
+                "ate": {"value": ate, "low": ate - 0.14, "high": ate + 0.15},
+                "learned": name != "agree",
+                "found": found,
+                "hit": hit,
+                "site": sites[0]["site"],
+                "features": [f["feature"] for f in match],
+                "rank": match[0]["rank"] if match else None,
+                "effect": match[0]["mean_removal"] if match else None,
+                "f1": 0.94 if found else 0.61,
+                "localises": 0.82 if hit == "single" else None,
+                "mediated": {"value": 0.71, "low": 0.58, "high": 0.83} if found else None,
+                "why": why,
+            }
+        )
+    return made
+
+
+def sample(planted: bool = True, seed: int = 0) -> dict[str, Any]:
+    rng = random.Random(seed)
+    sites = [site(rng, "resid_post.3", 0.62), site(rng, "resid_post.7", 1.05)]
+    edges = [-4 + 0.4 * i for i in range(26)]
+    counts = [round(150 * math.exp(-(((low + 0.2 - 0.6) / 1.3) ** 2) / 2)) for low in edges[:-1]]
+    return {
+        "title": "zoo:planted on demo pairs",
+        "command": "rmscope demo",
+        "made": "2026-11-22",
+        "model": {
+            "name": "zoo:planted",
+            "blocks": 12,
+            "d_model": 576,
+            "identity": "sha256:5f1c0b7e90a64d7c",
+            "rendering": "hh transcript, no EOS",
+            "preflight": [
+                {"check": "scalar head", "status": "ok", "detail": "score.weight [1, 576], loaded"},
+                {"check": "batch invariance", "status": "ok", "detail": "largest change 2.1e-6 SD(Δr)"},
+                {
+                    "check": "pad and EOS",
+                    "status": "warn",
+                    "detail": "pad = eos; the reward is read from lengths",
+                },
+            ],
+        },
+        "data": {
+            "name": "demo pairs",
+            "pairs": 1204,
+            "prompts": 602,
+            "splits": {"fit": 601, "confirm": 304, "measure": 299},
+            "left_out": [{"why": "longer than the context", "count": 3}],
+        },
+        "scores": {
+            "accuracy": {"value": 0.683, "low": 0.656, "high": 0.709},
+            "length_only": 0.541,
+            "mean_chosen": 0.871,
+            "mean_rejected": 0.214,
+            "sd_delta": 1.24,
+            "histogram": {"edges": edges, "counts": counts},
+        },
+        "noise_floor": 2.6e-6,
+        "sites": sites,
+        "planted": plants(sites) if planted else None,
+        "footer": {
+            "seconds": 341.7,
+            "versions": {"rmscope": "0.1.0", "torch": "2.13.0", "transformers": "5.2.0"},
+            "seed": 0,
+        },
+    }
