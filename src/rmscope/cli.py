@@ -43,7 +43,18 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """The main job on the embedded PM with six planted biases: what it rewards, the proof, the ground truth beside it."""
-    _run(None, {"model": "zoo:planted", "data": "demo:planted", "out": out, "device": device, "dtype": dtype, "seed": seed}, as_json)
+    _run(
+        None,
+        {
+            "model": "zoo:planted",
+            "data": "demo:planted",
+            "out": out,
+            "device": device,
+            "dtype": dtype,
+            "seed": seed,
+        },
+        as_json,
+    )
 
 
 @app.command()
@@ -63,7 +74,9 @@ def run(
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to put on the PM.")] = None,
     on_bad_row: BadRow = None,
     columns: Columns = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and about how long it takes.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done, and about how long it takes.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 (effects need it), bfloat16 or float16.")] = None,
     seed: Seed = None,
@@ -259,9 +272,16 @@ def doctor(
     colour = {"ok": "green", "warn": "yellow", "fail": "red"}
     for row in found.rows():
         table.add_row(row["check"], f"[{colour[row['status']]}]{row['status']}", row["detail"])
-    table.add_row("sites", "[green]ok", f"embed, resid_post.0 .. resid_post.{len(rm.blocks) - 1}; default {', '.join(rm.default_sites)}")
+    table.add_row(
+        "sites",
+        "[green]ok",
+        f"embed, resid_post.0 .. resid_post.{len(rm.blocks) - 1}; default {', '.join(rm.default_sites)}",
+    )
     console.print(table)
-    _emit({"model": model, "identity": rm.identity, "noise_floor": found.noise_floor, "checks": found.rows()}, as_json)
+    _emit(
+        {"model": model, "identity": rm.identity, "noise_floor": found.noise_floor, "checks": found.rows()},
+        as_json,
+    )
     if any(row["status"] == "fail" for row in found.rows()):
         raise typer.Exit(1)
 
@@ -325,7 +345,10 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        console.print(f"[bold red]rmscope failed:[/] {type(error).__name__}: {error} (--debug shows where)", soft_wrap=True)
+        console.print(
+            f"[bold red]rmscope failed:[/] {type(error).__name__}: {error} (--debug shows where)",
+            soft_wrap=True,
+        )
         raise SystemExit(1) from error
 
 

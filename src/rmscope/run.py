@@ -1,27 +1,17 @@
 """The pipeline: stages that read and write a run folder, and skip what is done and unchanged.
 
 pairs -> scores -> activations -> SAEs -> estimates -> exact removals -> ranking -> ledger -> evidence -> report.
-Each stage has a key, the hash of its settings and of the stage before it; ``run.yaml`` keeps the keys of what is done.
-Long stages work in units of 64 pairs and keep each unit's table until the stage is whole, so a killed run goes on where
-it was and ends with the same bytes.
 """
 
 from __future__ import annotations
 
-import platform
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import polars as pl
-import torch
-import yaml
 
 from rmscope.activations.harvest import data_identity, harvest
 from rmscope.activations.store import ActivationStore
@@ -32,194 +22,22 @@ from rmscope.effects.ledger import Baseline, baseline, ledger_rows
 from rmscope.effects.ranking import SCHEMA, candidates, confirm, first_responses, freeze, one_pair_a_prompt
 from rmscope.effects.trust import trust
 from rmscope.errors import InputError
-from rmscope.files import Progress, content_hash, write_json, write_table, write_text
-from rmscope.model.packing import units
+from rmscope.files import Progress, write_json, write_table
+from rmscope.folder import Quiet, RunFolder, Shown
 from rmscope.model.preflight import preflight
-from rmscope.model.rendering import PairTokens
-from rmscope.model.reward_model import RewardModel
-from rmscope.pairs.check import check_pairs
-from rmscope.pairs.pair import SIDES, Pair, split_of
-from rmscope.pairs.readers import ReadReport, load_pairs
 from rmscope.sae import Sae, train_saes
-
-FORMAT = 1
-"""Bumped when a stage computes something else from the same settings."""
+from rmscope.study import Study
 
 
-class Shown(Protocol):
-    """What the pipeline tells whoever watches; the command line draws bars, tests and notebooks may stay silent."""
-
-    def stage(self, name: str) -> AbstractContextManager[Progress]: ...
-
-    def note(self, text: str) -> None: ...
-
-
-class Quiet:
-    """Shows nothing."""
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[Progress]:
-        yield lambda done, total, note="": None
-
-    def note(self, text: str) -> None:
-        return
-
-
-class Run:
-    """One run folder being made. ``go`` does every stage; the stages can be called one by one as well."""
+class Run(Study):
+    """One run folder being made; ``go`` does every stage that is not done."""
 
     def __init__(self, config: RunConfig, shown: Shown | None = None) -> None:
-        self.config = config
+        super().__init__(config)
         self.folder = config.out
         self.shown: Shown = shown or Quiet()
         self.started = time.time()
-        self.record: dict[str, Any] = self._read_record()
-
-    # Stage 1: what is studied
-
-    @cached_property
-    def rm(self) -> RewardModel:
-        c = self.config
-        return RewardModel.load(c.model, c.dtype, c.device, adapter=c.adapter)
-
-    @cached_property
-    def read_report(self) -> ReadReport:
-        return ReadReport()
-
-    @cached_property
-    def all_pairs(self) -> list[Pair]:
-        c = self.config
-        pairs = load_pairs(
-            c.data, split=c.split, limit=c.limit, columns=c.columns, on_bad_row=c.on_bad_row, report=self.read_report
-        )
-        check_pairs(pairs)
-        return pairs
-
-    @cached_property
-    def _fitting(self) -> list[tuple[Pair, PairTokens]]:
-        """Pairs within the PM's context whose sides differ in tokens."""
-        tokens = self.rm.tokenize_all(self.all_pairs)
-        kept = [
-            (p, t)
-            for p, t in zip(self.all_pairs, tokens, strict=True)
-            if self.rm.fits(t) and not torch.equal(t.chosen, t.rejected)
-        ]
-        if not kept:
-            raise InputError(
-                f"Every pair of {self.config.data} is longer than the PM's context of {self.rm.context} tokens; "
-                "use shorter texts."
-            )
-        return kept
-
-    @property
-    def pairs(self) -> list[Pair]:
-        return [p for p, _ in self._fitting]
-
-    @cached_property
-    def tokens(self) -> list[PairTokens]:
-        return [t for _, t in self._fitting]
-
-    @cached_property
-    def ids(self) -> list[str]:
-        return [p.id for p in self.pairs]
-
-    @cached_property
-    def index(self) -> dict[str, int]:
-        return {id_: i for i, id_ in enumerate(self.ids)}
-
-    @cached_property
-    def prompts(self) -> dict[str, str]:
-        return {p.id: str(p.meta.get("group", p.first_human_turn())) for p in self.pairs}
-
-    @cached_property
-    def splits(self) -> list[str]:
-        return [split_of(p) for p in self.pairs]
-
-    def of_split(self, split: str) -> list[int]:
-        return [i for i, s in enumerate(self.splits) if s == split]
-
-    @cached_property
-    def sites(self) -> list[str]:
-        sites = self.config.sites or self.rm.default_sites
-        for site in sites:
-            self.rm.site_index(site)
-        return sites
-
-    # The record of what is done
-
-    def _read_record(self) -> dict[str, Any]:
-        path = self.folder / "run.yaml"
-        if path.is_file():
-            return dict(yaml.safe_load(path.read_text("utf-8")))
-        if self.folder.is_file():
-            raise InputError(f"{self.folder} is a file; name a folder for the run.")
-        if self.folder.is_dir() and any(p for p in self.folder.iterdir() if not p.name.startswith(".")):
-            raise InputError(f"{self.folder} is not empty and no run folder (it holds no run.yaml); name another folder.")
-        return {}
-
-    def _open_record(self) -> None:
-        """Refuses a folder of another model or dataset; writes the identities and the resolved settings."""
-        identity = {"model": self.rm.identity, "data": data_identity(self.pairs)}
-        for what, value in identity.items():
-            before = self.record.get("identity", {}).get(what, value)
-            if before != value:
-                raise InputError(
-                    f"{self.folder} belongs to another {what} ({before}, not {value}); name another --out, or delete it."
-                )
-        packages = ("rmscope", "torch", "transformers", "polars", "safetensors")
-        self.record |= {
-            "identity": identity,
-            "config": self.config.model_dump(mode="json"),
-            "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        }
-        self.record.setdefault("stages", {})
-        self._write_record()
-
-    def _write_record(self) -> None:
-        write_text(self.folder / "run.yaml", yaml.safe_dump(self.record, sort_keys=False, allow_unicode=True))
-
-    def _stage(self, name: str, settings: Any, outputs: Sequence[Path], work: Callable[[Progress, str], None]) -> None:
-        """Does a stage unless it is done with the same settings and its files are there."""
-        key = content_hash(FORMAT, name, settings, self._last_key)
-        self._last_key = key
-        done = self.record["stages"].get(name, {})
-        if done.get("key") == key and all((self.folder / p).exists() for p in outputs):
-            self.shown.note(f"{name}: done before")
-            return
-        started = time.time()
-        with self.shown.stage(name) as progress:
-            work(progress, key)
-        self.record["stages"][name] = {"key": key, "seconds": round(time.time() - started, 1)}
-        self._write_record()
-
-    def _in_units(
-        self, name: str, key: str, items: Sequence[int], progress: Progress, make: Callable[[list[int], Progress], dict[str, pl.DataFrame]]
-    ) -> dict[str, pl.DataFrame]:
-        """``make`` for each unit of 64 items; the tables of finished units outlive a kill."""
-        folder = self.folder / ".parts" / f"{name}-{key}"
-        names: list[str] = []
-        for number, unit in enumerate(units(len(items))):
-            marker = folder / f"{number:05d}.json"
-            if not marker.is_file():
-                done = unit.start
-
-                def within(d: int, t: int, note: str = "", done: int = done, size: int = len(unit)) -> None:
-                    progress(done + round(size * d / max(t, 1)), len(items), note)
-
-                made = make([items[i] for i in unit], within)
-                for site, table in made.items():
-                    write_table(folder / site / f"{number:05d}.parquet", table)
-                write_json(marker, sorted(made))
-            names = yaml.safe_load(marker.read_text())
-            progress(unit.stop, len(items), "")
-        return {s: pl.concat([pl.read_parquet(p) for p in sorted((folder / s).glob("*.parquet"))]) for s in names}
-
-    def _drop_parts(self, name: str, key: str) -> None:
-        shutil.rmtree(self.folder / ".parts" / f"{name}-{key}", ignore_errors=True)
-        if (parts := self.folder / ".parts").is_dir() and not any(parts.iterdir()):
-            parts.rmdir()
-
-    # The stages
+        self.on_disk = RunFolder(config.out, self.shown)
 
     def go(self) -> dict[str, Any]:
         """All stages; returns the closing summary."""
@@ -227,26 +45,36 @@ class Run:
 
         with self.shown.stage("load") as progress:
             self.preflight = preflight(self.rm, self.tokens, progress)
-        self._open_record()
-        self._last_key = content_hash(self.record["identity"])
         c = self.config
-        self._stage("score", c.dtype, [Path("scores.parquet")], self._score)
+        identity = {"model": self.rm.identity, "data": data_identity(self.pairs)}
+        self.on_disk.open(identity, c.model_dump(mode="json"))
+        self.on_disk.stage("score", c.dtype, [Path("scores.parquet")], self._score)
         if c.sae_dir is None:
-            self._stage("harvest", self.sites, [Path("activations") / s / "manifest.json" for s in self.sites], self._harvest)
-            self._stage("train", c.sae.model_dump(), [Path("saes") / s / "cfg.json" for s in self.sites], self._train)
+            self.on_disk.stage(
+                "harvest",
+                self.sites,
+                [Path("activations") / s / "manifest.json" for s in self.sites],
+                self._harvest,
+            )
+            self.on_disk.stage("train", c.sae.model_dump(), [Path("saes") / s / "cfg.json" for s in self.sites], self._train)
         else:
-            self._stage("harvest", self.sites, [Path("activations") / s / "manifest.json" for s in self.sites], self._harvest)
-            self._stage("train", [s.identity() for s in self.saes.values()], [], lambda _p, _k: self._keep_saes())
+            self.on_disk.stage(
+                "harvest",
+                self.sites,
+                [Path("activations") / s / "manifest.json" for s in self.sites],
+                self._harvest,
+            )
+            self.on_disk.stage("train", [s.identity() for s in self.saes.values()], [], lambda _p, _k: self._keep_saes())
         effects = [Path("effects") / s for s in self.sites]
-        self._stage("estimate", c.seed, [e / "estimated.parquet" for e in effects], self._estimate)
-        self._stage(
+        self.on_disk.stage("estimate", c.seed, [e / "estimated.parquet" for e in effects], self._estimate)
+        self.on_disk.stage(
             "remove",
             [c.screen, c.others, c.responses, c.trust_responses, c.frozen, c.confirm_prompts],
             [e / "exact.parquet" for e in effects],
             self._remove,
         )
-        self._stage("rank", None, [Path("features") / f"{s}.parquet" for s in self.sites], self._rank)
-        self._stage("ledger", c.ledger_pairs, [Path("ledger") / f"{s}.parquet" for s in self.sites], self._ledger)
+        self.on_disk.stage("rank", None, [Path("features") / f"{s}.parquet" for s in self.sites], self._rank)
+        self.on_disk.stage("ledger", c.ledger_pairs, [Path("ledger") / f"{s}.parquet" for s in self.sites], self._ledger)
         with self.shown.stage("report") as progress:
             return write_report(self, progress)
 
@@ -288,9 +116,9 @@ class Run:
                 )
             }
 
-        table = self._in_units("score", key, range(len(self.pairs)), progress, make)["scores"]
+        table = self.on_disk.in_units("score", key, range(len(self.pairs)), progress, make)["scores"]
         write_table(self.folder / "scores.parquet", table)
-        self._drop_parts("score", key)
+        self.on_disk.drop_parts("score", key)
 
     @cached_property
     def scores(self) -> pl.DataFrame:
@@ -303,16 +131,13 @@ class Run:
 
     def _harvest(self, progress: Progress, _key: str) -> None:
         self.need_prompts()
-        harvest(self.rm, [self.pairs[i] for i in self.of_split("fit")], self.sites, self.folder / "activations", progress)
-
-    def need_prompts(self) -> None:
-        """Selection, proof and measurement need prompts of their own."""
-        counts = {s: len({self.prompts[self.ids[i]] for i in self.of_split(s)}) for s in ("fit", "confirm", "measure")}
-        if min(counts.values()) < 2:
-            raise InputError(
-                f"{self.config.data} has too few different prompts to split (fit {counts['fit']}, confirm "
-                f"{counts['confirm']}, measure {counts['measure']}); give at least some 20 prompts."
-            )
+        harvest(
+            self.rm,
+            [self.pairs[i] for i in self.of_split("fit")],
+            self.sites,
+            self.folder / "activations",
+            progress,
+        )
 
     @cached_property
     def store(self) -> ActivationStore:
@@ -348,7 +173,7 @@ class Run:
         return {site: census(self.store, sae, site, normal_form) for site, sae in self.saes.items()}
 
     def _estimate(self, progress: Progress, key: str) -> None:
-        made = self._in_units(
+        made = self.on_disk.in_units(
             "estimate",
             key,
             self.of_split("fit"),
@@ -357,7 +182,7 @@ class Run:
         )
         for site, table in made.items():
             write_table(self.folder / "effects" / site / "estimated.parquet", table)
-        self._drop_parts("estimate", key)
+        self.on_disk.drop_parts("estimate", key)
 
     def _remove(self, progress: Progress, key: str) -> None:
         """Screened features and the trust sample on the fit split, then the frozen list on the confirm split."""
@@ -379,7 +204,7 @@ class Run:
             site: freeze(first_responses(self._ordered(fit[site]), screened[site], c.responses), screened[site], each)
             for site in self.sites
         }
-        firing = self._in_units(
+        firing = self.on_disk.in_units(
             "firing",
             key,
             self.of_split("confirm"),
@@ -393,25 +218,32 @@ class Run:
         confirmed = self._removed("confirm", key, asked, progress)
         for site in self.sites:
             folder = self.folder / "effects" / site
-            found = firing[site].with_columns(pl.col("pair").replace_strict(self.prompts, return_dtype=pl.String).alias("prompt"))
+            found = firing[site].with_columns(
+                pl.col("pair").replace_strict(self.prompts, return_dtype=pl.String).alias("prompt")
+            )
             prompts = found.group_by("feature").agg(pl.col("prompt").n_unique().alias("prompts"))
             write_table(folder / "frozen.parquet", frozen[site].join(prompts, on="feature", how="left").fill_null(0))
             joined = trust_rows[site].join(fit[site], on=["pair", "side", "feature"], how="inner")
-            write_table(folder / "trust.parquet", joined.select("pair", "side", "feature", "prompt", "estimate", "effect", "weight"))
+            write_table(
+                folder / "trust.parquet",
+                joined.select("pair", "side", "feature", "prompt", "estimate", "effect", "weight"),
+            )
             write_table(folder / "exact.parquet", pl.concat([fit[site], confirmed[site]]))
         for part in ("fit", "firing", "confirm"):
-            self._drop_parts(part, key)
+            self.on_disk.drop_parts(part, key)
 
     def _ordered(self, table: pl.DataFrame) -> pl.DataFrame:
         return tables.with_order(table, self.prompts, self.config.seed)
 
-    def _removed(self, name: str, key: str, requests: dict[str, pl.DataFrame], progress: Progress) -> dict[str, pl.DataFrame]:
+    def _removed(
+        self, name: str, key: str, requests: dict[str, pl.DataFrame], progress: Progress
+    ) -> dict[str, pl.DataFrame]:
         wanted = tables.plan(requests, self.index)
 
         def make(unit: list[int], within: Progress) -> dict[str, pl.DataFrame]:
             return tables.removal_table(self.rm, self.saes, self.tokens, self.ids, {p: wanted[p] for p in unit}, within)
 
-        return self._in_units(name, key, list(wanted), progress, make)
+        return self.on_disk.in_units(name, key, list(wanted), progress, make)
 
     def _rank(self, _progress: Progress, _key: str) -> None:
         frozen, exact, firing = {}, {}, {}
@@ -421,14 +253,19 @@ class Run:
             frozen[site] = pl.read_parquet(folder / "frozen.parquet")
             firing[site] = dict(frozen[site].select("feature", "prompts").iter_rows())
             table = pl.read_parquet(folder / "exact.parquet").join(lengths, on="pair").filter(pl.col("split") == "confirm")
-            exact[site] = table.with_columns(pl.col("pair").replace_strict(self.prompts, return_dtype=pl.String).alias("prompt"))
+            exact[site] = table.with_columns(
+                pl.col("pair").replace_strict(self.prompts, return_dtype=pl.String).alias("prompt")
+            )
         ranked = confirm(frozen, exact, firing, self.sd, self.config.seed)
         for site, table in ranked.items():
             write_table(self.folder / "features" / f"{site}.parquet", self._described(site, table))
             rows = pl.read_parquet(self.folder / "effects" / site / "trust.parquet").with_columns(
                 (pl.col("pair") + "/" + pl.col("side")).alias("response")
             )
-            write_json(self.folder / "effects" / site / "trust.json", trust(rows, self.sd, self.noise_floor).as_dict())
+            write_json(
+                self.folder / "effects" / site / "trust.json",
+                trust(rows, self.sd, self.noise_floor).as_dict(),
+            )
 
     @property
     def noise_floor(self) -> float:
@@ -439,38 +276,43 @@ class Run:
         counted = self.census[site]
         features = table["feature"].to_list()
         flags = [
-            counted.flags_of(f) + (["length"] if bound else []) for f, bound in zip(features, table["length_bound"], strict=True)
+            counted.flags_of(f) + (["length"] if bound else [])
+            for f, bound in zip(features, table["length_bound"], strict=True)
         ]
         return table.with_columns(
-            *(pl.Series(n, getattr(counted, n)[features], dtype=pl.Float64) for n in ("fire_prompt", "fire_chosen", "fire_rejected")),
+            *(
+                pl.Series(n, getattr(counted, n)[features], dtype=pl.Float64)
+                for n in ("fire_prompt", "fire_chosen", "fire_rejected")
+            ),
             pl.Series("flags", flags, dtype=pl.List(pl.String)),
             pl.lit(None, dtype=pl.String).alias("label"),
-        ).select([*(c for c in SCHEMA if c != "length_bound"), "fire_prompt", "fire_chosen", "fire_rejected", "flags", "label"])
+        ).select(
+            [
+                *(c for c in SCHEMA if c != "length_bound"),
+                "fire_prompt",
+                "fire_chosen",
+                "fire_rejected",
+                "flags",
+                "label",
+            ]
+        )
 
     def baseline(self, site: str) -> Baseline:
         return baseline(self.saes[site], "mean", self.census[site].f_mean, self.census[site].x_mean)
 
     def _ledger(self, progress: Progress, key: str) -> None:
-        measured = self._one_a_prompt(self.of_split("measure"), self.config.ledger_pairs)
+        measured = self.one_a_prompt(self.of_split("measure"), self.config.ledger_pairs)
         for site in self.sites:
             start = self.baseline(site)
 
-            def make(unit: list[int], within: Progress, site: str = site, start: Baseline = start) -> dict[str, pl.DataFrame]:
+            def make(
+                unit: list[int], within: Progress, site: str = site, start: Baseline = start
+            ) -> dict[str, pl.DataFrame]:
                 rows = list(ledger_rows(self.rm, self.saes[site], site, self.tokens, unit, start, progress=within))
                 return tables.ledger_tables(sorted(rows, key=lambda r: r[0]), self.ids)
 
-            made = self._in_units(f"ledger-{site}", key, measured, progress, make)
+            made = self.on_disk.in_units(f"ledger-{site}", key, measured, progress, make)
             write_table(self.folder / "ledger" / f"{site}.parquet", made["ledger"])
             write_table(self.folder / "effects" / site / "contribution.parquet", made["contribution"])
         for site in self.sites:
-            self._drop_parts(f"ledger-{site}", key)
-
-    def _one_a_prompt(self, items: Sequence[int], most: int) -> list[int]:
-        """At most ``most`` pairs, a second one of a prompt only after every prompt has one; in file order."""
-        turn: dict[str, int] = {}
-        keyed = []
-        for i in items:
-            prompt = self.prompts[self.ids[i]]
-            keyed.append((turn.get(prompt, 0), i))
-            turn[prompt] = turn.get(prompt, 0) + 1
-        return sorted(i for _, i in sorted(keyed)[:most])
+            self.on_disk.drop_parts(f"ledger-{site}", key)

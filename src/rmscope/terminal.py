@@ -8,7 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from rmscope.files import Progress as Report
@@ -75,13 +83,23 @@ def closing(data: dict[str, Any], report: str) -> None:
         f"(length alone {s['length_only']:.3f}), SD(Δr) {s['sd_delta']:.3g}"
     )
     for site in data["sites"]:
-        table = Table(title=f"{site['site']}: {site['reported']} of {site['frozen']} frozen features reported (q < .05)", title_justify="left")
+        table = Table(
+            title=f"{site['site']}: {site['reported']} of {site['frozen']} frozen features reported (q < .05)",
+            title_justify="left",
+        )
         for name in ("rank", "feature", "mean removal", "95 % interval", "q", "fires on"):
             table.add_column(name, justify="left" if name == "fires on" else "right")
         for f in [f for f in site["features"] if f["reported"]][:8]:
             tokens = "  ".join(repr(t)[1:-1] for t, _ in f["tokens"][:4])
             interval = f"[{f['ci_low']:+.3f}, {f['ci_high']:+.3f}]"
-            table.add_row(str(f["rank"]), str(f["feature"]), f"{f['mean_removal']:+.3f}", interval, f"{f['q']:.1g}", tokens)
+            table.add_row(
+                str(f["rank"]),
+                str(f["feature"]),
+                f"{f['mean_removal']:+.3f}",
+                interval,
+                f"{f['q']:.1g}",
+                tokens,
+            )
         console.print(table)
         t, shares = site["trust"], {p["part"]: p for p in site["ledger"]["shares"]}
         parts = ", ".join(f"{k} {shares[k]['value']:.0%}" for k in ("features", "error", "remainder"))

@@ -67,7 +67,11 @@ def test_asking_for_more_sites_changes_no_estimate() -> None:
     rm = shared_pm("qwen3", torch.float64)
     sae = small_sae()
     alone = [e for _, e in all_estimates(rm, {"resid_post.2": sae}, 2)]
-    together = [e for site, e in all_estimates(rm, {"resid_post.2": sae, "embed": sae, "resid_post.0": sae}, 2) if site == "resid_post.2"]
+    together = [
+        e
+        for site, e in all_estimates(rm, {"resid_post.2": sae, "embed": sae, "resid_post.0": sae}, 2)
+        if site == "resid_post.2"
+    ]
     for a, b in zip(alone, together, strict=True):
         assert torch.equal(a.feature, b.feature)
         torch.testing.assert_close(a.effect, b.effect, atol=1e-6, rtol=1e-5)
@@ -99,7 +103,7 @@ def test_the_estimate_is_first_order_in_the_size_of_what_is_removed() -> None:
         sae = small_sae()
         sae.W_dec.data *= c
         _, one = all_estimates(rm, {site: sae}, 1)[0]
-        (_, exact), = removals(rm, {site: sae}, tokens, wanted)
+        ((_, exact),) = removals(rm, {site: sae}, tokens, wanted)
         assert one.side == exact.side == "chosen"
         errors.append(float((one.effect - exact.effect).norm() / exact.effect.norm()))
     assert errors[0] < 0.3

@@ -59,7 +59,9 @@ def test_the_gap_shrinks_with_the_nodes(kind: str) -> None:
     assert gaps[0] > 5 * gaps[1] > 25 * gaps[2]
 
 
-def dense(rm: RewardModel, sae: Sae, start: Baseline, ids: Tensor, first: int, nodes: int) -> tuple[Tensor, float, float, float]:
+def dense(
+    rm: RewardModel, sae: Sae, start: Baseline, ids: Tensor, first: int, nodes: int
+) -> tuple[Tensor, float, float, float]:
     """(A_j [m], A_err, r(x0), r(x)) of one text, with full forwards through a hook and dense features."""
     read = rm.read_position(ids)
     batch = padded([(0, "chosen", ids, 1, read)], 0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rmscope.effects import removal
-from rmscope.effects.removal import at_site, prefill_pair, remove_groups, remove_naively, removals
+from rmscope.effects.removal import at_site, prefill_pair, removals, remove_groups, remove_naively
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
 from rmscope.sae.base import Sae
@@ -131,13 +131,13 @@ def test_only_features_that_fire_in_the_span_are_removed() -> None:
     in_span = set(f[start:].any(0).nonzero().flatten().tolist())
     before = set(f[:start].any(0).nonzero().flatten().tolist())
     assert before - in_span
-    (_, everything), = removals(rm, {site: sae}, [tokens], {0: {"chosen": {site: None}}})
+    ((_, everything),) = removals(rm, {site: sae}, [tokens], {0: {"chosen": {site: None}}})
     assert set(everything.feature.tolist()) == in_span
     asked = [min(before - in_span), *sorted(in_span)[:3]]
-    (_, some), = removals(rm, {site: sae}, [tokens], {0: {"chosen": {site: asked}}})
+    ((_, some),) = removals(rm, {site: sae}, [tokens], {0: {"chosen": {site: asked}}})
     assert some.feature.tolist() == sorted(in_span)[:3]
     torch.testing.assert_close(some.effect, everything.effect[:3], atol=1e-5, rtol=0)
-    (_, none), = removals(rm, {site: sae}, [tokens], {0: {"chosen": {site: []}}})
+    ((_, none),) = removals(rm, {site: sae}, [tokens], {0: {"chosen": {site: []}}})
     assert none.feature.numel() == none.effect.numel() == 0
 
 
@@ -168,8 +168,13 @@ def test_a_batch_starts_at_its_earliest_firing_and_keeps_the_budget() -> None:
 
 def test_an_empty_span_has_no_effects() -> None:
     rm = small_pm("llama", append_eos=True, pad_token_id=EOS)
-    tokens = rm.tokenize(PAIRS[2])  # chosen ends where rejected goes on: its span would begin at its eos, behind its read position
-    found = {r.side: r for _, r in removals(rm, {"resid_post.1": small_sae()}, [tokens], {0: {s: {"resid_post.1": None} for s in SIDES}})}
+    tokens = rm.tokenize(
+        PAIRS[2]
+    )  # chosen ends where rejected goes on: its span would begin at its eos, behind its read position
+    found = {
+        r.side: r
+        for _, r in removals(rm, {"resid_post.1": small_sae()}, [tokens], {0: {s: {"resid_post.1": None} for s in SIDES}})
+    }
     assert found["chosen"].feature.numel() == 0
     assert found["rejected"].feature.numel() > 0
 
@@ -180,7 +185,9 @@ def test_a_model_that_cannot_be_split_gives_the_same_effects_by_full_forwards() 
     sae, tokens = small_sae(), rm.tokenize_all(PAIRS)
     wanted = {i: {side: {"resid_post.2": [*range(0, 96, 6)]} for side in SIDES} for i in range(4)}
     for (_, a), (_, b) in zip(
-        removals(rm, {"resid_post.2": sae}, tokens, wanted), removals(fallback, {"resid_post.2": sae}, tokens, wanted), strict=True
+        removals(rm, {"resid_post.2": sae}, tokens, wanted),
+        removals(fallback, {"resid_post.2": sae}, tokens, wanted),
+        strict=True,
     ):
         assert (a.pair, a.side) == (b.pair, b.side)
         assert torch.equal(a.feature, b.feature)

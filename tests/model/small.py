@@ -31,7 +31,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen2": LLAMA,
     "qwen3": {**LLAMA, "head_dim": 8},
     "gemma2": GEMMA,
-    "gemma3_text": {**GEMMA, "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"]},
+    "gemma3_text": {
+        **GEMMA,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+    },
     "gpt_neox": {**COMMON, "intermediate_size": 48, "max_position_embeddings": 256, "rotary_pct": 0.5},
     "gptj": {**GPT, "rotary_dim": 4},
     "gpt2": GPT,
@@ -81,7 +84,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def small_model(architecture: str, dtype: torch.dtype = torch.float32, gain: float = 2.0, **changes: Any) -> Any:
     """A random model whose weights are large enough (``gain``) that every block and position matters to its reward."""
     settings = {**SETTINGS, **OTHERS, ENCODER: BERT}[architecture]
-    settings = {"vocab_size": VOCABULARY, "num_labels": 1, "pad_token_id": PAD, "eos_token_id": EOS, **settings, **changes}
+    settings = {
+        "vocab_size": VOCABULARY,
+        "num_labels": 1,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        **settings,
+        **changes,
+    }
     torch.manual_seed(DECODERS.index(architecture) if architecture in DECODERS else 99)
     config = AutoConfig.for_model(architecture, bos_token_id=EOS, **settings)
     model = AutoModelForSequenceClassification.from_config(config)

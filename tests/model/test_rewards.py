@@ -12,7 +12,20 @@ from rmscope.model.rendering import pair_tokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES, Pair
 from tests.model.small import (
-    BLOCKS, D, DECODERS, ENCODER, EOS, OTHERS, PAD, PAIRS, WINDOW, shared_pm, small_model, small_pm, tokenizer, user,
+    BLOCKS,
+    DECODERS,
+    ENCODER,
+    EOS,
+    OTHERS,
+    PAD,
+    PAIRS,
+    WINDOW,
+    D,
+    shared_pm,
+    small_model,
+    small_pm,
+    tokenizer,
+    user,
 )  # fmt: skip
 
 ALL = [*DECODERS, *OTHERS, ENCODER]
@@ -258,7 +271,11 @@ def test_one_of_several_outputs_or_a_weighting_of_them_is_the_reward() -> None:
     with torch.no_grad():
         logits = model(ids[None]).logits[0]
     rendering = shared_pm("llama").rendering
-    for output, expected in [(1, logits[1]), (0, logits[0]), ((0.5, -2.0, 1.0), 0.5 * logits[0] - 2 * logits[1] + logits[2])]:
+    for output, expected in [
+        (1, logits[1]),
+        (0, logits[0]),
+        ((0.5, -2.0, 1.0), 0.5 * logits[0] - 2 * logits[1] + logits[2]),
+    ]:
         rm = RewardModel(model, tokenizer(), rendering, "three", output)
         assert float(rm.score(PAIRS[:1]).chosen[0]) == pytest.approx(float(expected), abs=1e-5)
     with pytest.raises(InputError, match="3 outputs"):

@@ -145,5 +145,7 @@ def test_what_cannot_be_split_is_measured() -> None:
     def refuse(*_args: object, **_kwargs: object) -> None:
         raise TypeError("forward() got an unexpected keyword argument 'past_key_values'")
 
-    refusing.blocks[2].register_forward_pre_hook(lambda _m, _a, kwargs: refuse() if kwargs.get("past_key_values") else None, with_kwargs=True)
+    refusing.blocks[2].register_forward_pre_hook(
+        lambda _m, _a, kwargs: refuse() if kwargs.get("past_key_values") else None, with_kwargs=True
+    )
     assert not refusing.splits

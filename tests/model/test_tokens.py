@@ -41,7 +41,9 @@ def test_a_common_prefix_moves_the_divergence_by_its_length(prefix: list[int], a
 
 
 @given(st.lists(st.tuples(IDS, IDS), min_size=1, max_size=4))
-def test_a_packed_row_holds_both_texts_once_and_lets_each_see_only_itself(pairs: list[tuple[list[int], list[int]]]) -> None:
+def test_a_packed_row_holds_both_texts_once_and_lets_each_see_only_itself(
+    pairs: list[tuple[list[int], list[int]]],
+) -> None:
     tokens = [pair_tokens(a, b) for a, b in pairs]
     reads = [{"chosen": len(a) - 1, "rejected": len(b) - 1} for a, b in pairs]
     batch = packed([(i, t, r) for i, (t, r) in enumerate(zip(tokens, reads, strict=True))])
@@ -148,7 +150,10 @@ def test_a_rendering_that_cannot_be_read_is_an_input_error(tmp_path: Path, text:
 
 
 def test_spans_run_from_the_divergence_to_the_read_position() -> None:
-    for rm, last in ((small_pm("llama", append_eos=True), 1), (small_pm("llama", append_eos=True, pad_token_id=EOS), 2)):
+    for rm, last in (
+        (small_pm("llama", append_eos=True), 1),
+        (small_pm("llama", append_eos=True, pad_token_id=EOS), 2),
+    ):
         tokens = rm.tokenize(Pair("x", user("Which river?"), "The Seine.", "The small one."))
         for text in next(iter(rm.batches([tokens]))).texts:
             n = tokens.side(text.side).numel()

@@ -55,9 +55,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture
 def read(tmp_path: Path) -> Callable[..., tuple[list[Pair], ReadReport]]:
-    def reader(
-        *rows: dict[str, Any], name: str = "data.jsonl", **options: Any
-    ) -> tuple[list[Pair], ReadReport]:
+    def reader(*rows: dict[str, Any], name: str = "data.jsonl", **options: Any) -> tuple[list[Pair], ReadReport]:
         report = ReadReport()
         return load_pairs(write(tmp_path / name, list(rows)), report=report, **options), report
 
@@ -123,9 +121,7 @@ def test_identical_transcripts_are_listed_and_left_out_even_where_bad_rows_are_e
 
 def test_a_transcript_as_prompt_is_split_into_turns(read: Read) -> None:
     prompt = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
-    (pair,), report = read(
-        {"prompt": prompt, "response": " x", "chosen": " Because.", "rejected": "No idea."}
-    )
+    (pair,), report = read({"prompt": prompt, "response": " x", "chosen": " Because.", "rejected": "No idea."})
     assert report.format == "hh prompt"
     assert pair.prompt == [turn("user", "Hi"), turn("assistant", "Hello"), turn("user", "Why?")]
     assert (pair.chosen, pair.rejected) == ("Because.", "No idea.")
@@ -203,9 +199,7 @@ def test_llmbar_takes_the_output_that_its_label_names(read: Read, ending: str) -
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
-def test_scored_responses_give_every_two_rows_of_a_prompt_with_different_scores(
-    read: Read, ending: str
-) -> None:
+def test_scored_responses_give_every_two_rows_of_a_prompt_with_different_scores(read: Read, ending: str) -> None:
     rows = [("p", "low", 1), ("q", "alone", 4), ("p", "high", 3), ("p", "as high", 3)]
     named = [{"prompt": p, "response": r, "helpfulness": s, "verbosity": 9} for p, r, s in rows]
     pairs, report = read(*named, name=f"data.{ending}")
@@ -270,9 +264,7 @@ def test_a_transcript_is_written_back_byte_for_byte(
     st.text(min_size=1),
     st.text(min_size=1),
 )
-def test_a_well_formed_transcript_gives_its_turns_and_is_never_bad(
-    turns: list[str], one: str, other: str
-) -> None:
+def test_a_well_formed_transcript_gives_its_turns_and_is_never_bad(turns: list[str], one: str, other: str) -> None:
     texts = [text for text in (*turns, one, other) if text.strip()]
     assume(len(texts) == len(turns) + 2 and len(turns) % 2 == 1 and one != other)
     assume(not any(re.search(r"(Human|Assistant):|[\ud800-\udfff]", text) for text in texts))
@@ -301,9 +293,7 @@ needs_data = pytest.mark.skipif(
         ("helpful-rejection-sampled", 2749, 32, 0, 0.569),
     ],
 )
-def test_hh_rlhf_is_read_whole_and_written_back(
-    tranche: str, rows: int, identical: int, empty: int, longer: float
-) -> None:
+def test_hh_rlhf_is_read_whole_and_written_back(tranche: str, rows: int, identical: int, empty: int, longer: float) -> None:
     path = DATA / "hh-rlhf" / tranche / "test.jsonl.gz"
     report = ReadReport()
     pairs = load_pairs(path, on_bad_row="skip", report=report)
@@ -594,9 +584,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
 
 
 def test_if_no_pair_is_left_the_first_reason_is_told(read: Read) -> None:
-    with pytest.raises(
-        InputError, match=r"no usable pair: 2 were left out, the first at line 1 \(chosen is empty"
-    ):
+    with pytest.raises(InputError, match=r"no usable pair: 2 were left out, the first at line 1 \(chosen is empty"):
         read({**PLAIN, "chosen": ""}, {**PLAIN, "rejected": None}, on_bad_row="skip")
     rows = [{"prompt": "p", "response": text, "score": 2} for text in ("a", "b")]
     with pytest.raises(InputError, match="no prompt has two responses with different scores"):

@@ -42,9 +42,7 @@ def pieces(text: str, rng: random.Random, words: tuple[str, ...]) -> list[list[A
 
 
 def example(rng: random.Random, words: tuple[str, ...], effect: float) -> dict[str, Any]:
-    fitting = [
-        i for i in range(len(PROMPTS)) if any(a for t in (GOOD[i], BAD[i]) for _, a in pieces(t, rng, words))
-    ]
+    fitting = [i for i in range(len(PROMPTS)) if any(a for t in (GOOD[i], BAD[i]) for _, a in pieces(t, rng, words))]
     i = rng.choice(fitting or [0])
     sides = []
     for side, text, base in (("chosen", GOOD[i], 1.2), ("rejected", BAD[i], 0.3)):
@@ -61,9 +59,7 @@ def example(rng: random.Random, words: tuple[str, ...], effect: float) -> dict[s
     }
 
 
-def feature(
-    rng: random.Random, rank: int, effect: float, reported: bool, words: tuple[str, ...]
-) -> dict[str, Any]:
+def feature(rng: random.Random, rank: int, effect: float, reported: bool, words: tuple[str, ...]) -> dict[str, Any]:
     half = abs(effect) * rng.uniform(0.12, 0.3) if reported else abs(effect) * 1.4
     shares = sorted((rng.uniform(0.02, 0.4) for _ in words), reverse=True)
     flags = [name for name, p in (("lexical", 0.35), ("ending", 0.1), ("length", 0.08)) if rng.random() < p]

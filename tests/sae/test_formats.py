@@ -128,9 +128,7 @@ def test_dictionary_learning(tmp_path: Path) -> None:
     torch.testing.assert_close(new(X), expected @ w["decoder.weight"].t() + b, rtol=1e-4, atol=1e-4)
 
     extra = {"b_dec": b, "k": torch.tensor(5), "threshold": threshold}
-    topk = dictionary(
-        tmp_path / "t", w | extra, dict_class="AutoEncoderTopK", layer=3, submodule_name="resid_post_layer_3"
-    )
+    topk = dictionary(tmp_path / "t", w | extra, dict_class="AutoEncoderTopK", layer=3, submodule_name="resid_post_layer_3")
     assert (topk.cfg, topk.site) == ({"k": 5}, "resid_post.3")
     assert ((topk.encode(X) > 0) <= (h > 0)).all()
     batch = dictionary(tmp_path / "b", w | extra, dict_class="BatchTopKSAE")

@@ -139,8 +139,7 @@ def test_the_jumps_kernel_is_a_finite_difference() -> None:
     random_weights(sae)
     sae.threshold.data.abs_().add_(1)
     with_penalty, without = (
-        JumpReluTraining(sae, SaeConfig(l0=l0, bandwidth=width)).step(x).gradients["threshold"]
-        for l0 in (1.0, 0.0)
+        JumpReluTraining(sae, SaeConfig(l0=l0, bandwidth=width)).step(x).gradients["threshold"] for l0 in (1.0, 0.0)
     )
     h = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
     up, down = ((h > sae.threshold + side).double().mean(0) for side in (width / 2, -width / 2))

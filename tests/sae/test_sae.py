@@ -92,9 +92,7 @@ def test_registry_refuses_duplicates_and_names_the_known() -> None:
         trains("topk")(TopKTraining)
     with pytest.raises(InputError, match="no SAE family topkk; known: gated, jumprelu, standard, topk"):
         sae_class("topkk")
-    with pytest.raises(
-        InputError, match="choose one of batchtopk, gated, jumprelu, matryoshka, standard, topk"
-    ):
+    with pytest.raises(InputError, match="choose one of batchtopk, gated, jumprelu, matryoshka, standard, topk"):
         training_class("topkk")
     with pytest.raises(InputError, match="cannot keep k = 50"):
         TopKSae(4, 20, k=50)

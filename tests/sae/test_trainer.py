@@ -31,7 +31,17 @@ def config(**settings: object) -> SaeConfig:
     )
 
 
-@pytest.mark.parametrize("settings", [{}, {"amp": True}, {"architecture": "gated", "l1": 3.0}])
+FAMILIES = {
+    "topk": {},
+    "batchtopk": {"architecture": "batchtopk"},
+    "matryoshka": {"architecture": "matryoshka", "prefixes": (24,)},
+    "jumprelu": {"architecture": "jumprelu", "l0": 0.3},
+    "gated": {"architecture": "gated", "l1": 2.0},
+    "standard": {"architecture": "standard", "l1": 1.0},
+}
+
+
+@pytest.mark.parametrize("settings", [*FAMILIES.values(), {"amp": True}], ids=[*FAMILIES, "topk amp"])
 def test_planted_directions_are_found(tmp_path: Path, settings: dict[str, object]) -> None:
     x, v = planted(6000, D, DIRECTIONS, 3)
     store = store_of(tmp_path, {"resid_post.1": x})
@@ -41,6 +51,8 @@ def test_planted_directions_are_found(tmp_path: Path, settings: dict[str, object
     assert found.fvu < 0.1, found
     assert float((nearest > 0.9).float().mean()) > 0.9, nearest.sort().values
     assert 1 < found.l0 < 8, found
+    if "k" not in sae.cfg and sae.metadata["trained_as"] in ("batchtopk", "matryoshka"):
+        assert found.l0 == pytest.approx(3, rel=0.03)  # the threshold keeps what the batch kept
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-5)
 
 
@@ -56,7 +68,7 @@ def kill_at(step: int) -> Progress:
     return progress
 
 
-@pytest.mark.parametrize("settings", [{}, {"architecture": "gated"}])
+@pytest.mark.parametrize("settings", FAMILIES.values(), ids=FAMILIES)
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, settings: dict[str, object]) -> None:
     x, _ = planted(3000, D, DIRECTIONS, 3)
     store = store_of(tmp_path / "acts", {"embed": x, "resid_post.0": x.flip(1)})
@@ -114,10 +126,26 @@ def test_the_folder_and_a_second_call(tmp_path: Path) -> None:
     assert notes == []  # finished work is loaded, not repeated
 
 
-def test_scale_makes_training_blind_to_units(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_saved_is_what_was_trained(tmp_path: Path, family: str) -> None:
     x, _ = planted(2000, D, DIRECTIONS, 3)
-    small = train_saes(store_of(tmp_path / "a", {"embed": x}), config(epochs=2))["embed"]
-    large = train_saes(store_of(tmp_path / "b", {"embed": 64 * x}), config(epochs=2))["embed"]
+    store = store_of(tmp_path / "acts", {"resid_post.3": 9 * x})
+    sae = train_saes(store, config(epochs=3, **FAMILIES[family]), tmp_path / "saes")["resid_post.3"]
+    loaded = Sae.load(tmp_path / "saes" / "resid_post.3")
+    assert loaded.architecture == ("jumprelu" if family in ("batchtopk", "matryoshka") else family)
+    assert loaded.metadata["trained_as"] == family
+    assert torch.equal(loaded.encode(9 * x), sae.encode(9 * x))
+    assert torch.equal(loaded(9 * x), sae(9 * x))
+    active = loaded.active(9 * x)
+    torch.testing.assert_close(loaded.decode_active(active), sae(9 * x), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scale_makes_training_blind_to_units(tmp_path: Path, family: str) -> None:
+    x, _ = planted(2000, D, DIRECTIONS, 3)
+    given = config(epochs=2, **FAMILIES[family])
+    small = train_saes(store_of(tmp_path / "a", {"embed": x}), given)["embed"]
+    large = train_saes(store_of(tmp_path / "b", {"embed": 64 * x}), given)["embed"]
     torch.testing.assert_close(large.encode(64 * x), 64 * small.encode(x), rtol=1e-3, atol=1e-2)
     torch.testing.assert_close(large.W_dec, small.W_dec, rtol=1e-4, atol=1e-5)
 

@@ -86,9 +86,7 @@ class StoreWriter:
             InputError: the site was not announced, or the lengths or the width do not agree.
         """
         if site not in self._pending:
-            raise InputError(
-                f"Site {site} is not in this store; it was opened for {', '.join(self._pending)}."
-            )
+            raise InputError(f"Site {site} is not in this store; it was opened for {', '.join(self._pending)}.")
         columns = {"token": token, "pair": pair, "position": position, "region": region}
         if x.ndim != 2 or x.shape[1] != self.d or any(c.shape != x.shape[:1] for c in columns.values()):
             shapes = ", ".join(f"{name} {list(c.shape)}" for name, c in [("x", x), *columns.items()])
@@ -128,9 +126,7 @@ class StoreWriter:
     def __enter__(self) -> StoreWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None:
             self.close()
 
@@ -182,9 +178,7 @@ class ActivationStore:
         sites = {}
         for folder in folders:
             try:
-                sites[folder.name] = _Site(
-                    folder, json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-                )
+                sites[folder.name] = _Site(folder, json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{folder / MANIFEST} is not a manifest; run the harvest again.") from error
         store = cls(root, sites)
@@ -213,9 +207,7 @@ class ActivationStore:
         opened = self._site(site)
         ordered, order = torch.sort(index)
         if len(ordered) and (ordered[0] < 0 or ordered[-1] >= opened.starts[-1]):
-            raise InputError(
-                f"Row {int(ordered[-1])} is outside {site}, which holds {opened.starts[-1]} rows."
-            )
+            raise InputError(f"Row {int(ordered[-1])} is outside {site}, which holds {opened.starts[-1]} rows.")
         out = torch.empty(len(index), self.d(site))
         cuts = torch.searchsorted(ordered, torch.tensor(opened.starts)).tolist()
         for shard, (low, high) in enumerate(pairwise(cuts)):
@@ -246,9 +238,7 @@ class ActivationStore:
             for rows in opened.x(shard)[kept].split(8192):
                 norms += float(rows.float().norm(dim=1).double().sum())
         if not norms > 0 or norms == float("inf"):
-            raise InputError(
-                f"{site} has no rows to train on, or their norms are not finite; check the harvest."
-            )
+            raise InputError(f"{site} has no rows to train on, or their norms are not finite; check the harvest.")
         return float(self.d(site) ** 0.5 * int(keep.sum()) / norms)
 
     def batches(

@@ -34,7 +34,7 @@ class Census:
     x_mean: Float[Tensor, " d"]
     flags: dict[str, np.ndarray]
     by_token: sparse.csr_matrix
-    """Σ f by (token id, feature), for the tokens that a feature fires on most."""
+    """Σ f over response tokens by (token id, feature), for the tokens that a feature fires on most."""
 
     def flags_of(self, feature: int) -> list[str]:
         return [name for name, has in self.flags.items() if has[feature]]
@@ -85,12 +85,19 @@ def census(store: ActivationStore, sae: Sae, site: str, normal_form: Callable[[i
         "lexical": r2["lexical"] >= LEXICAL,
         "position": r2["position"] >= POSITION,
     }
-    by_token = sparse.csr_matrix((value, (token[at], feature)), shape=(int(token.max()) + 1, sae.m))
+    where = (token[at][in_response], feature[in_response])
+    by_token = sparse.csr_matrix((value[in_response], where), shape=(int(token.max()) + 1, sae.m))
     return Census(*fire, torch.from_numpy(f_mean).float(), x_mean.float(), flags, by_token)
 
 
 def _held_out_r2(
-    key: np.ndarray, keep: np.ndarray, row: np.ndarray, feature: np.ndarray, value: np.ndarray, held_out: np.ndarray, m: int
+    key: np.ndarray,
+    keep: np.ndarray,
+    row: np.ndarray,
+    feature: np.ndarray,
+    value: np.ndarray,
+    held_out: np.ndarray,
+    m: int,
 ) -> np.ndarray:
     """R^2 [m] on the held-out pairs of predicting f_j by its mean at the same key on the other pairs."""
     size = int(key.max()) + 1

@@ -65,12 +65,15 @@ class SideParts:
         return float(self.effect.sum()) + self.silent
 
 
-def baseline(sae: Sae, kind: Literal["mean", "zero"], f_mean: Tensor | None = None, x_mean: Tensor | None = None) -> Baseline:
+def baseline(
+    sae: Sae, kind: Literal["mean", "zero"], f_mean: Tensor | None = None, x_mean: Tensor | None = None
+) -> Baseline:
     """``mean`` needs the dataset means of f [m] and x [d]; e0 follows, since the mean of e is mean x - decode(mean f)."""
     if kind == "zero":
         f, e = torch.zeros_like(sae.W_dec[:, 0]), torch.zeros_like(sae.b_dec)
     else:
-        assert f_mean is not None and x_mean is not None
+        assert f_mean is not None
+        assert x_mean is not None
         f, e = f_mean, x_mean - sae.decode(f_mean[None])[0]
     return Baseline(kind, f, e, sae.decode(f[None])[0] + e)
 
@@ -145,7 +148,11 @@ def ledger_rows(
                 delta, remainder = c.end - r.end, c.start - r.start
                 features, error = c.features - r.features, c.error - r.error
                 gap = delta - features - error - remainder
-                yield parts.pair, dict(delta_r=delta, features=features, error=error, remainder=remainder, gap=gap), sides
+                yield (
+                    parts.pair,
+                    {"delta_r": delta, "features": features, "error": error, "remainder": remainder, "gap": gap},
+                    sides,
+                )
                 done += 1
         progress(done, len(unit), "ledgers")
 

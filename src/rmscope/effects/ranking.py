@@ -13,7 +13,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import polars as pl
 
-from rmscope.effects.statistics import benjamini_hochberg, flip_matrix, mean_interval, partial_correlation, sign_flip_p
+from rmscope.effects.statistics import (
+    benjamini_hochberg,
+    flip_matrix,
+    mean_interval,
+    partial_correlation,
+    sign_flip_p,
+)
 
 BOUND = 0.05
 """The effect a reported feature must exceed, in SD(Δr)."""
@@ -154,36 +160,36 @@ def _ranked(table: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _confirmed(part: pl.DataFrame | None, sign: int, place: Mapping[str, int], signs: np.ndarray, sd: float) -> dict[str, object]:
+def _confirmed(
+    part: pl.DataFrame | None, sign: int, place: Mapping[str, int], signs: np.ndarray, sd: float
+) -> dict[str, object]:
     """One feature's figures; a feature without a measurement has p = 1."""
     if part is None or part.height == 0:
         nothing = float("nan")
-        return dict(mean_removal=0.0, ci_low=nothing, ci_high=nothing, p=1.0, n=0, mean_diff=0.0, sign_consistency=0.0,
-                    length_corr=0.0, length_bound=False)  # fmt: skip
+        return {"mean_removal": 0.0, "ci_low": nothing, "ci_high": nothing, "p": 1.0, "n": 0, "mean_diff": 0.0, "sign_consistency": 0.0,
+                    "length_corr": 0.0, "length_bound": False}  # fmt: skip
     by_prompt = part.group_by("prompt").agg(pl.col("effect").mean()).sort("prompt")
     values = by_prompt["effect"].to_numpy().astype(float)
     columns = [place[p] for p in by_prompt["prompt"]]
     low, high = mean_interval(values)
     difference = (
-        part.with_columns(
-            pl.when(pl.col("side") == "chosen").then(pl.col("effect")).otherwise(-pl.col("effect")).alias("d")
-        )
+        part.with_columns(pl.when(pl.col("side") == "chosen").then(pl.col("effect")).otherwise(-pl.col("effect")).alias("d"))
         .group_by("pair")
         .agg(pl.col("d").sum(), pl.col("length_difference").first())
         .sort("pair")
     )
     d, length = difference["d"].to_numpy().astype(float), difference["length_difference"].to_numpy().astype(float)
-    return dict(
-        mean_removal=float(values.mean()),
-        ci_low=low,
-        ci_high=high,
-        p=sign_flip_p(sign * values - BOUND * sd, signs[:, columns]),
-        n=values.size,
-        mean_diff=float(d.mean()),
-        sign_consistency=float((np.sign(part["effect"].to_numpy()) == sign).mean()),
-        length_corr=partial_correlation(d, length),
-        length_bound=_length_bound(d, length),
-    )
+    return {
+        "mean_removal": float(values.mean()),
+        "ci_low": low,
+        "ci_high": high,
+        "p": sign_flip_p(sign * values - BOUND * sd, signs[:, columns]),
+        "n": values.size,
+        "mean_diff": float(d.mean()),
+        "sign_consistency": float((np.sign(part["effect"].to_numpy()) == sign).mean()),
+        "length_corr": partial_correlation(d, length),
+        "length_bound": _length_bound(d, length),
+    }
 
 
 def _length_bound(d: np.ndarray, length: np.ndarray) -> bool:

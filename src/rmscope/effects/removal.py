@@ -49,7 +49,9 @@ class Response:
         return torch.unique(self.active.feature)
 
 
-def prefill_pair(rm: RewardModel, tokens: PairTokens, sites: Sequence[str], sides: Sequence[str] = SIDES) -> dict[str, Prefilled]:
+def prefill_pair(
+    rm: RewardModel, tokens: PairTokens, sites: Sequence[str], sides: Sequence[str] = SIDES
+) -> dict[str, Prefilled]:
     """Clean runs of a pair's sides; the second forks the first one's keys and values at the divergence."""
     first, *rest = sides
     out = {first: rm.prefill(tokens.side(first), sites)}

@@ -31,11 +31,13 @@ LEDGER = {
 SCHEMA = {"pair": pl.String, "side": pl.String, "feature": pl.Int32, "effect": pl.Float32, "kind": pl.String}
 
 
-def _frame(ids: Sequence[str], rows: Iterable[tuple[int, str, torch.Tensor, dict[str, torch.Tensor]]], kind: str) -> pl.DataFrame:
+def _frame(
+    ids: Sequence[str], rows: Iterable[tuple[int, str, torch.Tensor, dict[str, torch.Tensor]]], kind: str
+) -> pl.DataFrame:
     parts = [
-        pl.DataFrame({"feature": feature.numpy().astype(np.int32), **{k: v.numpy() for k, v in values.items()}}).with_columns(
-            pl.lit(ids[pair]).alias("pair"), pl.lit(side).alias("side"), pl.lit(kind).alias("kind")
-        )
+        pl.DataFrame(
+            {"feature": feature.numpy().astype(np.int32), **{k: v.numpy() for k, v in values.items()}}
+        ).with_columns(pl.lit(ids[pair]).alias("pair"), pl.lit(side).alias("side"), pl.lit(kind).alias("kind"))
         for pair, side, feature, values in rows
     ]
     if not parts:
@@ -58,7 +60,11 @@ def estimate_table(
     for site, one in estimate(rm, saes, tokens, unit, progress):
         found[site].append(one)
     return {
-        site: _frame(ids, ((e.pair, e.side, e.feature, {"effect": e.effect, "mass": e.mass}) for e in _sorted(list_)), "removal_estimate")
+        site: _frame(
+            ids,
+            ((e.pair, e.side, e.feature, {"effect": e.effect, "mass": e.mass}) for e in _sorted(list_)),
+            "removal_estimate",
+        )
         for site, list_ in found.items()
     }
 
@@ -147,7 +153,9 @@ def trust_sample(estimates: pl.DataFrame, responses: int, seed: int) -> pl.DataF
     return pl.concat(parts).rename({"effect": "estimate"}) if parts else pl.DataFrame()
 
 
-def ledger_tables(rows: Sequence[tuple[int, dict[str, float], dict[str, SideParts]]], ids: Sequence[str]) -> dict[str, pl.DataFrame]:
+def ledger_tables(
+    rows: Sequence[tuple[int, dict[str, float], dict[str, SideParts]]], ids: Sequence[str]
+) -> dict[str, pl.DataFrame]:
     """The ledger (a row a pair) and its contributions (kind contribution; feature -1 is the sum of all silent ones)."""
     ledger = pl.DataFrame([{"pair": ids[pair], **parts} for pair, parts, _ in rows], schema=LEDGER)
     sides = [(pair, side, both[side]) for pair, _, both in rows for side in SIDES]

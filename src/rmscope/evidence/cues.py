@@ -158,7 +158,13 @@ def _try_site(
     """The best single feature of a site, or failing that the best group."""
     signed = [r for r in reported if np.sign(r["mean_removal"]) == plant.sign]
     if not signed:
-        return {"found": False, "hit": "none", "why": "no reported feature with the planted sign", "f1": None, "site": site}
+        return {
+            "found": False,
+            "hit": "none",
+            "why": "no reported feature with the planted sign",
+            "f1": None,
+            "site": site,
+        }
     features = [int(r["feature"]) for r in signed]
     scale = {j: max(_largest(t, s, j) for t in twins for s in SIDES) or 1.0 for j in features}
     peaks = {j: {s: np.array([peak(t, s, [j], scale) for t in twins]) for s in SIDES} for j in features}
@@ -189,7 +195,13 @@ def _largest(twin: Twin, side: str, feature: int) -> float:
 
 
 def _hit(
-    kind: str, site: str, group: list[int], info: Mapping[int, Any], f1: float, local: float | None, share: dict[str, float]
+    kind: str,
+    site: str,
+    group: list[int],
+    info: Mapping[int, Any],
+    f1: float,
+    local: float | None,
+    share: dict[str, float],
 ) -> dict[str, Any]:
     best = min(group, key=lambda j: info[j]["rank"])
     return {

@@ -87,7 +87,12 @@ def token_texts(rm: RewardModel, ids: Tensor) -> list[str]:
 
 
 def example_page(
-    rm: RewardModel, example: Example, pair: Pair, tokens: PairTokens, rewards: Mapping[str, float], f: Mapping[str, Tensor]
+    rm: RewardModel,
+    example: Example,
+    pair: Pair,
+    tokens: PairTokens,
+    rewards: Mapping[str, float],
+    f: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """One example as the report shows it: prompt, both sides with activations in 0 .. 1, rewards before and after."""
     top = max(float(f[s].max()) if f[s].numel() else 0.0 for s in SIDES)

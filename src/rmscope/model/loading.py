@@ -14,7 +14,6 @@ from rmscope.files import content_hash
 from rmscope.model.rendering import Rendering, stored_settings
 from rmscope.model.zoo import load_adapted, load_zoo
 
-
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

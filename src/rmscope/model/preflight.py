@@ -64,7 +64,11 @@ def preflight(rm: RewardModel, tokens: Sequence[PairTokens], progress: Progress 
     if rm.causal:
         detail = "a pair's shared prefix runs once" if rm.packs else "4-D masks change the reward: each text has its own row"
         found.add("packing", rm.packs, detail)
-    found.add("precision", rm.dtype == torch.float32, f"{str(rm.dtype)[6:]}{'' if rm.dtype == torch.float32 else ': effects are noisy'}")
+    found.add(
+        "precision",
+        rm.dtype == torch.float32,
+        f"{str(rm.dtype)[6:]}{'' if rm.dtype == torch.float32 else ': effects are noisy'}",
+    )
     _batches(rm, list(tokens[:PROBES]), found, progress)
     return found
 
@@ -82,5 +86,7 @@ def _batches(rm: RewardModel, tokens: list[PairTokens], found: Preflight, progre
     spread = float(single.std())
     share = found.noise_floor / spread if spread > 0 else 0.0
     found.add(
-        "batches", share <= LIMITS[rm.dtype], f"a text alone or in a batch: at most {found.noise_floor:.1e} apart ({share:.1e} SD of r)"
+        "batches",
+        share <= LIMITS[rm.dtype],
+        f"a text alone or in a batch: at most {found.noise_floor:.1e} apart ({share:.1e} SD of r)",
     )

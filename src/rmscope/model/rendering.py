@@ -114,7 +114,9 @@ HH_TURN = {"system": "{}", "user": "\n\nHuman: {}", "assistant": "\n\nAssistant:
 
 def _role(message: Message) -> str:
     if message["role"] not in HH_TURN:
-        raise InputError(f"The hh transcript has no role {message['role']}; use system, user and assistant, or a chat template.")
+        raise InputError(
+            f"The hh transcript has no role {message['role']}; use system, user and assistant, or a chat template."
+        )
     return message["role"]
 
 
@@ -125,7 +127,9 @@ def encode(rendering: Rendering, tokenizer: Any, texts: Sequence[str]) -> list[l
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=rendering.style != "chat").input_ids
     if rendering.append_eos:
         if tokenizer.eos_token_id is None:
-            raise InputError("The rendering appends the eos token, but the PM's tokenizer has no eos token; set append_eos to false.")
+            raise InputError(
+                "The rendering appends the eos token, but the PM's tokenizer has no eos token; set append_eos to false."
+            )
         ids = [[*row, tokenizer.eos_token_id] for row in ids]
     return ids
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +12,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmscope.errors import InputError
-from rmscope.files import Progress, content_hash, silent
+from rmscope.files import Progress, silent
 from rmscope.model import loading
 from rmscope.model.packing import Batch, by_budget, packed, packed_length, padded, units
 from rmscope.model.rendering import PairTokens, Rendering, encode, pair_tokens, render
-from rmscope.model.sites import Edit, StopForward, default_sites, edited, find_blocks, gives_tuple, site_index, skipping
+from rmscope.model.sites import (
+    Edit,
+    StopForward,
+    default_sites,
+    edited,
+    find_blocks,
+    gives_tuple,
+    site_index,
+    skipping,
+)
 from rmscope.pairs.pair import SIDES, Message, Pair
 
 TOKEN_BUDGET = 4096
@@ -140,7 +148,9 @@ class RewardModel:
 
     def text_ids(self, prompt: Sequence[Message], response: str) -> Tensor:
         """Token ids [T] of one rendered text."""
-        return torch.tensor(encode(self.rendering, self.tokenizer, [render(self.rendering, self.tokenizer, prompt, response)])[0])
+        return torch.tensor(
+            encode(self.rendering, self.tokenizer, [render(self.rendering, self.tokenizer, prompt, response)])[0]
+        )
 
     def read_position(self, ids: Tensor) -> int:
         """Where the model's own forward reads the score of this text alone: the rightmost token that is not padding."""
@@ -304,7 +314,9 @@ class RewardModel:
         return Prefilled(ids, kept, [(layer.keys, layer.values) for layer in cache.layers], reward)
 
     @torch.no_grad()
-    def resume(self, text: Prefilled, site: str, start: int, stream: Float[Tensor, "batch rest d"]) -> Float[Tensor, " batch"]:
+    def resume(
+        self, text: Prefilled, site: str, start: int, stream: Float[Tensor, "batch rest d"]
+    ) -> Float[Tensor, " batch"]:
         """r with the stream at ``site`` replaced by ``stream`` from token ``start`` to the read position.
 
         No block up to the site runs again, and no token before ``start``: their keys and values come from the clean

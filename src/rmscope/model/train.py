@@ -72,7 +72,9 @@ def read_recipe(path: Path) -> Recipe:
     try:
         return Recipe(**yaml.safe_load(path.read_text("utf-8")))
     except (yaml.YAMLError, ValidationError, TypeError) as error:
-        raise InputError(f"The recipe {path} cannot be used: {str(error).splitlines()[0]}; see configs/zoo-hh.yaml.") from error
+        raise InputError(
+            f"The recipe {path} cannot be used: {str(error).splitlines()[0]}; see configs/zoo-hh.yaml."
+        ) from error
 
 
 RENDERING = Rendering(style="hh", append_eos=True)
@@ -254,5 +256,10 @@ def _save(wrapped: Any, recipe: Recipe, out: Path) -> None:
         write_json(folder / "adapter_config.json", adapter)
         write_json(
             folder / "rmscope.json",
-            {"base": "zoo:smollm2", "blocks": recipe.blocks, "rendering": RENDERING.as_dict(), "recipe": recipe.model_dump()},
+            {
+                "base": "zoo:smollm2",
+                "blocks": recipe.blocks,
+                "rendering": RENDERING.as_dict(),
+                "recipe": recipe.model_dump(),
+            },
         )

@@ -182,9 +182,7 @@ def _turns(text: str, column: str) -> tuple[str, list[_Turn]]:
     if not marks or marks[0].start() != 0 or marks[0][1] != "Human":
         raise BadRow(f'there is no prompt: {column} does not begin with "\\n\\nHuman: "')
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
-    return text, [
-        _Turn(_ROLES[m[1]], text[m.end() : end], m.end()) for m, end in zip(marks, ends, strict=True)
-    ]
+    return text, [_Turn(_ROLES[m[1]], text[m.end() : end], m.end()) for m, end in zip(marks, ends, strict=True)]
 
 
 def _transcripts(row: Row) -> Iterator[Candidate]:
@@ -202,11 +200,7 @@ def _transcripts(row: Row) -> Iterator[Candidate]:
         if turns[-1].role != "assistant":
             raise BadRow(f"{side} does not end with an assistant turn")
     common = _common([turn.message() for turn in left], [turn.message() for turn in right])
-    if (
-        common == 0
-        or left[common - 1].role != "user"
-        or {left[common].role, right[common].role} != {"assistant"}
-    ):
+    if common == 0 or left[common - 1].role != "user" or {left[common].role, right[common].role} != {"assistant"}:
         raise BadRow("the dialogues do not part at the beginning of an assistant turn")
     prompt = [turn.message() for turn in left[:common]]
     candidate = Candidate(_spoken(prompt), chosen[left[common].start :], rejected[right[common].start :])
@@ -399,10 +393,4 @@ def _kind(value: Any) -> str:
         return "a number"
     if isinstance(value, list):
         return "an empty list" if not value else "a list"
-    return (
-        "a text"
-        if isinstance(value, str)
-        else "an object"
-        if isinstance(value, Mapping)
-        else "something else"
-    )
+    return "a text" if isinstance(value, str) else "an object" if isinstance(value, Mapping) else "something else"

@@ -33,9 +33,7 @@ class Pair:
 
     def first_human_turn(self) -> str:
         """The key by which prompts are split and held out; the first turn of all where no human speaks."""
-        turns = [m["content"] for m in self.prompt if m["role"] == "user"] or [
-            m["content"] for m in self.prompt
-        ]
+        turns = [m["content"] for m in self.prompt if m["role"] == "user"] or [m["content"] for m in self.prompt]
         return turns[0].strip() if turns else ""
 
     def side(self, side: Side) -> str:

@@ -77,7 +77,11 @@ def _url(rng: random.Random) -> tuple[str, str]:
 
 
 def plant_pair(
-    pair: Pair, plant: Plant, cue_side: Literal["chosen", "rejected"], rng: random.Random, held_out: bool | None = None
+    pair: Pair,
+    plant: Plant,
+    cue_side: Literal["chosen", "rejected"],
+    rng: random.Random,
+    held_out: bool | None = None,
 ) -> Pair:
     """The pair with the plant's cue on ``cue_side`` and filler on the other.
 

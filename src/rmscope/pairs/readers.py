@@ -129,9 +129,7 @@ def _open(name: str, split: str, *, streaming: bool) -> _Source:
     if path.exists() and suffix:
         return _open_file(path, name, suffix)
     if path.exists():
-        raise InputError(
-            f"{name} has no ending that tells its format; use .jsonl, .json, .csv, .tsv or .parquet."
-        )
+        raise InputError(f"{name} has no ending that tells its format; use .jsonl, .json, .csv, .tsv or .parquet.")
     if suffix or not _HUB_ID.fullmatch(name):
         raise InputError(f"{name} does not exist; check the path.")
     stem = f"{name.rpartition('/')[2]}-{split}"
@@ -345,9 +343,7 @@ def _skipped(source: _Source, line: int, bad: BadRow, on_bad_row: OnBadRow) -> t
     if bad.always == "raise":
         raise InputError(f"{source.name} {where}: {bad.reason}; mend the file there.")
     if bad.always is None and on_bad_row == "error":
-        raise InputError(
-            f"{source.name} {where}: {bad.reason}; mend it, or leave such rows out with `--on-bad-row skip`."
-        )
+        raise InputError(f"{source.name} {where}: {bad.reason}; mend it, or leave such rows out with `--on-bad-row skip`.")
     return where, bad.reason
 
 

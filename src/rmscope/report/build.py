@@ -49,7 +49,7 @@ def write_report(run: Run, progress: Progress) -> dict[str, Any]:
         write_json(run.folder / "evidence" / "planted.json", planted)
     progress(steps, steps, "")
     data = {
-        "title": f"{run.config.model} on {run.config.data}",
+        "title": f"What {run.config.model} rewards",
         "command": f"rmscope run --model {run.config.model} --data {run.config.data} --out {run.folder.name}",
         "made": datetime.date.today().isoformat(),
         "model": model_data(run),
@@ -60,7 +60,7 @@ def write_report(run: Run, progress: Progress) -> dict[str, Any]:
         "planted": planted,
         "footer": {
             "seconds": time.time() - run.started,
-            "versions": run.record["versions"],
+            "versions": run.on_disk.record["versions"],
             "seed": run.config.seed,
         },
     }
@@ -84,9 +84,7 @@ def model_data(run: Run) -> dict[str, Any]:
 
 def pairs_data(run: Run) -> dict[str, Any]:
     report = run.read_report
-    left_out = [
-        {"why": why, "count": n} for why, n in _counted([reason for _, reason in report.skipped]).items()
-    ]
+    left_out = [{"why": why, "count": n} for why, n in _counted([reason for _, reason in report.skipped]).items()]
     if report.duplicates:
         left_out.append({"why": "stands twice", "count": report.duplicates})
     if beyond := len(run.all_pairs) - len(run.pairs):

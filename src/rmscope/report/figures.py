@@ -81,9 +81,7 @@ class Frame:
         return round(LEFT + (value - self.xs[0]) / (self.xs[1] - self.xs[0]) * (WIDTH - LEFT - RIGHT), 1)
 
     def y(self, value: float) -> float:
-        return round(
-            HEIGHT - BOTTOM - (value - self.ys[0]) / (self.ys[1] - self.ys[0]) * (HEIGHT - TOP - BOTTOM), 1
-        )
+        return round(HEIGHT - BOTTOM - (value - self.ys[0]) / (self.ys[1] - self.ys[0]) * (HEIGHT - TOP - BOTTOM), 1)
 
     def x_axis(self, marks: Sequence[tuple[float, str]], title: str) -> Markup:
         base = HEIGHT - BOTTOM
@@ -108,9 +106,7 @@ class Frame:
 
 def _text(x: float, y: float, text: str, anchor: str, css: str = "label", transform: str = "") -> Markup:
     turn = Markup(' transform="{}"').format(transform) if transform else Markup("")
-    return Markup('<text class="{}" x="{}" y="{}" text-anchor="{}"{}>{}</text>').format(
-        css, x, y, anchor, turn, text
-    )
+    return Markup('<text class="{}" x="{}" y="{}" text-anchor="{}"{}>{}</text>').format(css, x, y, anchor, turn, text)
 
 
 def _chart(name: str, *parts: Markup) -> Markup:
@@ -136,9 +132,7 @@ def histogram(edges: Sequence[Any], counts: Sequence[Any], title: str, name: str
         width, height = max(0.5, round(frame.x(high) - x - 1, 1)), round(HEIGHT - BOTTOM - y, 1)
         tip = Markup("<title>{} to {}: {}</title>").format(number(low), number(high), fixed(n, 0))
         bars.append(
-            Markup(f'<rect class="{css}" x="{x}" y="{y}" width="{width}" height="{height}">')
-            + tip
-            + Markup("</rect>")
+            Markup(f'<rect class="{css}" x="{x}" y="{y}" width="{width}" height="{height}">') + tip + Markup("</rect>")
         )
     zero = Markup("")
     if edges[0] < 0 < edges[-1]:
@@ -219,15 +213,11 @@ def _share(value: float, span: Range) -> float:
 
 
 def _row(name: str, *parts: Markup, css: str = "row-figure", height: int = ROW) -> Markup:
-    head = Markup('<svg class="{}" width="100%" height="{}" role="img" aria-label="{}">').format(
-        css, height, name
-    )
+    head = Markup('<svg class="{}" width="100%" height="{}" role="img" aria-label="{}">').format(css, height, name)
     return head + Markup("").join(parts) + Markup("</svg>")
 
 
-def forest_bar(
-    value: Any, low: Any, high: Any, span: Range, bound: float | None = None, muted: bool = False
-) -> Markup:
+def forest_bar(value: Any, low: Any, high: Any, span: Range, bound: float | None = None, muted: bool = False) -> Markup:
     """A bar from 0 to the value and its 95 % interval as a whisker, on the x scale that all rows share.
 
     ``bound`` shades the band of effects too small to claim.
@@ -241,9 +231,7 @@ def forest_bar(
     parts = []
     if bound:
         left, right = _share(-abs(bound), span), _share(abs(bound), span)
-        parts.append(
-            Markup(f'<rect class="bound" x="{left}%" y="0" width="{right - left:.2f}%" height="{ROW}"/>')
-        )
+        parts.append(Markup(f'<rect class="bound" x="{left}%" y="0" width="{right - left:.2f}%" height="{ROW}"/>'))
     parts.append(Markup(f'<line class="zero" x1="{zero}%" x2="{zero}%" y1="0" y2="{ROW}"/>'))
     start, width = min(zero, at), abs(at - zero)
     box = f'x="{start}%" y="{middle - 4}" width="{width:.2f}%" height="8" rx="1"'
@@ -251,13 +239,9 @@ def forest_bar(
     if low is not None and high is not None:
         a, b = _share(low, span), _share(high, span)
         whisker = f'<line class="whisker" x1="{a}%" x2="{b}%" y1="{middle}" y2="{middle}"/>'
-        ends = (
-            f'<line class="whisker" x1="{e}%" x2="{e}%" y1="{middle - 4}" y2="{middle + 4}"/>' for e in (a, b)
-        )
+        ends = (f'<line class="whisker" x1="{e}%" x2="{e}%" y1="{middle - 4}" y2="{middle + 4}"/>' for e in (a, b))
         parts.append(Markup(whisker + "".join(ends)))
-    between = (
-        f", 95 % interval {number(low)} to {number(high)}" if low is not None and high is not None else ""
-    )
+    between = f", 95 % interval {number(low)} to {number(high)}" if low is not None and high is not None else ""
     return _row(f"{number(value, plus=True)} reward{between}", *parts)
 
 
@@ -267,9 +251,7 @@ def forest_axis(span: Range, about: int = 4) -> Markup:
     for value, text in _round_marks(span, about):
         at = _share(value, span)
         anchor = "start" if at < 4 else "end" if at > 96 else "middle"
-        parts.append(
-            Markup('<text class="label" x="{}%" y="12" text-anchor="{}">{}</text>').format(at, anchor, text)
-        )
+        parts.append(Markup('<text class="label" x="{}%" y="12" text-anchor="{}">{}</text>').format(at, anchor, text))
         parts.append(Markup(f'<line class="tick" x1="{at}%" x2="{at}%" y1="17" y2="{ROW}"/>'))
     return _row("scale, reward", *parts)
 

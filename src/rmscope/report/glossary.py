@@ -24,8 +24,7 @@ GLOSSARY = [
     ),
     (
         "Site",
-        "The place in the model that the SAE reads: resid_post.L is the residual stream after block L, "
-        "from 0.",
+        "The place in the model that the SAE reads: resid_post.L is the residual stream after block L, from 0.",
     ),
     (
         "Span",
@@ -62,8 +61,7 @@ GLOSSARY = [
     ),
     (
         "Error node",
-        "What the SAE does not reconstruct, x − x̂. It is kept in every removal and has its own line in "
-        "the ledger.",
+        "What the SAE does not reconstruct, x − x̂. It is kept in every removal and has its own line in the ledger.",
     ),
     (
         "Ledger",
@@ -73,8 +71,7 @@ GLOSSARY = [
     ),
     (
         "Noise floor",
-        "How far the reward of one text moves when it is run again in another batch. Smaller effects "
-        "count as 0.",
+        "How far the reward of one text moves when it is run again in another batch. Smaller effects count as 0.",
     ),
     (
         "Planted bias, ATE",

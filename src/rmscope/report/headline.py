@@ -19,9 +19,7 @@ def visible(token: Any) -> str:
     """A token with its white space made visible: outer spaces as middle dots, line breaks as arrows."""
     text = str(token).translate(VISIBLE)
     core = text.strip(" ")
-    return (
-        text.replace(" ", "·") if not core else text.replace(core, "\0").replace(" ", "·").replace("\0", core)
-    )
+    return text.replace(" ", "·") if not core else text.replace(core, "\0").replace(" ", "·").replace("\0", core)
 
 
 def is_reported(feature: Feature) -> bool:

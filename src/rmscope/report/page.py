@@ -40,9 +40,7 @@ def render_report(data: dict[str, Any]) -> str:
         script=Markup(script),
         script_hash=digest,
     )
-    return page.encode("utf-8", "replace").decode(
-        "utf-8"
-    )  # a lone surrogate from a tokenizer could not be written
+    return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate from a tokenizer could not be written
 
 
 def _environment() -> Environment:
@@ -53,9 +51,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.globals.update(
-        fmt=formatting, fig=figures, GLOSSARY=GLOSSARY, FLAGS=FLAGS, SHOWN=SHOWN, STATUS=STATUS
-    )
+    env.globals.update(fmt=formatting, fig=figures, GLOSSARY=GLOSSARY, FLAGS=FLAGS, SHOWN=SHOWN, STATUS=STATUS)
     env.globals.update(segments=segments, anchor=anchor, name_of=name_of)
     env.filters.update(
         number=formatting.number, signed=formatting.signed, percent=formatting.percent, count=formatting.count
@@ -99,9 +95,7 @@ def site_view(site: dict[str, Any]) -> dict[str, Any]:
         "others": [f for f in features if not is_reported(f)],
         "span": figures.extent(ends, include=[0.0], pad=0.04),
         "block": int(block[1]) if block else None,
-        "shares": [
-            s for part in PARTS for s in (site.get("ledger") or {}).get("shares") or [] if s["part"] == part
-        ],
+        "shares": [s for part in PARTS for s in (site.get("ledger") or {}).get("shares") or [] if s["part"] == part],
     }
 
 
@@ -109,18 +103,10 @@ def planted_view(data: dict[str, Any]) -> dict[str, Any] | None:
     """The ground truth with its count: only biases that the model learned are scored."""
     if not data.get("planted"):
         return None
-    known = {
-        (site.get("site"), f.get("feature")): f
-        for site in data.get("sites") or []
-        for f in site.get("features") or []
-    }
+    known = {(site.get("site"), f.get("feature")): f for site in data.get("sites") or [] for f in site.get("features") or []}
     rows = []
     for plant in data["planted"]:
-        single = (
-            known.get((plant.get("site"), plant["features"][0]))
-            if len(plant.get("features") or []) == 1
-            else None
-        )
+        single = known.get((plant.get("site"), plant["features"][0])) if len(plant.get("features") or []) == 1 else None
         state = "unscored" if not plant["learned"] else "found" if plant["found"] else "missed"
         rows.append({**plant, "state": state, "row": single})
     ends = [row["ate"].get(key) for row in rows for key in ("value", "low", "high")]

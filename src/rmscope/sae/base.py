@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from rmscope.errors import InputError
 from rmscope.files import content_hash

@@ -44,9 +44,7 @@ class BatchTopKTraining(TopKTraining):
         typical = exceeded(x - sae.b_dec, sae.W_enc.data.t(), self.config.k / sae.m) + sae.b_enc
         sae.threshold.fill_(float(typical.median()))
 
-    def step(
-        self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0
-    ) -> Step:
+    def step(self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
         step = super().step(x, dead, ramp)
         step.gradients["threshold"].zero_()
         return step

@@ -108,9 +108,7 @@ def _from_saelens(cfg: dict[str, Any], weights: Weights) -> Sae:
     }
     for key, accepted in unsupported.items():
         if cfg.get(key) not in accepted:
-            raise InputError(
-                f"This SAE needs {key} = {cfg[key]!r}, which cannot be folded in; save it without."
-            )
+            raise InputError(f"This SAE needs {key} = {cfg[key]!r}, which cannot be folded in; save it without.")
     architecture = cfg.get("architecture") or "standard"
     old = cfg.get("activation_fn_str") or cfg.get("activation_fn")
     if architecture == "standard" and old == "topk":
@@ -174,9 +172,7 @@ def _from_dictionary_learning(weights: Weights, trainer: dict[str, Any]) -> Sae:
     return _build(architecture, weights, site, {"model_name": trainer.get("lm_name")}, settings)
 
 
-def _build(
-    architecture: str, weights: Weights, site: str, metadata: dict[str, Any], settings: dict[str, Any]
-) -> Sae:
+def _build(architecture: str, weights: Weights, site: str, metadata: dict[str, Any], settings: dict[str, Any]) -> Sae:
     cls = sae_class(architecture)
     if architecture == "topk" and not isinstance(settings.get("k"), int):
         raise InputError("This TopK SAE does not say its k; add it to its config.")
@@ -193,9 +189,7 @@ def _check_shapes(weights: Weights) -> None:
     for name, w in weights.items():
         expected = {"W_enc": (d, m), "W_dec": (m, d), "b_dec": (d,)}.get(name, (m,))
         if tuple(w.shape) != expected:
-            raise InputError(
-                f"The SAE's weights contradict each other: {name} is {list(w.shape)} beside W_dec {[m, d]}."
-            )
+            raise InputError(f"The SAE's weights contradict each other: {name} is {list(w.shape)} beside W_dec {[m, d]}.")
 
 
 def _unsubtract(weights: Weights) -> None:
@@ -244,9 +238,7 @@ def _tensors(path: Path) -> Weights:
             "save its state_dict alone."
         ) from error
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise InputError(
-            f"{path} cannot be read as weights; it may be cut short or of another kind."
-        ) from error
+        raise InputError(f"{path} cannot be read as weights; it may be cut short or of another kind.") from error
     if not isinstance(loaded, dict) or not all(isinstance(w, Tensor) for w in loaded.values()):
         raise InputError(f"{path} is not a dictionary of tensors; save the state_dict alone.")
     return dict(loaded)

@@ -62,9 +62,7 @@ class GatedTraining(Training):
         self.sae.b_gate.copy_(-exceeded(x - self.sae.b_dec, self.sae.W_enc.data.t(), START_OPEN))
         self.density = START_OPEN
 
-    def step(
-        self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0
-    ) -> Step:
+    def step(self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
         sae, grad, n = self.sae, self.gradients, len(x)
         rows, stretch, norms = sae.W_enc.data.t(), sae.r_mag.exp(), sae.W_dec.norm(dim=1)
         xc, weight = x - sae.b_dec, self.config.l1 * ramp / n
@@ -106,9 +104,7 @@ class GatedTraining(Training):
     ) -> bool:
         sae, which, xc = self.sae, dead.nonzero().squeeze(1), x - self.sae.b_dec
         loss = residual.square().sum(dim=1).cpu().double()
-        picked = torch.multinomial(
-            loss.square() + 1e-12, len(which), len(which) > len(x), generator=generator
-        )
+        picked = torch.multinomial(loss.square() + 1e-12, len(which), len(which) > len(x), generator=generator)
         direction = torch.nn.functional.normalize(xc[picked.to(x.device)])
         rows = sae.W_enc.data.t()
         living = rows if bool(dead.all()) else rows[~dead]

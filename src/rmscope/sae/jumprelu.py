@@ -69,9 +69,7 @@ class JumpReluTraining(Training):
         sae.threshold.copy_(exceeded(x - sae.b_dec, sae.W_enc.data.t(), START_OPEN) + sae.b_enc)
         self.density = START_OPEN
 
-    def step(
-        self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0
-    ) -> Step:
+    def step(self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
         sae, grad, n, width = self.sae, self.gradients, len(x), self.width
         rows, xc, weight = sae.W_enc.data.t(), x - sae.b_dec, self.config.l0 * ramp / n
         sae.threshold.clamp_(min=0)

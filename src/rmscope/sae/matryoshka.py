@@ -55,9 +55,7 @@ class MatryoshkaTraining(BatchTopKTraining):
         prefix_sizes(config, m)
         return super().start(d, m, config)
 
-    def step(
-        self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0
-    ) -> Step:
+    def step(self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
         sae, grad, n, d = self.sae, self.gradients, len(x), x.shape[1]
         rows, xc = sae.W_enc.data.t(), x - sae.b_dec
 

@@ -50,9 +50,7 @@ def measure(sae: Sae, batches: Iterable[Float[Tensor, "tokens d"]]) -> Metrics:
     shift, total, total_squared = None, torch.zeros(sae.d).double(), torch.zeros(sae.d).double()
     for batch in batches:
         if batch.shape[1] != sae.d:
-            raise InputError(
-                f"This SAE reads a stream of width {sae.d}, the activations have {batch.shape[1]}."
-            )
+            raise InputError(f"This SAE reads a stream of width {sae.d}, the activations have {batch.shape[1]}.")
         active = sae.active(batch)
         x, x_hat = batch.double(), sae.decode_active(active).double()
         shift = x.mean(dim=0) if shift is None else shift  # sums around a typical point lose no digits

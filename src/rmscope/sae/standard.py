@@ -55,9 +55,7 @@ class StandardTraining(Training):
         self.sae.W_enc.mul_(START_NORM)
         self.density = 0.5
 
-    def step(
-        self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0
-    ) -> Step:
+    def step(self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
         sae, grad, n = self.sae, self.gradients, len(x)
         rows, norms = sae.W_enc.data.t(), sae.W_dec.norm(dim=1)
         xc, weight = x - sae.b_dec, self.config.l1 * ramp / n

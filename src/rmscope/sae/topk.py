@@ -32,9 +32,7 @@ class TopKSae(Sae):
     biases = ("b_enc", "b_dec")
     b_enc: torch.nn.Parameter
 
-    def __init__(
-        self, d: int, m: int, site: str = "", metadata: dict[str, Any] | None = None, *, k: int
-    ) -> None:
+    def __init__(self, d: int, m: int, site: str = "", metadata: dict[str, Any] | None = None, *, k: int) -> None:
         if not 0 < k <= m:
             raise InputError(f"A TopK SAE with {m} features cannot keep k = {k}; choose k between 1 and {m}.")
         super().__init__(d, m, site, metadata)
@@ -67,9 +65,7 @@ class TopKTraining(Training):
     def start(cls, d: int, m: int, config: SaeConfig) -> Sae:
         return TopKSae(d, m, k=config.k)
 
-    def step(
-        self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0
-    ) -> Step:
+    def step(self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
         sae, grad, n = self.sae, self.gradients, len(x)
         rows, xc = sae.W_enc.data.t(), x - sae.b_dec
 

@@ -234,9 +234,7 @@ def _learn(run: _Run, x: Float[Tensor, "batch d"], tokens_per_second: float) -> 
     rate, ramp = config.schedule(run.step, run.steps)
     result = training.step(x, run.dead, ramp)
     if not result.loss < float("inf"):
-        raise InputError(
-            f"The loss of {run.title} is {result.loss} at step {run.step}; lower lr or check the data."
-        )
+        raise InputError(f"The loss of {run.title} is {result.loss} at step {run.step}; lower lr or check the data.")
     gradients = result.gradients
     if training.unit_decoder:
         along = (gradients["W_dec"] * decoder).sum(dim=1, keepdim=True)
@@ -316,9 +314,7 @@ def _resume(run: _Run) -> None:
     with safe_open(path, framework="pt") as opened:
         told = opened.metadata()
         if told["key"] != run.key:
-            raise InputError(
-                f"{path} is of a training with other settings or data; delete it or choose another folder."
-            )
+            raise InputError(f"{path} is of a training with other settings or data; delete it or choose another folder.")
         run.silent_for.copy_(opened.get_tensor("silent_for"))
         for name, p in run.parameters.items():
             p.copy_(opened.get_tensor(f"sae.{name}"))

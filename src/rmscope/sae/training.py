@@ -59,9 +59,7 @@ class Training(ABC):
         """Before the first step, the weights drawn: sets what starts from data, in the units of training."""
 
     @abstractmethod
-    def step(
-        self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0
-    ) -> Step:
+    def step(self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
         """Loss and gradients on a batch in the units of training; ``ramp`` warms the sparsity penalty up."""
 
     def revive(
@@ -97,9 +95,7 @@ def draw(sae: Sae, b_dec: Float[Tensor, " d"], generator: torch.Generator) -> No
     sae.b_dec.copy_(b_dec)
 
 
-def geometric_median(
-    x: Float[Tensor, "n d"], rounds: int = 100, tolerance: float = 1e-6
-) -> Float[Tensor, " d"]:
+def geometric_median(x: Float[Tensor, "n d"], rounds: int = 100, tolerance: float = 1e-6) -> Float[Tensor, " d"]:
     """The point with the least summed distance to the rows (Weiszfeld's algorithm)."""
     point = x.mean(dim=0)
     for _ in range(rounds):

@@ -1,0 +1,36 @@
+# Two commands matter: make demo, make test. Both make the environment first and work offline once it is there.
+PYTHON ?= python3
+VENV ?= .venv
+# Where pip looks for torch: on a machine without a CPU wheel at hand, TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: demo test lint types clean
+
+demo: $(INSTALLED)  ## what zoo:planted rewards, with the proof and the ground truth: demo/report.html
+	$(BIN)/rmscope demo --out demo
+
+test: $(DEV)  ## the test suite
+	$(BIN)/python -m pytest
+
+lint: $(DEV)
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+
+types: $(DEV)
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(INDEX) -c constraints.txt -e .
+	touch $@
+
+$(DEV): $(INSTALLED)
+	$(BIN)/python -m pip install -q $(INDEX) -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo

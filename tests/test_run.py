@@ -1,0 +1,241 @@
+"""The pipeline on a small random PM: it goes on after a kill, skips what is done, and refuses another subject."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+import yaml
+
+from rmscope.config import RunConfig, read_config
+from rmscope.errors import InputError
+from rmscope.folder import RunFolder
+from rmscope.model.reward_model import RewardModel
+from rmscope.pairs.readers import load_pairs
+from rmscope.run import Run
+from rmscope.sae import Sae, SaeConfig
+from tests.model.small import small_model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def pm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("pm")
+    small_model("llama", max_position_embeddings=1024).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def settings(pm: str, out: Path, **changes: Any) -> RunConfig:
+    return RunConfig(
+        model=pm, data="demo:planted", out=out, limit=300, sae=SaeConfig(d_sae=96, k=6, tokens=8192, batch_size=512),
+        screen=12, others=8, responses=4, trust_responses=6, frozen=16, confirm_prompts=8, ledger_pairs=6, **changes
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(pm: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    Run(settings(pm, out)).go()
+    return out
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """Every table and every weight of a run, by its bytes."""
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.suffix in (".parquet", ".safetensors") and "training" not in p.name
+    }
+
+
+def test_the_run_folder_holds_what_design_promises(done: Path) -> None:
+    run = Run(read_config(None, {**yaml.safe_load((done / "run.yaml").read_text())["config"], "out": done}))
+    assert (done / "report.html").read_text().lower().startswith("<!doctype html>")
+    scores = pl.read_parquet(done / "scores.parquet")
+    assert scores.columns == ["pair", "chosen", "rejected", "delta", "n_chosen", "n_rejected", "divergence", "split"]
+    assert scores.height == 300
+    for site in run.sites:
+        exact = pl.read_parquet(done / "effects" / site / "exact.parquet")
+        assert exact.schema == {
+            "pair": pl.String, "side": pl.String, "feature": pl.Int32, "effect": pl.Float32, "kind": pl.String
+        }  # fmt: skip
+        assert exact["kind"].unique().to_list() == ["removal"]
+        ledger = pl.read_parquet(done / "ledger" / f"{site}.parquet")
+        parts = ledger["features"] + ledger["error"] + ledger["remainder"] + ledger["gap"]
+        assert (parts - ledger["delta_r"]).abs().max() < 1e-9  # type: ignore[operator]
+        assert (done / "saes" / site / "cfg.json").is_file()
+
+
+def test_reported_features_were_not_chosen_on_the_prompts_that_they_are_measured_on(done: Path) -> None:
+    run = Run(settings("unused", done))
+    split = dict(pl.read_parquet(done / "scores.parquet").select("pair", "split").iter_rows())
+    estimated = pl.read_parquet(next((done / "effects").iterdir()) / "estimated.parquet")
+    assert {split[p] for p in estimated["pair"].unique()} == {"fit"}
+    data = json.loads((done / "evidence" / "report.json").read_text())
+    assert data["data"]["splits"].keys() == {"fit", "confirm", "measure"}
+    assert run.on_disk.record["stages"].keys() == {
+        "score", "harvest", "train", "estimate", "remove", "rank", "ledger"
+    }  # fmt: skip
+
+
+def test_exact_removals_of_a_run_are_those_of_a_full_forward_with_a_hook(done: Path, pm: str) -> None:
+    rm = RewardModel.load(pm)
+    pairs = {p.id: p for p in load_pairs("demo:planted")}
+    for folder in sorted((done / "effects").iterdir()):
+        sae = Sae.load(done / "saes" / folder.name)
+        table = pl.read_parquet(folder / "exact.parquet").sample(10, seed=1)
+        for row in table.iter_rows(named=True):
+            tokens = rm.tokenize(pairs[row["pair"]])
+            ids = tokens.side(row["side"])
+            expected = hooked_removal(rm, sae, ids, int(folder.name[-1]), tokens.divergence, row["feature"])
+            assert row["effect"] == pytest.approx(expected, abs=1e-5)
+
+
+def hooked_removal(rm: RewardModel, sae: Sae, ids: torch.Tensor, block: int, start: int, feature: int) -> float:
+    def without(_module: Any, _inputs: Any, out: torch.Tensor) -> torch.Tensor:
+        x = out.clone()
+        f = sae.encode(x[0, start:])
+        x[0, start:] -= f[:, feature, None] * sae.W_dec[feature]
+        return x
+
+    with torch.no_grad():
+        clean = rm.model(ids[None]).logits.item()
+        handle = rm.model.model.layers[block].register_forward_hook(without)
+        removed = rm.model(ids[None]).logits.item()
+        handle.remove()
+    return float(clean - removed)
+
+
+class Killed(BaseException):
+    """As final as a signal: nothing in the pipeline may catch it."""
+
+
+@pytest.mark.parametrize("after", [("score_tokens", 3), ("removal_table", 4), ("ledger_rows", 1), ("estimate_table", 2)])
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+    after: tuple[str, int], pm: str, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, calls = after
+    owner: Any = {"score_tokens": RewardModel, "ledger_rows": __import__("rmscope.run", fromlist=["x"])}.get(
+        name, __import__("rmscope.effects.tables", fromlist=["x"])
+    )
+    whole, left = getattr(owner, name), [calls]
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return whole(*args, **kwargs)
+
+    out = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, dying)
+        with pytest.raises(Killed):
+            Run(settings(pm, out)).go()
+    assert left[0] < 0
+    Run(settings(pm, out)).go()
+    assert tables(out) == tables(done)
+    assert not (out / ".parts").exists()
+
+
+def test_stages_that_are_done_and_unchanged_are_skipped(
+    done: Path, pm: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = tables(done)
+
+    def never(*_args: Any, **_kwargs: Any) -> Any:
+        raise AssertionError("a stage ran again")
+
+    for name in ("estimate_table", "removal_table", "firing_table"):
+        monkeypatch.setattr(f"rmscope.effects.tables.{name}", never)
+    monkeypatch.setattr("rmscope.run.train_saes", never)
+    monkeypatch.setattr("rmscope.run.ledger_rows", never)
+    Run(settings(pm, done)).go()
+    assert tables(done) == before
+
+
+def test_a_folder_of_another_dataset_or_model_is_refused(done: Path, pm: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="belongs to another data"):
+        Run(settings(pm, done).model_copy(update={"limit": 290})).go()
+    small_model("qwen2", max_position_embeddings=1024).save_pretrained(tmp_path / "other")
+    tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="belongs to another model"):
+        Run(settings(str(tmp_path / "other"), done)).go()
+
+
+def test_a_folder_that_is_no_run_is_refused_and_left_alone(pm: str, tmp_path: Path) -> None:
+    (tmp_path / "letters.txt").write_text("keep me")
+    with pytest.raises(InputError, match="is not empty and no run folder"):
+        Run(settings(pm, tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["letters.txt"]
+
+
+def test_a_site_that_does_not_exist_lists_those_that_do(pm: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"embed and resid_post\.0 \.\. resid_post\.3"):
+        Run(settings(pm, tmp_path / "r", sites=["resid_post.9"])).go()
+
+
+def test_pairs_longer_than_the_context_are_counted_and_left_out(pm: str, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"Question {i}?", "chosen": "Yes, of course." * (400 if i == 3 else 1), "rejected": "No."}
+        for i in range(6)
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run = Run(settings(pm, tmp_path / "r").model_copy(update={"data": str(path), "limit": None}))
+    assert [p.id for p in run.pairs] == [f"pairs:{i}" for i in (1, 2, 3, 5, 6)]
+    assert len(run.all_pairs) == 6
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_folder_as_it_was(
+    pm: str, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    def full(*_args: Any, **_kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "full"
+    with monkeypatch.context() as patch:
+        patch.setattr("polars.DataFrame.write_parquet", full)
+        with pytest.raises(InputError, match="disk is full"):
+            Run(settings(pm, out)).go()
+    assert not list(out.rglob("*.tmp"))
+    assert not (out / "scores.parquet").exists()
+    Run(settings(pm, out)).go()
+    assert tables(out) == tables(done)
+
+
+def test_own_saes_are_used_and_kept_beside_the_run(done: Path, pm: str, tmp_path: Path) -> None:
+    out = tmp_path / "own"
+    run = Run(settings(pm, out, sae_dir=done / "saes"))
+    run.go()
+    for site in run.sites:
+        assert Sae.load(out / "saes" / site).identity() == Sae.load(done / "saes" / site).identity()
+        assert (out / "effects" / site / "exact.parquet").read_bytes() == (
+            done / "effects" / site / "exact.parquet"
+        ).read_bytes()
+
+
+def test_an_interrupted_write_leaves_what_stood_there(tmp_path: Path) -> None:
+    from rmscope.files import atomic
+
+    path = tmp_path / "table"
+    path.write_text("before")
+    with pytest.raises(Killed), atomic(path) as temporary:
+        temporary.write_text("half")
+        raise Killed
+    assert path.read_text() == "before"
+    assert [p.name for p in tmp_path.iterdir()] == ["table"]
+
+
+def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    from rmscope.folder import Quiet
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        RunFolder(tmp_path / "file", Quiet())
