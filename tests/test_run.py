@@ -226,9 +226,14 @@ def test_an_interrupted_write_leaves_what_stood_there(tmp_path: Path) -> None:
 
     path = tmp_path / "table"
     path.write_text("before")
-    with pytest.raises(Killed), atomic(path) as temporary:
-        temporary.write_text("half")
-        raise Killed
+
+    def write() -> None:
+        with atomic(path) as temporary:
+            temporary.write_text("half")
+            raise Killed
+
+    with pytest.raises(Killed):
+        write()
     assert path.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["table"]
 

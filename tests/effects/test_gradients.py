@@ -18,7 +18,7 @@ SITES = ["embed", "resid_post.0", "resid_post.2"]
 
 
 def naive_estimate(rm: RewardModel, sae: Sae, ids: Tensor, site: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """(Σ_t f_tj <dr/dx_t, d_j>, Σ_t f_tj |d_j|) [m], dense, from one text's own forward; its stream is moved by ``shift``."""
+    """(Σ_t f_tj <dr/dx_t, d_j>, Σ_t f_tj |d_j|) [m], dense, from one text's own forward, its stream moved by ``shift``."""
     embedded = rm.model.base_model(ids[None], output_hidden_states=True).hidden_states[rm.site_index(site) + 1]
     shift = torch.zeros_like(embedded, requires_grad=True)
     batch = padded([(0, "chosen", ids, 1, stop - 1)], 0)

@@ -153,7 +153,7 @@ def test_a_sweep_reads_once_and_trains_each_as_alone(
     saes = train_saes(store, sweep, tmp_path / "saes")
     assert list(saes) == [(site, name) for site in store.sites for name in sweep]
     assert {name: saes["resid_post.0", name].identity() for name in sweep} == alone
-    assert sum(n == 256 for n in read) == 2 * 2 * (2700 // 256)
+    assert sum(n == 256 for n in read) == 2 * (2 * 2700 // 256)  # once a step and site, for seven trainings
     folder = tmp_path / "saes" / "embed" / "short"
     assert Sae.load(folder).identity() == saes["embed", "short"].identity()
     assert pl.read_parquet(folder / "training.parquet")["step"][-1] == 10

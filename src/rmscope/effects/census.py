@@ -87,7 +87,7 @@ def census(store: ActivationStore, sae: Sae, site: str, normal_form: Callable[[i
     }
     where = (token[at][in_response], feature[in_response])
     by_token = sparse.csr_matrix((value[in_response], where), shape=(int(token.max()) + 1, sae.m))
-    return Census(*fire, torch.from_numpy(f_mean).float(), x_mean.float(), flags, by_token)
+    return Census(fire[0], fire[1], fire[2], torch.from_numpy(f_mean).float(), x_mean.float(), flags, by_token)
 
 
 def _held_out_r2(

@@ -39,25 +39,30 @@ def candidates(table: pl.DataFrame, best: int, others: int, seed: int) -> dict[s
         .sort("feature")
     )
     proposed = by_feature.filter(pl.col("prompts") >= ELIGIBLE_PROMPTS)
-    up = proposed.filter(pl.col("effect") > 0).sort("effect", descending=True)["feature"].head(best).to_list()
-    down = proposed.filter(pl.col("effect") < 0).sort("effect")["feature"].head(best).to_list()
+    up = (
+        proposed.filter(pl.col("effect") > 0)
+        .sort("effect", "feature", descending=[True, False])["feature"]
+        .head(best)
+        .to_list()
+    )
+    down = proposed.filter(pl.col("effect") < 0).sort("effect", "feature")["feature"].head(best).to_list()
     rest = by_feature.filter(~pl.col("feature").is_in(up + down))
     return {"up": up, "down": down, "others": _stratified(rest, others, seed)}
 
 
 def _stratified(rest: pl.DataFrame, n: int, seed: int) -> list[int]:
-    """Equal numbers from the quartiles of |mean estimate| by the halves of the mass."""
+    """``n`` features, in equal numbers (while they last) from the quartiles of |mean estimate| by the halves of the mass."""
     if rest.height <= n:
         return rest["feature"].to_list()
     cell = (rest["effect"].abs().rank("ordinal") * 4 // (rest.height + 1)) * 2 + rest["mass"].rank("ordinal") * 2 // (
         rest.height + 1
     )
-    rng = np.random.default_rng(seed)
-    chosen: list[int] = []
-    for c in np.unique(cell.to_numpy()):
-        members = rest["feature"].to_numpy()[cell.to_numpy() == c]
-        chosen += rng.choice(members, min(members.size, n // 8 + 1), replace=False).tolist()
-    return sorted(chosen[:n] if len(chosen) > n else chosen)
+    cells, shuffled = cell.to_numpy(), np.random.default_rng(seed).permutation(rest.height)
+    turn = np.empty(rest.height, dtype=int)  # a feature's place within its cell, in random order
+    for c in np.unique(cells):
+        members = shuffled[cells[shuffled] == c]
+        turn[members] = np.arange(members.size)
+    return sorted(rest["feature"].to_numpy()[np.lexsort((cells, turn))[:n]].tolist())
 
 
 def first_responses(table: pl.DataFrame, features: Sequence[int], limit: int) -> pl.DataFrame:
@@ -98,7 +103,7 @@ def freeze(exact: pl.DataFrame, screened: Sequence[int], most: int) -> pl.DataFr
         exact.filter(pl.col("feature").is_in(list(screened)))
         .group_by("feature")
         .agg(pl.col("effect").mean().alias("fit_removal"))
-        .sort(pl.col("fit_removal").abs(), descending=True)
+        .sort(pl.col("fit_removal").abs(), "feature", descending=[True, False])
         .head(most)
         .with_columns(pl.col("fit_removal").sign().cast(pl.Int8).alias("sign"))
     )
@@ -154,7 +159,7 @@ SCHEMA = {
 
 def _ranked(table: pl.DataFrame) -> pl.DataFrame:
     return (
-        table.sort([pl.col("reported"), pl.col("mean_removal").abs()], descending=True)
+        table.sort(pl.col("reported"), pl.col("mean_removal").abs(), "feature", descending=[True, True, False])
         .with_columns(pl.int_range(1, pl.len() + 1).alias("rank"))
         .select([pl.col(name).cast(kind) for name, kind in SCHEMA.items()])
     )
@@ -166,8 +171,10 @@ def _confirmed(
     """One feature's figures; a feature without a measurement has p = 1."""
     if part is None or part.height == 0:
         nothing = float("nan")
-        return {"mean_removal": 0.0, "ci_low": nothing, "ci_high": nothing, "p": 1.0, "n": 0, "mean_diff": 0.0, "sign_consistency": 0.0,
-                    "length_corr": 0.0, "length_bound": False}  # fmt: skip
+        return {
+            "mean_removal": 0.0, "ci_low": nothing, "ci_high": nothing, "p": 1.0, "n": 0, "mean_diff": 0.0,
+            "sign_consistency": 0.0, "length_corr": 0.0, "length_bound": False,
+        }  # fmt: skip
     by_prompt = part.group_by("prompt").agg(pl.col("effect").mean()).sort("prompt")
     values = by_prompt["effect"].to_numpy().astype(float)
     columns = [place[p] for p in by_prompt["prompt"]]

@@ -58,7 +58,7 @@ def sample(estimate: np.ndarray, mass: np.ndarray, n: int, rng: np.random.Genera
     picked, weights = [], []
     for c in cells:
         members = np.flatnonzero(cell == c)
-        take = min(members.size, max(1, round(n / cells.size)))
+        take = min(members.size, max(1, n // cells.size))
         picked.append(rng.choice(members, take, replace=False))
         weights.append(np.full(take, members.size / take))
     return np.concatenate(picked), np.concatenate(weights)
@@ -83,7 +83,9 @@ def trust(table: pl.DataFrame, sd: float, floor: float) -> Trust:
     prompts = np.array([r["prompt"] for r in rows])
     low, high = bootstrap(values, prompts, lambda v: float(np.nanmedian(v[:, 0])))
     _, missed_high = bootstrap(values, prompts, lambda v: float(np.nanmean(v[:, 1])))
-    means = table.group_by("feature").agg(pl.col("estimate").mean(), pl.col("effect").mean(), pl.col("weight").sum())
+    means = table.group_by("feature", maintain_order=True).agg(
+        pl.col("estimate").mean(), pl.col("effect").mean(), pl.col("weight").sum()
+    )
     estimate, effect, weight = (table[c].to_numpy() for c in ("estimate", "effect", "weight"))
     large = np.abs(effect) > max(floor, 0.01 * sd)
     error = np.abs(estimate - effect) / (np.abs(effect) + 0.01 * sd)

@@ -131,7 +131,7 @@ def match_plant(
     reported: Mapping[str, list[dict[str, Any]]],
     sd: float,
 ) -> dict[str, Any]:
-    """A row of the ground-truth table: the cue's ATE, whether it was learned, and its best match among the reported features.
+    """A row of the ground-truth table: the cue's ATE, whether it was learned, its best match among the reported features.
 
     ``reported`` holds, per site, at most 20 best reported features (feature, rank, mean_removal, sign_consistency).
     """

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from rmscope.errors import InputError
@@ -25,12 +27,12 @@ def load(
         raise InputError(f"--dtype {dtype} is not known; use float32, bfloat16 or float16.")
     if source == "zoo:smollm2":
         raise InputError("zoo:smollm2 is a base without a scalar head; use zoo:hh or zoo:planted, or train a PM on it.")
-    if source.startswith("zoo:"):
-        model, tokenizer, folder = load_zoo(source[4:])
-        return model.to(getattr(torch, dtype)), tokenizer, folder
-    path = Path(source)
-    if _is_ours(path):
-        model, tokenizer, folder = load_adapted(path)
+    path = Path(source).expanduser()
+    ours = source.startswith("zoo:") or _is_ours(path)
+    if ours and adapter is not None:
+        raise InputError(f"{source} holds its own adapter; --adapter is for PMs and bases in transformers' format.")
+    if ours:
+        model, tokenizer, folder = load_zoo(source[4:]) if source.startswith("zoo:") else load_adapted(path)
         return model.to(getattr(torch, dtype)), tokenizer, folder
     model, tokenizer = _from_transformers(source, dtype, adapter, revision, trust_remote_code)
     return model, tokenizer, path if path.is_dir() else None
@@ -46,35 +48,67 @@ def _from_transformers(
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    looks_local = source.startswith((".", "/", "~")) or Path(source).exists()
-    if looks_local and not (Path(source).expanduser() / "config.json").is_file():
+    path = Path(source).expanduser()
+    if (source.startswith((".", "/", "~")) or path.exists()) and not (path / "config.json").is_file():
         raise InputError(f"{source} is no model folder: it holds no config.json; name a folder that transformers can load.")
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-        if not _has_head(config) and adapter is None:
-            raise InputError(
-                f"{source} is a {(config.architectures or ['model'])[0]}, without a scalar head: its score.weight would be "
-                "newly initialised; name a sequence-classification PM, or an --adapter that brings the head."
-            )
+    place = str(path) if path.is_dir() else source
+    brought = {} if adapter is None else _adapter_weights(adapter)
+    with _readable(f"The PM {source}"):
+        config = AutoConfig.from_pretrained(place, **options)
+        if not _has_head(config):
+            heads = [shape[0] for name, shape in brought.items() if name.endswith("score.weight")]
+            if not heads:
+                raise InputError(
+                    f"{source} is a {(config.architectures or ['model'])[0]}, without a scalar head: its score.weight "
+                    "would be newly initialised; name a sequence-classification PM, or an --adapter that brings the head."
+                )
+            config.num_labels = heads[0]
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            source, dtype=getattr(torch, dtype), output_loading_info=True, **options
+            place,
+            config=config,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told apart below
+            **options,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"The PM {source} could not be loaded: {reason}") from error
-    missing = sorted(info.get("missing_keys", []))
-    if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-        missing = []
+    with _readable(f"The tokenizer of {source}"):
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    if mismatched := sorted(info.get("mismatched_keys", [])):
+        name, stored, wanted = mismatched[0]
+        raise InputError(
+            f"{source} holds {name} as {list(stored)}, but its config.json asks for {list(wanted)}; mend the config "
+            "(num_labels, say)."
+        )
+    missing = [m for m in sorted(info.get("missing_keys", [])) if not any(name.endswith(m) for name in brought)]
     if missing:
         raise InputError(
             f"{source} lacks {', '.join(missing[:3])}: they would be newly initialised and the rewards would be noise; "
             "name a PM whose checkpoint holds its head."
         )
+    if adapter is not None:
+        from peft import PeftModel
+
+        with _readable(f"The adapter {adapter}"):
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return model, tokenizer
+
+
+def _adapter_weights(adapter: str) -> dict[str, list[int]]:
+    """Name and shape of what a PEFT adapter holds."""
+    from peft import load_peft_weights
+
+    with _readable(f"The adapter {adapter}"):
+        return {name: list(tensor.shape) for name, tensor in load_peft_weights(adapter, device="cpu").items()}
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Turns what transformers and peft raise into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{what} could not be loaded ({lines[0].strip(' .:')}); check its name and its files.") from error
 
 
 def _has_head(config: Any) -> bool:

@@ -40,7 +40,8 @@ class Rendering:
             known = given.keys() <= {"style", "append_eos"} if isinstance(given, dict) else False
             if not known or given.get("style", "hh") not in STYLES:
                 raise InputError(
-                    f"{folder / SETTINGS_FILE} names no rendering that rmscope knows ({given}); give a style ({', '.join(STYLES)}) "
+                    f"{folder / SETTINGS_FILE} names no rendering that rmscope knows ({given}); "
+                    f"give a style ({', '.join(STYLES)}) "
                     "and append_eos."
                 )
             return cls(**given)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rmscope.errors import InputError
 from rmscope.files import Progress, silent
 from rmscope.model import loading
+from rmscope.model.linear import speed_up
 from rmscope.model.packing import Batch, by_budget, packed, packed_length, padded, units
 from rmscope.model.rendering import PairTokens, Rendering, encode, pair_tokens, render
 from rmscope.model.sites import (
@@ -28,8 +29,9 @@ from rmscope.model.sites import (
 )
 from rmscope.pairs.pair import SIDES, Message, Pair
 
-TOKEN_BUDGET = 4096
-"""Tokens (padding included) in one forward pass."""
+TOKEN_BUDGET = 1024
+"""Tokens (padding included) in one forward pass: on a CPU larger batches leave the cache (2,700 tokens a second at 1,024,
+2,300 at 4,096)."""
 
 
 PROBE = Pair(
@@ -69,6 +71,7 @@ class RewardModel:
 
     def __init__(self, model: Any, tokenizer: Any, rendering: Rendering, name: str, output: Any = None) -> None:
         self.model = model.eval().requires_grad_(False)
+        speed_up(self.model)
         self.tokenizer = tokenizer
         self.rendering = rendering
         self.name = name
@@ -301,7 +304,7 @@ class RewardModel:
 
             return edit
 
-        cache = DynamicCache() if before is None else _cache(before.keys, shared, 1)
+        cache: Any = DynamicCache() if before is None else _cache(before.keys, shared, 1)
         start = 0 if before is None else shared
         with edited(self.blocks, {self.site_index(site): keep(site) for site in sites}):
             hidden = self.model.base_model(
@@ -360,7 +363,7 @@ class RewardModel:
 
     @torch.no_grad()
     def score_tokens(self, tokens: Sequence[PairTokens], progress: Progress = silent) -> Scores:
-        out = {side: torch.zeros(len(tokens)) for side in SIDES}
+        out: dict[str, Tensor] = {side: torch.zeros(len(tokens)) for side in SIDES}
         done = 0
         for batch in self.batches(tokens):
             for text, reward in zip(batch.texts, self.rewards(batch).cpu().tolist(), strict=True):
@@ -394,7 +397,7 @@ def _cache(keys: list[tuple[Tensor, Tensor]], length: int, rows: int) -> Any:
     """A cache of the first ``length`` positions, as views: expanded to ``rows`` without a copy."""
     from transformers import DynamicCache
 
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     for i, (k, v) in enumerate(keys):
         cache.update(k[:, :, :0], v[:, :, :0], i)
         layer = cache.layers[i]

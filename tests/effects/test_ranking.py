@@ -1,0 +1,239 @@
+"""Ranking: what is proposed, what is measured, and what is reported."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rmscope.effects.ranking import (
+    BOUND,
+    ELIGIBLE_PROMPTS,
+    candidates,
+    confirm,
+    first_responses,
+    freeze,
+    one_pair_a_prompt,
+    power,
+)  # fmt: skip
+
+
+def firings(rng: np.random.Generator, features: int, prompts: int, pairs: int, rate: float) -> pl.DataFrame:
+    """Which features fire in which response; the responses have one random order."""
+    rows = [
+        (f, f"p{p}", f"p{p}-{i}", side)
+        for p in range(prompts)
+        for i in range(pairs)
+        for side in ("chosen", "rejected")
+        for f in range(features)
+        if rng.random() < rate
+    ]
+    table = pl.DataFrame(rows, schema=["feature", "prompt", "pair", "side"], orient="row")
+    keys = table.select("pair", "side").unique(maintain_order=True)
+    return table.join(keys.with_columns(pl.Series("order", rng.permutation(keys.height))), on=["pair", "side"])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 12), st.integers(1, 3), st.integers(0, 99))
+def test_first_responses_keep_the_limit_and_take_new_prompts_first(limit: int, prompts: int, pairs: int, seed: int) -> None:
+    table = firings(np.random.default_rng(seed), 4, prompts, pairs, 0.6)
+    found = first_responses(table, [0, 1, 3], limit)
+    assert set(found["feature"].unique()) <= {0, 1, 3}
+    for feature in (0, 1, 3):
+        mine, all_ = found.filter(pl.col("feature") == feature), table.filter(pl.col("feature") == feature)
+        assert mine.height == min(limit, all_.height)
+        assert mine.select("pair", "side").is_duplicated().sum() == 0
+        assert mine.select("pair", "side").join(all_, on=["pair", "side"], how="anti").height == 0
+        per_prompt = {p: (mine["prompt"] == p).sum() for p in all_["prompt"].unique()}
+        available = {p: (all_["prompt"] == p).sum() for p in per_prompt}
+        most = max(per_prompt.values(), default=0)
+        assert all(n >= min(most - 1, available[p]) for p, n in per_prompt.items())
+        for p, n in per_prompt.items():  # within a prompt, the earliest of the common order
+            orders = sorted(all_.filter(pl.col("prompt") == p)["order"])
+            assert sorted(mine.filter(pl.col("prompt") == p)["order"]) == orders[:n]
+
+
+def test_features_walk_through_the_responses_in_one_order() -> None:
+    """Two features that fire everywhere are measured in the same responses."""
+    found = first_responses(firings(np.random.default_rng(0), 2, 30, 3, 1.1), [0, 1], 16)
+    left, right = (set(found.filter(pl.col("feature") == f).select("pair", "side").iter_rows()) for f in (0, 1))
+    assert len(left) == 16
+    assert left == right
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 12), st.integers(1, 3), st.integers(0, 99))
+def test_one_pair_a_prompt_with_both_of_its_sides(limit: int, prompts: int, pairs: int, seed: int) -> None:
+    table = firings(np.random.default_rng(seed), 3, prompts, pairs, 0.5)
+    found = one_pair_a_prompt(table, [0, 2], limit)
+    assert set(found["feature"].unique()) <= {0, 2}
+    for feature in (0, 2):
+        mine, all_ = found.filter(pl.col("feature") == feature), table.filter(pl.col("feature") == feature)
+        by_prompt = mine.group_by("prompt").agg(pl.col("pair").n_unique())
+        assert by_prompt.height == min(limit, all_["prompt"].n_unique())
+        assert (by_prompt["pair"] == 1).all()
+        everything = all_.join(mine.select("pair").unique(), on="pair", how="semi")
+        assert mine.height == everything.height  # every side of a chosen pair on which the feature fires
+
+
+def estimates(means: dict[int, float], prompts: dict[int, int]) -> pl.DataFrame:
+    rows = [(f, f"p{p}", means[f] + 0.01 * p, abs(means[f])) for f in means for p in range(prompts.get(f, 25))]
+    return pl.DataFrame(rows, schema=["feature", "prompt", "effect", "mass"], orient="row")
+
+
+def test_candidates_are_the_largest_both_ways_among_features_of_enough_prompts() -> None:
+    means = {0: 3.0, 1: 2.0, 2: -5.0, 3: -1.0, 4: 9.0, 5: 1.0}
+    table = estimates(means, {4: ELIGIBLE_PROMPTS - 1, 5: ELIGIBLE_PROMPTS})
+    assert candidates(table, 10, 0, 0) == {"up": [0, 1, 5], "down": [2, 3], "others": []}
+    found = candidates(table, 1, 2, 0)
+    assert (found["up"], found["down"]) == ([0], [2])
+    assert len(found["others"]) == 2
+    assert set(found["others"]) <= {1, 3, 4, 5}
+
+
+def test_the_other_features_are_a_seeded_sample_over_all_sizes() -> None:
+    rng = np.random.default_rng(0)
+    table = estimates({f: float(rng.normal()) for f in range(400)}, {})
+    others = [candidates(table, 20, 80, seed)["others"] for seed in (0, 0, 1)]
+    assert others[0] == others[1] != others[2]
+    assert len(set(others[0])) == len(others[0])
+    assert len(others[0]) == 80
+    proposed = candidates(table, 20, 80, 0)
+    assert not set(others[0]) & {*proposed["up"], *proposed["down"]}
+    sizes = (
+        table.group_by("feature")
+        .agg(pl.col("effect").mean().abs())
+        .filter(~pl.col("feature").is_in(proposed["up"] + proposed["down"]))
+    )
+    quartile = np.searchsorted(
+        np.quantile(sizes["effect"], [0.25, 0.5, 0.75]), sizes.filter(pl.col("feature").is_in(others[0]))["effect"]
+    )
+    assert np.bincount(quartile, minlength=4).min() >= 12
+
+
+def test_freezing_keeps_the_largest_with_their_sign() -> None:
+    exact = pl.DataFrame({"feature": [1, 1, 2, 2, 3, 4], "effect": [0.5, 0.7, -2.0, -1.0, 0.1, 9.0]})
+    frozen = freeze(exact, [1, 2, 3], 2)
+    assert frozen.select("feature", "sign").rows() == [(2, -1), (1, 1)]
+    assert frozen["fit_removal"].to_list() == pytest.approx([-1.5, 0.6])
+
+
+def measured(effects: dict[int, np.ndarray], lengths: np.ndarray | None = None, side: str = "chosen") -> pl.DataFrame:
+    rows = [
+        (f"pair{i}", f"p{i}", side, f, float(e), int(lengths[i]) if lengths is not None else i % 7 - 3)
+        for f, values in effects.items()
+        for i, e in enumerate(values)
+    ]
+    return pl.DataFrame(rows, schema=["pair", "prompt", "side", "feature", "effect", "length_difference"], orient="row")
+
+
+def frozen(signs: dict[int, int]) -> pl.DataFrame:
+    return pl.DataFrame({"feature": list(signs), "sign": list(signs.values())})
+
+
+def test_what_is_reported_and_what_is_not() -> None:
+    rng = np.random.default_rng(0)
+
+    def around(mean: float, n: int = 40, spread: float = 0.1) -> np.ndarray:
+        return mean + spread * rng.normal(size=n)
+
+    effects = {
+        0: around(0.5), 1: around(-0.3), 2: around(0.5), 3: around(0.03, spread=0.005), 4: around(0.5),
+        5: around(0.0, spread=1.0), 7: around(0.9, 3),
+    }  # fmt: skip
+    signs = {0: 1, 1: -1, 2: -1, 3: 1, 4: 1, 5: 1, 6: 1, 7: 1}
+    firing = dict.fromkeys(range(8), 40) | {4: ELIGIBLE_PROMPTS - 1}
+    table = confirm({"s": frozen(signs)}, {"s": measured(effects)}, {"s": firing}, 1.0, 0)["s"]
+    rows = {r["feature"]: r for r in table.iter_rows(named=True)}
+    assert {f for f, r in rows.items() if r["reported"]} == {0, 1}
+    assert rows[2]["q"] > 0.9  # the sign it was frozen with is the other one
+    assert rows[3]["q"] > 0.9  # surely not 0, and surely below the bound
+    assert rows[4]["q"] < 0.05  # too few prompts where it fires
+    assert not rows[4]["eligible"]
+    assert rows[5]["q"] > 0.05
+    assert (rows[6]["n"], rows[6]["q"]) == (0, 1.0)  # never measured
+    assert rows[7]["q"] > 0.05  # three prompts prove nothing
+    assert table["feature"].to_list()[:2] == [0, 1]  # reported first, by |mean removal|
+    assert table["rank"].to_list() == list(range(1, 9))
+    for f, values in effects.items():
+        assert rows[f]["mean_removal"] == pytest.approx(values.mean())
+        assert rows[f]["ci_low"] <= values.mean() <= rows[f]["ci_high"]
+        assert rows[f]["sign_consistency"] == pytest.approx((np.sign(values) == signs[f]).mean())
+
+
+def test_the_bound_is_in_sd_of_the_reward_difference() -> None:
+    effects = {0: np.full(40, 0.5) + 0.01 * np.random.default_rng(0).normal(size=40)}
+    for sd, reported in ((1.0, True), (0.45 / BOUND, True), (0.55 / BOUND, False)):
+        table = confirm({"s": frozen({0: 1})}, {"s": measured(effects)}, {"s": {0: 40}}, sd, 0)["s"]
+        assert table["reported"].to_list() == [reported]
+
+
+def test_a_prompts_two_sides_are_one_measurement() -> None:
+    chosen, rejected = measured({0: np.full(30, 0.4)}), measured({0: np.full(30, 0.1)}, side="rejected")
+    table = confirm({"s": frozen({0: 1})}, {"s": pl.concat([chosen, rejected])}, {"s": {0: 30}}, 1.0, 0)["s"]
+    row = table.row(0, named=True)
+    assert row["n"] == 30
+    assert row["mean_removal"] == pytest.approx(0.25)
+    assert row["mean_diff"] == pytest.approx(0.3)  # R chosen - R rejected
+
+
+def test_a_feature_of_the_rejected_side_alone_has_a_negative_difference() -> None:
+    table = confirm({"s": frozen({0: 1})}, {"s": measured({0: np.full(30, 0.4)}, side="rejected")}, {"s": {0: 30}}, 1.0, 0)[
+        "s"
+    ]
+    assert table.row(0, named=True)["mean_diff"] == pytest.approx(-0.4)
+
+
+def test_q_runs_over_the_lists_of_all_sites() -> None:
+    rng = np.random.default_rng(0)
+    effects = {0: 0.05 + 0.3 * rng.normal(size=30) + 0.12}
+    noise = {f: 0.3 * rng.normal(size=30) for f in range(60)}
+    alone = confirm({"a": frozen({0: 1})}, {"a": measured(effects)}, {"a": {0: 30}}, 1.0, 0)
+    both = confirm(
+        {"a": frozen({0: 1}), "b": frozen(dict.fromkeys(range(60), 1))},
+        {"a": measured(effects), "b": measured(noise)},
+        {"a": {0: 30}, "b": dict.fromkeys(range(60), 30)},
+        1.0,
+        0,
+    )
+    assert set(both) == {"a", "b"}
+    assert both["b"].height == 60
+    assert both["a"]["q"][0] > 2 * alone["a"]["q"][0]
+
+
+def test_noise_is_seldom_reported() -> None:
+    """Thirty features of pure noise, sign frozen on other noise: at most 5 in 100 such runs report anything."""
+    runs = []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        effects = {f: rng.normal(size=25) * rng.exponential() for f in range(30)}
+        signs = {f: int(rng.choice([-1, 1])) for f in range(30)}
+        table = confirm({"s": frozen(signs)}, {"s": measured(effects)}, {"s": dict.fromkeys(range(30), 25)}, 1.0, seed)["s"]
+        runs.append(table["reported"].any())
+    assert sum(runs) <= 2
+
+
+def test_a_difference_that_length_explains_is_flagged_and_another_is_not() -> None:
+    rng = np.random.default_rng(0)
+    length = rng.integers(5, 60, size=40)
+    by_length, steady = 0.01 * length, 0.3 + 0.01 * rng.normal(size=40)
+    exact = measured({0: by_length, 1: steady}, length)
+    table = confirm({"s": frozen({0: 1, 1: 1})}, {"s": exact}, {"s": {0: 40, 1: 40}}, 1.0, 0)["s"]
+    rows = {r["feature"]: r for r in table.iter_rows(named=True)}
+    assert rows[0]["length_bound"]
+    assert not rows[1]["length_bound"]
+    assert rows[0]["length_corr"] == pytest.approx(1.0)
+    assert abs(rows[1]["length_corr"]) < 0.4
+
+
+def test_nothing_frozen_gives_an_empty_ranking() -> None:
+    table = confirm({"s": frozen({}).cast(pl.Int64)}, {"s": measured({0: np.ones(3)})}, {"s": {}}, 1.0, 0)["s"]
+    assert table.height == 0
+    assert "mean_removal" in table.columns
+
+
+def test_with_more_prompts_smaller_effects_become_visible() -> None:
+    assert power(1.0, 100, 2.0) == pytest.approx(0.1 + 0.25)
+    assert power(1.0, 400, 2.0) < power(1.0, 100, 2.0)

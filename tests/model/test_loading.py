@@ -1,0 +1,208 @@
+"""A PM that can be loaded scores as it did before it was saved; what is none is refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from rmscope.errors import InputError
+from rmscope.model.rendering import Rendering
+from rmscope.model.reward_model import RewardModel
+from tests.model.small import PAIRS, shared_pm, small_model, small_pm, tokenizer
+
+
+def saved(folder: Path, architecture: str = "llama", **changes: object) -> Path:
+    small_model(architecture, **changes).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("pm"))
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def refusal(*args: object, **options: object) -> str:
+    with pytest.raises(InputError) as caught:
+        RewardModel.load(*args, device="cpu", **options)  # type: ignore[arg-type]
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.endswith(".")
+    return text
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
+def test_a_saved_pm_loads_and_scores_as_before(architecture: str, tmp_path: Path) -> None:
+    rm = RewardModel.load(str(saved(tmp_path, architecture)), device="cpu")
+    expected = small_pm(architecture).score(PAIRS)
+    found = rm.score(PAIRS)
+    torch.testing.assert_close(found.chosen, expected.chosen, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.rejected, expected.rejected, atol=1e-6, rtol=0)
+    assert rm.identity == shared_pm(architecture).identity
+    assert not any(p.requires_grad for p in rm.model.parameters())
+    assert not rm.model.training
+
+
+def test_the_rendering_beside_the_pm_is_taken_and_is_part_of_its_identity(copy: Path, folder: Path) -> None:
+    (copy / "rmscope.json").write_text(json.dumps({"rendering": {"style": "plain", "append_eos": True}}))
+    rm = RewardModel.load(str(copy), device="cpu")
+    assert rm.rendering == Rendering("plain", True)
+    assert rm.identity != RewardModel.load(str(folder), device="cpu").identity
+
+
+def test_bfloat16_is_loaded_as_asked(folder: Path) -> None:
+    rm = RewardModel.load(str(folder), "bfloat16", "cpu")
+    assert rm.dtype == torch.bfloat16
+    scores = rm.score(PAIRS)
+    assert scores.chosen.dtype == torch.float32
+    torch.testing.assert_close(scores.chosen, shared_pm("llama").score(PAIRS).chosen, atol=0.3, rtol=0.1)
+
+
+def test_a_causal_lm_has_no_scalar_head(copy: Path) -> None:
+    AutoModelForCausalLM.from_config(small_model("llama").config).save_pretrained(copy)
+    text = refusal(str(copy))
+    assert "LlamaForCausalLM, without a scalar head" in text
+    assert str(copy) in text
+
+
+def test_a_head_that_would_be_newly_initialised_is_refused(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    assert "lacks score.weight" in refusal(str(copy))
+
+
+def test_a_block_that_would_be_newly_initialised_is_refused(copy: Path) -> None:
+    weights = {k: v for k, v in load_file(copy / "model.safetensors").items() if ".layers.2." not in k}
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    assert "lacks model.layers.2." in refusal(str(copy))
+
+
+def test_a_config_without_architectures_is_judged_by_its_weights(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    del config["architectures"]
+    (copy / "config.json").write_text(json.dumps(config))
+    assert RewardModel.load(str(copy), device="cpu").sites
+
+
+def test_weights_of_another_shape_than_the_config_says_are_refused(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["id2label"] = {"0": "bad", "1": "good"}
+    config["label2id"] = {"bad": 0, "good": 1}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "score.weight" in refusal(str(copy))
+
+
+def test_several_outputs_need_a_choice(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "three", num_labels=3)
+    assert "3 outputs" in refusal(str(folder))
+    rm = RewardModel.load(str(folder), device="cpu", output=2)
+    ids = rm.tokenize(PAIRS[0]).chosen
+    with torch.no_grad():
+        expected = rm.model(ids[None]).logits[0, 2]
+    assert float(rm.score(PAIRS[:1]).chosen[0]) == pytest.approx(float(expected), abs=1e-5)
+    assert "3 outputs" in refusal(str(folder), output=3)
+    assert "2 weights" in refusal(str(folder), output=[1.0, 2.0])
+
+
+@pytest.mark.parametrize("spell", [str, lambda p: "./nowhere/at-all", lambda p: "~/nowhere-at-all"])
+def test_a_folder_that_is_missing_or_empty_is_named(spell: Callable[[Path], str], tmp_path: Path) -> None:
+    source = spell(tmp_path / "nothing")
+    assert source in refusal(source)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "config.json" in refusal(str(empty))
+
+
+def test_a_folder_may_be_named_from_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert RewardModel.load(f"~/{folder.name}", device="cpu").sites
+
+
+def test_a_damaged_config_or_checkpoint_is_an_input_error(copy: Path) -> None:
+    (copy / "model.safetensors").write_bytes(b"not safetensors at all")
+    assert str(copy) in refusal(str(copy))
+    (copy / "config.json").write_text("{")
+    assert str(copy) in refusal(str(copy))
+
+
+def test_a_pm_without_a_tokenizer_is_an_input_error(copy: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (copy / name).unlink(missing_ok=True)
+    assert "tokenizer" in refusal(str(copy))
+
+
+def test_unknown_names_list_the_known_ones(folder: Path) -> None:
+    assert "float32, bfloat16 or float16" in refusal(str(folder), "float8")
+    assert "zoo:hh, zoo:planted" in refusal("zoo:nothing")
+    assert "base without a scalar head" in refusal("zoo:smollm2")
+    assert "own adapter" in refusal("zoo:hh", adapter="somewhere")
+
+
+# Adapters
+
+
+def adapter(folder: Path, target: Path, head: bool = True) -> tuple[Path, torch.Tensor]:
+    """A random LoRA adapter on the PM in ``folder``, and the reward of the first text with it merged."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(5)
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], modules_to_save=["score"] if head else None)
+    wrapped = get_peft_model(small_model("llama"), config)
+    with torch.no_grad():
+        for p in wrapped.parameters():
+            if p.requires_grad:
+                p.normal_(std=0.3)
+    wrapped.save_pretrained(target)
+    ids = shared_pm("llama").tokenize(PAIRS[0]).chosen
+    with torch.no_grad():
+        return target, wrapped.eval()(ids[None]).logits[0, 0]
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_an_adapter_is_merged(folder: Path, tmp_path: Path, head: bool) -> None:
+    path, reward = adapter(folder, tmp_path / "adapter", head)
+    rm = RewardModel.load(str(folder), device="cpu", adapter=str(path))
+    assert float(rm.score(PAIRS[:1]).chosen[0]) == pytest.approx(float(reward), abs=1e-5)
+    assert rm.sites == shared_pm("llama").sites
+    assert rm.identity != shared_pm("llama").identity
+
+
+def causal_base(target: Path) -> Path:
+    """The PM's trunk as a causal LM, whose config says nothing of a head."""
+    pm = small_model("llama")
+    config = type(pm.config)(
+        **{k: v for k, v in pm.config.to_dict().items() if k not in ("id2label", "label2id", "architectures")}
+    )
+    base = AutoModelForCausalLM.from_config(config)
+    base.model.load_state_dict(pm.model.state_dict())
+    base.save_pretrained(target)
+    tokenizer().save_pretrained(target)
+    return target
+
+
+def test_an_adapter_that_brings_the_head_makes_a_pm_of_a_causal_lm(folder: Path, tmp_path: Path) -> None:
+    path, reward = adapter(folder, tmp_path / "adapter")
+    rm = RewardModel.load(str(causal_base(tmp_path / "base")), device="cpu", adapter=str(path))
+    assert float(rm.score(PAIRS[:1]).chosen[0]) == pytest.approx(float(reward), abs=1e-5)
+
+
+def test_an_adapter_without_a_head_does_not(folder: Path, tmp_path: Path) -> None:
+    path, _ = adapter(folder, tmp_path / "adapter", head=False)
+    assert "LlamaForCausalLM, without a scalar head" in refusal(str(causal_base(tmp_path / "base")), adapter=str(path))
+
+
+def test_an_adapter_that_is_not_there_is_named(folder: Path, tmp_path: Path) -> None:
+    assert str(tmp_path / "none") in refusal(str(folder), adapter=str(tmp_path / "none"))
