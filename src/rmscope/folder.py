@@ -23,7 +23,7 @@ from rmscope.errors import InputError
 from rmscope.files import Progress, content_hash, write_json, write_table, write_text
 from rmscope.model.packing import units
 
-FORMAT = 1
+FORMAT = 2
 """Bumped when a stage computes something else from the same settings."""
 
 

@@ -19,7 +19,15 @@ from rmscope.config import RunConfig
 from rmscope.effects import tables
 from rmscope.effects.census import Census, census
 from rmscope.effects.ledger import Baseline, baseline, ledger_rows
-from rmscope.effects.ranking import SCHEMA, candidates, confirm, first_responses, freeze, one_pair_a_prompt
+from rmscope.effects.ranking import (
+    SCHEMA,
+    candidates,
+    confirm,
+    ending_features,
+    first_responses,
+    freeze,
+    one_pair_a_prompt,
+)
 from rmscope.effects.trust import trust
 from rmscope.errors import InputError
 from rmscope.files import Progress, write_json, write_table
@@ -215,33 +223,35 @@ class Run(Study):
         for site in self.sites:
             rows = tables.with_order(firing[site], self.prompts, c.seed)
             asked[site] = one_pair_a_prompt(rows, frozen[site]["feature"].to_list(), c.confirm_prompts)
-        confirmed = self._removed("confirm", key, asked, progress)
+        confirmed = self._removed("confirm", key, asked, progress, endings=True)
         for site in self.sites:
             folder = self.folder / "effects" / site
-            found = firing[site].with_columns(
-                pl.col("pair").replace_strict(self.prompts, return_dtype=pl.String).alias("prompt")
-            )
-            prompts = found.group_by("feature").agg(pl.col("prompt").n_unique().alias("prompts"))
-            write_table(folder / "frozen.parquet", frozen[site].join(prompts, on="feature", how="left").fill_null(0))
+            ending = ending_features(confirmed[site], firing[site], 2 * len(self.of_split("confirm")))
+            list_ = frozen[site].join(self._firing_prompts(firing[site]), on="feature", how="left").fill_null(0)
+            write_table(folder / "frozen.parquet", list_.with_columns(pl.col("feature").is_in(list(ending)).alias("ending")))
             joined = trust_rows[site].join(fit[site], on=["pair", "side", "feature"], how="inner")
-            write_table(
-                folder / "trust.parquet",
-                joined.select("pair", "side", "feature", "prompt", "estimate", "effect", "weight"),
-            )
-            write_table(folder / "exact.parquet", pl.concat([fit[site], confirmed[site]]))
+            columns = ["pair", "side", "feature", "prompt", "estimate", "effect", "weight"]
+            write_table(folder / "trust.parquet", joined.select(columns))
+            write_table(folder / "exact.parquet", pl.concat([fit[site], confirmed[site].drop("ending")]))
         for part in ("fit", "firing", "confirm"):
             self.on_disk.drop_parts(part, key)
 
     def _ordered(self, table: pl.DataFrame) -> pl.DataFrame:
         return tables.with_order(table, self.prompts, self.config.seed)
 
+    def _firing_prompts(self, firing: pl.DataFrame) -> pl.DataFrame:
+        """On how many prompts each feature fires."""
+        prompt = pl.col("pair").replace_strict(self.prompts, return_dtype=pl.String)
+        return firing.group_by("feature").agg(prompt.n_unique().alias("prompts"))
+
     def _removed(
-        self, name: str, key: str, requests: dict[str, pl.DataFrame], progress: Progress
+        self, name: str, key: str, requests: dict[str, pl.DataFrame], progress: Progress, endings: bool = False
     ) -> dict[str, pl.DataFrame]:
         wanted = tables.plan(requests, self.index)
 
         def make(unit: list[int], within: Progress) -> dict[str, pl.DataFrame]:
-            return tables.removal_table(self.rm, self.saes, self.tokens, self.ids, {p: wanted[p] for p in unit}, within)
+            part = {p: wanted[p] for p in unit}
+            return tables.removal_table(self.rm, self.saes, self.tokens, self.ids, part, within, endings)
 
         return self.on_disk.in_units(name, key, list(wanted), progress, make)
 
@@ -258,7 +268,8 @@ class Run(Study):
             )
         ranked = confirm(frozen, exact, firing, self.sd, self.config.seed)
         for site, table in ranked.items():
-            write_table(self.folder / "features" / f"{site}.parquet", self._described(site, table))
+            ending = set(frozen[site].filter(pl.col("ending"))["feature"])
+            write_table(self.folder / "features" / f"{site}.parquet", self._described(site, table, ending))
             rows = pl.read_parquet(self.folder / "effects" / site / "trust.parquet").with_columns(
                 (pl.col("pair") + "/" + pl.col("side")).alias("response")
             )
@@ -271,31 +282,20 @@ class Run(Study):
     def noise_floor(self) -> float:
         return float(self.preflight.noise_floor)
 
-    def _described(self, site: str, table: pl.DataFrame) -> pl.DataFrame:
+    def _described(self, site: str, table: pl.DataFrame, ending: set[int]) -> pl.DataFrame:
         """Adds firing rates, flags and an empty label."""
         counted = self.census[site]
         features = table["feature"].to_list()
         flags = [
-            counted.flags_of(f) + (["length"] if bound else [])
+            counted.flags_of(f) + ["length"] * bound + ["ending"] * (f in ending)
             for f, bound in zip(features, table["length_bound"], strict=True)
         ]
+        rates = ("fire_prompt", "fire_chosen", "fire_rejected")
         return table.with_columns(
-            *(
-                pl.Series(n, getattr(counted, n)[features], dtype=pl.Float64)
-                for n in ("fire_prompt", "fire_chosen", "fire_rejected")
-            ),
+            *(pl.Series(name, getattr(counted, name)[features], dtype=pl.Float64) for name in rates),
             pl.Series("flags", flags, dtype=pl.List(pl.String)),
             pl.lit(None, dtype=pl.String).alias("label"),
-        ).select(
-            [
-                *(c for c in SCHEMA if c != "length_bound"),
-                "fire_prompt",
-                "fire_chosen",
-                "fire_rejected",
-                "flags",
-                "label",
-            ]
-        )
+        ).select([*(c for c in SCHEMA if c != "length_bound"), *rates, "flags", "label"])
 
     def baseline(self, site: str) -> Baseline:
         return baseline(self.saes[site], "mean", self.census[site].f_mean, self.census[site].x_mean)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rmscope.activations.store import StoreWriter
-from rmscope.effects.census import Census, census
+from rmscope.effects.census import Census, _held_out_r2, census
 from rmscope.sae.standard import StandardSae
 
 D, PAIRS, LENGTH, PROMPT = 200, 80, 20, 6
@@ -93,6 +93,23 @@ def test_lexical_is_told_by_the_token_on_other_pairs(counted: Census, tmp_path: 
     assert not {NOISY, HALF, HERE, ANYWHERE, DENSE, EVEN, ORDINARY} & flagged(counted, "lexical")
     apart = count(tmp_path, {})  # without joining the two cases, the feature of one of them is lexical too
     assert {LEXICAL, CASES, HALF} <= flagged(apart, "lexical")
+
+
+def test_the_held_out_r2_is_that_of_predicting_by_the_mean_at_the_same_key() -> None:
+    rng = np.random.default_rng(1)
+    n, m = 300, 6
+    key, held_out = rng.integers(0, 9, n), rng.random(n) < 0.4
+    f = (rng.random((n, m)) < 0.5) * rng.random((n, m)) + (key[:, None] % np.arange(1, m + 1) == 0)
+    f[:, 5] = 0.0
+    row, feature = f.nonzero()
+    found = _held_out_r2(key, np.arange(n), row, feature, f[row, feature], held_out, m)
+    train, test = f[~held_out], f[held_out]
+    means = np.stack([train[key[~held_out] == k].mean(0) for k in range(9)])
+    residual = ((test - means[key[held_out]]) ** 2).sum(0)
+    expected = 1 - residual[:5] / ((test - test.mean(0)) ** 2).sum(0)[:5]
+    np.testing.assert_allclose(found[:5], expected, rtol=1e-6)
+    assert found[5] == 0.0
+    assert expected.max() > 0.5
 
 
 def test_position_is_told_by_the_place_on_other_pairs(counted: Census) -> None:

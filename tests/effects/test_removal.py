@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from rmscope.effects import removal
 from rmscope.effects.removal import at_site, prefill_pair, removals, remove_groups, remove_naively
 from rmscope.model.reward_model import RewardModel
-from rmscope.pairs.pair import SIDES
+from rmscope.pairs.pair import SIDES, Pair
 from rmscope.sae.base import Sae
-from tests.model.small import DECODERS, ENCODER, EOS, OTHERS, PAIRS, shared_pm, small_pm, small_sae
+from tests.model.small import DECODERS, ENCODER, EOS, OTHERS, PAIRS, shared_pm, small_pm, small_sae, user
 
 SITES = ["embed", "resid_post.0", "resid_post.2", "resid_post.3"]
 
@@ -192,3 +192,30 @@ def test_a_model_that_cannot_be_split_gives_the_same_effects_by_full_forwards() 
         assert (a.pair, a.side) == (b.pair, b.side)
         assert torch.equal(a.feature, b.feature)
         torch.testing.assert_close(a.effect, b.effect, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_an_endings_effect_is_that_of_the_naive_forward_without_the_feature_there(architecture: str) -> None:
+    rm, sae, site = shared_pm(architecture), small_sae(), "resid_post.1"
+    pair = Pair("x", user("Which river?"), "It is the Seine... ?!", "The small house: I don't know it")
+    tokens = rm.tokenize(pair)
+    for _, found in removals(rm, {site: sae}, [tokens], {0: {s: {site: None} for s in SIDES}}, endings=True):
+        ids = tokens.side(found.side)
+        begin = max(tokens.divergence, rm.ending(ids))
+        assert rm.tokenizer.decode(ids[begin:]) == ("... ?!" if found.side == "chosen" else "")
+        assert bool(found.ending.any()) == (found.side == "chosen")
+        for place in range(0, found.feature.numel(), 5):
+            expected = naive_effect(rm, sae, ids, site, begin, [int(found.feature[place])])
+            assert float(found.ending[place]) == pytest.approx(expected, abs=3e-5)
+
+
+def test_batches_lose_nothing_keep_the_budget_and_cost_no_more_than_one_each() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for length in (1, 40, 300):
+        firsts = sorted(torch.randint(0, length, (57,), generator=generator).tolist())
+        batches = removal._batches(list(range(57)), firsts, length)
+        assert [i for b in batches for i in b] == list(range(57))
+        sizes = [len(b) * (length - firsts[b[0]]) for b in batches]
+        assert all(size <= removal.BATCH_TOKENS or len(b) == 1 for size, b in zip(sizes, batches, strict=True))
+        assert sum(sizes) + removal.RUN_COST * len(batches) <= sum(length - f + removal.RUN_COST for f in firsts)
+    assert removal._batches([], [], 5) == []

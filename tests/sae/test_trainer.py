@@ -45,7 +45,7 @@ FAMILIES = {
 def test_planted_directions_are_found(tmp_path: Path, settings: dict[str, object]) -> None:
     x, v = planted(6000, D, DIRECTIONS, 3)
     store = store_of(tmp_path, {"resid_post.1": x})
-    sae = train_saes(store, config(tokens=400_000, dead_after_tokens=20_000, **settings))["resid_post.1"]
+    sae = train_saes(store, config(tokens=300_000, dead_after_tokens=20_000, **settings))["resid_post.1"]
     found = measure(sae, x.split(2000))
     nearest = (v @ sae.W_dec.t()).amax(dim=1)
     assert found.fvu < 0.1, found

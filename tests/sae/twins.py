@@ -51,7 +51,7 @@ def matryoshka_loss(
 
 
 class Jump(torch.autograd.Function):
-    """Rajamanoharan et al. 2024b, equations 5 and 11: h H(h - θ)."""
+    """Rajamanoharan et al. 2024b, equation 11: h H(h - θ)."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, theta: Tensor, width: float) -> Tensor:
@@ -81,7 +81,7 @@ class Heaviside(Jump):
 
 
 def jumprelu_loss(w: Twin, x: Tensor, l0: float, width: float, dead: Tensor | None, preact: float) -> Tensor:
-    """Equation 9: |x - x^|² + λ |f|_0; and Σ relu(θ - h) |d| over the dead (Anthropic, January 2025)."""
+    """Section 3: |x - x^|² + λ |f|_0; and Σ relu(θ - h) |d| over the dead (Anthropic, January 2025)."""
     h, theta = pre_activations(w, x), w["threshold"]
     x_hat = Jump.apply(h, theta, width) @ w["W_dec"] + w["b_dec"]
     loss = mean_square(x - x_hat) + l0 * Heaviside.apply(h, theta, width).sum(1).mean()

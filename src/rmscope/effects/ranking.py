@@ -207,6 +207,22 @@ def _length_bound(d: np.ndarray, length: np.ndarray) -> bool:
     return bool(abs(d.mean() - slope * length.mean()) < 0.5 * abs(d.mean()))
 
 
+ENDING, ENDING_SHARE = 0.8, 0.5
+"""A feature is flagged ``ending`` when this share of |R| comes from the endings and it fires on this share of them."""
+
+
+def ending_features(confirmed: pl.DataFrame, firing: pl.DataFrame, responses: int) -> set[int]:
+    """Features that say that the text ended: >= 80 % of |R| comes from final punctuation and template tokens, and they
+    fire on the ending of at least half of all ``responses``, so completions with the same ending move too.
+
+    ``confirmed`` has the columns feature, effect, ending (the effect of removal from the ending alone); ``firing`` has
+    feature, ending (the activation there), a row a response.
+    """
+    share = confirmed.group_by("feature").agg((pl.col("ending").abs().sum() / pl.col("effect").abs().sum()).alias("share"))
+    often = firing.filter(pl.col("ending") > 0).group_by("feature").len().filter(pl.col("len") >= ENDING_SHARE * responses)
+    return set(share.filter(pl.col("share") >= ENDING)["feature"]) & set(often["feature"])
+
+
 def power(effects_sd: float, prompts: int, sd: float) -> float:
     """The mean removal below which a feature stays invisible: bound plus 2.5 standard errors, in units of reward."""
     return BOUND * sd + 2.5 * effects_sd / max(1, prompts) ** 0.5

@@ -11,9 +11,9 @@ import numpy as np
 import polars as pl
 import torch
 
-from rmscope.effects.gradients import Estimates, estimate
+from rmscope.effects.gradients import Estimates, estimate, sum_by_feature
 from rmscope.effects.ledger import SILENT, SideParts
-from rmscope.effects.removal import Removals, activity, removals
+from rmscope.effects.removal import Removals, removals
 from rmscope.effects.trust import PER_RESPONSE, sample
 from rmscope.files import Progress, silent
 from rmscope.model.rendering import PairTokens
@@ -72,15 +72,19 @@ def estimate_table(
 def firing_table(
     rm: RewardModel, saes: Mapping[str, Sae], tokens: Sequence[PairTokens], ids: Sequence[str], unit: Sequence[int]
 ) -> dict[str, pl.DataFrame]:
-    """Per site, which features fire in which response (kind firing, effect = Σ_t f_tj): a forward pass, no gradient."""
+    """Per site, which features fire in which response (kind firing, effect = Σ_t f_tj, ``ending`` the part of it that lies
+    on the response's ending): a forward pass, no gradient."""
     found: dict[str, list[tuple[int, str, torch.Tensor, dict[str, torch.Tensor]]]] = {site: [] for site in saes}
     for batch in rm.unit_batches(tokens, unit):
         streams = rm.streams(batch, list(saes))
         for text in batch.texts:
             for site, sae in saes.items():
                 x = streams[site][text.row, text.span.to(streams[site].device)].float().cpu()
-                feature, total = activity(sae.active(x))
-                found[site].append((text.pair, text.side, feature, {"effect": total}))
+                active = sae.active(x)
+                feature, total = sum_by_feature(active, active.value)
+                end = rm.ending(tokens[text.pair].side(text.side)[: text.read + 1]) - text.divergence
+                _, last = sum_by_feature(active, active.value * (active.token >= end))
+                found[site].append((text.pair, text.side, feature, {"effect": total, "ending": last}))
     return {site: _frame(ids, sorted(rows, key=lambda r: (r[0], r[1])), "firing") for site, rows in found.items()}
 
 
@@ -91,17 +95,28 @@ def removal_table(
     ids: Sequence[str],
     wanted: Wanted,
     progress: Progress = silent,
+    endings: bool = False,
 ) -> dict[str, pl.DataFrame]:
-    """Per site, exact removal effects of the wanted features where they fire (kind removal)."""
+    """Per site, exact removal effects of the wanted features where they fire (kind removal).
+
+    With ``endings`` there is a column ``ending``: the effect of removing them from the response's ending alone.
+    """
     found: dict[str, list[Removals]] = {site: [] for site in saes}
     total = sum(len(f or ()) for sides in wanted.values() for sites in sides.values() for f in sites.values())
     done = 0
-    for site, one in removals(rm, saes, tokens, wanted):
+    for site, one in removals(rm, saes, tokens, wanted, endings):
         found[site].append(one)
         done += one.feature.numel()
         progress(min(done, total) if total else done, max(total, done), "features removed")
     return {
-        site: _frame(ids, ((r.pair, r.side, r.feature, {"effect": r.effect}) for r in _sorted(list_)), "removal")
+        site: _frame(
+            ids,
+            (
+                (r.pair, r.side, r.feature, {"effect": r.effect} | ({"ending": r.ending} if endings else {}))
+                for r in _sorted(list_)
+            ),
+            "removal",
+        )
         for site, list_ in found.items()
     }
 

@@ -3,9 +3,11 @@
 Cues are measured on twins: one response with the cue and with filler of equal length, on prompts of the measure split,
 which had no part in training SAEs, selecting features or confirming them. A feature matches a cue (METHOD, "Planted
 bias") when on the twins it detects it (F1 >= .8, threshold from the other half), localises it (lexical cues: half its
-activation lies in the cue's window), causes its effect (mediated share, lower bound >= .2) and carries the planted sign.
-A cue may be split over features: a group of at most five, grown greedily on the fitting half, hits when its union detects
-and its joint removal mediates at least .4.
+activation lies in the cue's window), causes its effect (mediated share, lower bound >= .2) and carries the planted
+sign: a hit of kind ``single``. A cue may be split over features: a ``group`` of at most five, grown on the fitting half
+by estimated effect, hits when its union detects and its joint removal mediates at least .4. What detects the cue and
+carries less of its effect, its interval clear of 0, is found in ``part``. Candidates are the 20 best reported features of
+a site that are not flagged ``ending``.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rmscope.effects.gradients import streams_and_gradients
 from rmscope.effects.removal import Response, at_site, prefill_pair, remove_groups
 from rmscope.effects.statistics import mean_interval
+from rmscope.model.packing import padded
 from rmscope.model.rendering import PairTokens, encode, render
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES, Pair
@@ -145,7 +149,8 @@ def match_plant(
         "f1": None, "localises": None, "mediated": None, "why": "",
     }  # fmt: skip
     tried = [_try_site(rm, saes[s], s, plant, prepared[s], reported[s]) for s in saes]
-    best = max(tried, key=lambda r: (r["found"], r["hit"] == "single", r["f1"] or 0.0))
+    order = ("none", "part", "group", "single")
+    best = max(tried, key=lambda r: (order.index(r["hit"]), r["mediated"]["value"] if r["mediated"] else 0.0))
     row |= best
     if not row["found"]:
         row["why"] = "not learned" if not learned else row["why"]
@@ -155,37 +160,55 @@ def match_plant(
 def _try_site(
     rm: RewardModel, sae: Sae, site: str, plant: Plant, twins: list[Twin], reported: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The best single feature of a site, or failing that the best group."""
-    signed = [r for r in reported if np.sign(r["mean_removal"]) == plant.sign]
-    if not signed:
-        return {
-            "found": False,
-            "hit": "none",
-            "why": "no reported feature with the planted sign",
-            "f1": None,
-            "site": site,
-        }
-    features = [int(r["feature"]) for r in signed]
-    scale = {j: max(_largest(t, s, j) for t in twins for s in SIDES) or 1.0 for j in features}
-    peaks = {j: {s: np.array([peak(t, s, [j], scale) for t in twins]) for s in SIDES} for j in features}
-    f1 = {j: f1_score(peaks[j]["chosen"], peaks[j]["rejected"]) for j in features}
-    ranked = sorted(features, key=lambda j: -f1[j])
-    info = {int(r["feature"]): r for r in signed}
-    for j in ranked[:3]:
-        if f1[j] < F1 or info[j]["sign_consistency"] < SIGN:
+    """The best single feature of a site, or failing that its group; thresholds and groups from the even twins, figures from
+    the odd ones."""
+    info = {int(r["feature"]): r for r in reported if np.sign(r["mean_removal"]) == plant.sign}
+    if not info:
+        why = "no reported feature has the planted sign"
+        return {"found": False, "hit": "none", "why": why, "f1": None, "site": site, "mediated": None}
+    scale = {j: max(_largest(t, s, j) for t in twins for s in SIDES) or 1.0 for j in info}
+    fitting, measuring = twins[::2], twins[1::2]
+    effect = _estimated(rm, sae, site, fitting, list(info))
+    useful = sorted((j for j in info if plant.sign * effect[j] > 0), key=lambda j: -plant.sign * effect[j])
+    for j in useful[:2]:
+        f1 = _detects(twins, [j], scale)
+        local = _localises(measuring, j) if plant.kind in ("phrase", "url") else None
+        if f1 < F1 or info[j]["sign_consistency"] < SIGN or (local is not None and local < MASS):
             continue
-        share = mediated_share(mediation(rm, sae, site, twins, [j]))
-        local = _localises(twins, j) if plant.kind in ("phrase", "url") else None
-        if share["low"] >= MEDIATED and (local is None or local >= MASS):
-            return _hit("single", site, [j], info, f1[j], local, share)
-    group = _grow(twins, ranked, scale)
-    share = mediated_share(mediation(rm, sae, site, twins, group))
-    joint = {s: np.array([peak(t, s, group, scale) for t in twins]) for s in SIDES}
-    detected = f1_score(joint["chosen"], joint["rejected"])
-    if detected >= F1 and share["value"] >= GROUP_MEDIATED and share["low"] > 0:
-        return _hit("group", site, group, info, detected, None, share)
-    why = "no feature detects it" if detected < F1 else "its features do not carry the effect"
-    return _hit("none", site, group, info, detected, None, share) | {"found": False, "why": why}
+        share = mediated_share(mediation(rm, sae, site, measuring, [j]))
+        if share["low"] >= MEDIATED:
+            return _hit("single", site, [j], info, f1, local, share)
+    group = useful[:GROUP] or list(info)[:1]
+    share = mediated_share(mediation(rm, sae, site, measuring, group))
+    f1 = _detects(twins, group, scale)
+    if f1 >= F1 and share["low"] > 0:
+        hit = "group" if share["value"] >= GROUP_MEDIATED else "part"
+        return _hit(hit, site, group, info, f1, None, share)
+    why = "no reported feature detects it" if f1 < F1 else "the features that detect it do not carry its effect"
+    return _hit("none", site, group, info, f1, None, share) | {"found": False, "why": why}
+
+
+def _estimated(rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], features: Sequence[int]) -> dict[int, float]:
+    """Each feature's mean estimated removal effect on the response with the cue, minus that on the one with filler."""
+    texts = [(i, side, t.responses[side]) for i, t in enumerate(twins) for side in SIDES]
+    rows = [(i, side, r.text.ids, r.start, r.text.ids.numel() - 1) for i, side, r in texts]
+    total = dict.fromkeys(features, 0.0)
+    for batch in (padded(rows[start : start + 8], 0) for start in range(0, len(rows), 8)):
+        _, gradient = streams_and_gradients(rm, batch, [site])[site]
+        for text in batch.texts:
+            active = twins[text.pair].responses[text.side].active
+            g = gradient[text.row, text.span.to(gradient.device)].float().cpu()
+            sign = 1 if text.side == "chosen" else -1
+            for j in features:
+                mine = active.feature == j
+                total[j] += sign * float((active.value[mine] * (g[active.token[mine]] @ sae.W_dec[j])).sum()) / len(twins)
+    return total
+
+
+def _detects(twins: Sequence[Twin], group: Sequence[int], scale: Mapping[int, float]) -> float:
+    """F1 of a group's union: its peak on the cue's window against its peak on the filler's."""
+    peaks = {s: np.array([peak(t, s, group, scale) for t in twins]) for s in SIDES}
+    return f1_score(peaks["chosen"], peaks["rejected"])
 
 
 def _largest(twin: Twin, side: str, feature: int) -> float:
@@ -205,7 +228,7 @@ def _hit(
 ) -> dict[str, Any]:
     best = min(group, key=lambda j: info[j]["rank"])
     return {
-        "found": True, "hit": kind, "site": site, "features": group, "rank": info[best]["rank"],
+        "found": kind != "none", "hit": kind, "site": site, "features": group, "rank": info[best]["rank"],
         "effect": info[best]["mean_removal"], "f1": f1, "localises": local, "mediated": share, "why": "",
     }  # fmt: skip
 
@@ -219,23 +242,3 @@ def _localises(twins: Sequence[Twin], feature: int) -> float:
         total += float(a.value[mine].sum())
         inside += float(a.value[mine & window[a.token]].sum())
     return inside / total if total else 0.0
-
-
-def _grow(twins: Sequence[Twin], features: Sequence[int], scale: Mapping[int, float]) -> list[int]:
-    """Greedily the features whose union detects best on the fitting (even) half; at most five."""
-    half = twins[::2]
-    group: list[int] = []
-    best = 0.0
-    while len(group) < GROUP:
-        scored = []
-        for j in features:
-            if j in group:
-                continue
-            trial = {s: np.array([peak(t, s, [*group, j], scale) for t in half]) for s in SIDES}
-            levels = np.unique(np.r_[0.0, trial["chosen"], trial["rejected"]])[:-1]
-            scored.append((max((_f1(trial["chosen"] > t, trial["rejected"] > t) for t in levels), default=0.0), j))
-        if not scored or (top := max(scored, key=lambda s: (s[0], -features.index(s[1]))))[0] <= best + 1e-3:
-            break
-        best = top[0]
-        group.append(top[1])
-    return group or list(features[:1])

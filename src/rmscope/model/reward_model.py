@@ -75,6 +75,7 @@ class RewardModel:
         self.tokenizer = tokenizer
         self.rendering = rendering
         self.name = name
+        self._words: dict[int, bool] = {}
         self._weights = loading.output_weights(model, output)
         self.blocks: nn.ModuleList = find_blocks(model)
         self.causal = isinstance(getattr(model, "score", None), nn.Linear)
@@ -162,6 +163,17 @@ class RewardModel:
             return ids.numel() - 1
         kept = (ids != pad).nonzero()
         return int(kept[-1]) if kept.numel() else 0
+
+    def ending(self, ids: Tensor) -> int:
+        """Where a text's ending begins: its last run of punctuation, white space and special tokens."""
+        kept = [i for i, token in enumerate(ids.tolist()) if self._is_word(token)]
+        return kept[-1] + 1 if kept else 0
+
+    def _is_word(self, token: int) -> bool:
+        if token not in self._words:
+            special = token in self.tokenizer.all_special_ids
+            self._words[token] = not special and any(c.isalnum() for c in self.tokenizer.decode([token]))
+        return self._words[token]
 
     # Batches
 

@@ -246,11 +246,12 @@ def _example_table(pages: list[dict[str, Any]]) -> pl.DataFrame:
 
 
 def cue_data(run: Run, plant: Any, sites: list[dict[str, Any]]) -> dict[str, Any]:
-    """One planted cue against the 20 best reported features of each site."""
+    """One planted cue against the 20 best reported features of each site, those of the text's ending aside."""
     held = [p for p in plain_demo_pairs() if split_of(p) == "measure"]
     prepared = prepare(run.rm, run.saes, twins(held, plant, TWINS, run.config.seed, held_out=None), plant)
     reported = {}
     for site in run.sites:
         table = pl.read_parquet(run.folder / "features" / f"{site}.parquet")
-        reported[site] = table.filter(pl.col("reported")).head(SHOWN).rows(named=True)
+        unflagged = table.filter(pl.col("reported") & ~pl.col("flags").list.contains("ending"))
+        reported[site] = unflagged.head(SHOWN).rows(named=True)
     return match_plant(run.rm, run.saes, plant, prepared, reported, run.sd)

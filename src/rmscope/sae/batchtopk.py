@@ -5,7 +5,7 @@
 
 As TopK, but k features a token are an average: a token may take more than another. AuxK revives the dead.
 Used on single tokens, the batch gives way to one threshold for all features, θ = E over batches of the
-smallest f > 0 (section 3; here a running mean). That is a JumpReLU SAE, and as such it is saved, with
+smallest f > 0 (here a running mean). That is a JumpReLU SAE, and as such it is saved, with
 ``metadata.trained_as``.
 """
 

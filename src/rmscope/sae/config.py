@@ -22,8 +22,8 @@ class SaeConfig(BaseModel):
     """Weight of the L1 penalty on gates (gated) or features (standard), beside a summed squared error."""
     l0: float = Field(1.0, ge=0)
     """Weight of each feature that fires, beside a summed squared error (jumprelu)."""
-    bandwidth: float | None = Field(None, gt=0)
-    """Width of the kernel around a threshold within which features move it (jumprelu)."""
+    bandwidth: float = Field(0.3, gt=0)
+    """Width of the window around a threshold in which features move it, in units of training (jumprelu)."""
     prefixes: tuple[int, ...] | None = Field(None, min_length=1)
     """Sizes of the nested dictionaries (matryoshka); left out, 1/32, 3/32, 7/32, 15/32 and all of d_sae."""
     lr: float | None = Field(None, gt=0)
