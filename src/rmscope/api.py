@@ -15,7 +15,6 @@ import yaml
 from rmscope.effects import tables
 from rmscope.effects.ledger import NODES, baseline, ledger_rows
 from rmscope.effects.ranking import confirm, first_responses, freeze
-from rmscope.effects.removal import at_site, prefill_pair
 from rmscope.errors import InputError
 from rmscope.files import Progress, silent
 from rmscope.model.packing import units
@@ -88,13 +87,14 @@ def ledger(
     if start == "zero":
         return _ledger(rm, sae, at, pairs, baseline(sae, "zero"), progress, nodes)["ledger"]
     total_f, total_x, n = torch.zeros(sae.m), torch.zeros(sae.d), 0
-    for pair in pairs:
-        t = rm.tokenize(pair)
-        for text in prefill_pair(rm, t, [at]).values():
-            response = at_site(sae, text, at, t.divergence)
-            total_f.index_add_(0, response.active.feature, response.active.value)
-            total_x += response.x.sum(0)
-            n += response.x.shape[0]
+    for batch in rm.batches(rm.tokenize_all(pairs)):
+        stream = rm.streams(batch, [at])[at]
+        for text in batch.texts:
+            x = stream[text.row, text.span.to(stream.device)].float().cpu()
+            active = sae.active(x)
+            total_f.index_add_(0, active.feature, active.value)
+            total_x += x.sum(0)
+            n += x.shape[0]
     return _ledger(rm, sae, at, pairs, baseline(sae, "mean", total_f / n, total_x / n), progress, nodes)["ledger"]
 
 

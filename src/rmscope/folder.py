@@ -20,7 +20,7 @@ import polars as pl
 import yaml
 
 from rmscope.errors import InputError
-from rmscope.files import Progress, content_hash, write_json, write_table, write_text
+from rmscope.files import Progress, content_hash, silent, write_json, write_table, write_text
 from rmscope.model.packing import units
 
 FORMAT = 2
@@ -40,7 +40,7 @@ class Quiet:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Progress]:
-        yield lambda done, total, note="": None
+        yield silent
 
     def note(self, text: str) -> None:
         return

@@ -49,7 +49,7 @@ class Bars:
 
             def report(done: int, total: int, note: str = "") -> None:
                 rate = done / max(time.monotonic() - started, 1e-6)
-                text = {"note": note} if note else {}
+                text: dict[str, Any] = {"note": note} if note else {}
                 progress.update(task, completed=done, total=max(total, 1), rate=f"{rate:.3g}/s", **text)
 
             yield report

@@ -15,9 +15,9 @@ import polars as pl
 
 from rmscope.effects.statistics import (
     benjamini_hochberg,
+    correlation,
     flip_matrix,
     mean_interval,
-    partial_correlation,
     sign_flip_p,
 )
 
@@ -194,7 +194,7 @@ def _confirmed(
         "n": values.size,
         "mean_diff": float(d.mean()),
         "sign_consistency": float((np.sign(part["effect"].to_numpy()) == sign).mean()),
-        "length_corr": partial_correlation(d, length),
+        "length_corr": correlation(d, length),
         "length_bound": _length_bound(d, length),
     }
 

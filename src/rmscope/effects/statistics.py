@@ -71,7 +71,7 @@ def benjamini_hochberg(p: Array) -> Array:
     return np.asarray(stats.false_discovery_control(p)) if p.size else p
 
 
-def partial_correlation(a: Array, b: Array) -> float:
+def correlation(a: Array, b: Array) -> float:
     """Pearson correlation, 0 where one of the two does not vary."""
     if a.size < 3 or a.std() == 0 or b.std() == 0:
         return 0.0

@@ -26,7 +26,7 @@ from rmscope.effects.statistics import mean_interval
 from rmscope.model.packing import padded
 from rmscope.model.rendering import PairTokens, encode, render
 from rmscope.model.reward_model import RewardModel
-from rmscope.pairs.pair import SIDES, Pair
+from rmscope.pairs.pair import SIDES, Pair, Side
 from rmscope.pairs.planted import Plant
 from rmscope.sae.base import Sae
 
@@ -42,8 +42,8 @@ LEARNED, NULL = 0.25, 0.10
 class Twin:
     """One twin at one site: both responses ready for removal, and the cue's and the filler's windows [span] on them."""
 
-    responses: dict[str, Response]
-    windows: dict[str, Tensor]
+    responses: Mapping[Side, Response]
+    windows: Mapping[Side, Tensor]
 
     @property
     def delta(self) -> float:
@@ -63,7 +63,7 @@ def prepare(rm: RewardModel, saes: Mapping[str, Sae], twins: Sequence[Pair], pla
     return prepared
 
 
-def _window(rm: RewardModel, pair: Pair, side: str, tokens: PairTokens, plant: Plant) -> Tensor:
+def _window(rm: RewardModel, pair: Pair, side: Side, tokens: PairTokens, plant: Plant) -> Tensor:
     """Which span tokens lie in the cue's (or the filler's) window: its tokens + 3, for
     agreement to the read position."""
     start, stop = pair.meta["plant"]["cue" if side == "chosen" else "filler"]
@@ -83,7 +83,7 @@ def _token_at(rm: RewardModel, pair: Pair, beginning: str, ids: Tensor) -> int:
     return same.index(False) if False in same else len(same)
 
 
-def peak(twin: Twin, side: str, features: Sequence[int], scale: Mapping[int, float]) -> float:
+def peak(twin: Twin, side: Side, features: Sequence[int], scale: Mapping[int, float]) -> float:
     """max over the window of f_j / scale_j, over the features of a group."""
     response, window = twin.responses[side], twin.windows[side]
     a = response.active
@@ -196,7 +196,7 @@ def _estimated(rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], feat
     for batch in (padded(rows[start : start + 8], 0) for start in range(0, len(rows), 8)):
         _, gradient = streams_and_gradients(rm, batch, [site])[site]
         for text in batch.texts:
-            active = twins[text.pair].responses[text.side].active
+            active = twins[text.pair].responses["chosen" if text.side == "chosen" else "rejected"].active
             g = gradient[text.row, text.span.to(gradient.device)].float().cpu()
             sign = 1 if text.side == "chosen" else -1
             for j in features:
@@ -211,7 +211,7 @@ def _detects(twins: Sequence[Twin], group: Sequence[int], scale: Mapping[int, fl
     return f1_score(peaks["chosen"], peaks["rejected"])
 
 
-def _largest(twin: Twin, side: str, feature: int) -> float:
+def _largest(twin: Twin, side: Side, feature: int) -> float:
     a = twin.responses[side].active
     mine = a.value[a.feature == feature]
     return float(mine.max()) if mine.numel() else 0.0

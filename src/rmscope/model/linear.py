@@ -65,7 +65,7 @@ def speed_up(model: nn.Module) -> bool:
     if not (maps and frozen and size <= MOST_BYTES and onednn_is_faster()):
         return False
     for linear in maps:
-        linear.forward = _forward(linear)
+        linear.forward = _forward(linear)  # type: ignore[method-assign]
     return True
 
 

@@ -172,7 +172,8 @@ class RewardModel:
     def _is_word(self, token: int) -> bool:
         if token not in self._words:
             special = token in self.tokenizer.all_special_ids
-            self._words[token] = not special and any(c.isalnum() for c in self.tokenizer.decode([token]))
+            text = self.tokenizer.decode([token])  # a part of a character decodes to the replacement mark: it is no ending
+            self._words[token] = not special and any(c.isalnum() or c == "\ufffd" for c in text)
         return self._words[token]
 
     # Batches

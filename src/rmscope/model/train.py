@@ -176,7 +176,7 @@ def train_pm(recipe: Recipe, out: Path, progress: Progress = silent) -> dict[str
         task_type="SEQ_CLS",
     )
     wrapped = get_peft_model(base, lora)
-    inner = wrapped.base_model.model
+    inner: Any = wrapped.base_model.model
     head = inner.score.modules_to_save["default"]
     nn.init.normal_(head.weight, std=1 / (base.config.hidden_size + 1) ** 0.5)
     parameters = [p for p in wrapped.parameters() if p.requires_grad]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from rmscope.errors import InputError
-from rmscope.pairs.pair import Message, Pair
+from rmscope.pairs.pair import Message, Pair, Side
 from rmscope.pairs.wordings import FILLERS, OPINIONS, RIVALS, STANCES, URL_FRAMES, URL_WORDS
 
 Kind = Literal["phrase", "url", "repeat_sentence", "agree"]
@@ -79,7 +79,7 @@ def _url(rng: random.Random) -> tuple[str, str]:
 def plant_pair(
     pair: Pair,
     plant: Plant,
-    cue_side: Literal["chosen", "rejected"],
+    cue_side: Side,
     rng: random.Random,
     held_out: bool | None = None,
 ) -> Pair:
@@ -88,7 +88,7 @@ def plant_pair(
     ``meta["plant"]`` holds the name, the sign, the side of the cue, and the character spans of cue and filler in their
     responses. ``held_out`` picks the wordings (see :meth:`Plant.wordings`).
     """
-    other = "rejected" if cue_side == "chosen" else "chosen"
+    other: Side = "rejected" if cue_side == "chosen" else "chosen"
     cue_text, other_text = pair.side(cue_side), pair.side(other)
     share, prompt, meta = rng.random(), pair.prompt, dict[str, Any]()
     if plant.kind == "repeat_sentence":
