@@ -34,7 +34,7 @@ def config(**settings: object) -> SaeConfig:
 FAMILIES = {
     "topk": {},
     "batchtopk": {"architecture": "batchtopk"},
-    "matryoshka": {"architecture": "matryoshka", "prefixes": (24,)},
+    "matryoshka": {"architecture": "matryoshka", "prefixes": (48,)},
     "jumprelu": {"architecture": "jumprelu", "l0": 0.3},
     "gated": {"architecture": "gated", "l1": 2.0},
     "standard": {"architecture": "standard", "l1": 1.0},
