@@ -51,7 +51,7 @@ that were held out: {twins} twins a cue. *Learned* means the planted sign, an in
 |---|---|---|---|---|
 {cues}
 """
-TWINS = 200
+TWINS = 64
 
 
 def accuracy_row(name: str, delta: np.ndarray, longer: np.ndarray, prompts: np.ndarray) -> str:
