@@ -35,7 +35,7 @@ class SaeConfig(BaseModel):
     epochs: int | None = Field(None, gt=0)
     """Readings of the store, instead of ``tokens``."""
     warmup: float = Field(0.05, ge=0, le=1)
-    """Share of the steps over which the learning rate and the L1 weight rise from zero."""
+    """Share of the steps over which the learning rate and the sparsity penalty rise from zero."""
     decay: float = Field(0.2, ge=0, le=1)
     """Share of the steps, at the end, over which the learning rate falls to zero."""
     auxk_alpha: float = Field(1 / 32, ge=0)
@@ -68,7 +68,7 @@ class SaeConfig(BaseModel):
         return self.tokens or min(max(2_000_000, n), 20 * n)
 
     def schedule(self, step: int, steps: int) -> tuple[float, float]:
-        """(share of the full learning rate, share of the full L1 weight) at a step counted from 0."""
+        """(share of the full learning rate, share of the full penalty) at a step counted from 0."""
         rising = min(1.0, (step + 1) / max(1.0, self.warmup * steps))
         falling = min(1.0, (steps - step) / max(1.0, self.decay * steps))
         return rising * falling, rising
