@@ -56,7 +56,9 @@ def run(
     limit: Limit = None,
     split: Annotated[str | None, typer.Option(help="Split of a hub dataset.")] = None,
     sites: Annotated[str | None, typer.Option(help="Sites, comma-separated: resid_post.3,resid_post.7.")] = None,
-    architecture: Annotated[str | None, typer.Option(help="SAE family: topk or gated.")] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="SAE family: topk, batchtopk, matryoshka, jumprelu, gated, standard.")
+    ] = None,
     d_sae: Annotated[int | None, typer.Option(help="Features of an SAE.")] = None,
     k: Annotated[int | None, typer.Option(help="Features that fire on a token (topk).")] = None,
     sae_tokens: Annotated[int | None, typer.Option(help="Training tokens of an SAE.")] = None,

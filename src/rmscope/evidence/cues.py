@@ -6,7 +6,7 @@ bias") when on the twins it detects it (F1 >= .8, threshold from the other half)
 activation lies in the cue's window), causes its effect (mediated share, lower bound >= .2) and carries the planted
 sign: a hit of kind ``single``. A cue may be split over features: a ``group`` of at most five, grown on the fitting half
 by estimated effect, hits when its union detects and its joint removal mediates at least .4. What detects the cue and
-carries less of its effect, its interval clear of 0, is found in ``part``. Candidates are the 20 best reported features of
+carries less of its effect, but a tenth at the least (lower bound), is found in ``part``. Candidates are the 20 best reported features of
 a site that are not flagged ``ending``.
 """
 
@@ -30,7 +30,7 @@ from rmscope.pairs.pair import SIDES, Pair, Side
 from rmscope.pairs.planted import Plant
 from rmscope.sae.base import Sae
 
-F1, MASS, MEDIATED, GROUP_MEDIATED, SIGN = 0.8, 0.5, 0.2, 0.4, 0.9
+F1, MASS, MEDIATED, GROUP_MEDIATED, PART, SIGN = 0.8, 0.5, 0.2, 0.4, 0.1, 0.9
 WINDOW = 3
 """Tokens after the cue that still count as its window."""
 GROUP = 5
@@ -181,7 +181,7 @@ def _try_site(
     group = useful[:GROUP] or list(info)[:1]
     share = mediated_share(mediation(rm, sae, site, measuring, group))
     f1 = _detects(twins, group, scale)
-    if f1 >= F1 and share["low"] > 0:
+    if f1 >= F1 and share["low"] >= PART:
         hit = "group" if share["value"] >= GROUP_MEDIATED else "part"
         return _hit(hit, site, group, info, f1, None, share)
     why = "no reported feature detects it" if f1 < F1 else "the features that detect it do not carry its effect"
