@@ -21,6 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+DEMO_SAE = {"k": 16, "tokens": 500_000}
+"""The demo's text is small (70,000 tokens): at k 32 a cue is spread over many features, at 8 the screen is less true."""
+
 Model = Annotated[str, typer.Option(help="Hub id, folder, or zoo:hh / zoo:planted.")]
 Data = Annotated[str, typer.Option(help="Pairs: a file, a hub id, or demo:planted.")]
 Limit = Annotated[int | None, typer.Option(help="At most this many pairs, from the start.")]
@@ -44,7 +47,7 @@ def demo(
 ) -> None:
     """The main job on the embedded PM with six planted biases: what it rewards, the proof, the ground truth beside it."""
     flags = {"model": "zoo:planted", "data": "demo:planted", "out": out, "device": device, "dtype": dtype, "seed": seed}
-    _run(None, flags, as_json)
+    _run(None, {**flags, "sae": DEMO_SAE}, as_json)
 
 
 @app.command()

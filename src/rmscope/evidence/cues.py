@@ -4,10 +4,10 @@ Cues are measured on twins: one response with the cue and with filler of equal l
 which had no part in training SAEs, selecting features or confirming them. A feature matches a cue (METHOD, "Planted
 bias") when on the twins it detects it (F1 >= .8, threshold from the other half), localises it (lexical cues: half its
 activation lies in the cue's window), causes its effect (mediated share, lower bound >= .2) and carries the planted
-sign: a hit of kind ``single``. A cue may be split over features: a ``group`` of at most five, grown on the fitting half
-by estimated effect, hits when its union detects and its joint removal mediates at least .4. What detects the cue and
-carries less of its effect, but a tenth at the least (lower bound), is found in ``part``. Candidates are the 20 best reported features of
-a site that are not flagged ``ending``.
+sign: a hit of kind ``single``. A cue may be split over features: a ``group`` of at most
+five, grown on the fitting half, hits when its union detects and its joint removal mediates at least .4. What detects the
+cue and carries less of its effect, but a tenth at the least (lower bound), is found in ``part``. Candidates are the 20
+best reported features of a site that are not flagged ``ending``.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ F1, MASS, MEDIATED, GROUP_MEDIATED, PART, SIGN = 0.8, 0.5, 0.2, 0.4, 0.1, 0.9
 WINDOW = 3
 """Tokens after the cue that still count as its window."""
 GROUP = 5
+SPOIL = 0.02
+"""How much F1 on the fitting half a further member of a group may cost."""
 LEARNED, NULL = 0.25, 0.10
 """|ATE| in SD(Δr): at least this is learned; an interval within this is a clean null."""
 
@@ -178,7 +180,7 @@ def _try_site(
         share = mediated_share(mediation(rm, sae, site, measuring, [j]))
         if share["low"] >= MEDIATED:
             return _hit("single", site, [j], info, f1, local, share)
-    group = useful[:GROUP] or list(info)[:1]
+    group = _grow(fitting, useful, scale) or list(info)[:1]
     share = mediated_share(mediation(rm, sae, site, measuring, group))
     f1 = _detects(twins, group, scale)
     if f1 >= F1 and share["low"] >= PART:
@@ -203,6 +205,26 @@ def _estimated(rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], feat
                 mine = active.feature == j
                 total[j] += sign * float((active.value[mine] * (g[active.token[mine]] @ sae.W_dec[j])).sum()) / len(twins)
     return total
+
+
+def _grow(twins: Sequence[Twin], features: Sequence[int], scale: Mapping[int, float]) -> list[int]:
+    """The feature that detects best on the fitting half, then, by estimated effect, those that do not spoil the union."""
+    if not features:
+        return []
+    alone = {j: _best_f1(twins, [j], scale) for j in features}
+    group = [max(features, key=lambda j: alone[j])]
+    best = alone[group[0]]
+    for j in features:
+        if j not in group and len(group) < GROUP and (joint := _best_f1(twins, [*group, j], scale)) >= best - SPOIL:
+            group.append(j)
+            best = max(best, joint)
+    return group
+
+
+def _best_f1(twins: Sequence[Twin], group: Sequence[int], scale: Mapping[int, float]) -> float:
+    peaks = {s: np.array([peak(t, s, group, scale) for t in twins]) for s in SIDES}
+    levels = np.unique(np.r_[0.0, peaks["chosen"], peaks["rejected"]])[:-1]
+    return max((_f1(peaks["chosen"] > t, peaks["rejected"] > t) for t in levels), default=0.0)
 
 
 def _detects(twins: Sequence[Twin], group: Sequence[int], scale: Mapping[int, float]) -> float:
