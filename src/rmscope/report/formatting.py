@@ -20,7 +20,7 @@ def real(value: Any) -> float | None:
     if value is None or isinstance(value, (str, bool)):
         return None
     value = float(value)
-    return value if math.isfinite(value) else None
+    return value if abs(value) < 1e300 else None  # nan, infinities, and what a percentage would make one
 
 
 def decimals_for(*values: float | None) -> int:
