@@ -186,7 +186,8 @@ def _try_site(
     if f1 >= F1 and share["low"] >= PART:
         hit = "group" if share["value"] >= GROUP_MEDIATED else "part"
         return _hit(hit, site, group, info, f1, None, share)
-    why = "no reported feature detects it" if f1 < F1 else "the features that detect it do not carry its effect"
+    carried = f"the features that detect it carry {share['value']:.0%} of its effect"
+    why = "no reported feature detects it" if f1 < F1 else carried
     return _hit("none", site, group, info, f1, None, share) | {"found": False, "why": why}
 
 
