@@ -17,8 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rmscope.model.packing import padded
+from rmscope.model.prefill import Prefilled
 from rmscope.model.rendering import PairTokens
-from rmscope.model.reward_model import Prefilled, RewardModel
+from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
 from rmscope.sae.base import Active, Sae
 

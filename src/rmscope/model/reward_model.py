@@ -16,6 +16,7 @@ from rmscope.files import Progress, silent
 from rmscope.model import loading
 from rmscope.model.linear import speed_up
 from rmscope.model.packing import Batch, by_budget, packed, packed_length, padded, units
+from rmscope.model.prefill import Prefilled, cache_of
 from rmscope.model.rendering import PairTokens, Rendering, encode, pair_tokens, render
 from rmscope.model.sites import (
     Edit,
@@ -54,16 +55,6 @@ class Scores:
     @property
     def delta(self) -> Float[Tensor, " pairs"]:
         return self.chosen - self.rejected
-
-
-@dataclass(frozen=True, slots=True)
-class Prefilled:
-    """One text after its clean run: ids [T], the stream at each watched site [T, d], keys and values a layer, r."""
-
-    ids: Tensor
-    streams: dict[str, Tensor]
-    keys: list[tuple[Tensor, Tensor]]
-    reward: float
 
 
 class RewardModel:
@@ -317,7 +308,7 @@ class RewardModel:
 
             return edit
 
-        cache: Any = DynamicCache() if before is None else _cache(before.keys, shared, 1)
+        cache: Any = DynamicCache() if before is None else cache_of(before.keys, shared, 1)
         start = 0 if before is None else shared
         with edited(self.blocks, {self.site_index(site): keep(site) for site in sites}):
             hidden = self.model.base_model(
@@ -341,7 +332,7 @@ class RewardModel:
         rows, upto = stream.shape[0], self.site_index(site)
         n = text.ids.numel()
         ids = text.ids[start:].to(self.device).expand(rows, -1)
-        cache = _cache(text.keys, start, rows)
+        cache = cache_of(text.keys, start, rows)
         stream = stream.to(self.dtype)
         replaced = (
             edited(self.blocks, {upto: lambda _x: stream})
@@ -404,16 +395,3 @@ class RewardModel:
 
 def _longest(tokens: PairTokens) -> int:
     return max(tokens.chosen.numel(), tokens.rejected.numel())
-
-
-def _cache(keys: list[tuple[Tensor, Tensor]], length: int, rows: int) -> Any:
-    """A cache of the first ``length`` positions, as views: expanded to ``rows`` without a copy."""
-    from transformers import DynamicCache
-
-    cache: Any = DynamicCache()
-    for i, (k, v) in enumerate(keys):
-        cache.update(k[:, :, :0], v[:, :, :0], i)
-        layer = cache.layers[i]
-        layer.keys = k[:, :, :length].expand(rows, -1, -1, -1)
-        layer.values = v[:, :, :length].expand(rows, -1, -1, -1)
-    return cache
