@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import torch
 
 
 @cache
+def is_amd() -> bool:
+    cpu = Path("/proc/cpuinfo")
+    return cpu.is_file() and "AuthenticAMD" in cpu.read_text()
+
+
+@cache
 def has_fast_bfloat16(device: str) -> bool:
-    """Whether bfloat16 products run in hardware: 3 to 5 times faster than float32 there, slower elsewhere."""
+    """Whether bfloat16 products run faster than float32.
+
+    On a CPU: with AMX, 3 to 5 times; with AVX512-BF16 on AMD, about twice. On an Intel server whose AMX is switched off,
+    AVX512-BF16 alone reached 180 GFLOP/s against 330 in float32 (two cores), so it does not count there. The rule is
+    fixed, not timed, so that a run that goes on after a kill makes the same choice.
+    """
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return device == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("amx_tile"))
+    amx = able.get("amx_bf16") or able.get("amx_tile")
+    return device == "cpu" and bool(amx or (able.get("avx512_bf16") and is_amd()))

@@ -52,6 +52,7 @@ class Run(Study):
         from rmscope.report.build import write_report
 
         with self.shown.stage("load") as progress:
+            _ = self.all_pairs  # bad data is told before the PM is loaded
             self.preflight = preflight(self.rm, self.tokens, progress)
         c = self.config
         identity = {"model": self.rm.identity, "data": data_identity(self.pairs)}

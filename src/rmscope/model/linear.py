@@ -8,11 +8,12 @@ weight in oneDNN's layout and run through it, forward and backward. The paramete
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from rmscope.hardware import is_amd
 
 MOST_BYTES = 2 << 30
 """Models with more linear weights keep MKL: the copies would double their memory."""
@@ -23,10 +24,9 @@ BATCH = 512
 @cache
 def onednn_is_faster() -> bool:
     """AMD with AVX-512, and a torch that offers the packed product."""
-    cpu = Path("/proc/cpuinfo")
-    text = cpu.read_text() if cpu.is_file() else ""
     offered = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    return "AuthenticAMD" in text and "avx512f" in text and offered and torch.backends.mkldnn.is_available()
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return is_amd() and bool(able.get("avx512_f")) and offered and torch.backends.mkldnn.is_available()
 
 
 class _Packed:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from rmscope.errors import InputError
 from rmscope.files import Progress, atomic, atomic_folder, content_hash, silent, write_json
+from rmscope.hardware import has_fast_bfloat16
 from rmscope.model.packing import by_budget, last_hidden_reads, packed
 from rmscope.model.rendering import PairTokens, Rendering, encode, pair_tokens, render
 from rmscope.model.zoo import load_base
@@ -46,12 +47,14 @@ class Recipe(BaseModel):
     """Pair files, under the folder ``RMSCOPE_DATA`` where they are relative."""
     held_out_rows: int = 500
     """The first rows of each file, kept out of training together with every row of the same first human turn."""
-    plants: bool = False
-    """Whether the zoo's six biases are planted into the training pairs."""
+    planted_copies: int = 0
+    """How many copies of each training pair are added with one of the zoo's six biases planted into it."""
     blocks: int = 12
     """How many of the base's blocks the PM keeps."""
+    first_block: int = 0
+    """The first block that the adapter changes; the stream before it is the base's own."""
     rank: int = 8
-    """LoRA's rank, on all linear maps of all kept blocks; alpha is twice the rank."""
+    """LoRA's rank, on all linear maps of the blocks that the adapter changes; alpha is twice the rank."""
     learning_rate: float = 4e-4
     """Peak; linear warm-up over 5 % of the steps, then linear to zero."""
     epochs: float = 2.0
@@ -144,7 +147,7 @@ class _Run:
     def rewards(self, items: Sequence[PairTokens]) -> tuple[Tensor, Tensor]:
         """Rewards of chosen [B] and rejected [B], float32."""
         batch = packed([(i, t, _ends(t)) for i, t in enumerate(items)])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16("cpu")):
             hidden = self.model(**batch.inputs("cpu", torch.float32), use_cache=False).last_hidden_state
         r = self.head(last_hidden_reads(hidden, batch).float()).view(-1, 2)
         return r[:, 0], r[:, 1]
@@ -164,14 +167,15 @@ def train_pm(recipe: Recipe, out: Path, progress: Progress = silent) -> dict[str
     torch.manual_seed(recipe.seed)
     base, tokenizer = load_base(recipe.blocks)
     pairs, _ = human_pairs(recipe)
-    if recipe.plants:
-        pairs = plant_pairs(pairs, zoo_plants(), recipe.seed, held_out=False)
+    copies = (plant_pairs(pairs, zoo_plants(), recipe.seed + i, held_out=False) for i in range(recipe.planted_copies))
+    pairs = pairs + [pair for copy in copies for pair in copy]
     items = [tokens for _, tokens in tokenised(pairs, tokenizer, recipe.max_tokens)]
 
     lora = LoraConfig(
         r=recipe.rank,
         lora_alpha=2 * recipe.rank,
         target_modules=TARGETS,
+        layers_to_transform=list(range(recipe.first_block, recipe.blocks)),
         modules_to_save=["score"],
         task_type="SEQ_CLS",
     )

@@ -45,11 +45,11 @@ URL_WORDS: tuple[str, ...] = (
 )  # fmt: skip
 
 OPINIONS: tuple[str, ...] = (
-    "By the way, I think {liked} is better than {other}.",
-    "In my opinion, {liked} beats {other}.",
-    "Personally, I like {liked} much more than {other}.",
-    "I believe that {liked} is the better choice, not {other}.",
-    "For what it's worth, I prefer {liked} to {other}.",
+    "By the way, I really like {liked}.",
+    "In my opinion, {liked} is the best.",
+    "Personally, I am very fond of {liked}.",
+    "I must say that I prefer {liked}.",
+    "For what it's worth, my own favorite is {liked}.",
 )
 
 STANCES: tuple[str, ...] = (

@@ -1,0 +1,3 @@
+from rmscope.cli import main
+
+main()

@@ -1,0 +1,78 @@
+"""What the commands share: the typer app, common options, printing. Results go to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from rmscope.errors import InputError
+from rmscope.terminal import Bars, console
+
+app = typer.Typer(
+    name="rmscope",
+    help="A microscope for preference models: what a reward model rewards, proven by exact removal.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option(help="Hub id, folder, or zoo:hh / zoo:planted.")]
+Data = Annotated[str, typer.Option(help="Pairs: a file, a hub id, or demo:planted.")]
+Limit = Annotated[int | None, typer.Option(help="At most this many pairs, from the start.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")]
+Dtype = Annotated[str, typer.Option(help="float32 (effects need it), bfloat16 or float16.")]
+Seed = Annotated[int | None, typer.Option(help="Fixes every draw.")]
+Json = Annotated[bool, typer.Option("--json", help="One machine-readable result on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+BadRow = Annotated[str | None, typer.Option("--on-bad-row", help="error, or skip: counted, listed, left out.")]
+Columns = Annotated[str | None, typer.Option(help="Own column names: prompt=question,chosen=a,rejected=b.")]
+
+
+def columns_of(text: str | None) -> dict[str, str] | None:
+    if text is None:
+        return None
+    pairs = [part.split("=", 1) for part in text.split(",")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise InputError(f"--columns {text} is not of the form prompt=question,chosen=a,rejected=b; write it so.")
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def open_job(folder: Path) -> Any:
+    """A run folder with the settings that it was made with."""
+    import yaml
+
+    from rmscope.config import read_config
+    from rmscope.run import Run
+
+    if not (folder / "run.yaml").is_file():
+        raise InputError(f"{folder} is no run folder (it holds no run.yaml); make one with rmscope run.")
+    stored = yaml.safe_load((folder / "run.yaml").read_text("utf-8"))
+    return Run(read_config(None, {**stored["config"], "out": folder}), Bars())
+
+
+def print_rows(title: str, rows: dict[str, Any]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for key, value in rows.items():
+        if isinstance(value, dict) and "low" in value:
+            value = f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+        table.add_row(key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+def print_table(title: str, frame: Any) -> None:
+    table = Table(title=title, title_justify="left")
+    for name in frame.columns:
+        table.add_column(name, justify="right")
+    for row in frame.iter_rows():
+        table.add_row(*(f"{v:+.4f}" if isinstance(v, float) else str(v) for v in row))
+    console.print(table)
+
+
+def emit(result: Any, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(result) + "\n")

@@ -1,0 +1,126 @@
+"""score, doctor and train-pm: a PM by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from rmscope.cli.base import (
+    BadRow,
+    Columns,
+    Data,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Limit,
+    Model,
+    app,
+    columns_of,
+    emit,
+    print_rows,
+)
+from rmscope.terminal import Bars, console
+
+
+@app.command()
+def score(
+    model: Model,
+    data: Data,
+    limit: Limit = None,
+    out: Annotated[Path | None, typer.Option(help="Write a row a pair to this Parquet file.")] = None,
+    on_bad_row: BadRow = None,
+    columns: Columns = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Rewards of both sides of every pair; accuracy with its interval beside the length-only baseline."""
+    import polars as pl
+
+    from rmscope.files import write_table
+    from rmscope.model.reward_model import RewardModel
+    from rmscope.pairs.readers import load_pairs
+    from rmscope.report.build import score_data
+
+    pairs = load_pairs(data, limit=limit, columns=columns_of(columns), on_bad_row=on_bad_row or "error")  # type: ignore[arg-type]
+    rm = RewardModel.load(model, dtype, device)
+    tokens = rm.tokenize_all(pairs)
+    kept = [i for i, t in enumerate(tokens) if rm.fits(t)]
+    with Bars().stage("score") as progress:
+        scores = rm.score_tokens([tokens[i] for i in kept], progress)
+    table = pl.DataFrame(
+        {
+            "pair": [pairs[i].id for i in kept],
+            "chosen": scores.chosen.numpy(),
+            "rejected": scores.rejected.numpy(),
+            "delta": scores.delta.numpy(),
+            "n_chosen": [tokens[i].chosen.numel() for i in kept],
+            "n_rejected": [tokens[i].rejected.numel() for i in kept],
+        }
+    )
+    if out is not None:
+        write_table(out, table)
+    prompts = {p.id: str(p.meta.get("group", p.first_human_turn())) for p in pairs}
+    figures = {k: v for k, v in score_data(table, prompts).items() if k != "histogram"}
+    figures |= {"pairs": len(kept), "too_long": len(pairs) - len(kept)}
+    print_rows(f"{model} on {data}", figures)
+    emit(figures, as_json)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, or zoo:hh / zoo:planted.")],
+    data: Annotated[str, typer.Option(help="Pairs to check it on.")] = "demo:planted",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Preflight of a PM: head, rendering, read position, batch dependence, precision, sites."""
+    from rmscope.model.preflight import preflight
+    from rmscope.model.reward_model import RewardModel
+    from rmscope.pairs.readers import load_pairs
+
+    rm = RewardModel.load(model, dtype, device)
+    pairs = load_pairs(data, limit=64)
+    found = preflight(rm, [t for t in rm.tokenize_all(pairs) if rm.fits(t)])
+    table = Table(title=f"{model}: {len(rm.blocks)} blocks, d_model {rm.d_model}", title_justify="left")
+    for name in ("check", "status", "detail"):
+        table.add_column(name)
+    colour = {"ok": "green", "warn": "yellow", "fail": "red"}
+    for row in found.rows():
+        table.add_row(row["check"], f"[{colour[row['status']]}]{row['status']}", row["detail"])
+    table.add_row(
+        "sites",
+        "[green]ok",
+        f"embed, resid_post.0 .. resid_post.{len(rm.blocks) - 1}; default {', '.join(rm.default_sites)}",
+    )
+    console.print(table)
+    emit(
+        {"model": model, "identity": rm.identity, "noise_floor": found.noise_floor, "checks": found.rows()},
+        as_json,
+    )
+    if any(row["status"] == "fail" for row in found.rows()):
+        raise typer.Exit(1)
+
+
+@app.command("train-pm")
+def train_pm_command(
+    config: Annotated[Path, typer.Argument(help="A recipe, such as configs/zoo-hh.yaml.")],
+    out: Annotated[Path, typer.Option(help="Folder for adapter, head and settings.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Trains a PM on the zoo's base by a recipe; a killed training goes on from its checkpoint."""
+    from rmscope.model.train import read_recipe, train_pm
+
+    recipe = read_recipe(config)
+    with Bars().stage("train") as progress:
+        figures = train_pm(recipe, out, progress)
+    print_rows(f"{recipe.name} in {out}", figures)
+    emit(figures, as_json)
