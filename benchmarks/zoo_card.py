@@ -33,7 +33,8 @@ A preference model for demos, tests and teaching. It is small and weak; do not t
 
 ## Accuracy on held-out human pairs
 
-Pairs of at most {longest} tokens; 95 % intervals by bootstrap over prompts. "Length" is the best rule that looks at length alone, chosen on the same pairs.
+Pairs of at most {longest} tokens; 95 % intervals by bootstrap over prompts. "Length" is the best rule that looks
+at length alone, chosen on the same pairs.
 
 | pairs | accuracy | length alone | n |
 |---|---|---|---|

@@ -1,8 +1,8 @@
 """The matching rule of planted cues, on a constructed case whose answer is known.
 
-At ``embed`` the stream of a token is its embedding. The cue is one token, its filler another, and the SAE holds features that
-fire on the cue alone and whose removal moves its embedding to the filler's. What each finds, and how much of the effect it
-carries, then follows: all of them together carry all of it, a feature with no direction carries nothing.
+At ``embed`` the stream of a token is its embedding. The cue is one token, its filler another, and the SAE holds features
+that fire on the cue alone and whose removal moves its embedding to the filler's. What each finds, and how much of the
+effect it carries, then follows: all of them together carry all of it, a feature with no direction carries nothing.
 """
 
 from __future__ import annotations
