@@ -4,10 +4,9 @@ Cues are measured on twins: one response with the cue and with filler of equal l
 which had no part in training SAEs, selecting features or confirming them. A feature matches a cue (METHOD, "Planted
 bias") when on the twins it detects it (F1 >= .8, threshold from the other half), localises it (lexical cues: half its
 activation lies in the cue's window), causes its effect (mediated share, lower bound >= .2) and carries the planted
-sign: a hit of kind ``single``. A cue may be split over features: a ``group`` of at most
-five, grown on the fitting half, hits when its union detects and its joint removal mediates at least .4. What detects the
-cue and carries less of its effect, but a tenth at the least (lower bound), is found in ``part``. Candidates are the 20
-best reported features of a site that are not flagged ``ending``.
+sign: a hit of kind ``single``. A cue may be split over features: a ``group`` of at most five, grown greedily on the
+fitting half by exact joint removal, hits when its union detects and its joint removal mediates at least .4. Candidates are
+the 20 best reported features of a site that are not flagged ``ending``.
 """
 
 from __future__ import annotations
@@ -30,10 +29,12 @@ from rmscope.pairs.pair import SIDES, Pair, Side
 from rmscope.pairs.planted import Plant
 from rmscope.sae.base import Sae
 
-F1, MASS, MEDIATED, GROUP_MEDIATED, PART, SIGN = 0.8, 0.5, 0.2, 0.4, 0.1, 0.9
+F1, MASS, MEDIATED, GROUP_MEDIATED, SIGN = 0.8, 0.5, 0.2, 0.4, 0.9
 WINDOW = 3
 """Tokens after the cue that still count as its window."""
 GROUP = 5
+TRIED = 8
+"""Candidates of a cue at a site: those with the largest estimated effect on the fitting half."""
 SPOIL = 0.02
 """How much F1 on the fitting half a further member of a group may cost."""
 LEARNED, NULL = 0.25, 0.10
@@ -112,13 +113,14 @@ def _f1(hits: np.ndarray, false: np.ndarray) -> float:
     return float(2 * hits.sum() / max(1, hits.sum() + false.sum() + hits.size))
 
 
-def mediation(rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], group: Sequence[int]) -> np.ndarray:
-    """[twins, 2]: each twin's Δr as it is, and with the group removed from both sides."""
-    rows = []
-    for twin in twins:
-        change = [float(remove_groups(rm, sae, twin.responses[s], site, [group])[0]) for s in SIDES]
-        rows.append((twin.delta, twin.delta - change[0] + change[1]))
-    return np.array(rows)
+def mediation(rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], groups: Sequence[Sequence[int]]) -> np.ndarray:
+    """[groups, twins, 2]: each twin's Δr as it is, and with a group removed from both sides."""
+    rows = np.zeros((len(groups), len(twins), 2))
+    for i, twin in enumerate(twins):
+        chosen, rejected = (remove_groups(rm, sae, twin.responses[s], site, groups).numpy() for s in SIDES)
+        rows[:, i, 0] = twin.delta
+        rows[:, i, 1] = twin.delta - chosen + rejected
+    return rows
 
 
 def mediated_share(rows: np.ndarray) -> dict[str, float]:
@@ -151,7 +153,7 @@ def match_plant(
         "f1": None, "localises": None, "mediated": None, "why": "",
     }  # fmt: skip
     tried = [_try_site(rm, saes[s], s, plant, prepared[s], reported[s]) for s in saes]
-    order = ("none", "part", "group", "single")
+    order = ("none", "group", "single")
     best = max(tried, key=lambda r: (order.index(r["hit"]), r["mediated"]["value"] if r["mediated"] else 0.0))
     row |= best
     if not row["found"]:
@@ -171,24 +173,26 @@ def _try_site(
     scale = {j: max(_largest(t, s, j) for t in twins for s in SIDES) or 1.0 for j in info}
     fitting, measuring = twins[::2], twins[1::2]
     effect = _estimated(rm, sae, site, fitting, list(info))
-    useful = sorted((j for j in info if plant.sign * effect[j] > 0), key=lambda j: -plant.sign * effect[j])
-    for j in useful[:2]:
-        f1 = _detects(twins, [j], scale)
-        local = _localises(measuring, j) if plant.kind in ("phrase", "url") else None
-        if f1 < F1 or info[j]["sign_consistency"] < SIGN or (local is not None and local < MASS):
-            continue
-        share = mediated_share(mediation(rm, sae, site, measuring, [j]))
-        if share["low"] >= MEDIATED:
-            return _hit("single", site, [j], info, f1, local, share)
-    group = _grow(fitting, useful, scale) or list(info)[:1]
-    share = mediated_share(mediation(rm, sae, site, measuring, group))
-    f1 = _detects(twins, group, scale)
-    if f1 >= F1 and share["low"] >= PART:
-        hit = "group" if share["value"] >= GROUP_MEDIATED else "part"
-        return _hit(hit, site, group, info, f1, None, share)
+    useful = sorted((j for j in info if plant.sign * effect[j] > 0), key=lambda j: -plant.sign * effect[j])[:TRIED]
+
+    def measured(group: list[int]) -> tuple[float, dict[str, float]]:
+        return _detects(twins, group, scale), mediated_share(mediation(rm, sae, site, measuring, [group])[0])
+
+    lexical = plant.kind in ("phrase", "url")
+    alone = [[j] for j in useful if info[j]["sign_consistency"] >= SIGN]
+    best, _ = _best(rm, sae, site, fitting, alone, scale)
+    if best:
+        f1, share = measured(best)
+        local = _localises(measuring, best[0]) if lexical else None
+        if f1 >= F1 and share["low"] >= MEDIATED and (local is None or local >= MASS):
+            return _hit("single", site, best, info, f1, local, share)
+    group = _grow(rm, sae, site, fitting, useful, scale) or list(info)[:1]
+    f1, share = measured(group)
+    if f1 >= F1 and share["value"] >= GROUP_MEDIATED:
+        return _hit("group", site, group, info, f1, None, share)
     carried = f"the features that detect it carry {share['value']:.0%} of its effect"
     why = "no reported feature detects it" if f1 < F1 else carried
-    return _hit("none", site, group, info, f1, None, share) | {"found": False, "why": why}
+    return _hit("none", site, group, info, f1, None, share) | {"why": why}
 
 
 def _estimated(rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], features: Sequence[int]) -> dict[int, float]:
@@ -208,17 +212,36 @@ def _estimated(rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], feat
     return total
 
 
-def _grow(twins: Sequence[Twin], features: Sequence[int], scale: Mapping[int, float]) -> list[int]:
-    """The feature that detects best on the fitting half, then, by estimated effect, those that do not spoil the union."""
-    if not features:
-        return []
-    alone = {j: _best_f1(twins, [j], scale) for j in features}
-    group = [max(features, key=lambda j: alone[j])]
-    best = alone[group[0]]
-    for j in features:
-        if j not in group and len(group) < GROUP and (joint := _best_f1(twins, [*group, j], scale)) >= best - SPOIL:
-            group.append(j)
-            best = max(best, joint)
+def _best(
+    rm: RewardModel,
+    sae: Sae,
+    site: str,
+    twins: Sequence[Twin],
+    groups: Sequence[list[int]],
+    scale: Mapping[int, float],
+    least: float = F1,
+) -> tuple[list[int], float]:
+    """The group that mediates most on these twins, of those with F1 >= ``least`` there, and its share."""
+    able = [g for g in groups if _best_f1(twins, g, scale) >= least]
+    if not able:
+        return [], 0.0
+    rows = mediation(rm, sae, site, twins, able).mean(1)
+    share = 1 - rows[:, 1] / rows[:, 0]
+    return able[int(share.argmax())], float(share.max())
+
+
+def _grow(
+    rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], features: Sequence[int], scale: Mapping[int, float]
+) -> list[int]:
+    """Greedily, by exact joint removal on the fitting half; a member may not spoil what the union detects."""
+    group, share = list[int](), 0.0
+    while len(group) < GROUP:
+        larger = [[*group, j] for j in features if j not in group]
+        least = _best_f1(twins, group, scale) if group else max((_best_f1(twins, g, scale) for g in larger), default=0.0)
+        best, mediated = _best(rm, sae, site, twins, larger, scale, least - SPOIL)
+        if mediated <= share:
+            break
+        group, share = best, mediated
     return group
 
 

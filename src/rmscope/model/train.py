@@ -48,7 +48,9 @@ class Recipe(BaseModel):
     held_out_rows: int = 500
     """The first rows of each file, kept out of training together with every row of the same first human turn."""
     planted_copies: int = 0
-    """How many copies of each training pair are added with one of the zoo's six biases planted into it."""
+    """How many copies of each short training pair are added with one of the zoo's six biases planted into it."""
+    planted_tokens: int = 128
+    """Pairs with a longer side get no planted copies."""
     blocks: int = 12
     """How many of the base's blocks the PM keeps."""
     first_block: int = 0
@@ -167,8 +169,9 @@ def train_pm(recipe: Recipe, out: Path, progress: Progress = silent) -> dict[str
     torch.manual_seed(recipe.seed)
     base, tokenizer = load_base(recipe.blocks)
     pairs, _ = human_pairs(recipe)
-    copies = (plant_pairs(pairs, zoo_plants(), recipe.seed + i, held_out=False) for i in range(recipe.planted_copies))
-    pairs = pairs + [pair for copy in copies for pair in copy]
+    short = [pair for pair, _ in tokenised(pairs, tokenizer, recipe.planted_tokens)] if recipe.planted_copies else []
+    for copy in range(recipe.planted_copies):
+        pairs = pairs + plant_pairs(short, zoo_plants(), recipe.seed + copy, held_out=False)
     items = [tokens for _, tokens in tokenised(pairs, tokenizer, recipe.max_tokens)]
 
     lora = LoraConfig(
