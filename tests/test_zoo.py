@@ -47,13 +47,25 @@ def test_the_planted_cues_move_the_reward_as_the_card_says(planted: RewardModel)
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", zoo.ZOO)
-def test_every_zoo_pm_loads_with_its_own_rendering_and_head(name: str) -> None:
+@pytest.mark.parametrize(("name", "blocks"), [("hh", 12), ("planted", 16)])
+def test_every_zoo_pm_loads_with_its_own_rendering_and_head(name: str, blocks: int) -> None:
     rm = RewardModel.load(f"zoo:{name}")
     assert rm.rendering.append_eos
-    assert len(rm.blocks) == 12
+    assert len(rm.blocks) == blocks
     assert float(rm.model.score.weight.abs().sum()) > 0
     assert not any("lora" in n for n, _ in rm.model.named_parameters())
+
+
+@pytest.mark.zoo
+def test_up_to_the_first_adapted_block_the_stream_of_zoo_planted_is_the_bases_own(planted: RewardModel) -> None:
+    settings = json.loads((zoo.zoo_folder("planted") / "rmscope.json").read_text())["recipe"]
+    base, _ = zoo.load_base(settings["blocks"])
+    ids = planted.text_ids([{"role": "user", "content": "What is tea?"}], "A drink.")[None]
+    with torch.no_grad():
+        ours, own = (m.base_model(ids, output_hidden_states=True).hidden_states for m in (planted.model, base))
+    first = settings["first_block"]
+    assert torch.equal(ours[first], own[first])
+    assert not torch.allclose(ours[first + 1], own[first + 1], atol=1e-3)
 
 
 def test_an_unknown_zoo_pm_lists_the_zoo() -> None:
