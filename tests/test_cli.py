@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 import rmscope
@@ -103,6 +104,27 @@ def test_doctor_says_what_it_checked(pm: str) -> None:
     assert done.returncode == 0
     checks = {c["check"]: c["status"] for c in json.loads(done.stdout)["checks"]}
     assert checks["head"] == checks["packing"] == checks["batches"] == "ok"
+
+
+def test_attribute_needs_a_run_or_a_model_with_its_data_and_sae() -> None:
+    assert "--model, --data and --sae" in one_sentence(rmscope_command("attribute", "--model", "zoo:hh"))
+
+
+def test_attribute_estimates_the_effects_of_a_brought_sae_and_says_that_they_are_estimates(pm: str, tmp_path: Path) -> None:
+    from tests.model.small import small_sae
+
+    sae, data = small_sae(), tmp_path / "pairs.jsonl"
+    sae.save(tmp_path / "sae")
+    rows = [{"prompt": f"Is {i} even?", "chosen": "Yes, it is.", "rejected": "No."} for i in range(3)]
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    flags = ("--model", pm, "--data", str(data), "--sae", str(tmp_path / "sae"), "--site", "resid_post.1")
+    done = rmscope_command("attribute", *flags, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "without a trust score" in done.stderr
+    features = {f["feature"]: f["effect"] for f in json.loads(done.stdout)["features"]}
+    table = rmscope.attribute(rmscope.RewardModel.load(pm), sae, rmscope.load_pairs(str(data)), site="resid_post.1")
+    means = dict(table.group_by("feature").agg(pl.col("effect").mean()).iter_rows())
+    assert features == pytest.approx(means, abs=1e-5)
 
 
 def test_bad_usage_exits_with_2() -> None:

@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from rmscope.effects import tables
-from rmscope.effects.ledger import NODES, baseline, ledger_rows
+from rmscope.effects.gradients import METHODS
+from rmscope.effects.ledger import Baseline, baseline, ledger_rows
 from rmscope.effects.ranking import confirm, first_responses, freeze
 from rmscope.errors import InputError
 from rmscope.files import Progress, silent
@@ -33,24 +34,25 @@ def attribute(
     rm: RewardModel,
     sae: Sae,
     pairs: Sequence[Pair],
-    method: Literal["atp", "ig"] = "atp",
+    method: Literal["atp", "midpoint", "ig"] = "atp",
     site: str | None = None,
     progress: Progress = silent,
 ) -> pl.DataFrame:
     """Effects of all active features, a row each: pair, side, feature, effect, kind.
 
-    ``atp`` estimates removal effects at the clean point (kind removal_estimate, with ``mass`` = Σ_t f_tj |d_j|);
+    ``atp`` estimates removal effects at the clean point (kind removal_estimate, with ``mass`` = Σ_t f_tj |d_j|),
+    ``midpoint`` halfway to the removal, at several times the cost (:mod:`rmscope.effects.gradients`);
     ``ig`` gives contributions from a zero baseline (kind contribution; feature -1 stands for all silent ones).
     """
     at = _site(sae, site)
     tokens, ids = rm.tokenize_all(pairs), [p.id for p in pairs]
     if method == "ig":
         return _ledger(rm, sae, at, pairs, baseline(sae, "zero"), progress)["contribution"]
-    if method != "atp":
-        raise InputError(f"method={method!r} is not known; use 'atp' or 'ig'.")
+    if method not in METHODS:
+        raise InputError(f"method={method!r} is not known; use 'atp', 'midpoint' or 'ig'.")
     parts = []
     for unit in units(len(pairs)):
-        parts.append(tables.estimate_table(rm, {at: sae}, tokens, ids, unit)[at])
+        parts.append(tables.estimate_table(rm, {at: sae}, tokens, ids, unit, method=method)[at])
         progress(unit.stop, len(pairs), "pairs attributed")
     return pl.concat(parts)
 
@@ -76,16 +78,15 @@ def ledger(
     pairs: Sequence[Pair],
     start: Literal["mean", "zero"] = "mean",
     site: str | None = None,
-    nodes: int = NODES,
     progress: Progress = silent,
 ) -> pl.DataFrame:
-    """A row a pair: pair, delta_r, features, error, remainder, gap; the four parts sum to delta_r.
+    """A row a pair: pair, delta_r, features, error, remainder, gap, nodes; the four parts sum to delta_r.
 
     The ``mean`` baseline is taken over the spans of the given pairs.
     """
     at = _site(sae, site)
     if start == "zero":
-        return _ledger(rm, sae, at, pairs, baseline(sae, "zero"), progress, nodes)["ledger"]
+        return _ledger(rm, sae, at, pairs, baseline(sae, "zero"), progress)["ledger"]
     total_f, total_x, n = torch.zeros(sae.m), torch.zeros(sae.d), 0
     for batch in rm.batches(rm.tokenize_all(pairs)):
         stream = rm.streams(batch, [at])[at]
@@ -95,7 +96,7 @@ def ledger(
             total_f.index_add_(0, active.feature, active.value)
             total_x += x.sum(0)
             n += x.shape[0]
-    return _ledger(rm, sae, at, pairs, baseline(sae, "mean", total_f / n, total_x / n), progress, nodes)["ledger"]
+    return _ledger(rm, sae, at, pairs, baseline(sae, "mean", total_f / n, total_x / n), progress)["ledger"]
 
 
 def _ledger(
@@ -103,12 +104,13 @@ def _ledger(
     sae: Sae,
     site: str,
     pairs: Sequence[Pair],
-    start: Any,
+    start: Baseline,
     progress: Progress,
-    nodes: int = NODES,
 ) -> dict[str, pl.DataFrame]:
     tokens, ids = rm.tokenize_all(pairs), [p.id for p in pairs]
-    rows = [row for unit in units(len(pairs)) for row in ledger_rows(rm, sae, site, tokens, unit, start, nodes, progress)]
+    delta = rm.score_tokens(tokens).delta
+    sd = float(delta.std() if len(pairs) > 1 else delta.abs().sum())
+    rows = [row for unit in units(len(pairs)) for row in ledger_rows(rm, sae, site, tokens, unit, start, sd, progress)]
     return tables.ledger_tables(sorted(rows, key=lambda r: r[0]), ids)
 
 

@@ -8,12 +8,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow.parquet as pq
 
 from rmscope.errors import InputError
 
@@ -90,6 +91,19 @@ def write_table(path: Path, table: pl.DataFrame) -> None:
     """Parquet, zstd: the same rows give the same bytes."""
     with atomic(path) as temporary:
         table.write_parquet(temporary, compression="zstd", statistics=False)
+
+
+def join_tables(path: Path, parts: Sequence[Path]) -> None:
+    """One Parquet file from many of the same columns, a row group each: only one of them is in memory at a time."""
+    with atomic(path) as temporary, ExitStack() as stack:
+        writer: pq.ParquetWriter | None = None
+        for part in parts:
+            table = pl.read_parquet(part).to_arrow()
+            if writer is None:
+                writer = stack.enter_context(
+                    pq.ParquetWriter(temporary, table.schema, compression="zstd", write_statistics=False)
+                )
+            writer.write_table(table)
 
 
 def sha256(path: Path) -> str:

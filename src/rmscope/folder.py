@@ -20,10 +20,10 @@ import polars as pl
 import yaml
 
 from rmscope.errors import InputError
-from rmscope.files import Progress, content_hash, silent, write_json, write_table, write_text
+from rmscope.files import Progress, content_hash, join_tables, silent, write_json, write_table, write_text
 from rmscope.model.packing import units
 
-FORMAT = 2
+FORMAT = 3
 """Bumped when a stage computes something else from the same settings."""
 
 
@@ -108,6 +108,31 @@ class RunFolder:
         make: Callable[[list[int], Progress], dict[str, pl.DataFrame]],
     ) -> dict[str, pl.DataFrame]:
         """``make`` for each unit of 64 items; the tables of finished units outlive a kill."""
+        parts = self._parts(name, key, items, progress, make)
+        return {table: pl.concat([pl.read_parquet(p) for p in paths]) for table, paths in parts.items()}
+
+    def stream_units(
+        self,
+        name: str,
+        key: str,
+        items: Sequence[int],
+        progress: Progress,
+        make: Callable[[list[int], Progress], dict[str, pl.DataFrame]],
+        target: Callable[[str], Path],
+    ) -> None:
+        """The same, each table written to ``target(name)`` unit after unit: memory does not grow with the items."""
+        for table, paths in self._parts(name, key, items, progress, make).items():
+            join_tables(target(table), paths)
+
+    def _parts(
+        self,
+        name: str,
+        key: str,
+        items: Sequence[int],
+        progress: Progress,
+        make: Callable[[list[int], Progress], dict[str, pl.DataFrame]],
+    ) -> dict[str, list[Path]]:
+        """The files of each table, a unit each, in order."""
         folder = self.path / ".parts" / f"{name}-{key}"
         names: list[str] = []
         for number, unit in enumerate(units(len(items))):
@@ -124,7 +149,7 @@ class RunFolder:
                 write_json(marker, sorted(made))
             names = yaml.safe_load(marker.read_text())
             progress(unit.stop, len(items), "")
-        return {s: pl.concat([pl.read_parquet(p) for p in sorted((folder / s).glob("*.parquet"))]) for s in names}
+        return {table: sorted((folder / table).glob("*.parquet")) for table in names}
 
     def drop_parts(self, name: str, key: str) -> None:
         shutil.rmtree(self.path / ".parts" / f"{name}-{key}", ignore_errors=True)

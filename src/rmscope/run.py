@@ -182,15 +182,14 @@ class Run(Study):
         return {site: census(self.store, sae, site, normal_form) for site, sae in self.saes.items()}
 
     def _estimate(self, progress: Progress, key: str) -> None:
-        made = self.on_disk.in_units(
+        self.on_disk.stream_units(
             "estimate",
             key,
             self.of_split("fit"),
             progress,
             lambda unit, within: tables.estimate_table(self.rm, self.saes, self.tokens, self.ids, unit, within),
+            lambda site: self.folder / "effects" / site / "estimated.parquet",
         )
-        for site, table in made.items():
-            write_table(self.folder / "effects" / site / "estimated.parquet", table)
         self.on_disk.drop_parts("estimate", key)
 
     def _remove(self, progress: Progress, key: str) -> None:
@@ -309,11 +308,13 @@ class Run(Study):
             def make(
                 unit: list[int], within: Progress, site: str = site, start: Baseline = start
             ) -> dict[str, pl.DataFrame]:
-                rows = list(ledger_rows(self.rm, self.saes[site], site, self.tokens, unit, start, progress=within))
+                rows = list(ledger_rows(self.rm, self.saes[site], site, self.tokens, unit, start, self.sd, within))
                 return tables.ledger_tables(sorted(rows, key=lambda r: r[0]), self.ids)
 
-            made = self.on_disk.in_units(f"ledger-{site}", key, measured, progress, make)
-            write_table(self.folder / "ledger" / f"{site}.parquet", made["ledger"])
-            write_table(self.folder / "effects" / site / "contribution.parquet", made["contribution"])
+            paths = {
+                "ledger": self.folder / "ledger" / f"{site}.parquet",
+                "contribution": self.folder / "effects" / site / "contribution.parquet",
+            }
+            self.on_disk.stream_units(f"ledger-{site}", key, measured, progress, make, paths.__getitem__)
         for site in self.sites:
             self.on_disk.drop_parts(f"ledger-{site}", key)

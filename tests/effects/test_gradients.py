@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rmscope.effects.gradients import Estimates, estimate, streams_and_gradients
+from rmscope.effects import gradients
+from rmscope.effects.gradients import Estimates, colours_of, estimate, streams_and_gradients
 from rmscope.effects.removal import removals
 from rmscope.model.packing import padded
 from rmscope.model.reward_model import RewardModel
@@ -136,3 +137,41 @@ def test_the_model_keeps_no_gradients_and_no_graph() -> None:
     assert not gradient.requires_grad
     assert all(p.grad is None for p in rm.model.parameters())
     assert not rm.rewards(batch).requires_grad
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "bloom", ENCODER])
+def test_a_midpoint_with_a_colour_a_feature_is_the_gradient_halfway_to_its_removal(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rm, sae, site = shared_pm(architecture, torch.float64), small_sae(), "resid_post.1"
+    monkeypatch.setattr(gradients, "COLOURS", sae.m)
+    tokens = rm.tokenize_all(PAIRS[:2])
+    for _, one in estimate(rm, {site: sae}, tokens, range(2), method="midpoint"):
+        t = tokens[one.pair]
+        ids = t.side(one.side)
+        span = slice(t.divergence, rm.read_position(ids) + 1)
+        batch = padded([(0, "chosen", ids, 1, rm.read_position(ids))], 0)
+        x = rm.streams(batch, [site])[site]
+        f = sae.encode(x[0].float())
+        for place in range(0, one.feature.numel(), 7):
+            j = int(one.feature[place])
+            part = torch.zeros_like(x)
+            part[0, span] = f[span, j, None] * sae.W_dec[j]
+            point = (x - part / 2).requires_grad_(True)
+            with torch.enable_grad():
+                (g,) = torch.autograd.grad(rm.rewards(batch, {site: lambda _x, p=point: p}).sum(), point)
+            assert float(one.effect[place]) == pytest.approx(float((g * part).sum()), abs=2e-5)
+
+
+def test_features_that_begin_at_one_token_have_different_colours() -> None:
+    rm, site = shared_pm("llama"), "resid_post.1"
+    ids = rm.tokenize(PAIRS[0]).chosen
+    active = small_sae().active(rm.prefill(ids, [site]).streams[site])
+    colours, begun = colours_of(active), set()
+    for t in range(active.n_tokens):
+        at = active.token == t
+        new = {int(j): int(c) for j, c in zip(active.feature[at], colours[at], strict=True) if int(j) not in begun}
+        assert len(set(new.values())) == min(len(new), gradients.COLOURS)
+        begun |= set(new)
+    by_feature = {int(j): set(colours[active.feature == j].tolist()) for j in active.feature.unique()}
+    assert all(len(c) == 1 for c in by_feature.values())

@@ -142,12 +142,14 @@ def test_only_features_that_fire_in_the_span_are_removed() -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 64, 100_000])
-def test_the_size_of_a_batch_does_not_matter(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    rm, sae, site = shared_pm("gemma3_text", torch.float64), small_sae(), "resid_post.0"
+@pytest.mark.parametrize("architecture", ["gemma3_text", "llama"])
+def test_the_size_of_a_batch_does_not_matter(monkeypatch: pytest.MonkeyPatch, architecture: str, limit: int) -> None:
+    rm, sae, site = shared_pm(architecture, torch.float64), small_sae(), "resid_post.0"
     tokens = rm.tokenize(PAIRS[3])
     wanted = {0: {side: {site: None} for side in SIDES}}
     expected = {r.side: r for _, r in removals(rm, {site: sae}, [tokens], wanted)}
     monkeypatch.setattr(removal, "BATCH_TOKENS", limit)
+    monkeypatch.setattr(removal, "ROW_TOKENS", limit)
     for _, found in removals(rm, {site: sae}, [tokens], wanted):
         assert torch.equal(found.feature, expected[found.side].feature)
         torch.testing.assert_close(found.effect, expected[found.side].effect, atol=1e-6, rtol=0)
@@ -164,6 +166,34 @@ def test_a_batch_starts_at_its_earliest_firing_and_keeps_the_budget() -> None:
     finally:
         removal.BATCH_TOKENS = old
     assert batches == [[0, 1], [2, 3], [4, 5, 6]]
+
+
+def test_a_model_that_takes_no_branches_is_resumed_in_rectangles() -> None:
+    """Attention that transformers calls through its interface is branched, GPT-J's and Bloom's own is not."""
+    takes = {a: shared_pm(a).branches for a in [*DECODERS, *OTHERS]}
+    assert {a for a, yes in takes.items() if not yes} == {"gptj", *OTHERS}
+    rm, sae, site = shared_pm("phi"), small_sae(), "resid_post.0"
+    other = small_pm("phi")
+    other.__dict__["branches"] = False
+    wanted = {0: {side: {site: None} for side in SIDES}}
+    tokens = [rm.tokenize(PAIRS[3])]
+    for (_, a), (_, b) in zip(
+        removals(rm, {site: sae}, tokens, wanted), removals(other, {site: sae}, tokens, wanted), strict=True
+    ):
+        assert torch.equal(a.feature, b.feature)
+        torch.testing.assert_close(a.effect, b.effect, atol=3e-5, rtol=0)
+
+
+def test_rows_keep_order_and_budget() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for length in (1, 40, 300):
+        firsts = sorted(torch.randint(0, length, (57,), generator=generator).tolist())
+        rows = removal._rows(list(range(57)), firsts, length)
+        assert [i for row in rows for i in row] == list(range(57))
+        sizes = [sum(length - firsts[i] for i in row) for row in rows]
+        assert all(size <= removal.ROW_TOKENS + length for size in sizes)
+        assert len(rows) == -(-sum(sizes) // removal.ROW_TOKENS)
+    assert removal._rows([], [], 5) == []
 
 
 def test_an_empty_span_has_no_effects() -> None:

@@ -121,7 +121,7 @@ def test_ledger_and_contributions_hold_each_others_sums() -> None:
     rm, site = shared_pm("llama"), SITES[0]
     sae = SAES[site]
     start = baseline(sae, "mean", torch.full((sae.m,), 0.01), torch.full((sae.d,), 0.1))
-    rows = list(ledger_rows(rm, sae, site, rm.tokenize_all(PAIRS), range(len(PAIRS)), start, 3))
+    rows = list(ledger_rows(rm, sae, site, rm.tokenize_all(PAIRS), range(len(PAIRS)), start, 1.0))
     found = tables.ledger_tables(rows, IDS)
     ledger, contribution = found["ledger"], found["contribution"]
     assert ledger.schema == tables.LEDGER

@@ -9,7 +9,7 @@ import typer
 
 from rmscope.cli.base import Debug, Json, app, emit, open_job, print_table
 from rmscope.errors import InputError
-from rmscope.terminal import Bars
+from rmscope.terminal import Bars, console
 
 
 @app.command()
@@ -31,6 +31,8 @@ def remove(
     if site not in job.sites:
         raise InputError(f"The run in {folder} has no SAE at {site}; it has {', '.join(job.sites)}.")
     chosen = _features(features, folder, site)
+    if not job.rm.splits:
+        console.print("This PM cannot be resumed at a site: removals run whole forwards with a hook, which is slower.")
     wanted: Any = {p: {side: {site: chosen} for side in SIDES} for p in job.of_split("measure")[:limit]}
     with Bars().stage("remove") as progress:
         table = removal_table(job.rm, {site: job.saes[site]}, job.tokens, job.ids, wanted, progress)[site]

@@ -7,6 +7,9 @@ stream goes along the straight line from a baseline x0 to x, and the mean gradie
     A_err = Σ_t <G_t, e_t - e0>                   the SAE's error
     Σ_j A_j + A_err = r(x) - r(x0)                up to quadrature: the gap
 
+The path is cut into panels, and a panel is halved until the rewards at its ends agree with the integral (see
+:func:`integrate`).
+
 Decoding is linear, so one gradient a node serves every feature: entries that fire one by one (presence), the baseline's
 part of the silent ones as one product with W_dec (absence). With the ``mean`` baseline f0, e0 are means over the
 dataset; with ``zero`` f0 = 0, e0 = 0. Ledger of a pair: Δr = features + error + remainder + gap, where the remainder
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -31,8 +35,14 @@ from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.sae.base import Sae
 
-NODES = 8
-"""Gauss-Legendre nodes: 4 leave gaps up to 11 % of Δr on a 12-block PM, 8 at most 0.4 %."""
+NODES = 4
+"""Gauss-Legendre nodes in a panel."""
+CUTS = (0.0, 0.5, 1.0)
+"""The first panels of a path."""
+HALVINGS = 7
+"""A panel is no shorter than 2^-7: float32 noise and kinks (ReLU) leave gaps that no rule closes."""
+BOUND, FLOOR = 0.01, 0.1
+"""A pair's gap may be .01 max(|Δr|, .1 SD(Δr)) (METHOD, "The ledger of a pair")."""
 SILENT = -1
 """The feature number under which a contribution table holds the sum of all silent features."""
 
@@ -59,6 +69,8 @@ class SideParts:
     error: float
     start: float
     end: float
+    nodes: int
+    """Gradients that its path took."""
 
     @property
     def features(self) -> float:
@@ -78,42 +90,97 @@ def baseline(
     return Baseline(kind, f, e, sae.decode(f[None])[0] + e)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Panel:
+    """A stretch of the path: the integral of the gradient along it, and each text's gap on it."""
+
+    low: float
+    high: float
+    gradient: Float[Tensor, "rows width d"]
+    gaps: Float[Tensor, " texts"]
+
+    def halves(self) -> list[tuple[float, float]]:
+        middle = (self.low + self.high) / 2
+        return [(self.low, middle), (middle, self.high)]
+
+
+class Path:
+    """The straight path of every text of a batch, all at once: rewards and gradients at any share of it."""
+
+    def __init__(self, rm: RewardModel, site: str, batch: Batch, x0: Float[Tensor, " d"]) -> None:
+        self.rm, self.site, self.batch = rm, site, batch
+        self.x = rm.streams(batch, [site])[site]
+        self.on_span = torch.zeros(self.x.shape[:2], dtype=torch.bool, device=self.x.device)
+        for text in batch.texts:
+            self.on_span[text.row, text.span.to(self.x.device)] = True
+        self.step = torch.where(self.on_span[..., None], self.x - x0.to(self.x), 0.0)
+        self._rewards: dict[float, Float[Tensor, " texts"]] = {}
+
+    def at(self, share: float) -> Float[Tensor, "rows width d"]:
+        return self.x - (1 - share) * self.step
+
+    def rewards(self, share: float) -> Float[Tensor, " texts"]:
+        if share not in self._rewards:
+            with torch.no_grad():
+                self._rewards[share] = self.rm.rewards_from(self.batch, self.site, self.at(share))
+        return self._rewards[share]
+
+    def gradient(self, share: float) -> Float[Tensor, "rows width d"]:
+        point = self.at(share).requires_grad_(True)
+        with torch.enable_grad():
+            rewards = self.rm.rewards_from(self.batch, self.site, point)
+            return torch.autograd.grad(rewards.sum(), point)[0]
+
+    def panel(self, low: float, high: float) -> Panel:
+        """Gauss-Legendre on one stretch, and what the rewards at its ends say that it misses."""
+        integral = torch.zeros_like(self.x)
+        for point, weight in zip(*np.polynomial.legendre.leggauss(NODES), strict=True):
+            share = low + (high - low) * 0.5 * (1 + float(point))
+            integral += 0.5 * float(weight) * (high - low) * self.gradient(share)
+        along = (integral * self.step).sum(-1).double()
+        found = torch.stack([along[t.row, t.span.to(along.device)].sum() for t in self.batch.texts])
+        return Panel(low, high, integral, self.rewards(high).double() - self.rewards(low).double() - found)
+
+
+def integrate(path: Path, tolerance: float) -> list[Panel]:
+    """Panels whose gaps add up to at most ``tolerance`` for every text of the batch, or that were halved enough.
+
+    The rewards at a panel's ends give its error without a second rule, and panels that are good are not done again.
+    """
+    panels = [path.panel(low, high) for low, high in pairwise(CUTS)]
+    shortest = 2.0**-HALVINGS
+    while True:
+        gaps = torch.stack([p.gaps for p in panels]).abs()  # [panels, texts]
+        late = gaps[:, gaps.sum(0) > tolerance]
+        if late.numel() == 0:
+            return panels
+        share = tolerance / len(panels)
+        bad = [bool(g.max() > share) and p.high - p.low > shortest for p, g in zip(panels, late, strict=True)]
+        if not any(bad):
+            return panels
+        cut = [[path.panel(*half) for half in p.halves()] if is_bad else [p] for p, is_bad in zip(panels, bad, strict=True)]
+        panels = [p for part in cut for p in part]
+
+
 def contributions(
-    rm: RewardModel, sae: Sae, site: str, batch: Batch, start: Baseline, nodes: int = NODES
+    rm: RewardModel, sae: Sae, site: str, batch: Batch, start: Baseline, tolerance: float
 ) -> Iterator[SideParts]:
-    """The parts of every response of a batch."""
-    clean = rm.streams(batch, [site])[site]
-    on_span = torch.zeros(clean.shape[:2], dtype=torch.bool, device=clean.device)
-    for text in batch.texts:
-        on_span[text.row, text.span.to(clean.device)] = True
-    with torch.no_grad():
-        end = rm.rewards(batch)
-        first = rm.rewards_from(batch, site, _on_path(clean, start.x, on_span, 0.0))
-    mean_gradient = torch.zeros_like(clean)
-    points, weights = np.polynomial.legendre.leggauss(nodes)
-    for point, weight in zip(points, weights, strict=True):
-        mean_gradient += 0.5 * weight * _gradient(rm, batch, site, clean, start.x, on_span, 0.5 * (1 + point))
-    for i, text in enumerate(batch.texts):
-        at = text.span.to(clean.device)
-        x, g = clean[text.row, at].float().cpu(), mean_gradient[text.row, at].float().cpu()
-        yield _parts(sae, start, text, x, g, float(first[i]), float(end[i]))
+    """The parts of every response of a batch, each response's gap at most ``tolerance`` where that can be had."""
+    path = Path(rm, site, batch, start.x)
+    return parts_along(path, integrate(path, tolerance), sae, start)
 
 
-def _on_path(clean: Tensor, x0: Tensor, on_span: Tensor, share: float) -> Tensor:
-    moved = x0.to(clean) + share * (clean - x0.to(clean))
-    return torch.where(on_span[..., None], moved, clean)
+def parts_along(path: Path, panels: Sequence[Panel], sae: Sae, start: Baseline) -> Iterator[SideParts]:
+    """The parts of every response of a path's batch, from the gradients of ``panels``."""
+    mean_gradient = torch.stack([p.gradient for p in panels]).sum(0)
+    first, end = path.rewards(0.0), path.rewards(1.0)
+    for i, text in enumerate(path.batch.texts):
+        at = text.span.to(path.x.device)
+        x, g = path.x[text.row, at].float().cpu(), mean_gradient[text.row, at].float().cpu()
+        yield _parts(sae, start, text, x, g, float(first[i]), float(end[i]), NODES * len(panels))
 
 
-def _gradient(
-    rm: RewardModel, batch: Batch, site: str, clean: Tensor, x0: Tensor, on_span: Tensor, share: float
-) -> Float[Tensor, "rows width d"]:
-    point = _on_path(clean, x0, on_span, share).requires_grad_(True)
-    with torch.enable_grad():
-        rewards = rm.rewards_from(batch, site, point)
-        return torch.autograd.grad(rewards.sum(), point)[0]
-
-
-def _parts(sae: Sae, start: Baseline, text: Text, x: Tensor, g: Tensor, first: float, end: float) -> SideParts:
+def _parts(sae: Sae, start: Baseline, text: Text, x: Tensor, g: Tensor, first: float, end: float, nodes: int) -> SideParts:
     active = sae.active(x)
     products = (g[active.token] * sae.W_dec[active.feature]).sum(-1)
     feature, presence = sum_by_feature(active, active.value * products)
@@ -123,7 +190,7 @@ def _parts(sae: Sae, start: Baseline, text: Text, x: Tensor, g: Tensor, first: f
     absent[feature] = 0.0
     e = x - sae.decode_active(active)
     error = float((g * (e - start.e)).sum())
-    return SideParts(text.pair, text.side, feature, effect, float(absent.sum()), error, first, end)
+    return SideParts(text.pair, text.side, feature, effect, float(absent.sum()), error, first, end, nodes)
 
 
 def ledger_rows(
@@ -133,28 +200,35 @@ def ledger_rows(
     tokens: Sequence[PairTokens],
     unit: Sequence[int],
     start: Baseline,
-    nodes: int = NODES,
+    sd: float,
     progress: Progress = silent,
 ) -> Iterator[tuple[int, dict[str, float], dict[str, SideParts]]]:
-    """(pair, its ledger, the parts of both sides) of the pairs in ``unit``."""
+    """(pair, its ledger, the parts of both sides) of the pairs in ``unit``; ``sd`` is SD(Δr), which bounds the gaps."""
     waiting: dict[int, dict[str, SideParts]] = {}
     done = 0
     for batch in rm.unit_batches(tokens, unit):
-        for parts in contributions(rm, sae, site, batch, start, nodes):
+        for parts in contributions(rm, sae, site, batch, start, BOUND * FLOOR * sd / 2):
             sides = waiting.setdefault(parts.pair, {})
             sides[parts.side] = parts
             if len(sides) == 2:
-                c, r = sides["chosen"], sides["rejected"]
-                delta, remainder = c.end - r.end, c.start - r.start
-                features, error = c.features - r.features, c.error - r.error
-                gap = delta - features - error - remainder
-                yield (
-                    parts.pair,
-                    {"delta_r": delta, "features": features, "error": error, "remainder": remainder, "gap": gap},
-                    sides,
-                )
+                yield parts.pair, pair_ledger(sides["chosen"], sides["rejected"]), sides
                 done += 1
         progress(done, len(unit), "ledgers")
+
+
+def pair_ledger(chosen: SideParts, rejected: SideParts) -> dict[str, float]:
+    """Δr and its parts, which sum to it, and the gradients that the longer of the two paths took."""
+    delta, remainder = chosen.end - rejected.end, chosen.start - rejected.start
+    features, error = chosen.features - rejected.features, chosen.error - rejected.error
+    gap = delta - features - error - remainder
+    return {
+        "delta_r": delta,
+        "features": features,
+        "error": error,
+        "remainder": remainder,
+        "gap": gap,
+        "nodes": max(chosen.nodes, rejected.nodes),
+    }
 
 
 def shares(parts: Float[np.ndarray, "pairs parts"], delta: Float[np.ndarray, " pairs"]) -> Float[np.ndarray, " parts"]:

@@ -3,7 +3,9 @@
 Features are encoded once from the clean run; the edit is x_t - f_tj d_j; the SAE's error stays and nothing is encoded
 again (METHOD, "Removal effect"). Where the time goes, and how it is saved: only features that fire are run; the model
 starts at the site, with the stream and the keys and values of the clean run; only tokens from the feature's first
-firing on; features of one response share a batch, sorted by that token.
+firing on, many features in one row without padding (``branches.py``); the last block for the read position only. PMs that
+take no such rows run rectangles that begin at the earliest firing; PMs that cannot be resumed at a site (encoders) run
+whole forwards with a hook.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rmscope.model.branches import resume_branches
 from rmscope.model.packing import padded
 from rmscope.model.prefill import Prefilled
 from rmscope.model.rendering import PairTokens
@@ -23,6 +26,8 @@ from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
 from rmscope.sae.base import Active, Sae
 
+ROW_TOKENS = 1024
+"""Tokens of all branches in one row."""
 BATCH_TOKENS = 2048
 """Tokens (features x rest of the response) in one run."""
 RUN_COST = 32
@@ -88,23 +93,63 @@ def remove_entries(
 ) -> Float[Tensor, " removals"]:
     """The effect of setting each list of entries (token in the span, feature, value; by token) to 0."""
     effects = torch.zeros(len(entries))
-    fires = [i for i, (token, _, _) in enumerate(entries) if token.numel()]
-    fires.sort(key=lambda i: int(entries[i][0][0]))
-    for batch in _batches(fires, [int(entries[i][0][0]) for i in fires], response.x.shape[0]):
-        first = int(entries[batch[0]][0][0])
-        stream = response.x[first:].expand(len(batch), -1, -1).clone()
-        for row, i in enumerate(batch):
-            token, feature, value = entries[i]
-            stream[row].index_add_(0, token - first, -value[:, None] * sae.W_dec[feature])
-        rewards = rm.resume(response.text, site, response.start + first, stream.to(rm.device))
+    first = {i: int(token[0]) for i, (token, _, _) in enumerate(entries) if token.numel()}
+    fires = sorted(first, key=lambda i: first[i])
+    together = rm.branches and response.text.ids.numel() <= rm.reach
+    run, cut = (_in_one_row, _rows) if together else (_in_rectangles, _batches)
+    for batch in cut(fires, [first[i] for i in fires], response.x.shape[0]):
+        rewards = run(rm, sae, response, site, [entries[i] for i in batch])
         effects[torch.tensor(batch)] = (response.text.reward - rewards).float().cpu()
     return effects
+
+
+def _in_one_row(rm: RewardModel, sae: Sae, response: Response, site: str, entries: Sequence[Entries]) -> Tensor:
+    """Each removal from its own first firing on, all in one row."""
+    length = response.x.shape[0]
+    firsts = torch.stack([token[0] for token, _, _ in entries])
+    lengths = length - firsts
+    offsets = lengths.cumsum(0) - lengths - firsts  # where a branch's token t lies: offset + t
+    row = torch.repeat_interleave(offsets, lengths)
+    stream = response.x[torch.arange(int(lengths.sum())) - row]
+    counts = torch.tensor([token.numel() for token, _, _ in entries])
+    token, feature, value = (torch.cat(column) for column in zip(*entries, strict=True))
+    at = torch.repeat_interleave(offsets, counts) + token
+    stream.index_add_(0, at, -value[:, None] * sae.W_dec[feature])
+    return resume_branches(rm, response.text, site, (response.start + firsts).tolist(), stream)
+
+
+def _in_rectangles(rm: RewardModel, sae: Sae, response: Response, site: str, entries: Sequence[Entries]) -> Tensor:
+    """All removals from the earliest of their firings on, one row each."""
+    first = int(entries[0][0][0])
+    stream = response.x[first:].expand(len(entries), -1, -1).clone()
+    for row, (token, feature, value) in enumerate(entries):
+        stream[row].index_add_(0, token - first, -value[:, None] * sae.W_dec[feature])
+    return rm.resume(response.text, site, response.start + first, stream.to(rm.device))
 
 
 def _entries(active: Active, group: Sequence[int]) -> Entries:
     """The active entries of a group's features, by token."""
     mask = torch.isin(active.feature, torch.as_tensor(list(group)))
     return active.token[mask], active.feature[mask], active.value[mask]
+
+
+def _entries_of_each(active: Active, features: Int[Tensor, " n"]) -> list[Entries]:
+    """The active entries of each of ``features`` (ascending, all firing), from one sort."""
+    mask = torch.isin(active.feature, features)
+    feature, order = active.feature[mask].sort(stable=True)
+    counts = torch.unique_consecutive(feature, return_counts=True)[1].tolist()
+    columns = (active.token[mask][order], feature, active.value[mask][order])
+    return list(zip(*(column.split(counts) for column in columns), strict=True))
+
+
+def _rows(ids: Sequence[int], firsts: Sequence[int], length: int) -> list[list[int]]:
+    """Removals in order of their first firing, in rows of at most ``ROW_TOKENS`` tokens, as even as can be."""
+    total = np.cumsum([length - first for first in firsts])
+    if not len(total):
+        return []
+    rows = -(-int(total[-1]) // ROW_TOKENS)
+    cuts = np.searchsorted(total, total[-1] * np.arange(1, rows) / rows) + 1
+    return [part.tolist() for part in np.split(np.asarray(ids), cuts) if len(part)]
 
 
 def _batches(ids: Sequence[int], firsts: Sequence[int], length: int) -> list[list[int]]:
@@ -175,7 +220,7 @@ def removals(
                     response = at_site(saes[site], texts[side], site, t.divergence)
                     firing = response.features()
                     run = _chosen(firing, features)
-                    entries = [_entries(response.active, [int(j)]) for j in run]
+                    entries = _entries_of_each(response.active, run)
                     effect = remove_entries(rm, saes[site], response, site, entries)
                     ending = torch.zeros_like(effect)
                     if endings:

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from rmscope.effects.gradients import Estimates, estimate, sum_by_feature
+from rmscope.effects.gradients import Estimates, Method, estimate, sum_by_feature
 from rmscope.effects.ledger import SILENT, SideParts
 from rmscope.effects.removal import Removals, removals
 from rmscope.effects.trust import PER_RESPONSE, sample
@@ -26,7 +26,7 @@ Wanted = dict[int, dict[str, dict[str, list[int] | None]]]
 
 LEDGER = {
     "pair": pl.String, "delta_r": pl.Float64, "features": pl.Float64, "error": pl.Float64, "remainder": pl.Float64,
-    "gap": pl.Float64,
+    "gap": pl.Float64, "nodes": pl.Int32,
 }  # fmt: skip
 SCHEMA = {"pair": pl.String, "side": pl.String, "feature": pl.Int32, "effect": pl.Float32, "kind": pl.String}
 
@@ -54,10 +54,11 @@ def estimate_table(
     ids: Sequence[str],
     unit: Sequence[int],
     progress: Progress = silent,
+    method: Method = "atp",
 ) -> dict[str, pl.DataFrame]:
     """Per site, the estimated removal effects of all active features of the pairs in ``unit`` (kind removal_estimate)."""
     found: dict[str, list[Estimates]] = {site: [] for site in saes}
-    for site, one in estimate(rm, saes, tokens, unit, progress):
+    for site, one in estimate(rm, saes, tokens, unit, progress, method):
         found[site].append(one)
     return {
         site: _frame(

@@ -57,7 +57,7 @@ def preflight(rm: RewardModel, tokens: Sequence[PairTokens], progress: Progress 
         detail = f"the last token that is not padding (id {pad})"
     found.add("read position", pad is not None and not same, detail)
     if rm.splits:
-        detail = "split at any site"
+        detail = f"split at any site, removals {'in one row' if rm.branches else 'in rectangles: its attention is its own'}"
     else:
         detail = f"{'cannot be split' if rm.causal else 'an encoder'}: hooks and full forwards, slower"
     found.add("forward", rm.splits, detail)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rmscope.errors import InputError
 from rmscope.files import Progress, silent
 from rmscope.model import loading
+from rmscope.model.branches import resume_branches
 from rmscope.model.linear import speed_up
 from rmscope.model.packing import Batch, by_budget, packed, packed_length, padded, units
 from rmscope.model.prefill import Prefilled, cache_of
@@ -195,6 +196,21 @@ class RewardModel:
         except REFUSALS:
             return False
         return self._agree(self.reward_alone(ids), resumed)
+
+    @cached_property
+    def branches(self) -> bool:
+        """Whether branches laid end to end in one row give what resuming each alone gives; measured once."""
+        if not self.splits:
+            return False
+        clean = self.prefill(self.tokenize(PROBE).chosen, ["embed"])
+        starts = [clean.ids.numel() - n for n in (12, 5)]
+        halves = [0.5 * clean.streams["embed"][start:] for start in starts]
+        try:
+            together = resume_branches(self, clean, "embed", starts, torch.cat(halves)).cpu()
+        except REFUSALS:
+            return False
+        alone = [self.resume(clean, "embed", s, x[None]).cpu() for s, x in zip(starts, halves, strict=True)]
+        return self._agree(torch.cat(alone), together)
 
     def _agree(self, alone: Tensor, other: Tensor) -> bool:
         tolerance = 5e-2 if self.dtype in (torch.bfloat16, torch.float16) else 1e-4

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from rmscope.effects.ledger import shares
+from rmscope.effects.accounts import share_rows
 from rmscope.effects.ranking import BOUND, power
 from rmscope.effects.statistics import bootstrap
 from rmscope.evidence.cues import match_plant, prepare
@@ -29,7 +29,6 @@ SHOWN = 20
 """Features a direction and site that the report shows."""
 TWINS = 48
 """Twins a planted cue is measured on."""
-PARTS = ("features", "error", "remainder", "gap")
 
 
 def write_report(run: Run, progress: Progress) -> dict[str, Any]:
@@ -174,17 +173,10 @@ def sae_data(run: Run, site: str) -> dict[str, Any]:
 
 
 def ledger_data(ledger: pl.DataFrame, run: Run) -> dict[str, Any]:
-    rows = ledger.select("delta_r", *PARTS).to_numpy()
-    prompts = np.array([run.prompts[p] for p in ledger["pair"]])
-    whole = shares(rows[:, 1:], rows[:, 0])
-    table = []
-    for i, part in enumerate(PARTS):
-        low, high = bootstrap(rows, prompts, lambda v, i=i: float(shares(v[:, 1:], v[:, 0])[i]))  # type: ignore[misc]
-        table.append({"part": part, "value": float(whole[i]), "low": low, "high": high})
     return {
         "pairs": ledger.height,
-        "shares": table,
-        "largest_gap": float(np.abs(rows[:, 4]).max()),
+        "shares": share_rows(ledger, [run.prompts[p] for p in ledger["pair"]]),
+        "largest_gap": float(ledger["gap"].abs().max()),  # type: ignore[arg-type]
         "example": None,
     }
 
