@@ -57,6 +57,8 @@ class RunConfig(BaseModel):
     """Confirm prompts on which a frozen feature is removed, one pair each."""
     ledger_pairs: int = Field(48, gt=0)
     """Pairs of the measure split that get a ledger, one a prompt while prompts last."""
+    ledger_halvings: int = Field(1, ge=0)
+    """How often a stretch of a ledger's path is halved at most where its gap is too large; at 6 nearly all close."""
     seed: int = Field(0, ge=0)
     """Fixes every draw of the run."""
 

@@ -83,7 +83,12 @@ class Run(Study):
             self._remove,
         )
         self.on_disk.stage("rank", None, [Path("features") / f"{s}.parquet" for s in self.sites], self._rank)
-        self.on_disk.stage("ledger", c.ledger_pairs, [Path("ledger") / f"{s}.parquet" for s in self.sites], self._ledger)
+        self.on_disk.stage(
+            "ledger",
+            [c.ledger_pairs, c.ledger_halvings],
+            [Path("ledger") / f"{s}.parquet" for s in self.sites],
+            self._ledger,
+        )
         with self.shown.stage("report") as progress:
             return write_report(self, progress)
 
@@ -302,13 +307,14 @@ class Run(Study):
 
     def _ledger(self, progress: Progress, key: str) -> None:
         measured = self.one_a_prompt(self.of_split("measure"), self.config.ledger_pairs)
+        halvings = self.config.ledger_halvings
         for site in self.sites:
             start = self.baseline(site)
 
             def make(
                 unit: list[int], within: Progress, site: str = site, start: Baseline = start
             ) -> dict[str, pl.DataFrame]:
-                rows = list(ledger_rows(self.rm, self.saes[site], site, self.tokens, unit, start, self.sd, within))
+                rows = list(ledger_rows(self.rm, self.saes[site], site, self.tokens, unit, start, self.sd, within, halvings))
                 return tables.ledger_tables(sorted(rows, key=lambda r: r[0]), self.ids)
 
             paths = {

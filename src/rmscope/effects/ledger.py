@@ -39,8 +39,8 @@ NODES = 4
 """Gauss-Legendre nodes in a panel."""
 CUTS = (0.0, 0.5, 1.0)
 """The first panels of a path."""
-HALVINGS = 7
-"""A panel is no shorter than 2^-7: float32 noise and kinks (ReLU) leave gaps that no rule closes."""
+HALVINGS = 6
+"""How often a first panel is halved at most: float32 noise and kinks (ReLU) leave gaps that no rule closes."""
 BOUND, FLOOR = 0.01, 0.1
 """A pair's gap may be .01 max(|Δr|, .1 SD(Δr)) (METHOD, "The ledger of a pair")."""
 SILENT = -1
@@ -142,13 +142,13 @@ class Path:
         return Panel(low, high, integral, self.rewards(high).double() - self.rewards(low).double() - found)
 
 
-def integrate(path: Path, tolerance: float) -> list[Panel]:
+def integrate(path: Path, tolerance: float, halvings: int = HALVINGS) -> list[Panel]:
     """Panels whose gaps add up to at most ``tolerance`` for every text of the batch, or that were halved enough.
 
     The rewards at a panel's ends give its error without a second rule, and panels that are good are not done again.
     """
     panels = [path.panel(low, high) for low, high in pairwise(CUTS)]
-    shortest = 2.0**-HALVINGS
+    shortest = CUTS[1] * 2.0**-halvings
     while True:
         gaps = torch.stack([p.gaps for p in panels]).abs()  # [panels, texts]
         late = gaps[:, gaps.sum(0) > tolerance]
@@ -163,11 +163,11 @@ def integrate(path: Path, tolerance: float) -> list[Panel]:
 
 
 def contributions(
-    rm: RewardModel, sae: Sae, site: str, batch: Batch, start: Baseline, tolerance: float
+    rm: RewardModel, sae: Sae, site: str, batch: Batch, start: Baseline, tolerance: float, halvings: int = HALVINGS
 ) -> Iterator[SideParts]:
     """The parts of every response of a batch, each response's gap at most ``tolerance`` where that can be had."""
     path = Path(rm, site, batch, start.x)
-    return parts_along(path, integrate(path, tolerance), sae, start)
+    return parts_along(path, integrate(path, tolerance, halvings), sae, start)
 
 
 def parts_along(path: Path, panels: Sequence[Panel], sae: Sae, start: Baseline) -> Iterator[SideParts]:
@@ -202,12 +202,13 @@ def ledger_rows(
     start: Baseline,
     sd: float,
     progress: Progress = silent,
+    halvings: int = HALVINGS,
 ) -> Iterator[tuple[int, dict[str, float], dict[str, SideParts]]]:
     """(pair, its ledger, the parts of both sides) of the pairs in ``unit``; ``sd`` is SD(Δr), which bounds the gaps."""
     waiting: dict[int, dict[str, SideParts]] = {}
     done = 0
     for batch in rm.unit_batches(tokens, unit):
-        for parts in contributions(rm, sae, site, batch, start, BOUND * FLOOR * sd / 2):
+        for parts in contributions(rm, sae, site, batch, start, BOUND * FLOOR * sd / 2, halvings):
             sides = waiting.setdefault(parts.pair, {})
             sides[parts.side] = parts
             if len(sides) == 2:
