@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rmscope.effects.gradients import sum_by_feature
@@ -82,21 +82,29 @@ def contributions(
     rm: RewardModel, sae: Sae, site: str, batch: Batch, start: Baseline, nodes: int = NODES
 ) -> Iterator[SideParts]:
     """The parts of every response of a batch."""
-    clean = rm.streams(batch, [site])[site]
-    on_span = torch.zeros(clean.shape[:2], dtype=torch.bool, device=clean.device)
-    for text in batch.texts:
-        on_span[text.row, text.span.to(clean.device)] = True
+    clean, on_span, mean_gradient = path_gradient(rm, site, batch, start.x, nodes)
     with torch.no_grad():
         end = rm.rewards(batch)
         first = rm.rewards_from(batch, site, _on_path(clean, start.x, on_span, 0.0))
-    mean_gradient = torch.zeros_like(clean)
-    points, weights = np.polynomial.legendre.leggauss(nodes)
-    for point, weight in zip(points, weights, strict=True):
-        mean_gradient += 0.5 * weight * _gradient(rm, batch, site, clean, start.x, on_span, 0.5 * (1 + point))
     for i, text in enumerate(batch.texts):
         at = text.span.to(clean.device)
         x, g = clean[text.row, at].float().cpu(), mean_gradient[text.row, at].float().cpu()
         yield _parts(sae, start, text, x, g, float(first[i]), float(end[i]))
+
+
+def path_gradient(
+    rm: RewardModel, site: str, batch: Batch, x0: Float[Tensor, " d"], nodes: int = NODES
+) -> tuple[Float[Tensor, "rows width d"], Bool[Tensor, "rows width"], Float[Tensor, "rows width d"]]:
+    """(x, where the spans are, dr/dx averaged over the straight line from x0 to x): it serves every dictionary at once."""
+    clean = rm.streams(batch, [site])[site]
+    on_span = torch.zeros(clean.shape[:2], dtype=torch.bool, device=clean.device)
+    for text in batch.texts:
+        on_span[text.row, text.span.to(clean.device)] = True
+    mean_gradient = torch.zeros_like(clean)
+    points, weights = np.polynomial.legendre.leggauss(nodes)
+    for point, weight in zip(points, weights, strict=True):
+        mean_gradient += 0.5 * weight * _gradient(rm, batch, site, clean, x0, on_span, 0.5 * (1 + point))
+    return clean, on_span, mean_gradient
 
 
 def _on_path(clean: Tensor, x0: Tensor, on_span: Tensor, share: float) -> Tensor:

@@ -72,7 +72,7 @@ def clean_runs(rm: RewardModel, tokens: PairTokens, sites: Sequence[str]) -> dic
     resumed (encoders, and decoders that refuse a cache)."""
     if rm.splits:
         return prefill_pair(rm, tokens, sites)
-    out = {}
+    out: dict[str, Prefilled] = {}
     for side in SIDES:
         ids = tokens.side(side)
         ids = ids[: rm.read_position(ids) + 1] if rm.causal else ids
@@ -160,11 +160,16 @@ class Figure:
         return {"value": self.value, "low": self.low, "high": self.high}
 
 
-def one_minus(part: Array, whole: Array, prompts: Array) -> Figure:
-    """1 - Σ part / Σ whole with its interval; one row a pair (or response)."""
-    low, high = ratio_interval(part, whole, prompts)
+def ratio(part: Array, whole: Array, prompts: Array) -> Figure:
+    """Σ part / Σ whole with its interval; one row a pair."""
     total = whole.sum()
-    return Figure(float(1 - part.sum() / total) if total else float("nan"), 1 - high, 1 - low)
+    return Figure(float(part.sum() / total) if total else float("nan"), *ratio_interval(part, whole, prompts))
+
+
+def one_minus(part: Array, whole: Array, prompts: Array) -> Figure:
+    """1 - Σ part / Σ whole with its interval."""
+    r = ratio(part, whole, prompts)
+    return Figure(1 - r.value, 1 - r.high, 1 - r.low)
 
 
 def delta_r2(delta: Array, delta_hat: Array, prompts: Array) -> Figure:

@@ -119,7 +119,7 @@ def _round_marks(span: Range, about: int = 5) -> list[tuple[float, str]]:
     return list(zip(values, tick_labels(values), strict=True))
 
 
-def histogram(edges: Sequence[Any], counts: Sequence[Any], title: str, name: str) -> Markup:
+def histogram(edges: Sequence[Any], counts: Sequence[Any], title: str, name: str, counted: str = "pairs") -> Markup:
     """Bars between consecutive edges; those left of 0 are drawn hollow, a line stands at 0."""
     edges, counts = finite(edges), finite(counts)
     if not counts or len(edges) != len(counts) + 1 or edges[-1] <= edges[0]:
@@ -140,7 +140,7 @@ def histogram(edges: Sequence[Any], counts: Sequence[Any], title: str, name: str
         zero = Markup(f'<line class="zero" x1="{at}" x2="{at}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     return _chart(
         name,
-        frame.y_axis(_round_marks(frame.ys, 4), "pairs"),
+        frame.y_axis(_round_marks(frame.ys, 4), counted),
         *bars,
         zero,
         frame.x_axis(_round_marks(frame.xs, 6), title),
