@@ -16,6 +16,7 @@ import torch
 
 from rmscope.activations.harvest import harvest
 from rmscope.activations.store import ActivationStore
+from rmscope.effects.explained import GRID
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.train import human_pairs, read_recipe
 from rmscope.pairs.pair import Pair, split_of
@@ -25,8 +26,12 @@ RECIPE = Path(__file__).parent.parent / "configs" / "zoo-hh.yaml"
 SITES = ["resid_post.2", "resid_post.5", "resid_post.8", "resid_post.11"]
 SHIFT_SITE, SHIFT_SOURCE = "resid_post.8", "helpful-base"
 LONGEST = 256
-FIT, MEASURED = 1500, 96
-SAE = SaeConfig(k=32, d_sae=4608, tokens=1_200_000)
+COARSE = (0, 8, 32, 128, 512)
+"""The grid of the curves that stand beside the main one."""
+FIT, MEASURED = 1000, 64
+D_SAE = 4608
+FULL = (*GRID, D_SAE)
+SAE = SaeConfig(k=32, d_sae=D_SAE, tokens=500_000)
 
 
 @dataclass(frozen=True)

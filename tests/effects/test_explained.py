@@ -32,6 +32,7 @@ from rmscope.effects.explained import (
 from rmscope.effects.removal import at_site, prefill_pair, remove_groups
 from rmscope.effects.selection import Profile, Responses, differences, forward_order, length_flags, profile
 from rmscope.effects.splice import Spot, replaced, splice
+from rmscope.errors import InputError
 from rmscope.pairs.pair import SIDES, Pair
 from tests.effects.test_splice import perfect
 from tests.model.small import ENCODER, PAIRS, D, shared_pm, small_sae, user
@@ -79,6 +80,12 @@ def test_donors_never_share_the_prompt_and_are_one_a_prompt(donors: Donors, resp
         assert PAIRS[pair].first_human_turn() not in prompts
         np.testing.assert_array_equal(donors.of(pair), of)
     assert any(donors.of(0).tolist() != donors.of(p).tolist() for p in (1, 2, 3))
+
+
+def test_too_few_prompts_for_donors_are_told(responses: Responses) -> None:
+    one = [PAIRS[0].first_human_turn()]
+    with pytest.raises(InputError, match="harvest more"):
+        Donors(responses, [p.first_human_turn() for p in OTHERS], one, n=7).of(0)
 
 
 def test_a_donor_is_stretched_from_first_to_last() -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from rmscope.effects.selection import Responses
 from rmscope.effects.splice import Figure, Replaced, Replacement, Spot, agreement, delta_r2, one_minus
 from rmscope.effects.statistics import Array
+from rmscope.errors import InputError
 from rmscope.sae.base import Sae
 
 DONORS = 5
@@ -48,10 +49,14 @@ class Donors:
         self._prompts = prompts
 
     def of(self, pair: int) -> Int[Array, " donors"]:
-        """The same for both sides, and whenever it is asked again; one a prompt."""
+        """The same for both sides, and whenever it is asked again; one a prompt. InputError where prompts are too few."""
         order = np.random.default_rng([self._seed, pair]).permutation(len(self._stored))
         order = order[self._stored[order] != self._prompts[pair]]
         _, first = np.unique(self._stored[order], return_index=True)
+        if len(first) < self._n:
+            raise InputError(
+                f"The store holds responses to {len(first)} other prompts, donors need {self._n}; harvest more pairs."
+            )
         return order[np.sort(first)][: self._n]
 
     def x(self, pair: int, length: int) -> list[Float[Tensor, "span d"]]:

@@ -9,7 +9,7 @@ store of the select pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -34,15 +34,15 @@ NODES = 4
 
 
 class Responses:
-    """The responses in a store at one site, each with its stream from the divergence to the read position."""
+    """The responses in a store at one site (of some of its pairs), each with its stream from divergence to read position."""
 
-    def __init__(self, store: ActivationStore, site: str) -> None:
+    def __init__(self, store: ActivationStore, site: str, pairs: Collection[int] | None = None) -> None:
         self._store, self._site = store, site
         pair, region = (store.column(site, name).numpy().astype(np.int64) for name in ("pair", "region"))
         key = pair * len(REGIONS) + region
         edges = np.flatnonzero(np.r_[True, key[1:] != key[:-1], True])
-        parts = [(int(a), int(b)) for a, b in pairwise(edges) if region[a] > 0]
-        self._parts = parts
+        spans = [(int(a), int(b)) for a, b in pairwise(edges) if region[a] > 0]
+        self._parts = parts = spans if pairs is None else [(a, b) for a, b in spans if int(pair[a]) in pairs]
         self.pair = np.array([pair[a] for a, _ in parts])
         self.side = [REGIONS[region[a]] for a, _ in parts]
 
@@ -51,6 +51,12 @@ class Responses:
 
     def x(self, i: int) -> Float[Tensor, "span d"]:
         return self._store.rows(self._site, torch.arange(*self._parts[i]))
+
+    def sample(self, n: int, seed: int = 0) -> Float[Tensor, "tokens d"]:
+        """At most ``n`` of their tokens, drawn once."""
+        rows = torch.cat([torch.arange(a, b) for a, b in self._parts])
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n]
+        return self._store.rows(self._site, rows[order])
 
 
 @dataclass(frozen=True)
