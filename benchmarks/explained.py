@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from explained_data import COARSE, FULL, SHIFT_SITE, SHIFT_SOURCE, SITES, Setting, bar, prepare, short
+from explained_data import COARSE, FULL, RECIPE, SHIFT_SITE, SHIFT_SOURCE, SITES, Setting, bar, prepare, short
 from explained_page import write_page
 
 from rmscope.effects import controls
@@ -168,10 +168,10 @@ def ledger_shares(s: Setting, site: str, lists: Lists, prompts: np.ndarray) -> d
 
 def shift_figures(s: Setting) -> dict[str, Any]:
     """An SAE and a list from helpful-base alone, measured there, on harmless-base and on RM-Bench."""
-    _, held = human_pairs(read_recipe(Path(__file__).parent.parent / "configs" / "zoo-hh.yaml"))
+    training, held = human_pairs(read_recipe(RECIPE))
+    known = {p.first_human_turn() for p in [*training, *held]}
     held = [p for p in held if split_of(p) == "measure"]
     bench = [p for n in RM_BENCH for p in load_pairs(data_file(f"rm-bench/{n}_filtered.json"), on_bad_row="skip")]
-    known = {p.first_human_turn() for p in s.fit}
     places = {
         "helpful-base": [p for p in held if p.meta["source"] == "helpful-base"],
         "harmless-base": [p for p in held if p.meta["source"] == "harmless-base"],

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from rmscope.cli.base import Debug, Device, Dtype, Json, Limit, app, emit, open_job
+from rmscope.cli.base import Debug, Device, Dtype, Json, app, emit, open_job
 from rmscope.errors import InputError
 from rmscope.terminal import Bars, console
 
@@ -21,7 +21,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Without a run: pairs that the SAEs have not seen.")] = None,
     sae: Annotated[list[Path] | None, typer.Option(help="An SAE, or a folder of SAEs; may be given several times.")] = None,
     site: Annotated[str | None, typer.Option(help="The site of SAEs that name none, such as resid_post.7.")] = None,
-    limit: Limit = 128,
+    limit: Annotated[int, typer.Option(min=1, help="At most this many pairs, of different prompts while they last.")] = 128,
     out: Annotated[Path | None, typer.Option(help="Folder for evaluation.parquet and evaluation.html.")] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -37,7 +37,10 @@ def evaluate(
     from rmscope.report.comparison import render_evaluation
 
     study = _study(folder, model, data, device, dtype)
-    saes = (dict(study.saes) if folder is not None else {}) | _opened(sae or [], site)
+    saes = dict(study.saes) if folder is not None else {}
+    for at, one in saes.items():
+        one.site = at
+    saes |= _opened(sae or [], site)
     if not saes:
         raise InputError("There is no SAE to evaluate; name a run folder, or --sae DIR (several times to compare).")
     for name, one in saes.items():
@@ -48,7 +51,7 @@ def evaluate(
                 "name an SAE that was trained on this PM."
             )
     pairs = study.of_split("measure") if folder is not None else range(len(study.pairs))
-    kept = study.one_a_prompt(pairs, limit or len(pairs))
+    kept = study.one_a_prompt(pairs, limit)
     prompts = [study.prompts[study.ids[i]] for i in kept]
     with Bars().stage("evaluate") as progress:
         found = measure(study.rm, saes, [study.tokens[i] for i in kept], prompts, progress)
