@@ -41,7 +41,7 @@ from rmscope.pairs.pair import Pair, split_of
 from rmscope.pairs.readers import load_pairs
 from rmscope.sae import Sae
 
-SELECTED = 128
+SELECTED = 96
 """Fit pairs on which the lists are made."""
 MATCHED = 3
 SHIFTED = 48

@@ -28,10 +28,10 @@ SHIFT_SITE, SHIFT_SOURCE = "resid_post.8", "helpful-base"
 LONGEST = 256
 COARSE = (0, 8, 32, 128, 512)
 """The grid of the curves that stand beside the main one."""
-FIT, MEASURED = 1000, 64
+FIT, MEASURED = 800, 64
 D_SAE = 4608
 FULL = (*GRID, D_SAE)
-SAE = SaeConfig(k=32, d_sae=D_SAE, tokens=500_000)
+SAE = SaeConfig(k=32, d_sae=D_SAE, tokens=400_000)
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,9 @@ class Donors:
 
 def stretched(x: Float[Tensor, "tokens d"], length: int) -> Float[Tensor, "length d"]:
     """The rows at evenly spaced places, first on first and last on last (the last where there is room for one)."""
-    place = torch.linspace(0, len(x) - 1, length) if length > 1 else torch.tensor([len(x) - 1.0])
-    return x[place.round().long()]
+    if length <= 1:
+        return x[len(x) - length :]
+    return x[torch.linspace(0, len(x) - 1, length).round().long()]
 
 
 @dataclass(frozen=True)
