@@ -76,8 +76,8 @@ class Profile:
 
 def profile(sae: Sae, responses: Responses, ending: Callable[[int, str], int]) -> Profile:
     """One reading of the responses. ``ending`` (pair, side) gives the place in the span where the ending begins."""
-    fires = {side: torch.zeros(sae.m).double() for side in SIDES}
-    tokens = dict.fromkeys(SIDES, 0)
+    fires: dict[str, Tensor] = {side: torch.zeros(sae.m).double() for side in SIDES}
+    tokens: dict[str, int] = dict.fromkeys(SIDES, 0)
     total, last, x_total = torch.zeros(sae.m).double(), torch.zeros(sae.m).double(), torch.zeros(sae.d).double()
     for i in range(len(responses)):
         x, side = responses.x(i), responses.side[i]
