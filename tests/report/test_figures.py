@@ -109,7 +109,7 @@ def test_curves_hold_finite_coordinates(first: list, second: list) -> None:
         check(Markup(fig.as_file(svg)))
 
 
-def test_curves_that_end_together_are_named_apart() -> None:
+def test_curves_are_named_apart() -> None:
     svg = fig.curves([(n, [(0, 0.1), (8, 0.9)]) for n in "abc"], (0, 8), "K", "share", "curves")
     names = [float(y) for y in re.findall(r'curve-name-\d" x="[^"]*" y="([^"]*)"', svg)]
     assert len(names) == 3

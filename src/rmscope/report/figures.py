@@ -208,7 +208,7 @@ def line(points: Sequence[Sequence[Any]], x_title: str, y_title: str, name: str)
 def curves(
     series: Sequence[tuple[str, Sequence[Sequence[Any]]]], marks: Sequence[int], x_title: str, y_title: str, name: str
 ) -> Markup:
-    """Several curves over a count on a logarithmic scale (from 0), each named at its end; y from -.25 to 1, cut off there.
+    """Several curves over a count on a logarithmic scale (from 0), named at the top left; y from -.25 to 1, cut off there.
 
     A point is (x, y) or (x, y, low, high); the first series' interval is drawn as a band.
     """
@@ -221,7 +221,7 @@ def curves(
     def at(x: float, y: float) -> tuple[float, float]:
         return frame.x(math.log2(1 + x)), frame.y(min(1.0, max(-0.25, y)))
 
-    parts, ends = [], list[float]()
+    parts = []
     for i, (label, points) in enumerate(drawn):
         if not points:
             continue
@@ -230,11 +230,9 @@ def curves(
             parts.append(Markup('<path class="band" d="M{}Z"/>').format(" L".join(f"{x:g} {y:g}" for x, y in outline)))
         d = " L".join("{:g} {:g}".format(*at(p[0], p[1])) for p in points)
         parts.append(Markup('<path class="curve curve-{}" d="M{}"/>').format(i, d))
-        y = at(points[-1][0], points[-1][1])[1]
-        while any(abs(y - other) < 13 for other in ends):
-            y += 13
-        ends.append(y)
-        parts.append(_text(WIDTH - RIGHT - 4, y + (13 if y < TOP + 20 else -5), label, "end", f"label curve-name-{i}"))
+        y = TOP + 12 + 15 * i
+        parts.append(Markup(f'<path class="curve curve-{i}" d="M{LEFT + 8} {y - 4}h22"/>'))
+        parts.append(_text(LEFT + 36, y, label, "start", f"label curve-name-{i}"))
     x_marks = [(math.log2(1 + k), str(k)) for k in marks if k <= last]
     y_marks = [(v, f"{v:g}".replace("-", "\u2212")) for v in (0.0, 0.25, 0.5, 0.75, 1.0)]
     return _chart(name, frame.y_axis(y_marks, y_title), *parts, frame.x_axis(x_marks, x_title))
