@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 
 import rmscope
-from tests.model.small import small_model, tokenizer
+from tests.model.small import small_model, small_sae, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +125,34 @@ def test_attribute_estimates_the_effects_of_a_brought_sae_and_says_that_they_are
     table = rmscope.attribute(rmscope.RewardModel.load(pm), sae, rmscope.load_pairs(str(data)), site="resid_post.1")
     means = dict(table.group_by("feature").agg(pl.col("effect").mean()).iter_rows())
     assert features == pytest.approx(means, abs=1e-5)
+
+
+def test_evaluate_puts_saes_side_by_side_and_writes_table_and_page(pm: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Is {i} even?", "chosen": "Yes, it is.", "rejected": "No."} for i in range(6)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for i, site in enumerate(("resid_post.0", "resid_post.2")):
+        sae = small_sae(seed=i)
+        sae.site = site
+        sae.save(tmp_path / "saes" / site)
+    flags = ("--model", pm, "--data", str(data), "--out", str(tmp_path / "out"), "--json")
+    done = rmscope_command("evaluate", *flags, "--sae", str(tmp_path / "saes"))
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    found = json.loads(line)
+    assert [row["site"] for row in found] == ["resid_post.0", "resid_post.2"]
+    assert all(row["fvu_low"] <= row["fvu"] <= row["fvu_high"] for row in found)
+    assert pl.read_parquet(tmp_path / "out" / "evaluation.parquet").height == 2
+    assert (tmp_path / "out" / "evaluation.html").read_text().count("<svg") == 4
+
+
+def test_evaluate_needs_pairs_and_an_sae_that_fits(pm: str, tmp_path: Path) -> None:
+    assert "--model and --data" in one_sentence(rmscope_command("evaluate", "--sae", str(tmp_path)))
+    wide = small_sae(d=48)
+    wide.site = "resid_post.0"
+    wide.save(tmp_path / "wide")
+    done = rmscope_command("evaluate", "--model", pm, "--data", "demo:planted", "--sae", str(tmp_path / "wide"))
+    assert "reads 48 dimensions" in one_sentence(done)
 
 
 def test_bad_usage_exits_with_2() -> None:

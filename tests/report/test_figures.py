@@ -98,3 +98,19 @@ def test_negative_shares_lie_left_of_zero() -> None:
 def test_ticks_are_round_and_inside() -> None:
     assert fig.ticks(-1.4, 1.5, 4) == [-1.0, 0.0, 1.0]
     assert fig.tick_labels([-0.5, 0.0, 0.5]) == ["\u22120.5", "0", "0.5"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 4096), ANY, ANY, ANY), max_size=6), st.lists(st.tuples(st.integers(0, 99), ANY)))
+def test_curves_hold_finite_coordinates(first: list, second: list) -> None:
+    svg = fig.curves([(HOSTILE, first), ("two", second)], (0, 8, 64), "K", "share", "curves")
+    check(svg)
+    assert "<script>" not in svg
+    if "<svg" in svg:
+        check(Markup(fig.as_file(svg)))
+
+
+def test_curves_are_named_apart() -> None:
+    svg = fig.curves([(n, [(0, 0.1), (8, 0.9)]) for n in "abc"], (0, 8), "K", "share", "curves")
+    names = [float(y) for y in re.findall(r'curve-name-\d" x="[^"]*" y="([^"]*)"', svg)]
+    assert len(names) == 3
+    assert min(abs(a - b) for a in names for b in names if a != b) >= 12

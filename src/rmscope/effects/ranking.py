@@ -195,11 +195,11 @@ def _confirmed(
         "mean_diff": float(d.mean()),
         "sign_consistency": float((np.sign(part["effect"].to_numpy()) == sign).mean()),
         "length_corr": correlation(d, length),
-        "length_bound": _length_bound(d, length),
+        "length_bound": length_bound(d, length),
     }
 
 
-def _length_bound(d: np.ndarray, length: np.ndarray) -> bool:
+def length_bound(d: np.ndarray, length: np.ndarray) -> bool:
     """Whether D_j loses half of its mean once it is regressed on the length difference (the flag ``length``)."""
     if d.size < 5 or length.std() == 0 or d.mean() == 0:
         return False

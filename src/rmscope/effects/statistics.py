@@ -47,6 +47,19 @@ def bootstrap(values: Array, groups: Array, statistic: Callable[[Array], float],
     return float(low), float(high)
 
 
+def ratio_interval(part: Array, whole: Array, groups: Array, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of Σ part / Σ whole [n], resampling whole groups (prompts); nan where whole sums to 0."""
+    _, index = np.unique(groups, return_inverse=True)
+    n = int(index.max()) + 1
+    sums = np.stack([np.bincount(index, values, n) for values in (part, whole)], 1)
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES) @ sums
+    ratios = np.divide(draws[:, 0], draws[:, 1], out=np.full(RESAMPLES, np.nan), where=draws[:, 1] != 0)
+    if np.isnan(ratios).all():
+        return float("nan"), float("nan")
+    low, high = np.nanpercentile(ratios, [2.5, 97.5])
+    return float(low), float(high)
+
+
 def mean_interval(values: Array, seed: int = 0) -> tuple[float, float]:
     """95 % bootstrap interval of a mean, one value a prompt."""
     rng = np.random.default_rng(seed)

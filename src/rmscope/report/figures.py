@@ -119,7 +119,7 @@ def _round_marks(span: Range, about: int = 5) -> list[tuple[float, str]]:
     return list(zip(values, tick_labels(values), strict=True))
 
 
-def histogram(edges: Sequence[Any], counts: Sequence[Any], title: str, name: str) -> Markup:
+def histogram(edges: Sequence[Any], counts: Sequence[Any], title: str, name: str, counted: str = "pairs") -> Markup:
     """Bars between consecutive edges; those left of 0 are drawn hollow, a line stands at 0."""
     edges, counts = finite(edges), finite(counts)
     if not counts or len(edges) != len(counts) + 1 or edges[-1] <= edges[0]:
@@ -140,7 +140,7 @@ def histogram(edges: Sequence[Any], counts: Sequence[Any], title: str, name: str
         zero = Markup(f'<line class="zero" x1="{at}" x2="{at}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     return _chart(
         name,
-        frame.y_axis(_round_marks(frame.ys, 4), "pairs"),
+        frame.y_axis(_round_marks(frame.ys, 4), counted),
         *bars,
         zero,
         frame.x_axis(_round_marks(frame.xs, 6), title),
@@ -203,6 +203,62 @@ def line(points: Sequence[Sequence[Any]], x_title: str, y_title: str, name: str)
         _text(at_x, at_y - 9, number(known[-1][1]), "end", "value-label"),
         frame.x_axis(_round_marks(frame.xs, 5), x_title),
     )
+
+
+def curves(
+    series: Sequence[tuple[str, Sequence[Sequence[Any]]]], marks: Sequence[int], x_title: str, y_title: str, name: str
+) -> Markup:
+    """Several curves over a count on a logarithmic scale (from 0), named at the top left; y from -.25 to 1, cut off there.
+
+    A point is (x, y) or (x, y, low, high); the first series' interval is drawn as a band.
+    """
+    drawn = [(label, _known(points)) for label, points in series]
+    if not any(points for _, points in drawn):
+        return empty()
+    last = max(x for _, points in drawn for x, *_ in points)
+    frame = Frame((0.0, math.log2(1 + max(last, 1)) * 1.001), (-0.25, 1.0))
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return frame.x(math.log2(1 + x)), frame.y(min(1.0, max(-0.25, y)))
+
+    parts = []
+    for i, (label, points) in enumerate(drawn):
+        if not points:
+            continue
+        if i == 0 and all(len(p) == 4 for p in points):
+            outline = [at(x, high) for x, _, _, high in points] + [at(x, low) for x, _, low, _ in reversed(points)]
+            parts.append(Markup('<path class="band" d="M{}Z"/>').format(" L".join(f"{x:g} {y:g}" for x, y in outline)))
+        d = " L".join("{:g} {:g}".format(*at(p[0], p[1])) for p in points)
+        parts.append(Markup('<path class="curve curve-{}" d="M{}"/>').format(i, d))
+        y = TOP + 12 + 15 * i
+        parts.append(Markup(f'<path class="curve curve-{i}" d="M{LEFT + 8} {y - 4}h22"/>'))
+        parts.append(_text(LEFT + 36, y, label, "start", f"label curve-name-{i}"))
+    x_marks = [(math.log2(1 + k), str(k)) for k in marks if k <= last]
+    y_marks = [(v, f"{v:g}".replace("-", "\u2212")) for v in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    return _chart(name, frame.y_axis(y_marks, y_title), *parts, frame.x_axis(x_marks, x_title))
+
+
+def _known(points: Sequence[Sequence[Any]]) -> list[list[float]]:
+    rows = [[real(v) for v in p] for p in points]
+    return [[v for v in row if v is not None] for row in rows if row and None not in row]
+
+
+FILE_STYLE = """
+svg { background: #fdfdfc; } text { font: 12px system-ui, sans-serif; fill: #5b626d; }
+.axis, .tick { stroke: #8a919c; } .grid { stroke: #e3e5e8; } .zero, .equal { stroke: #8a919c; }
+.curve { fill: none; stroke-width: 2; stroke-linejoin: round; stroke: #5a5470; } .band { fill: #5a5470; opacity: .15; }
+.curve-1 { stroke: #1d5fa6; } .curve-2 { stroke: #a94a06; } .curve-3 { stroke: #3c7d4f; stroke-dasharray: 5 3; }
+.curve-4 { stroke: #8a919c; stroke-dasharray: 2 3; } .curve-5 { stroke: #9c2f2f; stroke-dasharray: 7 3 2 3; }
+.curve-name-1 { fill: #1d5fa6; } .curve-name-2 { fill: #a94a06; } .curve-name-3 { fill: #3c7d4f; }
+.curve-name-5 { fill: #9c2f2f; } .curve-name-0 { fill: #5a5470; font-weight: 600; }
+"""
+"""The style of a figure that stands in a file of its own; within a page style.css has it."""
+
+
+def as_file(svg: Markup) -> str:
+    """A chart as an SVG file."""
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * WIDTH}" height="{2 * HEIGHT}"'
+    return str(svg).replace("<svg", head, 1).replace(">", f"><style>{FILE_STYLE}</style>", 1) + "\n"
 
 
 # ── figures of a row, in percent of its width

@@ -29,7 +29,7 @@ def render_report(data: dict[str, Any]) -> str:
 
     Effects are in units of reward. A number that is None or not finite is shown as a dash.
     """
-    env = _environment()
+    env = environment()
     script = _source(env, "script.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = env.get_template("page.html").render(
@@ -43,7 +43,7 @@ def render_report(data: dict[str, Any]) -> str:
     return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate from a tokenizer could not be written
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
     env = Environment(
         loader=PackageLoader("rmscope.report"),
         autoescape=True,

@@ -1,0 +1,78 @@
+"""What explained.py measures on: zoo:hh, hh-rlhf pairs of at most 256 tokens, and SAEs at every third site.
+
+SAE training, means, donors and the lists of features come from the fit split (held-out rows of the adapter's training and
+as many of its training rows), all figures from the measure split of the held-out rows.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rmscope.activations.harvest import harvest
+from rmscope.activations.store import ActivationStore
+from rmscope.effects.explained import GRID
+from rmscope.model.reward_model import RewardModel
+from rmscope.model.train import human_pairs, read_recipe
+from rmscope.pairs.pair import Pair, split_of
+from rmscope.sae import Sae, SaeConfig, train_saes
+
+RECIPE = Path(__file__).parent.parent / "configs" / "zoo-hh.yaml"
+SITES = ["resid_post.2", "resid_post.5", "resid_post.8", "resid_post.11"]
+SHIFT_SITE, SHIFT_SOURCE = "resid_post.8", "helpful-base"
+LONGEST = 256
+COARSE = (0, 8, 32, 128, 512)
+"""The grid of the curves that stand beside the main one."""
+FIT, MEASURED = 800, 64
+D_SAE = 4608
+FULL = (*GRID, D_SAE)
+SAE = SaeConfig(k=32, d_sae=D_SAE, tokens=400_000)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The PM, the pairs that SAEs and lists may see, the pairs that are measured, the SAEs."""
+
+    rm: RewardModel
+    fit: list[Pair]
+    measured: list[Pair]
+    store: ActivationStore
+    saes: dict[str, Sae]
+    narrow: Sae
+    """Trained on helpful-base alone, for the shift."""
+
+
+def bar(done: int, total: int, note: str = "") -> None:
+    print(f"\r{done}/{total} {note}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def short(rm: RewardModel, pairs: Sequence[Pair], most: int) -> list[Pair]:
+    """The first ``most`` pairs, in an order drawn once, whose sides differ and have at most 256 tokens."""
+    order = np.random.default_rng(0).permutation(len(pairs))[: 4 * most]
+    drawn = [pairs[i] for i in order]
+    kept = [
+        p
+        for p, t in zip(drawn, rm.tokenize_all(drawn), strict=True)
+        if max(t.chosen.numel(), t.rejected.numel()) <= LONGEST and not torch.equal(t.chosen, t.rejected)
+    ]
+    return kept[:most]
+
+
+def prepare(folder: Path) -> Setting:
+    """Everything in ``folder``; what is there already is not made again."""
+    rm = RewardModel.load("zoo:hh", device="cpu")
+    training, held = human_pairs(read_recipe(RECIPE))
+    fit = short(rm, [p for p in held if split_of(p) == "fit"], FIT // 2)
+    fit += short(rm, [p for p in training if split_of(p) == "fit"], FIT - len(fit))
+    measured = short(rm, [p for p in held if split_of(p) == "measure"], MEASURED)
+    store = harvest(rm, fit, SITES, folder / "activations", bar)
+    saes = train_saes(store, SAE, folder / "saes", SITES, bar)
+    from_source = torch.tensor([p.meta["source"] == SHIFT_SOURCE for p in fit])
+    keep = store.default_keep(SHIFT_SITE) & from_source[store.column(SHIFT_SITE, "pair").long()]
+    narrow = train_saes(store, SAE, folder / "narrow", [SHIFT_SITE], bar, keep)[SHIFT_SITE]
+    return Setting(rm, fit, measured, store, saes, narrow)

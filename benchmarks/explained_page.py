@@ -1,0 +1,207 @@
+"""docs/explained.md and its figures, from the figures that explained.py measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from explained_data import COARSE, D_SAE, FIT, FULL, LONGEST, SAE, SHIFT_SITE
+
+from rmscope.effects.explained import THRESHOLDS, smallest
+from rmscope.files import write_text
+from rmscope.report.figures import as_file, curves
+
+PAGE = """# How much of the reward difference is explained
+
+`zoo:hh` on held-out hh-rlhf pairs, at every third site. Made by `benchmarks/explained.py`; words as in the definitions:
+Δr = r(chosen) − r(rejected); *splice* puts the SAE's reconstruction in the stream's place from the divergence to the read
+position; delta_r2 = 1 − Σ(Δr − Δr^)² / Σ Δr². All intervals are 95 %, bootstrap by prompt.
+
+- **Measured** on {pairs} pairs ({prompts} prompts) of at most {longest} tokens a side, from the rows that the PM was not
+  trained on. **Selected** on other prompts: SAEs ({architecture}, k {k}, {m} features, {tokens:,} training tokens), means,
+  donors and lists come from {fit} pairs of the fit split.
+- A list orders features by forward selection on integrated gradients of the fit pairs, and is then frozen.
+
+## Splice
+
+{splice}
+
+*scaled*: after one slope fitted on the other half of the prompts. *recovered*: 1 − Σ|r − r^| / Σ|r − r_mean| over responses.
+
+The same splice with something else in the reconstruction's place (delta_r2):
+
+{controls}
+
+*PCA* and *random*: the L0 largest principal components of a token, and of {m} random directions with one fitted scale.
+*Noise*: the stream plus a random direction of the error's norm. *Length*: Δr from the difference of lengths alone.
+*Error alone*: the features of five donors (mean Δr^), or their means, and this response's own error.
+
+## Keep K
+
+The list's first K features stay; every other feature and the error come from five responses to other prompts (Δr^ is the
+mean over them), or from the mean.
+
+{keep}
+
+K_50 / K_80 / K_90: the smallest K of the grid {grid} with delta_r2 >= .5 / .8 / .9;
+– where none reaches it. *One donor*: delta_r2 of a single donor's Δr^, with all features kept. *Unflagged*: without
+features that fire on more than 10 % of response tokens (dense), whose mean difference loses half to the length difference
+(length), or with 80 % of their activation on the responses' endings (ending). Unflagged, PCA and coordinates are measured at
+K {coarse} only; PCA and coordinates follow the same rule of selection among 576 components (both signs count as one).
+
+{figures}
+
+## Remove K
+
+The share of Δr that goes (1 − Σ Δr Δr^ / Σ Δr²) when the list's first K features are removed, the error kept; beside it
+as many other features matched on firing rate a side and on Σ_t f_tj |d_j| (three draws), and a move along the difference of
+two real responses, as far as the removal goes.
+
+{removed}
+
+## What carries Δr
+
+Shares of Var(Δr) in the ledger (integrated gradients from the mean): Cov(part, Δr) / Var(Δr). The remainder is what
+is left with every span at the mean: length, position and their interaction with the prompt.
+
+{ledger}
+
+## Shift
+
+An SAE at `{shift_site}` and a list from helpful-base alone, measured on it, on harmless-base and on RM-Bench (chat, safety).
+
+{shift}
+
+## What remains
+
+{remains}
+"""
+Row = Sequence[object]
+
+
+def figure(f: dict[str, float] | None, places: int = 2) -> str:
+    """0.93 [0.90, 0.95]."""
+    if f is None or f["value"] != f["value"]:
+        return "–"
+    return f"{f['value']:.{places}f} [{f['low']:.{places}f}, {f['high']:.{places}f}]".replace("-", "−")
+
+
+def table(head: Row, rows: Sequence[Row]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in lines)
+
+
+def reached(curve: Sequence[dict[str, Any]], which: str = "donors") -> str:
+    values = [(p["k"], p[which]["value"]) for p in curve]
+    return " / ".join(str(smallest(values, t) or "–") for t in THRESHOLDS)
+
+
+def at(curve: Sequence[dict[str, Any]], k: int, which: str = "donors") -> dict[str, float]:
+    return next(p[which] for p in curve if p["k"] == k)
+
+
+def best(curve: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return max(curve, key=lambda p: p["donors"]["value"])
+
+
+def write_page(docs: Path, sites: Sequence[dict[str, Any]], shift: dict[str, Any]) -> None:
+    for site in sites:
+        names = {"keep": "features", "unflagged": "unflagged", "keep_pca": "PCA", "keep_coordinates": "coordinates"}
+        lines = [(label, _points(site["curves"][n], "donors")) for n, label in names.items()]
+        lines.insert(1, ("features, rest at the mean", _points(site["curves"]["keep"], "mean")))
+        svg = curves(lines, FULL[::2], "features kept", "delta_r2", f"Keep K at {site['site']}")
+        write_text(docs / "img" / f"explained-{site['site']}.svg", as_file(svg))
+    first = sites[0]
+    first, listed = sites[0], "\n".join(f"![Keep K at {s['site']}](img/explained-{s['site']}.svg)" for s in sites)
+    text = PAGE.format(
+        pairs=first["pairs"],
+        prompts=first["prompts"],
+        longest=LONGEST,
+        fit=FIT,
+        architecture=SAE.architecture,
+        k=SAE.k,
+        m=D_SAE,
+        tokens=SAE.tokens,
+        grid=", ".join(map(str, FULL)),
+        coarse=", ".join(map(str, COARSE)),
+        shift_site=SHIFT_SITE,
+        splice=_splice(sites),
+        controls=_controls(sites),
+        keep=_keep(sites),
+        removed=_removed(sites),
+        ledger=_ledger(sites),
+        shift=_shift(shift),
+        remains=_remains(sites),
+        figures=listed,
+    )
+    write_text(docs / "explained.md", text)
+
+
+def _points(curve: Sequence[dict[str, Any]], which: str) -> list[tuple[float, ...]]:
+    return [(p["k"], p[which]["value"], p[which]["low"], p[which]["high"]) for p in curve]
+
+
+def _splice(sites: Sequence[dict[str, Any]]) -> str:
+    names = ("fvu", "delta_r2", "delta_r2_scaled", "agreement", "reward_recovered")
+    rows = [[s["site"], *(figure(s["evaluation"][n], 3) for n in names), f"{s['evaluation']['dead']:.0%}"] for s in sites]
+    return table(["site", "FVU", "delta_r2", "scaled", "agreement", "recovered", "silent features"], rows)
+
+
+def _controls(sites: Sequence[dict[str, Any]]) -> str:
+    names = {
+        "pca": "PCA", "random": "random", "noise": "noise", "length": "length", "error": "error alone, donors",
+        "error_mean": "error alone, mean",
+    }  # fmt: skip
+    rows = [[s["site"], figure(s["evaluation"]["delta_r2"]), *(figure(s["controls"][n]) for n in names)] for s in sites]
+    return table(["site", "SAE", *names.values()], rows)
+
+
+def _keep(sites: Sequence[dict[str, Any]]) -> str:
+    head = [
+        "site", "K_50 / K_80 / K_90", "from the mean", "unflagged", "PCA", "coordinates", "K 64", "K 512", "best K",
+        "one donor", "flagged of the first 64",
+    ]  # fmt: skip
+    rows = []
+    for s in sites:
+        c = s["curves"]
+        top = best(c["keep"])
+        reach = [reached(c["keep"]), reached(c["keep"], "mean")]
+        reach += [reached(c[n]) for n in ("unflagged", "keep_pca", "keep_coordinates")]
+        k = [figure(at(c["keep"], 64)), figure(at(c["keep"], 512)), f"{figure(top['donors'])} (K {top['k']})"]
+        rows.append([s["site"], *reach, *k, f"{c['keep'][-1]['single']:.2f}", s["flagged_of_64"]])
+    return table(head, rows)
+
+
+def _removed(sites: Sequence[dict[str, Any]]) -> str:
+    rows = [[s["site"], p["k"], *(figure(p[n]) for n in ("list", "matched", "norm"))] for s in sites for p in s["removed"]]
+    return table(["site", "K", "the list's first K", "matched features", "real differences of equal norm"], rows)
+
+
+def _ledger(sites: Sequence[dict[str, Any]]) -> str:
+    parts = ("features", "error", "remainder", "gap")
+    return table(["site", *parts], [[s["site"], *(figure(s["ledger"][p]) for p in parts)] for s in sites])
+
+
+def _shift(shift: dict[str, Any]) -> str:
+    rows = []
+    for place, f in shift.items():
+        if place == "seconds":
+            continue
+        keeps = [figure(at(f["curve"], k)) for k in (32, 128, 512)]
+        rows.append([place, f["pairs"], figure(f["fvu"]), figure(f["splice"]), figure(f["agreement"]), *keeps])
+    return table(["pairs of", "n", "FVU", "splice", "agreement", "keep 32", "keep 128", "keep 512"], rows)
+
+
+def _remains(sites: Sequence[dict[str, Any]]) -> str:
+    """What the figures say, in words that hold whatever they are."""
+    lines = []
+    for s in sites:
+        splice, keep = s["evaluation"]["delta_r2"]["value"], best(s["curves"]["keep"])
+        error = s["ledger"]["error"]["value"]
+        lines.append(
+            f"- `{s['site']}`: the reconstruction leaves {1 - splice:.1%} of Σ Δr² unexplained, and with the error of other "
+            f"responses in place of its own the features leave {1 - keep['donors']['value']:.0%}; the error carries "
+            f"{error:.1%} of Var(Δr)."
+        )
+    return "\n".join(lines)
