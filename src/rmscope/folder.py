@@ -23,7 +23,7 @@ from rmscope.errors import InputError
 from rmscope.files import Progress, content_hash, silent, write_json, write_table, write_text
 from rmscope.model.packing import units
 
-FORMAT = 2
+FORMAT = 3
 """Bumped when a stage computes something else from the same settings."""
 
 
