@@ -197,8 +197,8 @@ class Run(Study):
 
     def _remove(self, progress: Progress, key: str) -> None:
         """Screened features and the trust sample on the fit split, then the frozen list on the confirm split."""
-        c, frozen = self.config, {}
-        requests, trust_rows, screened = {}, {}, {}
+        c = self.config
+        requests, trust_rows, screened, signs, frozen = {}, {}, {}, {}, {}
         for site in self.sites:
             table = self._ordered(pl.read_parquet(self.folder / "effects" / site / "estimated.parquet"))
             found = candidates(table, c.screen, c.others, c.seed)
@@ -207,11 +207,12 @@ class Run(Study):
             rows = first_responses(table, [*screened[site], *found["others"]], c.responses)
             columns = ["pair", "side", "feature"]
             requests[site] = pl.concat([rows.select(columns), trust_rows[site].select(columns)])
-            frozen[site] = preference_signs(table)
+            signs[site] = preference_signs(table)
         fit = self._removed("fit", key, requests, progress)
-        for site, signs in frozen.items():
+        for site in self.sites:
             rows = first_responses(self._ordered(fit[site]), screened[site], c.responses)
-            frozen[site] = freeze(rows, screened[site], c.frozen // len(self.sites)).join(signs, on="feature", how="left")
+            list_ = freeze(rows, screened[site], c.frozen // len(self.sites))
+            frozen[site] = list_.join(signs[site], on="feature", how="left")
         confirmed = self._confirm(frozen, progress, key)
         for site in self.sites:
             folder = self.folder / "effects" / site
