@@ -249,3 +249,53 @@ def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
         RunFolder(tmp_path / "file", Quiet())
+
+
+def test_the_ranking_of_a_run_answers_both_questions_and_carries_its_controls(done: Path) -> None:
+    for path in (done / "features").glob("*.parquet"):
+        table = pl.read_parquet(path)
+        assert {"mean_removal", "q", "reported", "mean_diff", "q_diff", "prefers", "unrelated", "to_mean"} <= set(
+            table.columns
+        )
+        assert table.filter(pl.col("n") > 0)["unrelated"].null_count() == 0
+        dense = pl.col("flags").list.contains("dense") & (pl.col("n") > 0)
+        assert table.filter(dense)["to_mean"].null_count() == 0
+        assert table.filter(~dense)["to_mean"].is_null().all()
+        apart = pl.col("flags").list.contains("nonspecific") != (pl.col("unrelated") >= 0.5)
+        assert table.filter(apart).height == 0
+        assert (table["mean_diff"].abs() <= (table["diff_low"].abs()).clip(table["diff_high"].abs()) + 1e-9).all()
+
+
+def test_rank_prints_a_ranking_and_removes_features_together(done: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from typer.testing import CliRunner
+
+    from rmscope.cli import app
+
+    copy = tmp_path / "run"
+    shutil.copytree(done, copy)
+    site = min(p.stem for p in (copy / "features").glob("*.parquet"))
+    out = CliRunner().invoke(app, ["rank", str(copy), "--by", "preference", "--site", site, "--interactions", "--json"])
+    assert out.exit_code == 0, out.output
+    (row,) = json.loads(out.stdout)
+    sizes = [(not f["prefers"], -abs(f["mean_diff"])) for f in row["features"]]
+    assert sizes == sorted(sizes)
+    assert "confirm prompts" in row["power"]
+    pairs = pl.read_parquet(copy / "effects" / site / "interactions.parquet")
+    assert pairs.height == len(row["interactions"]) > 0
+    parts = pairs["joint"] - pairs["removal"] - pairs["other_removal"]
+    assert (pairs["interaction"] - parts).abs().max() < 1e-9  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"), [(["--by", "size"], "removal or preference"), (["--site", "embed"], "it has resid")]
+)
+def test_rank_refuses_what_is_not_there(done: Path, flags: list[str], said: str) -> None:
+    from typer.testing import CliRunner
+
+    from rmscope.cli import app
+
+    out = CliRunner().invoke(app, ["rank", str(done), *flags])
+    assert isinstance(out.exception, InputError)
+    assert said in str(out.exception)

@@ -15,12 +15,12 @@ import yaml
 from rmscope.effects import tables
 from rmscope.effects.gradients import METHODS
 from rmscope.effects.ledger import Baseline, baseline, ledger_rows
-from rmscope.effects.ranking import confirm, first_responses, freeze
+from rmscope.effects.ranking import confirm, firing_counts, freeze, preference_signs
 from rmscope.errors import InputError
 from rmscope.files import Progress, silent
 from rmscope.model.packing import units
-from rmscope.model.reward_model import RewardModel
-from rmscope.pairs.pair import SIDES, Pair
+from rmscope.model.reward_model import RewardModel, Scores
+from rmscope.pairs.pair import SIDES, Pair, split_of
 from rmscope.sae.base import Sae
 
 
@@ -114,26 +114,32 @@ def _ledger(
     return tables.ledger_tables(sorted(rows, key=lambda r: r[0]), ids)
 
 
-def rank(effects: pl.DataFrame, pairs: Sequence[Pair], sd: float, frozen: int = 200, seed: int = 0) -> pl.DataFrame:
-    """Ranks features from one effect table that covers the fit and the confirm split of ``pairs``.
+def rank(effects: pl.DataFrame, pairs: Sequence[Pair], scores: Scores, frozen: int = 200, seed: int = 0) -> pl.DataFrame:
+    """Ranks features from one effect table that covers both sides of the fit and the confirm split of ``pairs``.
 
-    The list and its signs are frozen on the fit split, and tested on the confirm split against .05 ``sd`` (SD(Δr)).
-    From estimates the ranking holds for estimates: claim only what was removed exactly.
+    The list and its signs are frozen on the fit split, and tested on the confirm split against .05 SD(Δr), Δr being
+    that of ``scores`` = ``rm.score(pairs)``. Lengths are counted in words. From estimates the ranking holds for estimates:
+    claim only what was removed exactly.
     """
-    from rmscope.pairs.pair import split_of
-
     prompts = {p.id: str(p.meta.get("group", p.first_human_turn())) for p in pairs}
-    length = {p.id: len(p.chosen.split()) - len(p.rejected.split()) for p in pairs}
-    split = {p.id: split_of(p) for p in pairs}
-    table = tables.with_order(effects.filter(pl.col("feature") >= 0), prompts, seed).with_columns(
-        pl.col("pair").replace_strict(split, return_dtype=pl.String).alias("split"),
-        pl.col("pair").replace_strict(length, return_dtype=pl.Int64).alias("length_difference"),
+    of_pair = pl.DataFrame(
+        {
+            "pair": [p.id for p in pairs],
+            "split": [split_of(p) for p in pairs],
+            "length_difference": [len(p.chosen.split()) - len(p.rejected.split()) for p in pairs],
+            "delta": scores.delta.numpy(),
+        }
     )
+    table = tables.with_order(effects.filter(pl.col("feature") >= 0), prompts, seed).join(of_pair, on="pair")
     fit, confirming = table.filter(pl.col("split") == "fit"), table.filter(pl.col("split") == "confirm")
     features = fit["feature"].unique().to_list()
-    list_ = freeze(first_responses(fit, features, fit.height), features, frozen)
-    firing = {int(f): int(n) for f, n in confirming.group_by("feature").agg(pl.col("prompt").n_unique()).iter_rows()}
-    ranked = confirm({"all": list_}, {"all": confirming}, {"all": firing}, sd, seed)["all"]
+    list_ = (
+        freeze(fit, features, frozen)
+        .join(preference_signs(fit), on="feature", how="left")
+        .join(firing_counts(confirming, of_pair.filter(pl.col("split") == "confirm").height), on="feature", how="left")
+        .with_columns(pl.col("prompts", "fire_pairs").fill_null(0))
+    )
+    ranked = confirm({"all": list_}, {"all": confirming}, float(scores.delta.std()), seed)["all"]
     return ranked.drop("length_bound")
 
 

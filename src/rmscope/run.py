@@ -16,23 +16,25 @@ import polars as pl
 from rmscope.activations.harvest import data_identity, harvest
 from rmscope.activations.store import ActivationStore
 from rmscope.config import RunConfig
-from rmscope.effects import tables
+from rmscope.effects import flags, tables
 from rmscope.effects.census import Census, census
 from rmscope.effects.ledger import Baseline, baseline, ledger_rows
 from rmscope.effects.ranking import (
     SCHEMA,
     candidates,
     confirm,
-    ending_features,
+    firing_counts,
     first_responses,
     freeze,
     one_pair_a_prompt,
+    preference_signs,
 )
 from rmscope.effects.trust import trust
 from rmscope.errors import InputError
 from rmscope.files import Progress, write_json, write_table
 from rmscope.folder import Quiet, RunFolder, Shown
 from rmscope.model.preflight import preflight
+from rmscope.model.rendering import PairTokens
 from rmscope.sae import Sae, train_saes
 from rmscope.study import Study
 
@@ -200,81 +202,115 @@ class Run(Study):
     def _remove(self, progress: Progress, key: str) -> None:
         """Screened features and the trust sample on the fit split, then the frozen list on the confirm split."""
         c = self.config
-        requests, trust_rows, screened = {}, {}, {}
+        requests, trust_rows, screened, signs, frozen = {}, {}, {}, {}, {}
         for site in self.sites:
-            table = pl.read_parquet(self.folder / "effects" / site / "estimated.parquet")
-            table = tables.with_order(table, self.prompts, c.seed)
+            table = self._ordered(pl.read_parquet(self.folder / "effects" / site / "estimated.parquet"))
             found = candidates(table, c.screen, c.others, c.seed)
             trust_rows[site] = tables.trust_sample(table, c.trust_responses, c.seed)
             screened[site] = found["up"] + found["down"]
             rows = first_responses(table, [*screened[site], *found["others"]], c.responses)
             columns = ["pair", "side", "feature"]
             requests[site] = pl.concat([rows.select(columns), trust_rows[site].select(columns)])
+            signs[site] = preference_signs(table)
         fit = self._removed("fit", key, requests, progress)
-
-        each = c.frozen // len(self.sites)
-        frozen = {
-            site: freeze(first_responses(self._ordered(fit[site]), screened[site], c.responses), screened[site], each)
-            for site in self.sites
-        }
-        firing = self.on_disk.in_units(
-            "firing",
-            key,
-            self.of_split("confirm"),
-            progress,
-            lambda unit, within: tables.firing_table(self.rm, self.saes, self.tokens, self.ids, unit),
-        )
-        asked = {}
         for site in self.sites:
-            rows = tables.with_order(firing[site], self.prompts, c.seed)
-            asked[site] = one_pair_a_prompt(rows, frozen[site]["feature"].to_list(), c.confirm_prompts)
-        confirmed = self._removed("confirm", key, asked, progress, endings=True)
+            rows = first_responses(self._ordered(fit[site]), screened[site], c.responses)
+            list_ = freeze(rows, screened[site], c.frozen // len(self.sites))
+            frozen[site] = list_.join(signs[site], on="feature", how="left")
+        confirmed = self._confirm(frozen, progress, key)
         for site in self.sites:
             folder = self.folder / "effects" / site
-            ending = ending_features(confirmed[site], firing[site], 2 * len(self.of_split("confirm")))
-            list_ = frozen[site].join(self._firing_prompts(firing[site]), on="feature", how="left").fill_null(0)
-            write_table(folder / "frozen.parquet", list_.with_columns(pl.col("feature").is_in(list(ending)).alias("ending")))
             joined = trust_rows[site].join(fit[site], on=["pair", "side", "feature"], how="inner")
             columns = ["pair", "side", "feature", "prompt", "estimate", "effect", "weight"]
             write_table(folder / "trust.parquet", joined.select(columns))
             write_table(folder / "exact.parquet", pl.concat([fit[site], confirmed[site].drop("ending")]))
-        for part in ("fit", "firing", "confirm"):
+        for part in ("fit", "firing", "confirm", "unrelated", "mean"):
             self.on_disk.drop_parts(part, key)
+
+    def _confirm(self, frozen: dict[str, pl.DataFrame], progress: Progress, key: str) -> dict[str, pl.DataFrame]:
+        """Exact removals of the frozen lists on the confirm split, and the controls; writes each list with its figures."""
+        confirming = self.of_split("confirm")
+        firing = self.on_disk.in_units(
+            "firing",
+            key,
+            confirming,
+            progress,
+            lambda unit, within: tables.firing_table(self.rm, self.saes, self.tokens, self.ids, unit),
+        )
+        ordered = {site: self._ordered(firing[site]) for site in self.sites}
+        asked = {
+            site: one_pair_a_prompt(ordered[site], frozen[site]["feature"].to_list(), self.config.confirm_prompts)
+            for site in self.sites
+        }
+        confirmed = self._removed("confirm", key, asked, progress, endings=True)
+        ends = flags.endings(self.rm, self.tokens, self.ids, confirming)
+        unrelated = self._unrelated(asked, confirmed, progress, key)
+        means = self._to_mean(asked, progress, key)
+        for site, list_ in frozen.items():
+            ending = flags.ending_features(confirmed[site], firing[site], ends)
+            list_ = (
+                list_.join(firing_counts(ordered[site], len(confirming)), on="feature", how="left")
+                .with_columns(pl.col("prompts", "fire_pairs").fill_null(0), pl.col("feature").is_in(ending).alias("ending"))
+                .join(unrelated[site], on="feature", how="left")
+                .join(
+                    means[site].group_by("feature").agg(pl.col("effect").mean().alias("to_mean")), on="feature", how="left"
+                )
+            )
+            write_table(self.folder / "effects" / site / "frozen.parquet", list_)
+        return confirmed
+
+    def _unrelated(
+        self, asked: dict[str, pl.DataFrame], confirmed: dict[str, pl.DataFrame], progress: Progress, key: str
+    ) -> dict[str, pl.DataFrame]:
+        """How far the frozen features move unrelated completions of the prompts that they were confirmed on."""
+        tried = {site: flags.first_pairs(rows) for site, rows in asked.items()}
+        pairs = {i: self.pairs[i] for i in self.of_split("confirm")}
+        wanted = sorted({self.index[p] for rows in tried.values() for p in rows["pair"]})
+        swapped = flags.unrelated(self.rm, pairs, self.prompts, wanted, self.config.seed)
+        tokens, on = [swapped.get(i, t) for i, t in enumerate(self.tokens)], [self.ids[i] for i in swapped]
+        tried = {site: rows.filter(pl.col("pair").is_in(on)) for site, rows in tried.items()}
+        requests = {site: rows.with_columns(pl.lit("chosen").alias("side")) for site, rows in tried.items()}
+        moved = self._removed("unrelated", key, requests, progress, tokens=tokens)
+        return {site: flags.unrelated_share(confirmed[site], moved[site], tried[site]) for site in self.sites}
+
+    def _to_mean(self, asked: dict[str, pl.DataFrame], progress: Progress, key: str) -> dict[str, pl.DataFrame]:
+        """Dense features set to their mean instead of 0, on the same responses."""
+        dense = {s: rows.filter(pl.col("feature").is_in(self.census[s].having("dense"))) for s, rows in asked.items()}
+        means = {site: self.census[site].f_mean for site in self.sites}
+        wanted = tables.plan(dense, self.index)
+
+        def make(unit: list[int], within: Progress) -> dict[str, pl.DataFrame]:
+            part = {p: wanted[p] for p in unit}
+            return flags.mean_table(self.rm, self.saes, means, self.tokens, self.ids, part)
+
+        made = self.on_disk.in_units("mean", key, list(wanted), progress, make)
+        return made or make([], progress)
 
     def _ordered(self, table: pl.DataFrame) -> pl.DataFrame:
         return tables.with_order(table, self.prompts, self.config.seed)
 
-    def _firing_prompts(self, firing: pl.DataFrame) -> pl.DataFrame:
-        """On how many prompts each feature fires."""
-        prompt = pl.col("pair").replace_strict(self.prompts, return_dtype=pl.String)
-        return firing.group_by("feature").agg(prompt.n_unique().alias("prompts"))
-
     def _removed(
-        self, name: str, key: str, requests: dict[str, pl.DataFrame], progress: Progress, endings: bool = False
+        self,
+        name: str,
+        key: str,
+        requests: dict[str, pl.DataFrame],
+        progress: Progress,
+        endings: bool = False,
+        tokens: list[PairTokens] | None = None,
     ) -> dict[str, pl.DataFrame]:
         wanted = tables.plan(requests, self.index)
 
         def make(unit: list[int], within: Progress) -> dict[str, pl.DataFrame]:
             part = {p: wanted[p] for p in unit}
-            return tables.removal_table(self.rm, self.saes, self.tokens, self.ids, part, within, endings)
+            return tables.removal_table(self.rm, self.saes, tokens or self.tokens, self.ids, part, within, endings)
 
-        return self.on_disk.in_units(name, key, list(wanted), progress, make)
+        return self.on_disk.in_units(name, key, list(wanted), progress, make) or make([], progress)
 
     def _rank(self, _progress: Progress, _key: str) -> None:
-        frozen, exact, firing = {}, {}, {}
-        lengths = self.scores.select("pair", "split", (pl.col("n_chosen") - pl.col("n_rejected")).alias("length_difference"))
-        for site in self.sites:
-            folder = self.folder / "effects" / site
-            frozen[site] = pl.read_parquet(folder / "frozen.parquet")
-            firing[site] = dict(frozen[site].select("feature", "prompts").iter_rows())
-            table = pl.read_parquet(folder / "exact.parquet").join(lengths, on="pair").filter(pl.col("split") == "confirm")
-            exact[site] = table.with_columns(
-                pl.col("pair").replace_strict(self.prompts, return_dtype=pl.String).alias("prompt")
-            )
-        ranked = confirm(frozen, exact, firing, self.sd, self.config.seed)
+        frozen = {s: pl.read_parquet(self.folder / "effects" / s / "frozen.parquet") for s in self.sites}
+        ranked = confirm(frozen, {site: self.confirmed(site) for site in self.sites}, self.sd, self.config.seed)
         for site, table in ranked.items():
-            ending = set(frozen[site].filter(pl.col("ending"))["feature"])
-            write_table(self.folder / "features" / f"{site}.parquet", self._described(site, table, ending))
+            write_table(self.folder / "features" / f"{site}.parquet", self._described(site, table, frozen[site]))
             rows = pl.read_parquet(self.folder / "effects" / site / "trust.parquet").with_columns(
                 (pl.col("pair") + "/" + pl.col("side")).alias("response")
             )
@@ -283,24 +319,34 @@ class Run(Study):
                 trust(rows, self.sd, self.noise_floor).as_dict(),
             )
 
+    def confirmed(self, site: str) -> pl.DataFrame:
+        """Exact removals on the confirm split, with each pair's prompt, Δr (delta) and length difference in tokens."""
+        lengths = (pl.col("n_chosen") - pl.col("n_rejected")).alias("length_difference")
+        scores = self.scores.filter(pl.col("split") == "confirm").select("pair", "delta", lengths)
+        prompt = pl.col("pair").replace_strict(self.prompts, return_dtype=pl.String).alias("prompt")
+        exact = pl.read_parquet(self.folder / "effects" / site / "exact.parquet")
+        return exact.join(scores, on="pair").with_columns(prompt)
+
     @property
     def noise_floor(self) -> float:
         return float(self.preflight.noise_floor)
 
-    def _described(self, site: str, table: pl.DataFrame, ending: set[int]) -> pl.DataFrame:
-        """Adds firing rates, flags and an empty label."""
-        counted = self.census[site]
-        features = table["feature"].to_list()
-        flags = [
-            counted.flags_of(f) + ["length"] * bound + ["ending"] * (f in ending)
-            for f, bound in zip(features, table["length_bound"], strict=True)
-        ]
+    def _described(self, site: str, table: pl.DataFrame, frozen: pl.DataFrame) -> pl.DataFrame:
+        """Adds firing rates, what the controls found, flags and an empty label."""
+        table = table.join(frozen.select("feature", "ending", "unrelated", "to_mean"), on="feature", how="left")
+        features, counted = table["feature"].to_list(), self.census[site]
+        found = {
+            "length": table["length_bound"],
+            "ending": table["ending"],
+            "nonspecific": (table["unrelated"] >= flags.NONSPECIFIC).fill_null(False),
+        }
+        named = [counted.flags_of(f) + [name for name, has in found.items() if has[i]] for i, f in enumerate(features)]
         rates = ("fire_prompt", "fire_chosen", "fire_rejected")
         return table.with_columns(
             *(pl.Series(name, getattr(counted, name)[features], dtype=pl.Float64) for name in rates),
-            pl.Series("flags", flags, dtype=pl.List(pl.String)),
+            pl.Series("flags", named, dtype=pl.List(pl.String)),
             pl.lit(None, dtype=pl.String).alias("label"),
-        ).select([*(c for c in SCHEMA if c != "length_bound"), *rates, "flags", "label"])
+        ).select([*(c for c in SCHEMA if c != "length_bound"), *rates, "unrelated", "to_mean", "flags", "label"])
 
     def baseline(self, site: str) -> Baseline:
         return baseline(self.saes[site], "mean", self.census[site].f_mean, self.census[site].x_mean)

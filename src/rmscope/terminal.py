@@ -84,7 +84,8 @@ def closing(data: dict[str, Any], report: str) -> None:
     )
     for site in data["sites"]:
         table = Table(
-            title=f"{site['site']}: {site['reported']} of {site['frozen']} frozen features reported (q < .05)",
+            title=f"{site['site']}: {site['reported']} of {site['frozen']} frozen features reported (q < .05), "
+            f"{site['flagged']} of them with a flag",
             title_justify="left",
         )
         for name in ("rank", "feature", "mean removal", "95 % interval", "q", "fires on"):

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rmscope
 from rmscope.effects.ranking import (
     BOUND,
     ELIGIBLE_PROMPTS,
     candidates,
     confirm,
+    firing_counts,
     first_responses,
     freeze,
     one_pair_a_prompt,
     power,
+    power_statement,
+    preference_signs,
 )  # fmt: skip
+from rmscope.effects.statistics import flip_matrix, sign_flip_p
+from rmscope.model.reward_model import Scores
+from rmscope.pairs.pair import Pair, split_of
 
 
 def firings(rng: np.random.Generator, features: int, prompts: int, pairs: int, rate: float) -> pl.DataFrame:
@@ -120,17 +130,35 @@ def test_freezing_keeps_the_largest_with_their_sign() -> None:
     assert frozen["fit_removal"].to_list() == pytest.approx([-1.5, 0.6])
 
 
-def measured(effects: dict[int, np.ndarray], lengths: np.ndarray | None = None, side: str = "chosen") -> pl.DataFrame:
+def measured(
+    effects: dict[int, np.ndarray],
+    lengths: np.ndarray | None = None,
+    side: str = "chosen",
+    deltas: np.ndarray | None = None,
+) -> pl.DataFrame:
+    n = max(values.size for values in effects.values())
+    lengths = np.arange(n) % 7 - 3 if lengths is None else lengths
+    deltas = np.random.default_rng(5).normal(size=n) if deltas is None else deltas
     rows = [
-        (f"pair{i}", f"p{i}", side, f, float(e), int(lengths[i]) if lengths is not None else i % 7 - 3)
+        (f"pair{i}", f"p{i}", side, f, float(e), float(deltas[i]), int(lengths[i]))
         for f, values in effects.items()
         for i, e in enumerate(values)
     ]
-    return pl.DataFrame(rows, schema=["pair", "prompt", "side", "feature", "effect", "length_difference"], orient="row")
+    columns = ["pair", "prompt", "side", "feature", "effect", "delta", "length_difference"]
+    return pl.DataFrame(rows, schema=columns, orient="row")
 
 
-def frozen(signs: dict[int, int]) -> pl.DataFrame:
-    return pl.DataFrame({"feature": list(signs), "sign": list(signs.values())})
+def frozen(
+    signs: dict[int, int], prompts: dict[int, int] | None = None, sign_diff: int = 1, fire_pairs: float = 1.0
+) -> pl.DataFrame:
+    rows = [(f, sign, sign_diff, (prompts or {}).get(f, 40), fire_pairs) for f, sign in signs.items()]
+    kinds = {"feature": pl.Int64, "sign": pl.Int64, "sign_diff": pl.Int64, "prompts": pl.Int64, "fire_pairs": pl.Float64}
+    return pl.DataFrame(rows, schema=kinds, orient="row")
+
+
+def ranked(list_: pl.DataFrame, exact: pl.DataFrame, sd: float = 1.0, seed: int = 0) -> dict[int, dict]:
+    table = confirm({"s": list_}, {"s": exact}, sd, seed)["s"]
+    return {row["feature"]: row for row in table.iter_rows(named=True)}
 
 
 def test_what_is_reported_and_what_is_not() -> None:
@@ -144,8 +172,8 @@ def test_what_is_reported_and_what_is_not() -> None:
         5: around(0.0, spread=1.0), 7: around(0.9, 3),
     }  # fmt: skip
     signs = {0: 1, 1: -1, 2: -1, 3: 1, 4: 1, 5: 1, 6: 1, 7: 1}
-    firing = dict.fromkeys(range(8), 40) | {4: ELIGIBLE_PROMPTS - 1}
-    table = confirm({"s": frozen(signs)}, {"s": measured(effects)}, {"s": firing}, 1.0, 0)["s"]
+    list_ = frozen(signs, {4: ELIGIBLE_PROMPTS - 1})
+    table = confirm({"s": list_}, {"s": measured(effects)}, 1.0, 0)["s"]
     rows = {r["feature"]: r for r in table.iter_rows(named=True)}
     assert {f for f, r in rows.items() if r["reported"]} == {0, 1}
     assert rows[2]["q"] > 0.9  # the sign it was frozen with is the other one
@@ -166,41 +194,65 @@ def test_what_is_reported_and_what_is_not() -> None:
 def test_the_bound_is_in_sd_of_the_reward_difference() -> None:
     effects = {0: np.full(40, 0.5) + 0.01 * np.random.default_rng(0).normal(size=40)}
     for sd, reported in ((1.0, True), (0.45 / BOUND, True), (0.55 / BOUND, False)):
-        table = confirm({"s": frozen({0: 1})}, {"s": measured(effects)}, {"s": {0: 40}}, sd, 0)["s"]
-        assert table["reported"].to_list() == [reported]
+        assert ranked(frozen({0: 1}), measured(effects), sd)[0]["reported"] == reported
 
 
 def test_a_prompts_two_sides_are_one_measurement() -> None:
     chosen, rejected = measured({0: np.full(30, 0.4)}), measured({0: np.full(30, 0.1)}, side="rejected")
-    table = confirm({"s": frozen({0: 1})}, {"s": pl.concat([chosen, rejected])}, {"s": {0: 30}}, 1.0, 0)["s"]
-    row = table.row(0, named=True)
+    row = ranked(frozen({0: 1}), pl.concat([chosen, rejected]))[0]
     assert row["n"] == 30
     assert row["mean_removal"] == pytest.approx(0.25)
     assert row["mean_diff"] == pytest.approx(0.3)  # R chosen - R rejected
 
 
 def test_a_feature_of_the_rejected_side_alone_has_a_negative_difference() -> None:
-    table = confirm({"s": frozen({0: 1})}, {"s": measured({0: np.full(30, 0.4)}, side="rejected")}, {"s": {0: 30}}, 1.0, 0)[
-        "s"
-    ]
-    assert table.row(0, named=True)["mean_diff"] == pytest.approx(-0.4)
+    row = ranked(frozen({0: 1}), measured({0: np.full(30, 0.4)}, side="rejected"))[0]
+    assert row["mean_diff"] == pytest.approx(-0.4)
+
+
+def test_driving_reward_and_driving_preference_are_two_questions() -> None:
+    """0 fires alike on both sides, 1 on the chosen side alone, 2 there too and was frozen with the other sign."""
+    rng = np.random.default_rng(0)
+    effects = {f: 0.5 + 0.05 * rng.normal(size=40) for f in range(3)}
+    both = [measured(effects), measured({0: effects[0] + 0.02 * rng.normal(size=40)}, side="rejected")]
+    list_ = frozen(dict.fromkeys(range(3), 1)).with_columns(pl.Series("sign_diff", [1, 1, -1]))
+    rows = ranked(list_, pl.concat(both))
+    assert [rows[f]["reported"] for f in range(3)] == [True, True, True]
+    assert [rows[f]["prefers"] for f in range(3)] == [False, True, False]
+    assert rows[1]["diff_low"] < rows[1]["mean_diff"] < rows[1]["diff_high"]
+
+
+def test_pairs_where_a_feature_is_silent_count_as_0_in_its_mean_difference() -> None:
+    """60 prompts of two pairs each; it fires in one pair of every second prompt, on the chosen side, with effect .4."""
+    rows = [(f"{p}-0", f"p{p}", "chosen", 0, 0.4, 0.1 * (p % 5), p % 3) for p in range(0, 60, 2)]
+    columns = ["pair", "prompt", "side", "feature", "effect", "delta", "length_difference"]
+    exact = pl.DataFrame(rows, schema=columns, orient="row")
+    counts = firing_counts(exact, pairs=120)
+    assert counts.rows() == [(0, 30, 0.25)]
+    list_ = frozen({0: 1}).drop("prompts", "fire_pairs").join(counts, on="feature")
+    row = ranked(list_, exact)[0]
+    differences = [0.4 if (p % 2, i) == (0, 0) else 0.0 for p in range(60) for i in range(2)]
+    assert row["mean_diff"] == pytest.approx(np.mean(differences))
+    assert row["mean_removal"] == pytest.approx(0.4)
+
+
+def test_the_sign_of_a_preference_is_that_of_chosen_minus_rejected() -> None:
+    rows = [("a", "chosen", 0, 1.0), ("a", "rejected", 0, 3.0), ("b", "chosen", 0, 1.5), ("b", "rejected", 1, -2.0)]
+    found = preference_signs(pl.DataFrame(rows, schema=["pair", "side", "feature", "effect"], orient="row"))
+    assert found.sort("feature").rows() == [(0, -1), (1, 1)]
 
 
 def test_q_runs_over_the_lists_of_all_sites() -> None:
     rng = np.random.default_rng(0)
     effects = {0: 0.05 + 0.3 * rng.normal(size=30) + 0.12}
     noise = {f: 0.3 * rng.normal(size=30) for f in range(60)}
-    alone = confirm({"a": frozen({0: 1})}, {"a": measured(effects)}, {"a": {0: 30}}, 1.0, 0)
-    both = confirm(
-        {"a": frozen({0: 1}), "b": frozen(dict.fromkeys(range(60), 1))},
-        {"a": measured(effects), "b": measured(noise)},
-        {"a": {0: 30}, "b": dict.fromkeys(range(60), 30)},
-        1.0,
-        0,
-    )
+    alone = confirm({"a": frozen({0: 1})}, {"a": measured(effects)}, 1.0, 0)
+    lists = {"a": frozen({0: 1}), "b": frozen(dict.fromkeys(range(60), 1))}
+    both = confirm(lists, {"a": measured(effects), "b": measured(noise)}, 1.0, 0)
     assert set(both) == {"a", "b"}
     assert both["b"].height == 60
     assert both["a"]["q"][0] > 2 * alone["a"]["q"][0]
+    assert both["a"]["q_diff"][0] > 2 * alone["a"]["q_diff"][0]
 
 
 def test_noise_is_seldom_reported() -> None:
@@ -210,8 +262,8 @@ def test_noise_is_seldom_reported() -> None:
         rng = np.random.default_rng(seed)
         effects = {f: rng.normal(size=25) * rng.exponential() for f in range(30)}
         signs = {f: int(rng.choice([-1, 1])) for f in range(30)}
-        table = confirm({"s": frozen(signs)}, {"s": measured(effects)}, {"s": dict.fromkeys(range(30), 25)}, 1.0, seed)["s"]
-        runs.append(table["reported"].any())
+        table = confirm({"s": frozen(signs)}, {"s": measured(effects)}, 1.0, seed)["s"]
+        runs.append(table["reported"].any() or table["prefers"].any())
     assert sum(runs) <= 2
 
 
@@ -219,21 +271,78 @@ def test_a_difference_that_length_explains_is_flagged_and_another_is_not() -> No
     rng = np.random.default_rng(0)
     length = rng.integers(5, 60, size=40)
     by_length, steady = 0.01 * length, 0.3 + 0.01 * rng.normal(size=40)
-    exact = measured({0: by_length, 1: steady}, length)
-    table = confirm({"s": frozen({0: 1, 1: 1})}, {"s": exact}, {"s": {0: 40, 1: 40}}, 1.0, 0)["s"]
-    rows = {r["feature"]: r for r in table.iter_rows(named=True)}
+    rows = ranked(frozen({0: 1, 1: 1}), measured({0: by_length, 1: steady}, length))
     assert rows[0]["length_bound"]
     assert not rows[1]["length_bound"]
     assert rows[0]["length_corr"] == pytest.approx(1.0)
     assert abs(rows[1]["length_corr"]) < 0.4
 
 
+def test_the_length_correlation_is_what_is_left_when_the_reward_difference_is_known() -> None:
+    """Feature 0 follows Δr, and Δr follows length: of itself it has nothing to do with length. Feature 1 has."""
+    rng = np.random.default_rng(1)
+    length = rng.integers(-40, 40, size=200)
+    delta = length / 20 + rng.normal(size=200)
+    effects = {0: 0.3 * delta + 0.2 * rng.normal(size=200), 1: 0.3 * delta + 0.02 * length}
+    rows = ranked(frozen({0: 1, 1: 1}), measured(effects, length, deltas=delta))
+    assert abs(rows[0]["length_corr"]) < 0.15 < 0.5 < np.corrcoef(effects[0], length)[0, 1]
+    assert rows[1]["length_corr"] == pytest.approx(1.0)
+
+
 def test_nothing_frozen_gives_an_empty_ranking() -> None:
-    table = confirm({"s": frozen({}).cast(pl.Int64)}, {"s": measured({0: np.ones(3)})}, {"s": {}}, 1.0, 0)["s"]
+    table = confirm({"s": frozen({})}, {"s": measured({0: np.ones(3)})}, 1.0, 0)["s"]
     assert table.height == 0
     assert "mean_removal" in table.columns
 
 
-def test_with_more_prompts_smaller_effects_become_visible() -> None:
-    assert power(1.0, 100, 2.0) == pytest.approx(0.1 + 0.25)
-    assert power(1.0, 400, 2.0) < power(1.0, 100, 2.0)
+@pytest.mark.parametrize(("prompts", "tests", "hits"), [(24, 1, 1), (24, 40, 1), (120, 200, 1), (40, 60, 20)])
+def test_an_effect_as_large_as_the_power_says_is_reported_four_times_in_five(prompts: int, tests: int, hits: int) -> None:
+    """The smallest p that passes is .05 hits / tests, ``hits`` counting the feature itself: the others are left out."""
+    spread, rng = 0.4, np.random.default_rng(0)
+    least, signs = power(spread, prompts, 1.0, tests, hits), flip_matrix(prompts, 3)
+    seen = {}
+    for size in (least, BOUND + (least - BOUND) / 2):
+        drawn = size + spread * rng.normal(size=(150, prompts))
+        seen[size] = np.mean([sign_flip_p(values - BOUND, signs) <= 0.05 * hits / tests for values in drawn])
+    large, half = seen.values()
+    assert 0.7 < large < 0.9
+    assert half < 0.45
+
+
+def test_with_more_prompts_smaller_effects_become_visible_and_with_too_few_none() -> None:
+    assert power(1.0, 400, 2.0, 100) < power(1.0, 100, 2.0, 100) < power(1.0, 24, 2.0, 100)
+    assert power(1.0, 100, 2.0, 200) > power(1.0, 100, 2.0, 200, hits=50)
+    assert power(1.0, 10, 2.0, 200) == float("inf")
+
+
+def test_the_power_statement_names_prompts_and_effect() -> None:
+    rng = np.random.default_rng(0)
+    exact = measured({f: 0.5 * rng.normal(size=120) for f in range(8)})
+    table = confirm({"s": frozen(dict.fromkeys(range(8), 1))}, {"s": exact}, 2.0, 0)["s"]
+    said = re.search(
+        r"With 120 confirm prompts a feature, mean removals below about (\S+) reward", power_statement(table, 2.0)
+    )
+    assert said is not None
+    assert float(said[1]) == pytest.approx(power(0.5, 120, 2.0, 8), rel=0.1)
+    few = confirm({"s": frozen({0: 1}, {0: 19})}, {"s": exact}, 2.0, 0)["s"]
+    assert "No feature fires on 20 confirm prompts" in power_statement(few, 2.0)
+
+
+def test_one_table_of_effects_is_frozen_on_one_half_and_confirmed_on_the_other() -> None:
+    """``rmscope.rank``: feature 0 raises reward on both sides, 1 on the chosen one alone, 2 not at all."""
+    rng = np.random.default_rng(0)
+    pairs = [Pair(f"pair{i}", [{"role": "user", "content": f"Question {i}?"}], "Yes, it is.", "No.") for i in range(240)]
+    rows = [
+        (p.id, side, f, float(size + 0.02 * rng.normal()))
+        for p in pairs
+        for side in ("chosen", "rejected")
+        for f, size in ((0, 0.5), (1, 0.6), (2, 0.0))
+        if f != 1 or side == "chosen"
+    ]
+    effects = pl.DataFrame(rows, schema=["pair", "side", "feature", "effect"], orient="row")
+    deltas = torch.randn(240, generator=torch.Generator().manual_seed(0))
+    table = rmscope.rank(effects, pairs, Scores(deltas, torch.zeros(240))).sort("feature")
+    assert table["reported"].to_list() == [True, True, False]
+    assert table["prefers"].to_list() == [False, True, False]
+    assert table["fire_pairs"].to_list() == [1.0, 1.0, 1.0]
+    assert table["n"].to_list() == [sum(split_of(p) == "confirm" for p in pairs)] * 3

@@ -39,6 +39,10 @@ class Census:
     def flags_of(self, feature: int) -> list[str]:
         return [name for name, has in self.flags.items() if has[feature]]
 
+    def having(self, flag: str) -> list[int]:
+        """The features with a flag."""
+        return [int(j) for j in np.flatnonzero(self.flags[flag])]
+
     def top_tokens(self, feature: int, decode: Callable[[int], str], n: int = 5) -> list[tuple[str, float]]:
         """(token text, its share of the feature's activation), largest first; equal texts are joined."""
         column = self.by_token[:, feature].tocoo()

@@ -1,9 +1,15 @@
-"""Ranking: which features drive reward, proven on prompts that had no part in choosing them.
+"""Ranking: which features drive reward and which drive preference, on prompts that had no part in choosing them.
 
 Fit split: the screen proposes candidates, exact removal on a few responses each freezes at most 200 features of a run
-with their sign. Confirm split: exact removal again; zero is the wrong null where noise is nearly nil, so the test is
+with their signs. Confirm split: exact removal again; zero is the wrong null where noise is nearly nil, so the test is
 one-sided against .05 SD(Δr) in the frozen sign, by sign flips per prompt (the same flips for all features), with
 Benjamini-Hochberg q over the frozen list (METHOD, "Ranking a feature").
+
+Two questions, two columns. *Drives reward*: the mean of R_j where it fires (``mean_removal``, ``q``, ``reported``); no
+label enters it. *Drives preference*: D_j = R_j chosen - R_j rejected (``mean_diff``, ``q_diff``, ``prefers``), whose sign
+is frozen on the fit split from estimates, which cover both sides of every pair. ``mean_diff`` is the mean over all pairs,
+those where the feature is silent with their 0; the test asks it of the pairs where the feature fires, against the same
+bound. Turn the labels over at random and the sign of every D_j is a coin's: then nothing may be found to drive preference.
 """
 
 from __future__ import annotations
@@ -12,12 +18,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import polars as pl
+from scipy import stats
 
 from rmscope.effects.statistics import (
     benjamini_hochberg,
-    correlation,
     flip_matrix,
     mean_interval,
+    partial_correlation,
     sign_flip_p,
 )
 
@@ -109,51 +116,70 @@ def freeze(exact: pl.DataFrame, screened: Sequence[int], most: int) -> pl.DataFr
     )
 
 
+def preference_signs(effects: pl.DataFrame) -> pl.DataFrame:
+    """(feature, sign_diff): the sign of the summed R_j chosen - R_j rejected; effects of both sides of every pair, estimates
+    as a rule."""
+    signed = pl.when(pl.col("side") == "chosen").then(pl.col("effect")).otherwise(-pl.col("effect"))
+    return (
+        effects.sort("pair", "side", "feature")
+        .group_by("feature", maintain_order=True)
+        .agg(signed.cast(pl.Float64).sum().sign().cast(pl.Int8).alias("sign_diff"))
+    )
+
+
+def firing_counts(firing: pl.DataFrame, pairs: int) -> pl.DataFrame:
+    """(feature, prompts on which it fires, fire_pairs: the share of ``pairs`` where it fires on a side at least)."""
+    return firing.group_by("feature").agg(
+        pl.col("prompt").n_unique().alias("prompts"), (pl.col("pair").n_unique() / pairs).alias("fire_pairs")
+    )
+
+
 def confirm(
-    frozen: Mapping[str, pl.DataFrame],
-    exact: Mapping[str, pl.DataFrame],
-    prompts_firing: Mapping[str, Mapping[int, int]],
-    sd: float,
-    seed: int,
+    frozen: Mapping[str, pl.DataFrame], exact: Mapping[str, pl.DataFrame], sd: float, seed: int, bound: float = BOUND
 ) -> dict[str, pl.DataFrame]:
     """The ranking of each site from exact removals on the confirm split.
 
     Args:
-        frozen: per site, the list of :func:`freeze`.
-        exact: per site, columns pair, prompt, side, feature, effect, length_difference (chosen - rejected, tokens).
-        prompts_firing: per site, the number of confirm prompts on which each feature fires.
+        frozen: per site, the list of :func:`freeze` with sign_diff (:func:`preference_signs`), prompts and fire_pairs
+            (:func:`firing_counts`, on the confirm split).
+        exact: per site, columns pair, prompt, side, feature, effect, delta (Δr), length_difference (chosen - rejected,
+            tokens); both sides of a pair where the feature fires on both.
         sd: SD(Δr).
 
     Returns:
-        Per site a row a frozen feature: feature, rank (by |mean removal|, reported first), reported, mean_removal,
-        ci_low, ci_high, q, n (prompts measured), mean_diff, sign_consistency, length_corr, eligible, prompts.
-        q runs over the frozen lists of all sites together.
+        Per site a row a frozen feature, with the columns of ``SCHEMA``; rank by |mean removal|, reported first. q and
+        q_diff run over the frozen lists of all sites together. ``length_corr`` is the correlation of D_j with the length
+        difference given Δr: whether the feature goes with length among pairs that the PM holds equally far apart.
     """
     prompts = sorted({p for table in exact.values() for p in table["prompt"].unique().to_list()})
     place = {p: i for i, p in enumerate(prompts)}
     signs = flip_matrix(len(prompts), seed)
     rows: list[dict[str, object]] = []
     for site, list_ in frozen.items():
-        by_feature = {int(k[0]): part for k, part in exact[site].group_by("feature")}  # type: ignore[call-overload]
-        for feature, sign in list_.select("feature", "sign").iter_rows():
-            firing = prompts_firing[site].get(feature, 0)
-            row: dict[str, object] = {"site": site, "feature": feature, "sign": sign, "prompts": firing}
-            rows.append(row | _confirmed(by_feature.get(feature), int(sign), place, signs, sd))
+        measured = {int(k[0]): part for k, part in _by_prompt(exact[site]).group_by("feature", maintain_order=True)}  # type: ignore[call-overload]
+        for one in list_.iter_rows(named=True):
+            kept = {name: one[name] for name in ("feature", "sign", "prompts", "fire_pairs")}
+            rows.append({"site": site, **kept, **_confirmed(measured.get(one["feature"]), one, place, signs, bound * sd)})
     if not rows:
         return {site: pl.DataFrame(schema=SCHEMA) for site in frozen}
-    q = benjamini_hochberg(np.array([r["p"] for r in rows], dtype=float))
-    for r, value in zip(rows, q, strict=True):
-        r["q"] = float(value)
-        r["eligible"] = int(r["prompts"]) >= ELIGIBLE_PROMPTS  # type: ignore[call-overload]
-        r["reported"] = bool(r["eligible"] and value < Q)
-    table = pl.DataFrame(rows, infer_schema_length=None)
+    table = pl.DataFrame(rows, infer_schema_length=None).with_columns(
+        pl.Series("q", benjamini_hochberg(np.array([r["p"] for r in rows], dtype=float))),
+        pl.Series("q_diff", benjamini_hochberg(np.array([r["p_diff"] for r in rows], dtype=float))),
+        (pl.col("prompts") >= ELIGIBLE_PROMPTS).alias("eligible"),
+    )
+    table = table.with_columns(
+        (pl.col("eligible") & (pl.col("q") < Q)).alias("reported"),
+        (pl.col("eligible") & (pl.col("q_diff") < Q)).alias("prefers"),
+    )
     return {site: _ranked(table.filter(pl.col("site") == site)) for site in frozen}
 
 
 SCHEMA = {
     "feature": pl.Int32, "rank": pl.Int32, "reported": pl.Boolean, "mean_removal": pl.Float64, "ci_low": pl.Float64,
-    "ci_high": pl.Float64, "q": pl.Float64, "n": pl.Int32, "mean_diff": pl.Float64, "sign_consistency": pl.Float64,
+    "ci_high": pl.Float64, "q": pl.Float64, "n": pl.Int32, "prefers": pl.Boolean, "mean_diff": pl.Float64,
+    "diff_low": pl.Float64, "diff_high": pl.Float64, "q_diff": pl.Float64, "sign_consistency": pl.Float64,
     "length_corr": pl.Float64, "length_bound": pl.Boolean, "eligible": pl.Boolean, "prompts": pl.Int32,
+    "fire_pairs": pl.Float64,
 }  # fmt: skip
 
 
@@ -165,64 +191,91 @@ def _ranked(table: pl.DataFrame) -> pl.DataFrame:
     )
 
 
+def _by_prompt(exact: pl.DataFrame) -> pl.DataFrame:
+    """A row a feature and prompt: the mean removal over its responses, D_j over its pairs, signs of R_j counted."""
+    effect, chosen = pl.col("effect").cast(pl.Float64), pl.col("side") == "chosen"
+    pairs = (
+        exact.sort("feature", "prompt", "pair", "side")
+        .group_by("feature", "prompt", "pair", maintain_order=True)
+        .agg(
+            effect.sum().alias("total"),
+            pl.when(chosen).then(effect).otherwise(-effect).sum().alias("d"),
+            (effect > 0).sum().alias("up"),
+            (effect < 0).sum().alias("down"),
+            pl.len().alias("responses"),
+            pl.col("delta", "length_difference").first().cast(pl.Float64),
+        )
+    )
+    return pairs.group_by("feature", "prompt", maintain_order=True).agg(
+        (pl.col("total").sum() / pl.col("responses").sum()).alias("removal"),
+        pl.col("up", "down", "responses").sum(),
+        pl.col("d", "delta", "length_difference").mean(),
+    )
+
+
 def _confirmed(
-    part: pl.DataFrame | None, sign: int, place: Mapping[str, int], signs: np.ndarray, sd: float
+    part: pl.DataFrame | None, one: Mapping[str, object], place: Mapping[str, int], signs: np.ndarray, bound: float
 ) -> dict[str, object]:
-    """One feature's figures; a feature without a measurement has p = 1."""
-    if part is None or part.height == 0:
-        nothing = float("nan")
+    """One frozen feature's figures, from one row a prompt; a feature without a measurement has p = 1."""
+    nothing = float("nan")
+    if part is None:
         return {
             "mean_removal": 0.0, "ci_low": nothing, "ci_high": nothing, "p": 1.0, "n": 0, "mean_diff": 0.0,
-            "sign_consistency": 0.0, "length_corr": 0.0, "length_bound": False,
+            "diff_low": nothing, "diff_high": nothing, "p_diff": 1.0, "sign_consistency": 0.0, "length_corr": 0.0,
+            "length_bound": False,
         }  # fmt: skip
-    by_prompt = part.group_by("prompt").agg(pl.col("effect").mean()).sort("prompt")
-    values = by_prompt["effect"].to_numpy().astype(float)
-    columns = [place[p] for p in by_prompt["prompt"]]
-    low, high = mean_interval(values)
-    difference = (
-        part.with_columns(pl.when(pl.col("side") == "chosen").then(pl.col("effect")).otherwise(-pl.col("effect")).alias("d"))
-        .group_by("pair")
-        .agg(pl.col("d").sum(), pl.col("length_difference").first())
-        .sort("pair")
-    )
-    d, length = difference["d"].to_numpy().astype(float), difference["length_difference"].to_numpy().astype(float)
+    removal, d, delta, length = (part[c].to_numpy() for c in ("removal", "d", "delta", "length_difference"))
+    flips = signs[:, [place[p] for p in part["prompt"]]]
+    sign, sign_diff, share = int(one["sign"]), int(one["sign_diff"]), float(one["fire_pairs"])  # type: ignore[call-overload, arg-type]
+    low, high = mean_interval(removal)
+    diff_low, diff_high = mean_interval(d)
     return {
-        "mean_removal": float(values.mean()),
+        "mean_removal": float(removal.mean()),
         "ci_low": low,
         "ci_high": high,
-        "p": sign_flip_p(sign * values - BOUND * sd, signs[:, columns]),
-        "n": values.size,
-        "mean_diff": float(d.mean()),
-        "sign_consistency": float((np.sign(part["effect"].to_numpy()) == sign).mean()),
-        "length_corr": correlation(d, length),
+        "p": sign_flip_p(sign * removal - bound, flips),
+        "n": removal.size,
+        "mean_diff": share * float(d.mean()),
+        "diff_low": share * diff_low,
+        "diff_high": share * diff_high,
+        "p_diff": sign_flip_p(sign_diff * d - bound, flips),
+        "sign_consistency": int(part["up" if sign > 0 else "down"].sum()) / int(part["responses"].sum()),
+        "length_corr": partial_correlation(d, length, delta),
         "length_bound": length_bound(d, length),
     }
 
 
 def length_bound(d: np.ndarray, length: np.ndarray) -> bool:
-    """Whether D_j loses half of its mean once it is regressed on the length difference (the flag ``length``)."""
+    """Whether D_j, where it fires, loses half of its mean once regressed on the length difference (the flag ``length``)."""
     if d.size < 5 or length.std() == 0 or d.mean() == 0:
         return False
     slope = np.cov(d, length, bias=True)[0, 1] / length.var()
     return bool(abs(d.mean() - slope * length.mean()) < 0.5 * abs(d.mean()))
 
 
-ENDING, ENDING_SHARE = 0.8, 0.5
-"""A feature is flagged ``ending`` when this share of |R| comes from the endings and it fires on this share of them."""
+def power(spread: float, prompts: int, sd: float, tests: int, hits: int = 1) -> float:
+    """The mean removal that is reported four times in five, in units of reward: smaller effects mostly stay invisible.
 
-
-def ending_features(confirmed: pl.DataFrame, firing: pl.DataFrame, responses: int) -> set[int]:
-    """Features that say that the text ended: >= 80 % of |R| comes from final punctuation and template tokens, and they
-    fire on the ending of at least half of all ``responses``, so completions with the same ending move too.
-
-    ``confirmed`` has the columns feature, effect, ending (the effect of removal from the ending alone); ``firing`` has
-    feature, ending (the activation there), a row a response.
+    ``spread`` is the SD of a feature's effect over prompts, ``prompts`` the number it is measured on, ``hits`` the number
+    reported of ``tests`` frozen: the last one of them passes at p = .05 hits / tests. Sign flips keep Σ v², so their normal
+    deviate z is t / sqrt(1 + t² / n); inf where no effect can pass with so few prompts.
     """
-    share = confirmed.group_by("feature").agg((pl.col("ending").abs().sum() / pl.col("effect").abs().sum()).alias("share"))
-    often = firing.filter(pl.col("ending") > 0).group_by("feature").len().filter(pl.col("len") >= ENDING_SHARE * responses)
-    return set(share.filter(pl.col("share") >= ENDING)["feature"]) & set(often["feature"])
+    z = float(stats.norm.isf(Q * min(max(hits, 1), tests) / max(tests, 1)))
+    if z * z >= prompts:
+        return float("inf")
+    t = z / (1 - z * z / prompts) ** 0.5
+    return BOUND * sd + (t + float(stats.norm.ppf(0.8))) * spread / prompts**0.5
 
 
-def power(effects_sd: float, prompts: int, sd: float) -> float:
-    """The mean removal below which a feature stays invisible: bound plus 2.5 standard errors, in units of reward."""
-    return BOUND * sd + 2.5 * effects_sd / max(1, prompts) ** 0.5
+def power_statement(ranked: pl.DataFrame, sd: float) -> str:
+    """What a site's ranking could see, from its own spread: the median over its measured features."""
+    measured = ranked.filter((pl.col("n") > 1) & pl.col("eligible"))
+    if not measured.height:
+        return f"No feature fires on {ELIGIBLE_PROMPTS} confirm prompts, so none could be reported; give more prompts."
+    spread = ((pl.col("ci_high") - pl.col("ci_low")) / 3.92 * pl.col("n").sqrt()).median()
+    prompts, typical = int(measured["n"].median()), float(measured.select(spread).item())  # type: ignore[arg-type]
+    least = power(typical, prompts, sd, ranked.height, int(ranked["reported"].sum()))
+    return (
+        f"With {prompts} confirm prompts a feature, mean removals below about {least:.2g} reward are invisible (one of that "
+        f"size is reported 4 times in 5; no effect below the bound of {BOUND * sd:.2g} is)."
+    )

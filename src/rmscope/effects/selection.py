@@ -20,8 +20,9 @@ from torch import Tensor
 
 from rmscope.activations.store import REGIONS, ActivationStore
 from rmscope.effects.census import DENSE
+from rmscope.effects.flags import ENDING
 from rmscope.effects.ledger import Path
-from rmscope.effects.ranking import ENDING, length_bound
+from rmscope.effects.ranking import length_bound
 from rmscope.effects.statistics import Array
 from rmscope.files import Progress, silent
 from rmscope.model.rendering import PairTokens

@@ -89,3 +89,15 @@ def correlation(a: Array, b: Array) -> float:
     if a.size < 3 or a.std() == 0 or b.std() == 0:
         return 0.0
     return float(np.corrcoef(a, b)[0, 1])
+
+
+def partial_correlation(a: Array, b: Array, given: Array) -> float:
+    """Pearson correlation of what is left of a and b after a straight line in ``given``; 0 where nothing is left."""
+    if a.size < 4:
+        return 0.0
+    line = np.stack([np.ones_like(given), given], axis=1)
+    rest = [v - line @ np.linalg.lstsq(line, v, rcond=None)[0] for v in (a, b)]
+    still = [
+        np.where(np.abs(r).max() > 1e-9 * max(1e-12, np.abs(v).max()), r, 0.0) for r, v in zip(rest, (a, b), strict=True)
+    ]
+    return correlation(*still)

@@ -32,8 +32,12 @@ SCHEMA = {"pair": pl.String, "side": pl.String, "feature": pl.Int32, "effect": p
 
 
 def _frame(
-    ids: Sequence[str], rows: Iterable[tuple[int, str, torch.Tensor, dict[str, torch.Tensor]]], kind: str
+    ids: Sequence[str],
+    rows: Iterable[tuple[int, str, torch.Tensor, dict[str, torch.Tensor]]],
+    kind: str,
+    extra: Sequence[str] = (),
 ) -> pl.DataFrame:
+    """Rows as a table; ``extra`` names the values beside the effect, so that an empty table has their columns too."""
     parts = [
         pl.DataFrame(
             {"feature": feature.numpy().astype(np.int32), **{k: v.numpy() for k, v in values.items()}}
@@ -41,9 +45,8 @@ def _frame(
         for pair, side, feature, values in rows
     ]
     if not parts:
-        return pl.DataFrame(schema=SCHEMA)
+        return pl.DataFrame(schema=SCHEMA | dict.fromkeys(extra, pl.Float32))
     table = pl.concat(parts)
-    extra = [c for c in table.columns if c not in SCHEMA]
     return table.select([pl.col(c).cast(t) for c, t in SCHEMA.items()] + [pl.col(c).cast(pl.Float32) for c in extra])
 
 
@@ -65,6 +68,7 @@ def estimate_table(
             ids,
             ((e.pair, e.side, e.feature, {"effect": e.effect, "mass": e.mass}) for e in _sorted(list_)),
             "removal_estimate",
+            ["mass"],
         )
         for site, list_ in found.items()
     }
@@ -86,7 +90,9 @@ def firing_table(
                 end = rm.ending(tokens[text.pair].side(text.side)[: text.read + 1]) - text.divergence
                 _, last = sum_by_feature(active, active.value * (active.token >= end))
                 found[site].append((text.pair, text.side, feature, {"effect": total, "ending": last}))
-    return {site: _frame(ids, sorted(rows, key=lambda r: (r[0], r[1])), "firing") for site, rows in found.items()}
+    return {
+        site: _frame(ids, sorted(rows, key=lambda r: (r[0], r[1])), "firing", ["ending"]) for site, rows in found.items()
+    }
 
 
 def removal_table(
@@ -117,6 +123,7 @@ def removal_table(
                 for r in _sorted(list_)
             ),
             "removal",
+            ["ending"] * endings,
         )
         for site, list_ in found.items()
     }

@@ -33,7 +33,8 @@ from rmscope.pairs.pair import Pair
 from rmscope.pairs.planted import plant_pairs
 from rmscope.pairs.readers import load_pairs
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 class Recipe(BaseModel):
@@ -55,8 +56,10 @@ class Recipe(BaseModel):
     """How many of the base's blocks the PM keeps."""
     first_block: int = 0
     """The first block that the adapter changes; the stream before it is the base's own."""
+    first_attention: int = 0
+    """The first block whose attention it changes: before it, what is learned stays at the tokens that it is about."""
     rank: int = 8
-    """LoRA's rank, on all linear maps of the blocks that the adapter changes; alpha is twice the rank."""
+    """LoRA's rank, on the linear maps of the blocks that the adapter changes; alpha is twice the rank."""
     learning_rate: float = 4e-4
     """Peak; linear warm-up over 5 % of the steps, then linear to zero."""
     epochs: float = 2.0
@@ -123,6 +126,13 @@ def tokenised(pairs: Sequence[Pair], tokenizer: Any, max_tokens: int) -> list[tu
     ]
 
 
+def adapted(recipe: Recipe) -> list[str]:
+    """Names of the linear maps that get an adapter."""
+    mlp = [f"layers.{i}.mlp.{name}" for i in range(recipe.first_block, recipe.blocks) for name in MLP]
+    first = max(recipe.first_block, recipe.first_attention)
+    return mlp + [f"layers.{i}.self_attn.{name}" for i in range(first, recipe.blocks) for name in ATTENTION]
+
+
 @dataclass
 class _Run:
     """What a step needs and what a checkpoint keeps."""
@@ -177,8 +187,7 @@ def train_pm(recipe: Recipe, out: Path, progress: Progress = silent) -> dict[str
     lora = LoraConfig(
         r=recipe.rank,
         lora_alpha=2 * recipe.rank,
-        target_modules=TARGETS,
-        layers_to_transform=list(range(recipe.first_block, recipe.blocks)),
+        target_modules=adapted(recipe),
         modules_to_save=["score"],
         task_type="SEQ_CLS",
     )

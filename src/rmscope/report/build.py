@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from rmscope.effects.accounts import share_rows
-from rmscope.effects.ranking import BOUND, power
+from rmscope.effects.ranking import BOUND, power_statement
 from rmscope.effects.statistics import bootstrap
 from rmscope.evidence.cues import match_plant, prepare
 from rmscope.evidence.dossier import activations_of, choose_examples, example_page
@@ -134,8 +134,10 @@ def site_data(run: Run, site: str) -> dict[str, Any]:
         "frozen": features.height,
         "eligible": int(features["eligible"].sum()),
         "reported": int(features["reported"].sum()),
+        "flagged": features.filter(pl.col("reported") & (pl.col("flags").list.len() > 0)).height,
+        "prefers": int(features["prefers"].sum()),
         "bound": BOUND * run.sd,
-        "power": _power(run, confirm),
+        "power": power_statement(features, run.sd),
         "features": feature_pages(run, site, features, confirm),
     }
 
@@ -144,13 +146,6 @@ def _json(path: Any) -> Any:
     import json
 
     return json.loads(path.read_text("utf-8"))
-
-
-def _power(run: Run, confirm: pl.DataFrame) -> str:
-    prompts = min(run.config.confirm_prompts, len({run.prompts[run.ids[i]] for i in run.of_split("confirm")}))
-    spread = confirm.group_by("feature").agg(pl.col("effect").std())["effect"].drop_nulls().median()
-    least = power(float(spread or 0.0), prompts, run.sd)  # type: ignore[arg-type]
-    return f"With {prompts} confirm prompts, mean removals below about {least:.2g} reward are invisible."
 
 
 def sae_data(run: Run, site: str) -> dict[str, Any]:

@@ -49,6 +49,13 @@ GLOSSARY = [
         " q < .05; no other feature is claimed.",
     ),
     (
+        "Chosen − rejected",
+        "D, the removal effect on the chosen side minus that on the rejected one: what the feature does to "
+        "the preference. The mean is over all fresh pairs, 0 where it is silent; it drives preference when D"
+        " exceeds the bound, in the sign fixed beforehand, on the pairs where it fires. Length correlation is"
+        " that of D with the length difference at equal Δr.",
+    ),
+    (
         "Estimate, trust",
         "A first-order estimate (gradient times activation) chooses which features to remove exactly. "
         "Trust is how well it ranks features within a response against exact removal, on a sample "
