@@ -19,6 +19,9 @@ from sae_lens.saes.gated_sae import GatedTrainingSAE, GatedTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
+RATE = 1e-6
+"""So small that L0 stays what b_gate was set to; a step takes the same time at any rate."""
+
 
 def main() -> None:
     p = argparse.ArgumentParser()
@@ -39,7 +42,7 @@ def main() -> None:
             for part in torch.arange(a.d_sae).split(1024):
                 u = (x - sae.b_dec) @ sae.W_enc[:, part]
                 sae.b_gate[part] = -u.topk(above + 1, dim=0).values[-1]
-    optimiser = torch.optim.Adam(sae.parameters(), lr=3e-4)
+    optimiser = torch.optim.Adam(sae.parameters(), lr=RATE)
     step_input = TrainStepInput(
         sae_in=x,
         coefficients=dict.fromkeys(sae.get_coefficients(), 1.0),

@@ -19,6 +19,7 @@ from rmscope.sae.kernels import (
     exceeded,
     open_entries,
     open_pattern,
+    places,
     top_entries,
     top_k,
 )
@@ -209,6 +210,14 @@ def test_the_running_top_k_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(values, h.gather(1, features))
         largest = max(t.numel() for _, _, t in kernels.tiles(x, rows, bias, False))
         assert largest <= max(tile[0], min(tile[1], 500))
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 8), (37, 64), (37, 61), (5, 4096), (0, 16)])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.7, 1.0])
+def test_places_are_nonzeros(n: int, m: int, share: float) -> None:
+    mask = torch.rand(n, m, generator=torch.Generator().manual_seed(0)) < share
+    row, column = places(mask)
+    assert torch.equal(torch.stack([row, column], dim=1), mask.nonzero())
 
 
 def test_candidates_in_bfloat16_end_in_float32_values(monkeypatch: pytest.MonkeyPatch) -> None:
