@@ -24,10 +24,14 @@ from rmscope.pairs.pair import SIDES, Pair, split_of
 from rmscope.sae.base import Sae
 
 
-def _site(sae: Sae, site: str | None) -> str:
-    if site or sae.site:
-        return site or sae.site
-    raise InputError("The SAE does not say which site it was trained on; pass site='resid_post.6' or the like.")
+def _site(rm: RewardModel, sae: Sae, site: str | None) -> str:
+    """Where the SAE belongs; InputError where it does not say so, or where it does not fit the PM."""
+    at = site or sae.site
+    if not at:
+        raise InputError("The SAE does not say which site it was trained on; pass site='resid_post.6' or the like.")
+    rm.site_index(at)
+    sae.must_fit(rm.d_model, rm.name)
+    return at
 
 
 def attribute(
@@ -44,7 +48,7 @@ def attribute(
     ``midpoint`` halfway to the removal, at several times the cost (:mod:`rmscope.effects.gradients`);
     ``ig`` gives contributions from a zero baseline (kind contribution; feature -1 stands for all silent ones).
     """
-    at = _site(sae, site)
+    at = _site(rm, sae, site)
     tokens, ids = rm.tokenize_all(pairs), [p.id for p in pairs]
     if method == "ig":
         return _ledger(rm, sae, at, pairs, baseline(sae, "zero"), progress)["contribution"]
@@ -66,7 +70,7 @@ def remove(
     progress: Progress = silent,
 ) -> pl.DataFrame:
     """Exact removal effects, a row each where the feature fires: pair, side, feature, effect, kind (removal)."""
-    at = _site(sae, site)
+    at = _site(rm, sae, site)
     chosen = None if isinstance(features, str) else list(features)
     wanted: tables.Wanted = {i: {side: {at: chosen} for side in SIDES} for i in range(len(pairs))}
     return tables.removal_table(rm, {at: sae}, rm.tokenize_all(pairs), [p.id for p in pairs], wanted, progress)[at]
@@ -84,7 +88,7 @@ def ledger(
 
     The ``mean`` baseline is taken over the spans of the given pairs.
     """
-    at = _site(sae, site)
+    at = _site(rm, sae, site)
     if start == "zero":
         return _ledger(rm, sae, at, pairs, baseline(sae, "zero"), progress)["ledger"]
     total_f, total_x, n = torch.zeros(sae.m), torch.zeros(sae.d), 0

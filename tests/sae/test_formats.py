@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rmscope.api import attribute
 from rmscope.errors import InputError
 from rmscope.sae import Sae
 from rmscope.sae.formats import hook_name, site_of
+from tests.model.small import PAIRS, shared_pm
 from tests.sae.test_sae import KINDS, D, M, made
 
 X = torch.randn(20, D, generator=torch.Generator().manual_seed(5))
@@ -134,6 +136,7 @@ def test_dictionary_learning(tmp_path: Path) -> None:
     batch = dictionary(tmp_path / "b", w | extra, dict_class="BatchTopKSAE")
     f, norms = h * (h > threshold), w["decoder.weight"].norm(dim=0)
     assert batch.architecture == "jumprelu"
+    assert Sae.load(tmp_path / "b" / "ae.pt").identity() == batch.identity()  # its config beside it counts
     torch.testing.assert_close(batch.encode(X), f * norms, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(batch(X), f @ w["decoder.weight"].t() + b, rtol=1e-4, atol=1e-4)
 
@@ -162,6 +165,37 @@ def test_sparsify(tmp_path: Path) -> None:
     top = h.topk(7)
     f = torch.zeros_like(h).scatter(1, top.indices, top.values.relu())
     torch.testing.assert_close(sae(X), f @ w["W_dec"] + w["b_dec"], rtol=1e-4, atol=1e-4)
+
+
+def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder, a file, or the repository itself; only an SAE's files are asked for."""
+    made("gated").save(tmp_path / "layer_2" / "width_32")
+    made("topk").save(tmp_path)
+    asked: list[tuple[str, list[str]]] = []
+
+    def snapshot(repo: str, allow_patterns: list[str]) -> str:
+        asked.append((repo, allow_patterns))
+        if repo == "no/where":
+            raise OSError("Repository Not Found\nfor url")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert Sae.load("hub:owner/repo/layer_2/width_32").identity() == made("gated").identity()
+    assert Sae.load("hub:owner/repo/layer_2/width_32/cfg.json").identity() == made("gated").identity()
+    assert Sae.load("hub:owner/repo").identity() == made("topk").identity()
+    assert asked[0][0] == "owner/repo"
+    assert "layer_2/width_32/sae_weights.safetensors" in asked[0][1]
+    assert "layer_2/width_32/cfg.json" in asked[1][1]
+    with pytest.raises(InputError, match="Repository Not Found"):
+        Sae.load("hub:no/where")
+    with pytest.raises(InputError, match="hub:owner/repo"):
+        Sae.load("hub:alone")
+
+
+def test_an_sae_of_another_width_is_refused() -> None:
+    pm = shared_pm("llama")
+    with pytest.raises(InputError, match=r"width 10, but llama has d_model 32"):
+        attribute(pm, made("topk"), PAIRS)
 
 
 class Bomb:

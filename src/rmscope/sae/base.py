@@ -142,7 +142,8 @@ class Sae(nn.Module, ABC):
 
     @staticmethod
     def load(source: Path | str) -> Sae:
-        """Opens a folder or a file in any format that :mod:`rmscope.sae.formats` knows.
+        """Opens a folder or a file in any format that :mod:`rmscope.sae.formats` knows, from disk or, as
+        ``hub:owner/repo/path``, from the Hugging Face hub.
 
         Raises:
             InputError: nothing there, unknown format, shapes that contradict each other, or a pickle with
@@ -150,7 +151,15 @@ class Sae(nn.Module, ABC):
         """
         from rmscope.sae.formats import load_sae
 
-        return load_sae(Path(source))
+        return load_sae(source)
+
+    def must_fit(self, d_model: int, model: str) -> None:
+        """InputError where the SAE reads a stream of another width than the PM's."""
+        if self.d != d_model:
+            raise InputError(
+                f"This SAE reads a stream of width {self.d}, but {model} has d_model {d_model}; it was trained on another "
+                f"model ({self.metadata.get('model_name') or 'which it does not name'})."
+            )
 
     def fill(self: Self, weights: dict[str, Tensor]) -> Self:
         """Sets all parameters, float32.

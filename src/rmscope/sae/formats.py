@@ -32,6 +32,9 @@ SAELENS_VERSION = "6.54.12"
 """The release whose layout is written; from 6 on, SAELens reads all settings from cfg.json and its metadata.
 """
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+FILES = (CFG, WEIGHTS, "ae.pt", "config.json", "sae.safetensors")
+"""What the folders of the three tools hold; the name of one of these stands for its folder."""
+HUB = "hub:"
 Weights = dict[str, Tensor]
 
 
@@ -74,27 +77,52 @@ def save_sae(sae: Sae, folder: Path) -> None:
     write_json(folder / CFG, cfg)
 
 
-def load_sae(source: Path) -> Sae:
-    """Opens a folder or file by what lies in it.
+def load_sae(source: Path | str) -> Sae:
+    """Opens a folder or file by what lies in it; ``hub:owner/repo/path`` is fetched from the Hugging Face hub first.
 
     Raises:
         InputError: nothing there, a format not known, an unsupported convention, contradicting shapes, or a
             pickle that holds more than tensors.
     """
-    if source.name in (CFG, WEIGHTS):
+    source = _from_hub(source) if isinstance(source, str) and source.startswith(HUB) else Path(source).expanduser()
+    if source.name in FILES and not source.is_dir():
         source = source.parent
     if (source / WEIGHTS).exists():
         return _from_saelens(_json(source / CFG), _tensors(source / WEIGHTS))
     if (source / "sae.safetensors").exists():
         return _from_sparsify(_json(source / CFG), _tensors(source / "sae.safetensors"), source.name)
     if (source / "ae.pt").exists():
-        return _from_dictionary_learning(_tensors(source / "ae.pt"), _json(source / "config.json")["trainer"])
+        config = source / "config.json"
+        told = _json(config).get("trainer", {}) if config.exists() else {}
+        return _from_dictionary_learning(_tensors(source / "ae.pt"), told)
     if source.is_file():
         return _from_dictionary_learning(_tensors(source), {})
     raise InputError(
         f"There is no SAE at {source}; expected a folder with {CFG} and {WEIGHTS}, ae.pt and config.json, or "
-        "sae.safetensors, or a file of weights."
+        "sae.safetensors, or a file of weights (from the hub: hub:owner/repo/path)."
     )
+
+
+def _from_hub(source: str) -> Path:
+    """``hub:owner/repo/path``, the path a folder, a file, or nothing; of a folder, only what an SAE is made of."""
+    from huggingface_hub import snapshot_download
+
+    owner, _, rest = source[len(HUB) :].strip("/").partition("/")
+    repo, _, path = rest.partition("/")
+    if not owner or not repo:
+        raise InputError(f"{source} names no repository of the hub; write hub:owner/repo or hub:owner/repo/path.")
+    folder, _, name = path.rpartition("/")
+    path = folder if name in FILES else path
+    wanted = [f"{path}/{name}" if path else name for name in FILES]
+    try:
+        root = snapshot_download(f"{owner}/{repo}", allow_patterns=[*wanted, *([path] if path else [])])
+    except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{source} could not be fetched from the Hugging Face hub ({reason}); check the name and the network, or "
+            "download it and give its folder."
+        ) from error
+    return Path(root) / path
 
 
 def _from_saelens(cfg: dict[str, Any], weights: Weights) -> Sae:

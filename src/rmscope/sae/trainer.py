@@ -37,6 +37,8 @@ FIGURES_EVERY = 20
 MEDIAN_ROWS, START_ROWS = 8192, 2048
 """Rows from which the first b_dec is taken, and those from which a family starts its thresholds."""
 CHECKPOINT = "checkpoint.safetensors"
+SLICE = 1024
+"""Decoder rows that are worked on at once where a copy of them is needed."""
 
 
 @dataclass
@@ -237,8 +239,8 @@ def _learn(run: _Run, x: Float[Tensor, "batch d"], tokens_per_second: float) -> 
         raise InputError(f"The loss of {run.title} is {result.loss} at step {run.step}; lower lr or check the data.")
     gradients = result.gradients
     if training.unit_decoder:
-        along = (gradients["W_dec"] * decoder).sum(dim=1, keepdim=True)
-        gradients["W_dec"].addcmul_(along, decoder, value=-1)
+        for part, rows in zip(gradients["W_dec"].split(SLICE), decoder.split(SLICE), strict=True):
+            part.addcmul_((part * rows).sum(dim=1, keepdim=True), rows, value=-1)
     for name, parameter in run.parameters.items():
         parameter.grad = gradients[name]
     if training.clip is not None:
