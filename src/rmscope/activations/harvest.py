@@ -7,17 +7,20 @@ SAE training does not need float32, effects do (METHOD, "Precision").
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from rmscope.activations.store import ActivationStore, StoreWriter
 from rmscope.files import Progress, content_hash, silent
 from rmscope.hardware import has_fast_bfloat16
-from rmscope.model.packing import Text
+from rmscope.model.packing import Batch, Text
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import Pair
@@ -39,36 +42,51 @@ def harvest(
         store = ActivationStore.open(root)
         if store.identity == identity and set(store.sites) == set(sites):
             return store
-    seen: set[bytes] = set()
+    owners = prefix_owners(tokens)
     with StoreWriter(root, list(sites), rm.d_model, identity, "bfloat16") as writer:
         done = 0
         for batch in rm.batches(tokens):
-            with _fast(rm):
-                streams = rm.streams(batch, sites)
-            for text in batch.texts:
-                for region, start, stop in _parts(text, tokens[text.pair], seen):
-                    columns, where = text.columns[start:stop], torch.arange(start, stop)
-                    for site, x in streams.items():
-                        writer.add(
-                            site,
-                            x[text.row, columns.to(x.device)],
-                            token=batch.ids[text.row, columns],
-                            pair=torch.full_like(where, text.pair),
-                            position=where,
-                            region=torch.full_like(where, region),
-                        )
+            for streams, columns in stretches(rm, batch, sites, owners):
+                for site, x in streams.items():
+                    writer.add(site, x, **columns)
             done += len({t.pair for t in batch.texts})
             progress(min(done, len(tokens)), len(tokens), "pairs harvested")
     return ActivationStore.open(root)
 
 
-def _parts(text: Text, tokens: PairTokens, seen: set[bytes]) -> Iterator[tuple[int, int, int]]:
-    """(region, first, stop) of a text's rows that are not stored yet."""
-    prefix = tokens.chosen[: text.divergence].numpy().tobytes()
-    if prefix not in seen:
-        seen.add(prefix)
+def prefix_owners(tokens: Sequence[PairTokens]) -> set[int]:
+    """The pairs that lay their prefix down: of those with the same one, the first."""
+    first: dict[bytes, int] = {}
+    for i, t in enumerate(tokens):
+        first.setdefault(sha256(t.chosen[: t.divergence].numpy().tobytes()).digest(), i)
+    return set(first.values())
+
+
+def stretches(
+    rm: RewardModel, batch: Batch, sites: Sequence[str], owners: Collection[int]
+) -> Iterator[tuple[dict[str, Float[Tensor, "n d"]], dict[str, Int[Tensor, " n"]]]]:
+    """The stretches of a batch's texts that are kept: (their stream at each site, their columns by name)."""
+    with _fast(rm):
+        streams = rm.streams(batch, sites)
+    for text in batch.texts:
+        for region, start, stop in _parts(text, text.pair in owners):
+            columns, where = text.columns[start:stop], torch.arange(start, stop)
+            yield (
+                {site: x[text.row, columns.to(x.device)] for site, x in streams.items()},
+                {
+                    "token": batch.ids[text.row, columns],
+                    "pair": torch.full_like(where, text.pair),
+                    "position": where,
+                    "region": torch.full_like(where, region),
+                },
+            )
+
+
+def _parts(text: Text, owner: bool) -> Iterator[tuple[int, int, int]]:
+    """(region, first, stop) of a text's kept rows: its span, and before the chosen one the prefix that the pair owns."""
+    if owner and text.side == "chosen":
         yield PROMPT, 0, text.divergence
-    yield (CHOSEN if text.side == "chosen" else REJECTED), text.divergence, text.read + 1
+    yield (CHOSEN if text.side == "chosen" else REJECTED), text.divergence, max(text.divergence, text.read + 1)
 
 
 def data_identity(pairs: Sequence[Pair]) -> str:
