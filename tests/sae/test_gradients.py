@@ -196,8 +196,23 @@ def test_top_k_over_blocks_is_exact() -> None:
     assert torch.equal(h.gather(1, features), values)
 
 
+def test_the_running_top_k_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over tiles of a few tokens and features, the last ones ragged, some narrower than k."""
+    generator = torch.Generator().manual_seed(0)
+    x, rows, bias = (torch.randn(s, generator=generator).double() for s in ((37, 12), (500, 12), (500,)))
+    h = x @ rows.t() + bias
+    best = h.topk(24)
+    for tile in ((1, 1), (90, 30), (700, 99), (5000, 500), (1 << 22, 1 << 14)):
+        monkeypatch.setitem(kernels.TILE, "cpu", tile)
+        values, features = top_entries(x, rows, bias, 24)
+        assert torch.equal(features.sort().values, best.indices.sort().values)
+        torch.testing.assert_close(values, h.gather(1, features))
+        largest = max(t.numel() for _, _, t in kernels.tiles(x, rows, bias, False))
+        assert largest <= max(tile[0], min(tile[1], 500))
+
+
 def test_candidates_in_bfloat16_end_in_float32_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "CHUNK_ENTRIES", 4096)
+    monkeypatch.setitem(kernels.TILE, "cpu", (4096, 200))
     generator = torch.Generator().manual_seed(0)
     x, rows, bias = (torch.randn(s, generator=generator) for s in ((64, 96), (512, 96), (512,)))
     values, features = top_entries(x, rows, bias, 16, fast=True)
@@ -206,7 +221,9 @@ def test_candidates_in_bfloat16_end_in_float32_values(monkeypatch: pytest.Monkey
     best = exact.topk(16)
     agree = (features.sort().values == best.indices.sort().values).float().mean()
     assert agree > 0.99
-    opened = open_entries(x, rows, bias, fast=True)
+    opened = torch.zeros(64, 512, dtype=torch.bool)
+    for token, feature in open_entries(x, rows, bias, fast=True):
+        opened[token, feature] = True
     assert not ((exact > 0) & ~opened).any()
     assert (opened & (exact <= 0)).float().mean() < 0.05
 

@@ -1,15 +1,16 @@
 """Harvest: the residual stream at many sites from one pass over the pairs, stopping after the last site.
 
 A pair's shared prefix runs once, and a prefix that an earlier pair already laid down (the same prompt with other
-responses) is not stored again. No padding is stored. On a CPU with fast bf16 products the pass runs under autocast:
+responses) is not stored again. No padding is stored. Work goes in units of 64 pairs: memory holds the tokens of one and
+at most one shard a site, however many pairs there are. On a CPU with fast bf16 products the pass runs under autocast:
 SAE training does not need float32, effects do (METHOD, "Precision").
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from hashlib import sha256
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from rmscope.activations.store import ActivationStore, StoreWriter
 from rmscope.files import Progress, content_hash, silent
 from rmscope.hardware import has_fast_bfloat16
-from rmscope.model.packing import Batch, Text
+from rmscope.model.packing import Batch, Text, units
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import Pair
@@ -35,62 +36,73 @@ def harvest(
 
     A store of the same model, data and sites that is already there is opened as it is; an unfinished one is made anew.
     """
-    tokens = rm.tokenize_all(pairs)
     identity = {"model": rm.identity, "data": data_identity(pairs), "sites": list(sites)}
     root = Path(out)
     if (root / sites[0] / "manifest.json").is_file():
         store = ActivationStore.open(root)
         if store.identity == identity and set(store.sites) == set(sites):
             return store
-    owners = prefix_owners(tokens)
+    seen: set[bytes] = set()
     with StoreWriter(root, list(sites), rm.d_model, identity, "bfloat16") as writer:
-        done = 0
-        for batch in rm.batches(tokens):
-            for streams, columns in stretches(rm, batch, sites, owners):
+        for unit in units(len(pairs)):
+            tokens = rm.tokenize_all([pairs[i] for i in unit])
+            for streams, columns in kept_rows(rm, tokens, sites, seen, unit.start):
                 for site, x in streams.items():
                     writer.add(site, x, **columns)
-            done += len({t.pair for t in batch.texts})
-            progress(min(done, len(tokens)), len(tokens), "pairs harvested")
+            progress(unit.stop, len(pairs), "pairs harvested")
     return ActivationStore.open(root)
 
 
-def prefix_owners(tokens: Sequence[PairTokens]) -> set[int]:
-    """The pairs that lay their prefix down: of those with the same one, the first."""
-    first: dict[bytes, int] = {}
-    for i, t in enumerate(tokens):
-        first.setdefault(sha256(t.chosen[: t.divergence].numpy().tobytes()).digest(), i)
-    return set(first.values())
-
-
-def stretches(
-    rm: RewardModel, batch: Batch, sites: Sequence[str], owners: Collection[int]
+def kept_rows(
+    rm: RewardModel, tokens: Sequence[PairTokens], sites: Sequence[str], seen: set[bytes], first: int
 ) -> Iterator[tuple[dict[str, Float[Tensor, "n d"]], dict[str, Int[Tensor, " n"]]]]:
-    """The stretches of a batch's texts that are kept: (their stream at each site, their columns by name)."""
-    with _fast(rm):
-        streams = rm.streams(batch, sites)
-    for text in batch.texts:
-        for region, start, stop in _parts(text, text.pair in owners):
-            columns, where = text.columns[start:stop], torch.arange(start, stop)
-            yield (
-                {site: x[text.row, columns.to(x.device)] for site, x in streams.items()},
-                {
-                    "token": batch.ids[text.row, columns],
-                    "pair": torch.full_like(where, text.pair),
-                    "position": where,
-                    "region": torch.full_like(where, region),
-                },
-            )
+    """Batch by batch of some pairs: (the stream at each site, the store's columns) of the rows that are kept.
+
+    ``seen`` holds digests of the prefixes that are kept already, and grows; ``first`` is the number of the first pair.
+    """
+    for batch in rm.unit_batches(tokens, range(len(tokens))):
+        with _fast(rm):
+            streams = rm.streams(batch, sites)
+        row, column, columns = _rows(batch, tokens, seen, first)
+        yield {site: x[row.to(x.device), column.to(x.device)] for site, x in streams.items()}, columns
 
 
-def _parts(text: Text, owner: bool) -> Iterator[tuple[int, int, int]]:
-    """(region, first, stop) of a text's kept rows: its span, and before the chosen one the prefix that the pair owns."""
-    if owner and text.side == "chosen":
+def prefix_of(tokens: PairTokens) -> bytes:
+    """A digest of what both sides share."""
+    return blake2b(tokens.chosen[: tokens.divergence].numpy().tobytes(), digest_size=16).digest()
+
+
+def _rows(
+    batch: Batch, tokens: Sequence[PairTokens], seen: set[bytes], first: int
+) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"], dict[str, Int[Tensor, " n"]]]:
+    """Where in the batch the rows lie that are not stored yet (row, column), and the store's columns for them."""
+    parts = [
+        (text, region, torch.arange(start, stop))
+        for text in batch.texts
+        for region, start, stop in _parts(text, tokens[text.pair], seen)
+    ]
+    lengths = torch.tensor([len(where) for _, _, where in parts])
+    row = torch.tensor([text.row for text, _, _ in parts]).repeat_interleave(lengths)
+    column = torch.cat([text.columns[where] for text, _, where in parts])
+    return row, column, {
+        "token": batch.ids[row, column],
+        "pair": torch.tensor([first + text.pair for text, _, _ in parts]).repeat_interleave(lengths),
+        "position": torch.cat([where for _, _, where in parts]),
+        "region": torch.tensor([region for _, region, _ in parts]).repeat_interleave(lengths),
+    }  # fmt: skip
+
+
+def _parts(text: Text, tokens: PairTokens, seen: set[bytes]) -> Iterator[tuple[int, int, int]]:
+    """(region, first, stop) of a text's rows that are not stored yet; ``seen`` holds digests of prefixes."""
+    prefix = prefix_of(tokens)
+    if prefix not in seen:
+        seen.add(prefix)
         yield PROMPT, 0, text.divergence
     yield (CHOSEN if text.side == "chosen" else REJECTED), text.divergence, max(text.divergence, text.read + 1)
 
 
 def data_identity(pairs: Sequence[Pair]) -> str:
-    return content_hash([(p.id, p.prompt, p.chosen, p.rejected) for p in pairs])
+    return content_hash(*((p.id, p.prompt, p.chosen, p.rejected) for p in pairs))
 
 
 def _fast(rm: RewardModel) -> Any:

@@ -64,6 +64,7 @@ class StoreWriter:
         self.root, self.d, self.dtype, self.shard_tokens = Path(root), d, dtype, shard_tokens
         self.identity = dict(identity)
         self._pending: dict[str, list[dict[str, Tensor]]] = {site: [] for site in sites}
+        self._held = dict.fromkeys(sites, 0)
         self._shards: dict[str, list[dict[str, Any]]] = {site: [] for site in sites}
         for site in sites:
             (self.root / site).mkdir(parents=True, exist_ok=True)
@@ -94,7 +95,8 @@ class StoreWriter:
         rows = {name: c.detach().to("cpu", COLUMNS[name], copy=True) for name, c in columns.items()}
         rows["x"] = x.detach().to("cpu", DTYPES[self.dtype], copy=True)
         self._pending[site].append(rows)
-        while sum(len(part["x"]) for part in self._pending[site]) >= self.shard_tokens:
+        self._held[site] += len(x)
+        while self._held[site] >= self.shard_tokens:
             self._write_shard(site)
 
     def close(self) -> None:
@@ -117,7 +119,7 @@ class StoreWriter:
         rows = {name: torch.cat([part[name] for part in parts]) for name in ("x", *COLUMNS)}
         shard = {name: column[: self.shard_tokens].contiguous() for name, column in rows.items()}
         rest = {name: column[self.shard_tokens :].clone() for name, column in rows.items()}
-        self._pending[site] = [rest] if len(rest["x"]) else []
+        self._pending[site], self._held[site] = [rest] if len(rest["x"]) else [], len(rest["x"])
         path = self.root / site / f"shard-{len(self._shards[site]):05d}.safetensors"
         with atomic(path) as temporary:
             save_file(shard, temporary)

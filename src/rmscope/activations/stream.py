@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rmscope.activations.harvest import data_identity, prefix_owners, stretches
+from rmscope.activations.harvest import data_identity, kept_rows, prefix_of
 from rmscope.errors import InputError
 from rmscope.model.packing import units
 from rmscope.model.rendering import PairTokens
@@ -36,20 +36,27 @@ class ActivationStream:
     """Made by :func:`stream`; ``train_saes`` reads it as it reads an ``ActivationStore``."""
 
     def __init__(self, rm: RewardModel, pairs: Sequence[Pair], sites: Sequence[str], buffer_tokens: int) -> None:
-        self.rm, self.sites, self.buffer_tokens = rm, list(sites), buffer_tokens
-        self.tokens = rm.tokenize_all(pairs)
-        self.units = list(units(len(self.tokens)))
-        self.owners = prefix_owners(self.tokens)
-        rows = torch.tensor([self._rows_of(i, t) for i, t in enumerate(self.tokens)], dtype=torch.long)
-        self.counts = torch.stack([rows[unit.start : unit.stop].sum() for unit in self.units])
+        self.rm, self.pairs, self.sites, self.buffer_tokens = rm, pairs, list(sites), buffer_tokens
+        self.units = list(units(len(pairs)))
+        self.prefixes: dict[bytes, int] = {}
+        """The unit that keeps each prefix, by its digest: the first that holds it."""
+        self.counts = torch.tensor([self._count(unit) for unit in range(len(self.units))])
         self.identity: dict[str, Any] = {"model": rm.identity, "data": data_identity(pairs), "sites": self.sites}
         self.identity["buffer_tokens"] = buffer_tokens
         self._kept: tuple[int, dict[str, Tensor]] | None = None
 
-    def _rows_of(self, pair: int, tokens: PairTokens) -> int:
-        """The rows a pair gives: both spans, and the prefix behind the first token where it owns it."""
-        spans = [max(0, self.rm.read_position(tokens.side(s)) + 1 - tokens.divergence) for s in SIDES]
-        return sum(spans) + (tokens.divergence - 1 if pair in self.owners else 0)
+    def _tokens(self, unit: int) -> list[PairTokens]:
+        return self.rm.tokenize_all([self.pairs[i] for i in self.units[unit]])
+
+    def _count(self, unit: int) -> int:
+        """The rows a unit gives: all spans, and behind the first token the prefixes that no earlier unit has."""
+        rows = 0
+        for t in self._tokens(unit):
+            rows += sum(max(0, self.rm.read_position(t.side(side)) + 1 - t.divergence) for side in SIDES)
+            if (prefix := prefix_of(t)) not in self.prefixes:
+                self.prefixes[prefix] = unit
+                rows += t.divergence - 1
+        return rows
 
     def d(self, site: str) -> int:
         return self.rm.d_model
@@ -132,11 +139,11 @@ class ActivationStream:
         if self._kept is None or self._kept[0] != unit:
             self._kept = None
             found: dict[str, list[Tensor]] = {site: [] for site in self.sites}
-            for batch in self.rm.unit_batches(self.tokens, self.units[unit]):
-                for streams, columns in stretches(self.rm, batch, self.sites, self.owners):
-                    kept = columns["position"] > 0
-                    for site, x in streams.items():
-                        found[site].append(x[kept.to(x.device)].to(torch.bfloat16))
+            seen = {prefix for prefix, owner in self.prefixes.items() if owner != unit}
+            for streams, columns in kept_rows(self.rm, self._tokens(unit), self.sites, seen, self.units[unit].start):
+                kept = columns["position"] > 0
+                for site, x in streams.items():
+                    found[site].append(x[kept.to(x.device)].to(torch.bfloat16))
             self._kept = unit, {site: torch.cat(parts) for site, parts in found.items()}
         return self._kept[1]
 

@@ -13,17 +13,19 @@ gradient into a kept buffer 2.8, of which a fresh allocation would triple the co
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 SPARSE_BELOW = 1 / 8
 """Density of the entries below which gathers beat matrix products (measured: 69 ns an entry against 13.5)."""
-CHUNK_ENTRIES = 1 << 24
-"""Largest [tokens, features] block of pre-activations that is held at once."""
+TILE = {"cpu": (1 << 22, 1 << 14), "cuda": (1 << 27, 1 << 17)}
+"""Entries, and features at most, of the [tokens, features] tiles in which pre-activations are made and read. On a CPU a
+tile stays in the cache until its largest entries are taken, and its memory is handed out again without page faults."""
 
 
 class Pattern(Protocol):
@@ -87,10 +89,6 @@ class Sparse:
         n, k = feature.shape
         return cls(torch.full((n,), k, device=feature.device), feature.reshape(-1), m)
 
-    @classmethod
-    def of_mask(cls, mask: Bool[Tensor, "n m"]) -> Sparse:
-        return cls(mask.sum(dim=1), mask.nonzero()[:, 1], mask.shape[1])
-
     def at(self, vector: Tensor) -> Tensor:
         return vector[self.feature]
 
@@ -123,10 +121,24 @@ def products_at(
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(a.contiguous(), rows, feature, offsets, token, 0, -1)
 
 
-def pre_activations(x: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], fast: bool) -> Float[Tensor, "n m"]:
-    """x rows^T; in bfloat16 where ``fast``, erring by about 2^-8 of the product's typical size."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=fast):
-        return x @ rows.t()
+def tiles(
+    x: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], bias: Float[Tensor, " m"], fast: bool
+) -> Iterator[tuple[int, int, Float[Tensor, "tokens features"]]]:
+    """x rows^T + bias as (first token, first feature, tile), features innermost; never whole for large m.
+
+    In bfloat16 where ``fast``, erring by about 2^-8 of the product's typical size. A tile holds until the next is taken.
+    """
+    entries, features = TILE.get(x.device.type, TILE["cuda"])
+    width = min(len(rows), features)
+    if fast:
+        x, rows, bias = x.bfloat16(), rows.bfloat16(), bias.bfloat16()
+    step = min(len(x), max(1, entries // width))
+    buffer = x.new_empty(step * width)
+    for token, part in zip(range(0, len(x), step or 1), x.split(step or 1), strict=False):
+        for feature in range(0, len(rows), width):
+            some = rows[feature : feature + width]
+            out = buffer[: len(part) * len(some)].view(len(part), len(some))
+            yield token, feature, torch.addmm(bias[feature : feature + width], part, some.t(), out=out)
 
 
 def top_entries(
@@ -138,15 +150,21 @@ def top_entries(
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """The k largest of <x_t, rows_j> + bias_j a token, as (values, features), in no particular order.
 
-    Where ``fast``, a few more than k candidates are chosen in bfloat16 and decided by their float32 values.
+    A running top k over the tiles of features. Where ``fast``, a few more than k candidates are chosen in bfloat16 and
+    decided by their float32 values.
     """
-    m = len(rows)
-    wanted = min(m, k + max(8, k // 4)) if fast else k
-    chosen = []
-    for part in x.split(max(1, CHUNK_ENTRIES // m)):
-        h = pre_activations(part, rows, fast)
-        chosen.append(top_k(h.add_(bias.to(h.dtype)), wanted))
-    values, features = (torch.cat(column) for column in zip(*chosen, strict=True))
+    wanted = min(len(rows), k + max(8, k // 4)) if fast else k
+    found: list[tuple[Tensor, Tensor]] = []
+    for _, first, h in tiles(x, rows, bias, fast):
+        values, features = top_k(h, min(wanted, h.shape[1]))
+        features = features + first
+        if first:
+            before, earlier = found.pop()
+            values, features = torch.cat([before, values], dim=1), torch.cat([earlier, features], dim=1)
+            values, place = values.topk(min(wanted, values.shape[1]), dim=1, sorted=False)
+            features = features.gather(1, place)
+        found.append((values, features))
+    values, features = (torch.cat(column) for column in zip(*found, strict=True))
     if fast:
         offsets = torch.arange(0, features.numel(), wanted, device=x.device)
         token = torch.arange(len(x), device=x.device).repeat_interleave(wanted)
@@ -172,7 +190,8 @@ def batch_top_entries(
     tried). The result does not depend on it, and neither [n, m] floats nor a sort of them is ever needed.
     """
     for least in (guess, guess / 2, guess / 4, guess / 8, 0.0):
-        token, feature = open_entries(x, rows, bias - least, fast).nonzero().unbind(1)
+        found = zip(*open_entries(x, rows, bias - least, fast), strict=True)
+        token, feature = (torch.cat(column) for column in found)
         counts = torch.bincount(token, minlength=len(x))
         value = products_at(x, rows, feature, counts.cumsum(0) - counts, token) + bias[feature]
         if int((value > least).sum()) >= count:
@@ -187,8 +206,8 @@ def batch_top_entries(
 def exceeded(x: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], share: float) -> Float[Tensor, " m"]:
     """For every feature, the value that <x_t, rows_j> exceeds on that share of the tokens (or on one)."""
     above = min(len(x) - 1, max(1, round(share * len(x))))
-    parts = [(part @ x.t()).topk(above + 1, dim=1).values[:, -1] for part in rows.split(max(1, CHUNK_ENTRIES // len(x)))]
-    return torch.cat(parts)
+    step = max(1, TILE["cpu"][0] // len(x))
+    return torch.cat([(part @ x.t()).topk(above + 1, dim=1).values[:, -1] for part in rows.split(step)])
 
 
 def open_pattern(
@@ -204,27 +223,33 @@ def open_pattern(
     """
     if density >= SPARSE_BELOW:
         return Dense()
-    mask = open_entries(x, rows, bias, fast)
-    return Sparse.of_mask(mask) if float(mask.sum()) < SPARSE_BELOW * mask.numel() else Dense()
+    found, most = [], SPARSE_BELOW * len(x) * len(rows)
+    for token, feature in open_entries(x, rows, bias, fast):
+        found.append((token, feature))
+        most -= len(token)
+        if most <= 0:
+            return Dense()
+    token, feature = (torch.cat(column) for column in zip(*found, strict=True))
+    return Sparse(torch.bincount(token, minlength=len(x)), feature, len(rows))
 
 
 def open_entries(
     x: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], bias: Float[Tensor, " m"], fast: bool = False
-) -> Bool[Tensor, "n m"]:
-    """Where <x_t, rows_j> + bias_j > 0; where ``fast``, a little more than that, to be decided in float32.
+) -> Iterator[tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"]]]:
+    """Where <x_t, rows_j> + bias_j > 0, as (token, feature) by token, then feature, a stretch of tokens at a time.
 
-    A bfloat16 product errs by about 2^-8 of |x_t| |rows_j| / sqrt(d); the margin is 4 times that.
+    Where ``fast``, a little more than that, to be decided in float32: a bfloat16 product errs by about 2^-8 of
+    |x_t| |rows_j| / sqrt(d); the margin is 4 times that.
     """
-    limit = -bias
-    margin = rows.norm(dim=1) * (2**-6 / x.shape[1] ** 0.5)
-    masks = []
-    for part in x.split(max(1, CHUNK_ENTRIES // len(rows))):
-        u = pre_activations(part, rows, fast)
-        if fast:
-            masks.append(u > (limit - margin * part.norm(dim=1).mean()).to(u.dtype))
-        else:
-            masks.append(u > limit)
-    return torch.cat(masks)
+    if fast:
+        bias = bias + rows.norm(dim=1) * (2**-6 / x.shape[1] ** 0.5 * float(x.norm(dim=1).mean()))
+    masks: list[Tensor] = []
+    for first, feature, h in tiles(x, rows, bias, fast):
+        masks.append(h > 0)
+        if feature + h.shape[1] == len(rows):
+            token, column = torch.cat(masks, dim=1).nonzero().unbind(1)
+            yield token + first, column
+            masks = []
 
 
 def top_k(h: Float[Tensor, "n m"], k: int, block: int = 8) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:

@@ -29,6 +29,8 @@ from rmscope.sae.training import Step, Training, storage
 FIGURES_EVERY = 20
 """Steps between two rows of training.parquet."""
 CHECKPOINT = "checkpoint.safetensors"
+SLICE = 1024
+"""Decoder rows that are worked on at once where a copy of them is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +113,8 @@ def learn(run: Run, x: Float[Tensor, "batch d"], tokens_per_second: float, added
     for name, gradient in (added.gradients if added else {}).items():
         gradients[name].add_(gradient)
     if training.unit_decoder:
-        along = (gradients["W_dec"] * decoder).sum(dim=1, keepdim=True)
-        gradients["W_dec"].addcmul_(along, decoder, value=-1)
+        for part, rows in zip(gradients["W_dec"].split(SLICE), decoder.split(SLICE), strict=True):
+            part.addcmul_((part * rows).sum(dim=1, keepdim=True), rows, value=-1)
     for name, parameter in run.parameters.items():
         parameter.grad = gradients[name]
     if training.clip is not None:
