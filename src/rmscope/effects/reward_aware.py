@@ -88,11 +88,9 @@ def fine_tune(
             checkpoint of other settings, or a loss that is no longer finite.
     """
     config = config or RewardAwareConfig()
-    _check(rm, sae)
     tokens = rm.tokenize_all(pairs)
-    if too_long := sum(not rm.fits(t) for t in tokens):
-        raise InputError(f"{too_long} pairs are longer than the PM's context of {rm.context} tokens; leave them out.")
-    family = _own(sae, own, rm.d_model, config)
+    _check(rm, sae, tokens)
+    family = _own(sae, own, config)
     key = content_hash(config.model_dump(), family.model_dump(), sae.identity(), sae.site, rm.identity, data_identity(pairs))
     folder = Path(out) / sae.site if out is not None else None
     if done := finished(folder, key):
@@ -102,18 +100,14 @@ def fine_tune(
     spread = float(delta.std())
     if not spread > 0:
         raise InputError("The rewards of these pairs do not differ, so there is no damage to mind; give other pairs.")
-    scale = float((sae.metadata.get("rmscope") or {}).get("scale") or _norm_scale(rm, sae.site, tokens[:UNIT]))
-    work = copy.deepcopy(sae).to(rm.device)
-    work.change_units(1 / scale)
-    training = training_class(family.architecture)(work, family)
-    run = Run.of(training, config.steps, site=sae.site, name="reward-aware", scale=scale, key=key, folder=folder)
-    resume(run)
+    run = _begin(rm, sae, tokens, family, config.steps, key, folder)
 
-    size, began, seen = min(config.pairs, len(pairs)), time.perf_counter(), 0
+    weight, began, seen = config.weight * rm.d_model / spread**2, time.perf_counter(), 0
+    size = min(config.pairs, len(pairs))
     epochs = -(-config.steps // (len(pairs) // size))
     order = shuffled(torch.arange(len(pairs)), size, epochs, config.seed, run.step)
     for picked in islice(order, config.steps - run.step):
-        x, added = _losses(rm, run, tokens, picked, delta, config.weight * rm.d_model / spread**2)
+        x, added = _losses(rm, run, tokens, picked, delta, weight)
         seen += len(x)
         with torch.no_grad():
             note = learn(run, x, seen / (time.perf_counter() - began), added if config.weight else None)
@@ -124,7 +118,9 @@ def fine_tune(
     return seal(run, _metadata(run, sae, {**config.model_dump(), **origin}))
 
 
-def _check(rm: RewardModel, sae: Sae) -> None:
+def _check(rm: RewardModel, sae: Sae, tokens: Sequence[PairTokens]) -> None:
+    if too_long := sum(not rm.fits(t) for t in tokens):
+        raise InputError(f"{too_long} pairs are longer than the PM's context of {rm.context} tokens; leave them out.")
     if not sae.site:
         raise InputError("The SAE does not say which site it was trained on; set sae.site to resid_post.6 or the like.")
     rm.site_index(sae.site)
@@ -134,7 +130,7 @@ def _check(rm: RewardModel, sae: Sae) -> None:
         raise InputError(f"Fine-tuning needs rewards in float32, the PM is in {rm.dtype}; load it with dtype='float32'.")
 
 
-def _own(sae: Sae, own: SaeConfig | None, d: int, config: RewardAwareConfig) -> SaeConfig:
+def _own(sae: Sae, own: SaeConfig | None, config: RewardAwareConfig) -> SaeConfig:
     """The family's settings for the second phase: no warm-up, a lower learning rate, its own seed for revival."""
     told: dict[str, Any] = (sae.metadata.get("rmscope") or {}).get("config") or {}
     if own is None and told:
@@ -143,6 +139,19 @@ def _own(sae: Sae, own: SaeConfig | None, d: int, config: RewardAwareConfig) -> 
         own = SaeConfig(architecture=sae.architecture, d_sae=sae.m, **{k: v for k, v in sae.cfg.items() if k == "k"})
     rate = config.lr or SLOWER * own.rate(sae.m)
     return own.model_copy(update={"lr": rate, "warmup": 0.0, "seed": config.seed})
+
+
+def _begin(
+    rm: RewardModel, sae: Sae, tokens: Sequence[PairTokens], own: SaeConfig, steps: int, key: str, folder: Path | None
+) -> Run:
+    """The training on a copy of the SAE, in the units of training; from its checkpoint where there is one."""
+    scale = float((sae.metadata.get("rmscope") or {}).get("scale") or _norm_scale(rm, sae.site, tokens[:UNIT]))
+    work = copy.deepcopy(sae).to(rm.device)
+    work.change_units(1 / scale)
+    training = training_class(own.architecture)(work, own)
+    run = Run.of(training, steps, site=sae.site, name="reward-aware", scale=scale, key=key, folder=folder)
+    resume(run)
+    return run
 
 
 def _metadata(run: Run, sae: Sae, reward_aware: dict[str, Any]) -> dict[str, Any]:
