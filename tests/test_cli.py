@@ -39,7 +39,7 @@ def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
 def test_the_public_surface_is_the_documented_one() -> None:
     documented = {
         "Pair", "RewardModel", "Sae", "SaeConfig", "attribute", "harvest", "ledger", "load_pairs", "open_run", "rank",
-        "remove", "train_saes",
+        "remove", "stream", "train_saes",
     }  # fmt: skip
     assert set(rmscope.__all__) == documented
     assert all(callable(getattr(rmscope, name)) for name in documented)
@@ -158,3 +158,37 @@ def test_evaluate_needs_pairs_and_an_sae_that_fits(pm: str, tmp_path: Path) -> N
 def test_bad_usage_exits_with_2() -> None:
     assert rmscope_command("run", "--no-such-flag").returncode == 2
     assert rmscope_command("score", "--model", "zoo:hh").returncode == 2
+
+
+def test_harvest_and_train_from_disk_and_from_a_stream(pm: str, tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"Question {i}?", "chosen": f"Yes, {i} it is.", "rejected": f"I was told {i}."} for i in range(40)]
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    given = ["--model", pm, "--data", str(data), "--sites", "resid_post.1"]
+    done = rmscope_command("harvest", *given, "--out", str(tmp_path / "acts"), "--json")
+    assert done.returncode == 0, done.stderr
+    harvested = json.loads(done.stdout)
+    assert 0 < harvested["pairs"] < 40  # the fit split alone
+    sae = ["--d-sae", "48", "--k", "2,4", "--epochs", "3", "--batch-size", "64", "--json"]
+    acts, out = str(tmp_path / "acts"), ["--out", str(tmp_path / "a")]
+    done = rmscope_command("train", acts, *given, *sae, "--reward-aware", "2", *out)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["saes"]
+    names = ["resid_post.1/k2", "resid_post.1/k4"]
+    assert [row["sae"] for row in told] == [*names, "reward-aware/k2/resid_post.1", "reward-aware/k4/resid_post.1"]
+    assert [round(row["l0"]) for row in told] == [2, 4, 2, 4]
+    assert "damage" in told[2]
+    done = rmscope_command("train", *given, *sae, "--out", str(tmp_path / "b"))
+    assert done.returncode == 0, done.stderr
+    for name in names:
+        for out in ("a", "b"):
+            loaded = rmscope.Sae.load(tmp_path / out / name)
+            assert (loaded.site, loaded.cfg, loaded.m) == ("resid_post.1", {"k": int(name[-1])}, 48)
+
+
+def test_a_bad_sae_flag_is_one_sentence(pm: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "saes")
+    given = ["--model", pm, "--data", "demo:planted", "--out", out]
+    assert "--k some" in one_sentence(rmscope_command("train", *given, "--k", "8,some"))
+    assert "--model and --data" in one_sentence(rmscope_command("train", "--out", out))
+    assert "rmscope harvest" in one_sentence(rmscope_command("train", str(tmp_path / "none"), "--out", out))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rmscope.activations.harvest import harvest
+    from rmscope.activations.stream import stream
     from rmscope.api import attribute, ledger, open_run, rank, remove
     from rmscope.model.reward_model import RewardModel
     from rmscope.pairs.pair import Pair
@@ -19,6 +20,7 @@ _WHERE = {
     "load_pairs": "rmscope.pairs.readers",
     "open_run": "rmscope.api",
     "harvest": "rmscope.activations.harvest",
+    "stream": "rmscope.activations.stream",
     "train_saes": "rmscope.sae",
     "Sae": "rmscope.sae",
     "SaeConfig": "rmscope.sae",
@@ -40,6 +42,7 @@ __all__ = [
     "open_run",
     "rank",
     "remove",
+    "stream",
     "train_saes",
 ]
 

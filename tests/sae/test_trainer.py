@@ -169,7 +169,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="choose one of batchtopk, gated"):
         train_saes(store, config(architecture="toppk"))
     with pytest.raises(InputError, match="no tokens"):
-        train_saes(store, config(), keep=torch.zeros(1000, dtype=torch.bool))
+        train_saes(store_of(tmp_path / "sinks", {"embed": x[:1]}), config())
     with pytest.raises(KilledError):
         train_saes(store, config(epochs=9), tmp_path / "saes", progress=kill_at(21))
     with pytest.raises(InputError, match=r"other settings or data"):

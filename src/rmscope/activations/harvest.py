@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rmscope.activations.store import ActivationStore, StoreWriter
@@ -46,14 +46,30 @@ def harvest(
     with StoreWriter(root, list(sites), rm.d_model, identity, "bfloat16") as writer:
         for unit in units(len(pairs)):
             tokens = rm.tokenize_all([pairs[i] for i in unit])
-            for batch in rm.unit_batches(tokens, range(len(tokens))):
-                with _fast(rm):
-                    streams = rm.streams(batch, sites)
-                row, column, columns = _rows(batch, tokens, seen, unit.start)
+            for streams, columns in kept_rows(rm, tokens, sites, seen, unit.start):
                 for site, x in streams.items():
-                    writer.add(site, x[row.to(x.device), column.to(x.device)], **columns)
+                    writer.add(site, x, **columns)
             progress(unit.stop, len(pairs), "pairs harvested")
     return ActivationStore.open(root)
+
+
+def kept_rows(
+    rm: RewardModel, tokens: Sequence[PairTokens], sites: Sequence[str], seen: set[bytes], first: int
+) -> Iterator[tuple[dict[str, Float[Tensor, "n d"]], dict[str, Int[Tensor, " n"]]]]:
+    """Batch by batch of some pairs: (the stream at each site, the store's columns) of the rows that are kept.
+
+    ``seen`` holds digests of the prefixes that are kept already, and grows; ``first`` is the number of the first pair.
+    """
+    for batch in rm.unit_batches(tokens, range(len(tokens))):
+        with _fast(rm):
+            streams = rm.streams(batch, sites)
+        row, column, columns = _rows(batch, tokens, seen, first)
+        yield {site: x[row.to(x.device), column.to(x.device)] for site, x in streams.items()}, columns
+
+
+def prefix_of(tokens: PairTokens) -> bytes:
+    """A digest of what both sides share."""
+    return blake2b(tokens.chosen[: tokens.divergence].numpy().tobytes(), digest_size=16).digest()
 
 
 def _rows(
@@ -78,11 +94,11 @@ def _rows(
 
 def _parts(text: Text, tokens: PairTokens, seen: set[bytes]) -> Iterator[tuple[int, int, int]]:
     """(region, first, stop) of a text's rows that are not stored yet; ``seen`` holds digests of prefixes."""
-    prefix = blake2b(tokens.chosen[: text.divergence].numpy().tobytes(), digest_size=16).digest()
+    prefix = prefix_of(tokens)
     if prefix not in seen:
         seen.add(prefix)
         yield PROMPT, 0, text.divergence
-    yield (CHOSEN if text.side == "chosen" else REJECTED), text.divergence, text.read + 1
+    yield (CHOSEN if text.side == "chosen" else REJECTED), text.divergence, max(text.divergence, text.read + 1)
 
 
 def data_identity(pairs: Sequence[Pair]) -> str:

@@ -231,6 +231,24 @@ class ActivationStore:
         """Position > 0: the first token is an attention sink of huge norm and stays out of SAE training."""
         return self.column(site, "position") > 0
 
+    def training_tokens(self, sites: Sequence[str]) -> int:
+        """Rows of an epoch of training: all but first tokens.
+
+        Raises:
+            InputError: the sites hold different tokens, or there are none.
+        """
+        if len({self.tokens(site) for site in sites}) != 1:
+            raise InputError(f"The sites {', '.join(sites)} hold different tokens; harvest them in one pass.")
+        kept = int(self.default_keep(sites[0]).sum())
+        if kept == 0:
+            raise InputError(f"{self.root} holds no tokens to train on after the first of each text.")
+        return kept
+
+    def sample(self, site: str, n: int, generator: torch.Generator) -> Float[Tensor, "n d_model"]:
+        """At most n rows drawn without repeats from those of training, as float32."""
+        kept = self.default_keep(site).nonzero().squeeze(1)
+        return self.rows(site, kept[torch.randperm(len(kept), generator=generator)[:n]])
+
     def norm_scale(self, site: str, keep: Bool[Tensor, " n"] | None = None) -> float:
         """s with mean ||s x|| = sqrt(d_model) over the kept rows (default: position > 0)."""
         opened, keep = self._site(site), self.default_keep(site) if keep is None else keep
@@ -256,6 +274,14 @@ class ActivationStore:
         kept = (self.default_keep(site) if keep is None else keep).nonzero().squeeze(1)
         for index in shuffled(kept, batch_size, epochs, seed, start):
             yield self.rows(site, index)
+
+    def training_batches(
+        self, sites: Sequence[str], batch_size: int, epochs: int, seed: int, start: int = 0
+    ) -> Iterator[dict[str, Float[Tensor, "batch d_model"]]]:
+        """The same shuffled batches at several sites that hold the same tokens, from batch number ``start`` on."""
+        kept = self.default_keep(sites[0]).nonzero().squeeze(1)
+        for index in shuffled(kept, batch_size, epochs, seed, start):
+            yield {site: self.rows(site, index) for site in sites}
 
     def verify(self) -> None:
         """Checksums of all shards.

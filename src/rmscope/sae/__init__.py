@@ -1,8 +1,30 @@
 """Sparse autoencoders: families, training, formats, metrics."""
 
-from rmscope.sae.base import Active, Sae
-from rmscope.sae.config import SaeConfig
-from rmscope.sae.metrics import Metrics, measure
-from rmscope.sae.trainer import train_saes
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rmscope.sae.base import Active, Sae
+    from rmscope.sae.config import SaeConfig
+    from rmscope.sae.metrics import Metrics, measure
+    from rmscope.sae.trainer import train_saes
+
+_WHERE = {
+    "Active": "rmscope.sae.base",
+    "Metrics": "rmscope.sae.metrics",
+    "Sae": "rmscope.sae.base",
+    "SaeConfig": "rmscope.sae.config",
+    "measure": "rmscope.sae.metrics",
+    "train_saes": "rmscope.sae.trainer",
+}
 
 __all__ = ["Active", "Metrics", "Sae", "SaeConfig", "measure", "train_saes"]
+
+
+def __getattr__(name: str) -> Any:
+    """Names are imported on first use: the command line reads the settings alone, without torch."""
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'rmscope.sae' has no attribute {name!r}")

@@ -1,0 +1,250 @@
+"""Reward-aware fine-tuning: a second phase of SAE training that also minds what the splice does to the reward difference.
+
+    L = λ d E (Δr^ - Δr)² / SD(Δr)²  +  the family's own loss on the tokens of the same pairs
+
+Δr^ is the reward difference with x replaced by x^ on the span of both sides. In the units of training E|x|² = d
+(d_model), so both terms are a relative error times d. The first is backpropagated through the PM's blocks above the
+site (PM frozen, float32) to x^, and from there through the SAE's own equations: to W_dec and b_dec, and to the encoder at
+the entries that fire. What fires is chosen as ever, and thresholds move by the family's own loss alone.
+
+After Karvonen 2025 (arXiv 2503.17272), who fine-tunes with the language model's KL divergence for a short while at the
+end; here the output is a reward, of which only differences within a pair mean anything. What it gains may be features
+that carry the reward better, or the reward written into the code: ``benchmarks/reward_aware.py`` holds the two apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from rmscope.activations.harvest import data_identity
+from rmscope.activations.store import shuffled
+from rmscope.errors import InputError
+from rmscope.files import Progress, content_hash, silent
+from rmscope.model.packing import UNIT, Batch, by_budget, packed_length
+from rmscope.model.rendering import PairTokens
+from rmscope.model.reward_model import TOKEN_BUDGET, RewardModel
+from rmscope.pairs.pair import Pair
+from rmscope.sae.base import Sae
+from rmscope.sae.config import SaeConfig
+from rmscope.sae.registry import training_class
+from rmscope.sae.steps import Added, Run, checkpoint, finished, learn, resume, seal
+
+SLOWER = 0.25
+"""The learning rate beside the family's own, from random weights."""
+
+
+class RewardAwareConfig(BaseModel):
+    """How an SAE is fine-tuned. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    steps: int = Field(200, gt=0)
+    """Optimiser steps."""
+    pairs: int = Field(16, gt=0)
+    """Pairs a step."""
+    weight: float = Field(1.0, ge=0)
+    """Weight λ of the damage to the reward difference; at 0 the SAE is only trained on."""
+    lr: float | None = Field(None, gt=0)
+    """Adam's learning rate; left out, a quarter of the family's own."""
+    checkpoint_steps: int = Field(50, gt=0)
+    """Steps between two checkpoints."""
+    seed: int = Field(0, ge=0)
+    """Fixes the order of the pairs."""
+
+
+def fine_tune(
+    rm: RewardModel,
+    sae: Sae,
+    pairs: Sequence[Pair],
+    config: RewardAwareConfig | None = None,
+    own: SaeConfig | None = None,
+    out: Path | str | None = None,
+    progress: Progress = silent,
+) -> Sae:
+    """A fine-tuned copy of ``sae``: the same family, size, k and site, decoder rows of unit norm.
+
+    Args:
+        rm: the PM, in float32; it stays as it is.
+        sae: any family; its ``site`` says where it belongs.
+        pairs: of the fit split; figures belong to other prompts.
+        config: see :class:`RewardAwareConfig`.
+        own: the settings of the family's own loss; those that the SAE was trained with when left out.
+        out: where ``<site>/cfg.json``, ``sae_weights.safetensors`` and ``training.parquet`` go, and checkpoints until then;
+            a fine-tuning that is finished there is loaded, a checkpoint is gone on from.
+        progress: called as (step, steps, figures in words).
+
+    Raises:
+        InputError: no site, another width than the PM's, pairs that are too long or whose rewards do not differ, a
+            checkpoint of other settings, or a loss that is no longer finite.
+    """
+    config = config or RewardAwareConfig()
+    tokens = rm.tokenize_all(pairs)
+    _check(rm, sae, tokens)
+    family = _own(sae, own, config)
+    key = content_hash(config.model_dump(), family.model_dump(), sae.identity(), sae.site, rm.identity, data_identity(pairs))
+    folder = Path(out) / sae.site if out is not None else None
+    if done := finished(folder, key):
+        return done
+
+    delta = rm.score_tokens(tokens).delta
+    spread = float(delta.std())
+    if not spread > 0:
+        raise InputError("The rewards of these pairs do not differ, so there is no damage to mind; give other pairs.")
+    run = _begin(rm, sae, tokens, family, config.steps, key, folder)
+
+    weight, began, seen = config.weight * rm.d_model / spread**2, time.perf_counter(), 0
+    size = min(config.pairs, len(pairs))
+    epochs = -(-config.steps // (len(pairs) // size))
+    order = shuffled(torch.arange(len(pairs)), size, epochs, config.seed, run.step)
+    for picked in islice(order, config.steps - run.step):
+        x, added = _losses(rm, run, tokens, picked, delta, weight)
+        seen += len(x)
+        with torch.no_grad():
+            note = learn(run, x, seen / (time.perf_counter() - began), added if config.weight else None)
+        progress(run.step, config.steps, note)
+        if folder and run.step % config.checkpoint_steps == 0 and run.step < config.steps:
+            checkpoint(run)
+    origin = {"from": sae.identity(), "model": rm.identity, "data": data_identity(pairs)}
+    return seal(run, _metadata(run, sae, {**config.model_dump(), **origin}))
+
+
+def _check(rm: RewardModel, sae: Sae, tokens: Sequence[PairTokens]) -> None:
+    if too_long := sum(not rm.fits(t) for t in tokens):
+        raise InputError(f"{too_long} pairs are longer than the PM's context of {rm.context} tokens; leave them out.")
+    if not sae.site:
+        raise InputError("The SAE does not say which site it was trained on; set sae.site to resid_post.6 or the like.")
+    rm.site_index(sae.site)
+    if sae.d != rm.d_model:
+        raise InputError(f"The SAE reads {sae.d} dimensions, the PM's stream has {rm.d_model}; name one trained on this PM.")
+    if rm.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"Fine-tuning needs rewards in float32, the PM is in {rm.dtype}; load it with dtype='float32'.")
+
+
+def _own(sae: Sae, own: SaeConfig | None, config: RewardAwareConfig) -> SaeConfig:
+    """The family's settings for the second phase: no warm-up, a lower learning rate, its own seed for revival."""
+    told: dict[str, Any] = (sae.metadata.get("rmscope") or {}).get("config") or {}
+    if own is None and told:
+        own = SaeConfig(**told)
+    if own is None:
+        own = SaeConfig(architecture=sae.architecture, d_sae=sae.m, **{k: v for k, v in sae.cfg.items() if k == "k"})
+    rate = config.lr or SLOWER * own.rate(sae.m)
+    return own.model_copy(update={"lr": rate, "warmup": 0.0, "seed": config.seed})
+
+
+def _begin(
+    rm: RewardModel, sae: Sae, tokens: Sequence[PairTokens], own: SaeConfig, steps: int, key: str, folder: Path | None
+) -> Run:
+    """The training on a copy of the SAE, in the units of training; from its checkpoint where there is one."""
+    scale = float((sae.metadata.get("rmscope") or {}).get("scale") or _norm_scale(rm, sae.site, tokens[:UNIT]))
+    work = copy.deepcopy(sae).to(rm.device)
+    work.change_units(1 / scale)
+    training = training_class(own.architecture)(work, own)
+    run = Run.of(training, steps, site=sae.site, name="reward-aware", scale=scale, key=key, folder=folder)
+    resume(run)
+    return run
+
+
+def _metadata(run: Run, sae: Sae, reward_aware: dict[str, Any]) -> dict[str, Any]:
+    """What the SAE said of itself, and how it was fine-tuned."""
+    told = {"config": run.config.model_dump(), **(sae.metadata.get("rmscope") or {})}
+    told |= {"scale": run.scale, "training": run.key, "reward_aware": {**reward_aware, "lr": run.config.lr}}
+    return {**sae.metadata, "trained_as": run.config.architecture, "rmscope": told}
+
+
+def _norm_scale(rm: RewardModel, site: str, tokens: Sequence[PairTokens]) -> float:
+    """s with mean |s x| = sqrt(d) over the tokens of some pairs."""
+    rows = [training_rows(b, rm.streams(b, [site])[site]) for b in rm.batches(tokens)]
+    norms = torch.cat([x.norm(dim=1) for x in rows]).double()
+    return float(rm.d_model**0.5 / norms.mean())
+
+
+def training_rows(batch: Batch, stream: Float[Tensor, "rows width d"]) -> Float[Tensor, "tokens d"]:
+    """The tokens that SAEs are trained on, float32: both spans and, once a pair, the prefix without the first token."""
+    found = []
+    for text in batch.texts:
+        start = 1 if text.side == "chosen" else text.divergence
+        found.append(stream[text.row, text.columns[start : text.read + 1].to(stream.device)])
+    rows = torch.cat(found)
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def _losses(
+    rm: RewardModel,
+    run: Run,
+    tokens: Sequence[PairTokens],
+    picked: Int[Tensor, " pairs"],
+    delta: Float[Tensor, " all_pairs"],
+    weight: float,
+) -> tuple[Float[Tensor, "tokens d"], Added]:
+    """One step's tokens, in the units of training, and the splice's damage with its gradients."""
+    rows, loss = [], 0.0
+    total = {name: torch.zeros_like(p) for name, p in run.parameters.items()} if weight else {}
+    lengths = [packed_length(tokens[i]) for i in picked.tolist()]
+    for group in by_budget(lengths, TOKEN_BUDGET):
+        unit = picked[group].tolist()
+        for batch in rm.unit_batches(tokens, unit, budget=1 << 30):  # whole pairs, however long
+            stream = rm.streams(batch, [run.site])[run.site]
+            rows.append(training_rows(batch, stream))
+            if weight:
+                part, gradients = splice_gradients(rm, run.sae, run.site, batch, stream, delta, run.scale)
+                loss += weight / len(picked) * part
+                for name, gradient in gradients.items():
+                    total[name].add_(gradient, alpha=weight / len(picked))
+    return torch.cat(rows) * run.scale, Added("damage", loss, total)
+
+
+def splice_gradients(
+    rm: RewardModel,
+    sae: Sae,
+    site: str,
+    batch: Batch,
+    stream: Float[Tensor, "rows width d"],
+    delta: Float[Tensor, " all_pairs"],
+    scale: float = 1.0,
+) -> tuple[float, dict[str, Tensor]]:
+    """Σ (Δr^ - Δr)² over the pairs of a batch and its gradients (keys of ``storage``), for an SAE of scale·x.
+
+    Only blocks above the site run. ``batch`` holds both sides of its pairs; ``delta`` is indexed by ``Text.pair``.
+    """
+    leaves = {name: p.detach().requires_grad_(True) for name, p in sae.named_parameters()}
+
+    def reconstruct(x: Tensor) -> Tensor:
+        return torch.func.functional_call(sae, leaves, (x * scale,)) / scale
+
+    with torch.enable_grad():
+        rewards = rm.rewards_from(batch, site, on_spans(batch, stream, reconstruct))
+        pair, spliced_delta = differences(batch, rewards)
+        damage = (spliced_delta - delta[pair].to(rewards)).square().sum()
+        found = torch.autograd.grad(damage, list(leaves.values()), allow_unused=True)
+    gradients = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+    if "W_enc" in gradients:
+        gradients["W_enc.T"] = gradients.pop("W_enc").t()
+    return float(damage.detach()), gradients
+
+
+def on_spans(
+    batch: Batch,
+    stream: Float[Tensor, "rows width d"],
+    replace: Callable[[Float[Tensor, "tokens d"]], Float[Tensor, "tokens d"]],
+) -> Float[Tensor, "rows width d"]:
+    """The stream of a batch with x replaced on the span of every text; differentiable in what it is replaced by."""
+    where = [(text.row, int(column)) for text in batch.texts for column in text.span]
+    rows, columns = torch.tensor(where, dtype=torch.long, device=stream.device).view(-1, 2).unbind(1)
+    return stream.index_put((rows, columns), replace(stream[rows, columns]).to(stream.dtype))
+
+
+def differences(batch: Batch, rewards: Float[Tensor, " texts"]) -> tuple[Int[Tensor, " pairs"], Float[Tensor, " pairs"]]:
+    """(pairs, r(chosen) - r(rejected)) of a batch that holds both sides of each of its pairs."""
+    pair, place = torch.unique(torch.tensor([t.pair for t in batch.texts]), return_inverse=True)
+    sign = torch.tensor([1.0 if t.side == "chosen" else -1.0 for t in batch.texts]).to(rewards)
+    return pair, rewards.new_zeros(len(pair)).index_add(0, place.to(rewards.device), rewards * sign)
