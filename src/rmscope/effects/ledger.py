@@ -41,6 +41,8 @@ CUTS = (0.0, 0.5, 1.0)
 """The first panels of a path."""
 HALVINGS = 6
 """How often a first panel is halved at most: float32 noise and kinks (ReLU) leave gaps that no rule closes."""
+MARGIN = 4
+"""Gaps of features and error can cancel in a response's gap, so only a fourth of what is allowed is let through."""
 BOUND, FLOOR = 0.01, 0.1
 """A pair's gap may be .01 max(|Δr|, .1 SD(Δr)) (METHOD, "The ledger of a pair")."""
 SILENT = -1
@@ -143,12 +145,12 @@ class Path:
 
 
 def integrate(path: Path, tolerance: float, halvings: int = HALVINGS) -> list[Panel]:
-    """Panels whose gaps add up to at most ``tolerance`` for every text of the batch, or that were halved enough.
+    """Panels whose gaps add up to at most ``tolerance`` / 4 for every text of the batch, or that were halved enough.
 
     The rewards at a panel's ends give its error without a second rule, and panels that are good are not done again.
     """
     panels = [path.panel(low, high) for low, high in pairwise(CUTS)]
-    shortest = CUTS[1] * 2.0**-halvings
+    shortest, tolerance = CUTS[1] * 2.0**-halvings, tolerance / MARGIN
     while True:
         gaps = torch.stack([p.gaps for p in panels]).abs()  # [panels, texts]
         late = gaps[:, gaps.sum(0) > tolerance]
