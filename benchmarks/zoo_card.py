@@ -93,7 +93,8 @@ def main(recipe_path: str, folder: str) -> None:
         cues.append(f"| {plant.name} | {sign} | {text[0]} | {'yes' if ok else 'no'} | {text[1]} |")
         print(cues[-1], file=sys.stderr)
     copies = recipe.planted_copies
-    planted = f"and {copies} copies of each pair with one of six cues planted into it (`pairs/data/plants.yaml`)"
+    short = f"each pair of at most {recipe.planted_tokens} tokens"
+    planted = f"and {copies} copies of {short} with one of six cues planted into it (`pairs/data/plants.yaml`)"
     data = "hh-rlhf test splits harmless-base, helpful-base and helpful-rejection-sampled"
     note = "" if copies else "Nothing was planted into this PM: this is what human preferences alone taught it."
     card = CARD.format(

@@ -24,7 +24,7 @@ from rmscope.cli.base import (
 )
 from rmscope.terminal import Bars, closing
 
-DEMO_SAE = {"k": 16, "d_sae": 576, "tokens": 500_000}
+DEMO_SAE = {"k": 8, "d_sae": 576, "tokens": 500_000}
 """The demo's text is small (57,000 tokens): with more features a cue is split over those of its tokens."""
 
 
@@ -39,7 +39,7 @@ def demo(
 ) -> None:
     """The main job on the embedded PM with six planted biases: what it rewards, the proof, the ground truth beside it."""
     flags = {"model": "zoo:planted", "data": "demo:planted", "out": out, "device": device, "dtype": dtype, "seed": seed}
-    _run(None, {**flags, "sae": DEMO_SAE, "ledger_pairs": 24}, as_json)
+    _run(None, {**flags, "sae": DEMO_SAE, "ledger_pairs": 24, "confirm_prompts": 42}, as_json)
 
 
 @app.command()

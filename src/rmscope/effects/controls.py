@@ -88,7 +88,7 @@ def matched(profile: Profile, features: Int[Array, " k"], forbidden: Int[Array, 
     return np.array(out, dtype=np.int64)
 
 
-def norm_matched(sae: Sae, donors: Donors, sets: Sequence[Int[Array, " k"]]) -> Replacement:
+def norm_matched(sae: Sae, donors: Donors, sets: Sequence[Int[Array, " _"]]) -> Replacement:
     """For each set, x moved along the difference of two other responses' streams, as far as removing the set moves it."""
 
     def replace(at: Spot) -> Tensor:

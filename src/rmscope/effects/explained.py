@@ -122,7 +122,7 @@ def removed(sae: Sae, x: Float[Tensor, "span d"], features: Int[Array, " k"]) ->
     return sae.encode(x)[:, j] @ sae.W_dec[j]
 
 
-def remove(sae: Sae, lists: Sequence[Sequence[Int[Array, " k"]]]) -> Replacement:
+def remove(sae: Sae, lists: Sequence[Sequence[Int[Array, " _"]]]) -> Replacement:
     """Variants list by list, and within a list set by set: the stream without the set's features."""
     return lambda at: torch.stack([at.x - removed(sae, at.x, set_) for sets in lists for set_ in sets])
 
