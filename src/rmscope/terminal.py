@@ -24,6 +24,21 @@ from rmscope.files import Progress as Report
 console = Console(stderr=True, highlight=False)
 
 
+class Pace:
+    """Items a second since the first report of a pass; a stage of several passes starts anew with each."""
+
+    def __init__(self) -> None:
+        self.total = self.first = self.last = -1
+        self.since = 0.0
+
+    def __call__(self, done: int, total: int) -> float:
+        now = time.monotonic()
+        if total != self.total or done < self.last:
+            self.total, self.first, self.since = total, done, now
+        self.last = done
+        return (done - self.first) / max(now - self.since, 1e-6)
+
+
 class Bars:
     """A bar a stage: done of total, rate, elapsed, ETA; without a terminal a line at the end of each stage."""
 
@@ -45,10 +60,10 @@ class Bars:
         )
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(name, total=None, note="", rate="")
-            started = time.monotonic()
+            pace = Pace()
 
             def report(done: int, total: int, note: str = "") -> None:
-                rate = done / max(time.monotonic() - started, 1e-6)
+                rate = pace(done, total)
                 text: dict[str, Any] = {"note": note} if note else {}
                 progress.update(task, completed=done, total=max(total, 1), rate=f"{rate:.3g}/s", **text)
 
@@ -58,14 +73,14 @@ class Bars:
 
     def _plain(self, name: str) -> Iterator[Report]:
         started = shown = time.monotonic()
+        pace = Pace()
 
         def report(done: int, total: int, note: str = "") -> None:
             nonlocal shown
-            now = time.monotonic()
-            if now - shown > 15 and done:
-                shown = now
-                left = (now - started) * (total - done) / done
-                console.print(f"  {name}: {done}/{total}, {done / (now - started):.3g}/s, ETA {left:.0f} s  {note}")
+            rate = pace(done, total)
+            if time.monotonic() - shown > 15 and rate:
+                shown = time.monotonic()
+                console.print(f"  {name}: {done}/{total}, {rate:.3g}/s, ETA {(total - done) / rate:.0f} s  {note}")
 
         yield report
         console.print(f"{name}: {time.monotonic() - started:.1f} s")

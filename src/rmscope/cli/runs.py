@@ -24,7 +24,9 @@ from rmscope.cli.base import (
 )
 from rmscope.terminal import Bars, closing
 
-DEMO_SAE = {"k": 8, "d_sae": 576, "tokens": 500_000}
+DEMO_SITES = ["resid_post.11", "resid_post.12", "resid_post.13"]
+"""zoo:planted's adapter changes blocks 11 to 15: there what it learned gathers in few directions, still at the cue's tokens."""
+DEMO_SAE = {"k": 12, "d_sae": 1728, "tokens": 500_000}
 """The demo's text is small (57,000 tokens): with more features a cue is split over those of its tokens."""
 
 
@@ -39,7 +41,7 @@ def demo(
 ) -> None:
     """The main job on the embedded PM with six planted biases: what it rewards, the proof, the ground truth beside it."""
     flags = {"model": "zoo:planted", "data": "demo:planted", "out": out, "device": device, "dtype": dtype, "seed": seed}
-    _run(None, {**flags, "sae": DEMO_SAE, "ledger_pairs": 24, "confirm_prompts": 42}, as_json)
+    _run(None, {**flags, "sites": DEMO_SITES, "sae": DEMO_SAE, "ledger_pairs": 24, "confirm_prompts": 42}, as_json)
 
 
 @app.command()

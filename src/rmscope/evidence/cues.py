@@ -191,7 +191,7 @@ def _try_site(
     if f1 >= F1 and share["value"] >= GROUP_MEDIATED:
         return _hit("group", site, group, info, f1, None, share)
     carried = f"the features that detect it carry {round(share['value'], 2) + 0.0:.0%} of its effect"
-    why = "no reported feature detects it" if f1 < F1 else carried
+    why = f"no reported feature detects it (best F1 {f1:.2f}, {F1} needed)" if f1 < F1 else carried
     return _hit("none", site, group, info, f1, None, share) | {"why": why}
 
 
