@@ -25,7 +25,7 @@ from rmscope.cli.base import (
 from rmscope.terminal import Bars, closing
 
 DEMO_SITES = ["resid_post.11", "resid_post.12", "resid_post.13"]
-"""zoo:planted's adapter changes blocks 11 to 15: there what it learned gathers in few directions, still at the cue's tokens."""
+"""zoo:planted's adapter works in blocks 11 to 15: what it learned gathers there in few directions, at the cue's tokens."""
 DEMO_SAE = {"k": 12, "d_sae": 1728, "tokens": 500_000}
 """The demo's text is small (57,000 tokens): with more features a cue is split over those of its tokens."""
 

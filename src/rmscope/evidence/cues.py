@@ -152,7 +152,10 @@ def match_plant(
         "learned": learned, "found": False, "hit": "none", "site": None, "features": [], "rank": None, "effect": None,
         "f1": None, "localises": None, "mediated": None, "why": "",
     }  # fmt: skip
-    tried = [_try_site(rm, saes[s], s, plant, prepared[s], reported[s]) for s in saes]
+    sites = [_at_site(rm, saes[s], s, plant, prepared[s], reported[s]) for s in saes]
+    tried = [_single(rm, at, plant) for at in sites]
+    if not any(r["found"] for r in tried):
+        tried = [_group(rm, at) for at in sites]
     order = ("none", "group", "single")
     best = max(tried, key=lambda r: (order.index(r["hit"]), r["mediated"]["value"] if r["mediated"] else 0.0))
     row |= best
@@ -161,38 +164,68 @@ def match_plant(
     return row
 
 
-def _try_site(
+@dataclass(frozen=True, slots=True)
+class _AtSite:
+    """A plant at a site: its twins, and the reported features of the planted sign."""
+
+    site: str
+    sae: Sae
+    twins: list[Twin]
+    info: dict[int, dict[str, Any]]
+    """Each feature's row among the reported."""
+    scale: dict[int, float]
+    """Each feature's largest activation on the twins."""
+    useful: list[int]
+    """Those with the largest estimated effect of the planted sign on the fitting half."""
+
+    @property
+    def fitting(self) -> list[Twin]:
+        return self.twins[::2]
+
+    @property
+    def measuring(self) -> list[Twin]:
+        return self.twins[1::2]
+
+
+def _at_site(
     rm: RewardModel, sae: Sae, site: str, plant: Plant, twins: list[Twin], reported: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """The best single feature of a site, or failing that its group; thresholds and groups from the even twins, figures from
-    the odd ones."""
+) -> _AtSite:
     info = {int(r["feature"]): r for r in reported if np.sign(r["mean_removal"]) == plant.sign}
-    if not info:
-        why = "no reported feature has the planted sign"
-        return {"found": False, "hit": "none", "why": why, "f1": None, "site": site, "mediated": None}
     scale = {j: max(_largest(t, s, j) for t in twins for s in SIDES) or 1.0 for j in info}
-    fitting, measuring = twins[::2], twins[1::2]
-    effect = _estimated(rm, sae, site, fitting, list(info))
+    effect = _estimated(rm, sae, site, twins[::2], list(info)) if info else {}
     useful = sorted((j for j in info if plant.sign * effect[j] > 0), key=lambda j: -plant.sign * effect[j])[:TRIED]
+    return _AtSite(site, sae, twins, info, scale, useful)
 
-    def measured(group: list[int]) -> tuple[float, dict[str, float]]:
-        return _detects(twins, group, scale), mediated_share(mediation(rm, sae, site, measuring, [group])[0])
 
-    lexical = plant.kind in ("phrase", "url")
-    alone = [[j] for j in useful if info[j]["sign_consistency"] >= SIGN]
-    best, _ = _best(rm, sae, site, fitting, alone, scale)
+def _single(rm: RewardModel, at: _AtSite, plant: Plant) -> dict[str, Any]:
+    """The single feature that mediates most on the fitting half, with its figures from the measuring half."""
+    alone = [[j] for j in at.useful if at.info[j]["sign_consistency"] >= SIGN]
+    best, _ = _best(rm, at.sae, at.site, at.fitting, alone, at.scale)
     if best:
-        f1, share = measured(best)
-        local = _localises(measuring, best[0]) if lexical else None
+        f1, share = _measured(rm, at, best)
+        local = _localises(at.measuring, best[0]) if plant.kind in ("phrase", "url") else None
         if f1 >= F1 and share["low"] >= MEDIATED and (local is None or local >= MASS):
-            return _hit("single", site, best, info, f1, local, share)
-    group = _grow(rm, sae, site, fitting, useful, scale) or list(info)[:1]
-    f1, share = measured(group)
+            return _hit("single", at.site, best, at.info, f1, local, share)
+    return {"found": False, "hit": "none", "mediated": None}
+
+
+def _group(rm: RewardModel, at: _AtSite) -> dict[str, Any]:
+    """The group grown on the fitting half, with its figures from the measuring half; where it is no hit, why."""
+    if not at.info:
+        why = "no reported feature has the planted sign"
+        return {"found": False, "hit": "none", "why": why, "f1": None, "site": at.site, "mediated": None}
+    group = _grow(rm, at.sae, at.site, at.fitting, at.useful, at.scale) or list(at.info)[:1]
+    f1, share = _measured(rm, at, group)
     if f1 >= F1 and share["value"] >= GROUP_MEDIATED:
-        return _hit("group", site, group, info, f1, None, share)
+        return _hit("group", at.site, group, at.info, f1, None, share)
     carried = f"the features that detect it carry {round(share['value'], 2) + 0.0:.0%} of its effect"
-    why = f"no reported feature detects it (best F1 {f1:.2f}, {F1} needed)" if f1 < F1 else carried
-    return _hit("none", site, group, info, f1, None, share) | {"why": why}
+    why = "no reported feature detects it" if f1 < F1 else carried
+    return _hit("none", at.site, group, at.info, f1, None, share) | {"why": why}
+
+
+def _measured(rm: RewardModel, at: _AtSite, group: list[int]) -> tuple[float, dict[str, float]]:
+    mediated = mediated_share(mediation(rm, at.sae, at.site, at.measuring, [group])[0])
+    return _detects(at.twins, group, at.scale), mediated
 
 
 def _estimated(rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], features: Sequence[int]) -> dict[int, float]:
