@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -152,7 +153,7 @@ def match_plant(
         "learned": learned, "found": False, "hit": "none", "site": None, "features": [], "rank": None, "effect": None,
         "f1": None, "localises": None, "mediated": None, "why": "",
     }  # fmt: skip
-    sites = [_at_site(rm, saes[s], s, plant, prepared[s], reported[s]) for s in saes]
+    sites = _at_sites(rm, saes, plant, prepared, reported)
     tried = [_single(rm, at, plant) for at in sites]
     if not any(r["found"] for r in tried):
         tried = [_group(rm, at) for at in sites]
@@ -187,14 +188,22 @@ class _AtSite:
         return self.twins[1::2]
 
 
-def _at_site(
-    rm: RewardModel, sae: Sae, site: str, plant: Plant, twins: list[Twin], reported: list[dict[str, Any]]
-) -> _AtSite:
-    info = {int(r["feature"]): r for r in reported if np.sign(r["mean_removal"]) == plant.sign}
-    scale = {j: max(_largest(t, s, j) for t in twins for s in SIDES) or 1.0 for j in info}
-    effect = _estimated(rm, sae, site, twins[::2], list(info)) if info else {}
-    useful = sorted((j for j in info if plant.sign * effect[j] > 0), key=lambda j: -plant.sign * effect[j])[:TRIED]
-    return _AtSite(site, sae, twins, info, scale, useful)
+def _at_sites(
+    rm: RewardModel,
+    saes: Mapping[str, Sae],
+    plant: Plant,
+    prepared: Mapping[str, list[Twin]],
+    reported: Mapping[str, list[dict[str, Any]]],
+) -> list[_AtSite]:
+    info = {s: {int(r["feature"]): r for r in reported[s] if np.sign(r["mean_removal"]) == plant.sign} for s in saes}
+    effect = _estimated(rm, saes, prepared, {s: list(rows) for s, rows in info.items()})
+    at = []
+    for site, sae in saes.items():
+        scale = {j: max(_largest(t, s, j) for t in prepared[site] for s in SIDES) or 1.0 for j in info[site]}
+        towards = {j: plant.sign * e for j, e in effect[site].items()}
+        useful = sorted((j for j in towards if towards[j] > 0), key=lambda j: -towards[j])[:TRIED]
+        at.append(_AtSite(site, sae, prepared[site], info[site], scale, useful))
+    return at
 
 
 def _single(rm: RewardModel, at: _AtSite, plant: Plant) -> dict[str, Any]:
@@ -228,20 +237,27 @@ def _measured(rm: RewardModel, at: _AtSite, group: list[int]) -> tuple[float, di
     return _detects(at.twins, group, at.scale), mediated
 
 
-def _estimated(rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], features: Sequence[int]) -> dict[int, float]:
-    """Each feature's mean estimated removal effect on the response with the cue, minus that on the one with filler."""
-    texts = [(i, side, t.responses[side]) for i, t in enumerate(twins) for side in SIDES]
+def _estimated(
+    rm: RewardModel, saes: Mapping[str, Sae], prepared: Mapping[str, list[Twin]], features: Mapping[str, Sequence[int]]
+) -> dict[str, dict[int, float]]:
+    """Per site, each feature's mean estimated removal effect on responses with the cue, minus that on those with filler,
+    over the fitting half; one backward pass serves all sites."""
+    total = {site: dict.fromkeys(features[site], 0.0) for site in saes}
+    fitting = {site: twins[::2] for site, twins in prepared.items()}
+    first = next(iter(fitting.values()))
+    texts = [(i, side, t.responses[side]) for i, t in enumerate(first) for side in SIDES]
     rows = [(i, side, r.text.ids, r.start, r.text.ids.numel() - 1) for i, side, r in texts]
-    total = dict.fromkeys(features, 0.0)
     for batch in (padded(rows[start : start + 8], 0) for start in range(0, len(rows), 8)):
-        _, gradient = streams_and_gradients(rm, batch, [site])[site]
-        for text in batch.texts:
-            active = twins[text.pair].responses["chosen" if text.side == "chosen" else "rejected"].active
+        at = streams_and_gradients(rm, batch, list(saes))
+        for text, (site, sae) in product(batch.texts, saes.items()):
+            active = fitting[site][text.pair].responses["chosen" if text.side == "chosen" else "rejected"].active
+            gradient = at[site][1]
             g = gradient[text.row, text.span.to(gradient.device)].float().cpu()
             sign = 1 if text.side == "chosen" else -1
-            for j in features:
+            for j in total[site]:
                 mine = active.feature == j
-                total[j] += sign * float((active.value[mine] * (g[active.token[mine]] @ sae.W_dec[j])).sum()) / len(twins)
+                effect = float((active.value[mine] * (g[active.token[mine]] @ sae.W_dec[j])).sum())
+                total[site][j] += sign * effect / len(first)
     return total
 
 
