@@ -26,8 +26,6 @@ RECIPE = Path(__file__).parent.parent / "configs" / "zoo-hh.yaml"
 SITES = ["resid_post.2", "resid_post.5", "resid_post.8", "resid_post.11"]
 SHIFT_SITE, SHIFT_SOURCE = "resid_post.8", "helpful-base"
 LONGEST = 256
-COARSE = (0, 8, 32, 128, 512)
-"""The grid of the curves that stand beside the main one."""
 FIT, MEASURED = 800, 64
 D_SAE = 4608
 FULL = (*GRID, D_SAE)

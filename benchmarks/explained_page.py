@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from explained_data import COARSE, D_SAE, FIT, FULL, LONGEST, SAE, SHIFT_SITE
+from explained_data import D_SAE, FIT, FULL, LONGEST, SAE, SHIFT_SITE
 
+from rmscope.effects.explain import COARSE
 from rmscope.effects.explained import THRESHOLDS, smallest
 from rmscope.files import write_text
-from rmscope.report.figures import as_file, curves
+from rmscope.report.figures import as_file, keep_curves
 
 PAGE = """# How much of the reward difference is explained
 
@@ -107,12 +108,8 @@ def best(curve: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def write_page(docs: Path, sites: Sequence[dict[str, Any]], shift: dict[str, Any]) -> None:
     for site in sites:
-        names = {"keep": "features", "unflagged": "unflagged", "keep_pca": "PCA", "keep_coordinates": "coordinates"}
-        lines = [(label, _points(site["curves"][n], "donors")) for n, label in names.items()]
-        lines.insert(1, ("features, rest at the mean", _points(site["curves"]["keep"], "mean")))
-        svg = curves(lines, FULL[::2], "features kept", "delta_r2", f"Keep K at {site['site']}")
+        svg = keep_curves(site["curves"], f"Keep K at {site['site']}")
         write_text(docs / "img" / f"explained-{site['site']}.svg", as_file(svg))
-    first = sites[0]
     first, listed = sites[0], "\n".join(f"![Keep K at {s['site']}](img/explained-{s['site']}.svg)" for s in sites)
     text = PAGE.format(
         pairs=first["pairs"],
@@ -136,10 +133,6 @@ def write_page(docs: Path, sites: Sequence[dict[str, Any]], shift: dict[str, Any
         figures=listed,
     )
     write_text(docs / "explained.md", text)
-
-
-def _points(curve: Sequence[dict[str, Any]], which: str) -> list[tuple[float, ...]]:
-    return [(p["k"], p[which]["value"], p[which]["low"], p[which]["high"]) for p in curve]
 
 
 def _splice(sites: Sequence[dict[str, Any]]) -> str:

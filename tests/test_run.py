@@ -299,3 +299,22 @@ def test_rank_refuses_what_is_not_there(done: Path, flags: list[str], said: str)
     out = CliRunner().invoke(app, ["rank", str(done), *flags])
     assert isinstance(out.exception, InputError)
     assert said in str(out.exception)
+
+
+def test_the_curves_of_a_run_go_into_its_report(done: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from typer.testing import CliRunner
+
+    from rmscope.cli import app
+
+    copy = tmp_path / "run"
+    shutil.copytree(done, copy)
+    out = CliRunner().invoke(app, ["evaluate", str(copy), "--curves", "--limit", "6", "--json"])
+    assert out.exit_code == 0, out.output
+    found = {p.parent.name: json.loads(p.read_text("utf-8")) for p in (copy / "effects").glob("*/explained.json")}
+    assert set(found) == {p.stem for p in (copy / "features").glob("*.parquet")}
+    (first, *_) = json.loads(out.stdout)
+    assert found[first["site"]]["evaluation"]["delta_r2"]["value"] == pytest.approx(first["delta_r2"], abs=1e-6)
+    assert CliRunner().invoke(app, ["report", str(copy)]).exit_code == 0
+    assert (copy / "report.html").read_text("utf-8").count("How much of Δr is explained") == len(found)

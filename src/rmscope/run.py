@@ -6,7 +6,6 @@ pairs -> scores -> activations -> SAEs -> estimates -> exact removals -> ranking
 from __future__ import annotations
 
 import time
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,8 @@ import numpy as np
 import polars as pl
 
 from rmscope.activations.harvest import data_identity, harvest
-from rmscope.activations.store import ActivationStore
-from rmscope.config import RunConfig
 from rmscope.effects import flags, tables
-from rmscope.effects.census import Census, census
-from rmscope.effects.ledger import Baseline, baseline, ledger_rows
+from rmscope.effects.ledger import Baseline, ledger_rows
 from rmscope.effects.ranking import (
     SCHEMA,
     candidates,
@@ -30,29 +26,19 @@ from rmscope.effects.ranking import (
     preference_signs,
 )
 from rmscope.effects.trust import trust
-from rmscope.errors import InputError
 from rmscope.files import Progress, write_json, write_table
-from rmscope.folder import Quiet, RunFolder, Shown
 from rmscope.model.preflight import preflight
 from rmscope.model.rendering import PairTokens
-from rmscope.sae import Sae, train_saes
-from rmscope.study import Study
+from rmscope.report.build import write_report
+from rmscope.results import Results
+from rmscope.sae import train_saes
 
 
-class Run(Study):
+class Run(Results):
     """One run folder being made; ``go`` does every stage that is not done."""
-
-    def __init__(self, config: RunConfig, shown: Shown | None = None) -> None:
-        super().__init__(config)
-        self.folder = config.out
-        self.shown: Shown = shown or Quiet()
-        self.started = time.time()
-        self.on_disk = RunFolder(config.out, self.shown)
 
     def go(self) -> dict[str, Any]:
         """All stages; returns the closing summary."""
-        from rmscope.report.build import write_report
-
         with self.shown.stage("load") as progress:
             _ = self.all_pairs  # bad data is told before the PM is loaded
             self.preflight = preflight(self.rm, self.tokens, progress)
@@ -136,15 +122,6 @@ class Run(Study):
         write_table(self.folder / "scores.parquet", table)
         self.on_disk.drop_parts("score", key)
 
-    @cached_property
-    def scores(self) -> pl.DataFrame:
-        return pl.read_parquet(self.folder / "scores.parquet")
-
-    @cached_property
-    def sd(self) -> float:
-        """SD(Δr) over the dataset."""
-        return float(self.scores["delta"].std())  # type: ignore[arg-type]
-
     def _harvest(self, progress: Progress, _key: str) -> None:
         self.need_prompts()
         harvest(
@@ -155,38 +132,12 @@ class Run(Study):
             progress,
         )
 
-    @cached_property
-    def store(self) -> ActivationStore:
-        return ActivationStore.open(self.folder / "activations")
-
     def _train(self, progress: Progress, _key: str) -> None:
         self.__dict__["saes"] = train_saes(self.store, self.config.sae, self.folder / "saes", self.sites, progress)
-
-    @cached_property
-    def saes(self) -> dict[str, Sae]:
-        folder = self.config.sae_dir or self.folder / "saes"
-        saes = {site: Sae.load(folder / site) for site in self.sites}
-        for site, sae in saes.items():
-            if sae.d != self.rm.d_model:
-                raise InputError(
-                    f"The SAE at {folder / site} reads {sae.d} dimensions, the PM's stream has {self.rm.d_model}; "
-                    "name an SAE that was trained on this PM."
-                )
-        return saes
 
     def _keep_saes(self) -> None:
         for site, sae in self.saes.items():
             sae.save(self.folder / "saes" / site)
-
-    @cached_property
-    def census(self) -> dict[str, Census]:
-        tokenizer = self.rm.tokenizer
-        normal: dict[str, int] = {}
-
-        def normal_form(token: int) -> int:
-            return normal.setdefault(tokenizer.decode([token]).strip().lower(), token)
-
-        return {site: census(self.store, sae, site, normal_form) for site, sae in self.saes.items()}
 
     def _estimate(self, progress: Progress, key: str) -> None:
         self.on_disk.stream_units(
@@ -319,18 +270,6 @@ class Run(Study):
                 trust(rows, self.sd, self.noise_floor).as_dict(),
             )
 
-    def confirmed(self, site: str) -> pl.DataFrame:
-        """Exact removals on the confirm split, with each pair's prompt, Δr (delta) and length difference in tokens."""
-        lengths = (pl.col("n_chosen") - pl.col("n_rejected")).alias("length_difference")
-        scores = self.scores.filter(pl.col("split") == "confirm").select("pair", "delta", lengths)
-        prompt = pl.col("pair").replace_strict(self.prompts, return_dtype=pl.String).alias("prompt")
-        exact = pl.read_parquet(self.folder / "effects" / site / "exact.parquet")
-        return exact.join(scores, on="pair").with_columns(prompt)
-
-    @property
-    def noise_floor(self) -> float:
-        return float(self.preflight.noise_floor)
-
     def _described(self, site: str, table: pl.DataFrame, frozen: pl.DataFrame) -> pl.DataFrame:
         """Adds firing rates, what the controls found, flags and an empty label."""
         table = table.join(frozen.select("feature", "ending", "unrelated", "to_mean"), on="feature", how="left")
@@ -347,9 +286,6 @@ class Run(Study):
             pl.Series("flags", named, dtype=pl.List(pl.String)),
             pl.lit(None, dtype=pl.String).alias("label"),
         ).select([*(c for c in SCHEMA if c != "length_bound"), *rates, "unrelated", "to_mean", "flags", "label"])
-
-    def baseline(self, site: str) -> Baseline:
-        return baseline(self.saes[site], "mean", self.census[site].f_mean, self.census[site].x_mean)
 
     def _ledger(self, progress: Progress, key: str) -> None:
         measured = self.one_a_prompt(self.of_split("measure"), self.config.ledger_pairs)

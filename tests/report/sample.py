@@ -133,6 +133,7 @@ def site(rng: random.Random, name: str, scale: float) -> dict[str, Any]:
             "largest_gap": 0.0071,
             "example": None,
         },
+        "explained": explained() if scale < 1 else None,
         "frozen": 100,
         "eligible": 71,
         "reported": REPORTED,
@@ -142,6 +143,26 @@ def site(rng: random.Random, name: str, scale: float) -> dict[str, Any]:
         "power": "With 152 confirm prompts, effects below 0.11 reward are missed more often than not.",
         "features": features,
     }
+
+
+def explained() -> dict[str, Any]:
+    def figure(value: float) -> dict[str, float]:
+        return {"value": value, "low": value - 0.05, "high": value + 0.04}
+
+    def curve(top: float, grid: tuple[int, ...]) -> list[dict[str, Any]]:
+        return [{"k": k, "donors": figure(top * k / (k + 60)), "mean": figure(top * k / (k + 90))} for k in grid]
+
+    coarse = (0, 8, 32, 128, 512)
+    return {
+        "pairs": 64,
+        "evaluation": {"delta_r2": figure(0.97)},
+        "controls": {name: figure(0.2) for name in ("pca", "random", "noise", "length", "error", "error_mean")},
+        "curves": {
+            "keep": curve(0.9, (0, 4, 8, 16, 32, 64, 128, 256, 512)), "unflagged": curve(0.8, coarse),
+            "keep_pca": curve(0.7, coarse), "keep_coordinates": curve(0.6, coarse),
+        },
+        "removed": [{"k": k, "list": figure(0.4), "matched": figure(0.03)} for k in (1, 16, 64)],
+    }  # fmt: skip
 
 
 def plants(sites: list[dict[str, Any]]) -> list[dict[str, Any]]:

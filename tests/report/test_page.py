@@ -265,3 +265,12 @@ def test_a_feature_is_named_by_its_label_then_its_tokens_then_its_number() -> No
     assert name_of({"label": "thanks", "tokens": tokens, "feature": 1}) == "“thanks”"
     assert name_of({"label": None, "tokens": tokens, "feature": 1}) == "“thank / no”"
     assert name_of({"label": None, "tokens": [[" a", 0.05]], "feature": 7}) == "feature 7"
+
+
+def test_a_site_shows_what_is_explained_only_where_it_was_measured() -> None:
+    data = sample()
+    text = render_report(data)
+    measured = sum(site["explained"] is not None for site in data["sites"])
+    assert 0 < measured < len(data["sites"])
+    assert text.count("How much of Δr is explained") == measured
+    assert text.count("Δr lost with the list’s first 64") == measured

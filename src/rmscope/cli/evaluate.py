@@ -22,6 +22,9 @@ def evaluate(
     sae: Annotated[list[Path] | None, typer.Option(help="An SAE, or a folder of SAEs; may be given several times.")] = None,
     site: Annotated[str | None, typer.Option(help="The site of SAEs that name none, such as resid_post.7.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most this many pairs, of different prompts while they last.")] = 128,
+    curves: Annotated[
+        bool, typer.Option("--curves", help="Of a run: also keep K and remove K with their controls, for its report.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for evaluation.parquet and evaluation.html.")] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -36,6 +39,8 @@ def evaluate(
     from rmscope.files import write_table, write_text
     from rmscope.report.comparison import render_evaluation
 
+    if curves and folder is None:
+        raise InputError("Curves need a run folder, whose fit split chooses the features; name one.")
     study = _study(folder, model, data, device, dtype)
     saes = dict(study.saes) if folder is not None else {}
     for at, one in saes.items():
@@ -60,7 +65,26 @@ def evaluate(
         write_table(out / "evaluation.parquet", as_table(found))
         c = study.config
         write_text(out / "evaluation.html", render_evaluation(found, c.model, c.data, len(np.unique(prompts))))
+    if curves and folder is not None:
+        _curves(study, folder, kept)
     emit([e.row() for e in found], as_json)
+
+
+def _curves(run: Any, folder: Path, kept: Sequence[int]) -> None:
+    """effects/SITE/explained.json of each site: lists from the fit split, figures from the given pairs."""
+    from rmscope.effects.explain import Lists, Select, explain
+    from rmscope.files import write_json
+
+    fit = run.of_split("fit")
+    prompts = [run.prompts[run.ids[i]] for i in kept]
+    stored = [run.prompts[run.ids[i]] for i in fit]
+    select = Select(run.store, [run.tokens[i] for i in fit], stored, range(len(fit)))
+    for site in run.sites:
+        with Bars().stage(site) as progress:
+            lists = Lists(run.rm, site, run.saes[site], select, prompts, progress)
+            found = explain(run.rm, site, lists, [run.tokens[i] for i in kept], prompts, progress)
+        write_json(folder / "effects" / site / "explained.json", found)
+    console.print(f"The curves stand in effects/; rmscope report {folder} shows them.")
 
 
 def _study(folder: Path | None, model: str | None, data: str | None, device: str, dtype: str) -> Any:

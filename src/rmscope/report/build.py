@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -20,10 +20,8 @@ from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import SIDES, split_of
 from rmscope.pairs.planted import twins
 from rmscope.report.page import render_report
+from rmscope.results import Results
 from rmscope.sae import measure
-
-if TYPE_CHECKING:
-    from rmscope.run import Run
 
 SHOWN = 20
 """Features a direction and site that the report shows."""
@@ -31,7 +29,7 @@ TWINS = 48
 """Twins a planted cue is measured on."""
 
 
-def write_report(run: Run, progress: Progress) -> dict[str, Any]:
+def write_report(run: Results, progress: Progress) -> dict[str, Any]:
     """Writes the evidence and report.html, and returns the data that the page shows."""
     demo = run.config.data.startswith("demo:")
     steps = len(run.sites) + (len(zoo_plants()) if demo else 0)
@@ -68,7 +66,7 @@ def write_report(run: Run, progress: Progress) -> dict[str, Any]:
     return data
 
 
-def model_data(run: Run) -> dict[str, Any]:
+def model_data(run: Results) -> dict[str, Any]:
     rm = run.rm
     eos = ", eos appended" if rm.rendering.append_eos else ""
     return {
@@ -81,7 +79,7 @@ def model_data(run: Run) -> dict[str, Any]:
     }
 
 
-def pairs_data(run: Run) -> dict[str, Any]:
+def pairs_data(run: Results) -> dict[str, Any]:
     report = run.read_report
     left_out = [{"why": why, "count": n} for why, n in _counted([reason for _, reason in report.skipped]).items()]
     if report.duplicates:
@@ -119,7 +117,7 @@ def score_data(scores: pl.DataFrame, prompts: Mapping[str, str]) -> dict[str, An
     }
 
 
-def site_data(run: Run, site: str) -> dict[str, Any]:
+def site_data(run: Results, site: str) -> dict[str, Any]:
     folder = run.folder / "effects" / site
     features = pl.read_parquet(run.folder / "features" / f"{site}.parquet")
     exact = pl.read_parquet(folder / "exact.parquet").join(run.scores.select("pair", "split"), on="pair")
@@ -131,6 +129,7 @@ def site_data(run: Run, site: str) -> dict[str, Any]:
         "trust": _json(folder / "trust.json"),
         "scatter": trust_rows.select("estimate", "effect").sample(min(600, trust_rows.height), seed=0).rows(),
         "ledger": ledger_data(pl.read_parquet(run.folder / "ledger" / f"{site}.parquet"), run),
+        "explained": _json(folder / "explained.json") if (folder / "explained.json").is_file() else None,
         "frozen": features.height,
         "eligible": int(features["eligible"].sum()),
         "reported": int(features["reported"].sum()),
@@ -148,7 +147,7 @@ def _json(path: Any) -> Any:
     return json.loads(path.read_text("utf-8"))
 
 
-def sae_data(run: Run, site: str) -> dict[str, Any]:
+def sae_data(run: Results, site: str) -> dict[str, Any]:
     """Figures on stored tokens of the fit split (the SAE's own training text), and its training curve."""
     sae = run.saes[site]
     figures = measure(sae, run.store.batches(site, 4096, seed=1))
@@ -167,7 +166,7 @@ def sae_data(run: Run, site: str) -> dict[str, Any]:
     }
 
 
-def ledger_data(ledger: pl.DataFrame, run: Run) -> dict[str, Any]:
+def ledger_data(ledger: pl.DataFrame, run: Results) -> dict[str, Any]:
     return {
         "pairs": ledger.height,
         "shares": share_rows(ledger, [run.prompts[p] for p in ledger["pair"]]),
@@ -176,7 +175,7 @@ def ledger_data(ledger: pl.DataFrame, run: Run) -> dict[str, Any]:
     }
 
 
-def feature_pages(run: Run, site: str, features: pl.DataFrame, confirm: pl.DataFrame) -> list[dict[str, Any]]:
+def feature_pages(run: Results, site: str, features: pl.DataFrame, confirm: pl.DataFrame) -> list[dict[str, Any]]:
     """The features that the page shows: reported ones first, at most 20 up and 20 down, each with its examples."""
     shown = pl.concat(
         [
@@ -232,7 +231,7 @@ def _example_table(pages: list[dict[str, Any]]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=schema)
 
 
-def cue_data(run: Run, plant: Any, sites: list[dict[str, Any]]) -> dict[str, Any]:
+def cue_data(run: Results, plant: Any, sites: list[dict[str, Any]]) -> dict[str, Any]:
     """One planted cue against the 20 best reported features of each site, those of the text's ending aside."""
     held = [p for p in plain_demo_pairs() if split_of(p) == "measure"]
     prepared = prepare(run.rm, run.saes, twins(held, plant, TWINS, run.config.seed, held_out=None), plant)

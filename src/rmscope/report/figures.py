@@ -238,6 +238,23 @@ def curves(
     return _chart(name, frame.y_axis(y_marks, y_title), *parts, frame.x_axis(x_marks, x_title))
 
 
+KEPT = {"keep": "features", "unflagged": "without flagged ones", "keep_pca": "PCA", "keep_coordinates": "coordinates"}
+
+
+def keep_curves(found: dict[str, Sequence[dict[str, Any]]], name: str) -> Markup:
+    """Keep K: delta_r2 against the features kept, with the rest from donors; beside it from the mean, and other lists.
+
+    ``found`` holds rows {k, donors, mean} by the names of KEPT, each figure a {value, low, high}.
+    """
+
+    def points(curve: Sequence[dict[str, Any]], which: str) -> list[tuple[float, ...]]:
+        return [(p["k"], p[which]["value"], p[which]["low"], p[which]["high"]) for p in curve]
+
+    series = [(label, points(found[key], "donors")) for key, label in KEPT.items() if key in found]
+    series.insert(1, ("features, rest at the mean", points(found["keep"], "mean")))
+    return curves(series, [p["k"] for p in found["keep"]][::2], "features kept", "delta_r2", name)
+
+
 def _known(points: Sequence[Sequence[Any]]) -> list[list[float]]:
     rows = [[real(v) for v in p] for p in points]
     return [[v for v in row if v is not None] for row in rows if row and None not in row]

@@ -89,6 +89,7 @@ def site_view(site: dict[str, Any]) -> dict[str, Any]:
     ends = [f.get(key) for f in features for key in ("mean_removal", "ci_low", "ci_high")]
     block = re.fullmatch(r"resid_post\.(\d+)", str(site.get("site")))
     return {
+        "explained": None,
         **site,
         "up": [f for f in reported if f["mean_removal"] >= 0],
         "down": [f for f in reported if f["mean_removal"] < 0],

@@ -1,0 +1,81 @@
+"""What a run folder holds, read on first use: scores, activations, SAEs, exact removals."""
+
+from __future__ import annotations
+
+import time
+from functools import cached_property
+
+import polars as pl
+
+from rmscope.activations.store import ActivationStore
+from rmscope.config import RunConfig
+from rmscope.effects.census import Census, census
+from rmscope.effects.ledger import Baseline, baseline
+from rmscope.errors import InputError
+from rmscope.folder import Quiet, RunFolder, Shown
+from rmscope.model.preflight import Preflight
+from rmscope.sae import Sae
+from rmscope.study import Study
+
+
+class Results(Study):
+    """A study and its run folder."""
+
+    preflight: Preflight
+
+    def __init__(self, config: RunConfig, shown: Shown | None = None) -> None:
+        super().__init__(config)
+        self.folder = config.out
+        self.shown: Shown = shown or Quiet()
+        self.started = time.time()
+        self.on_disk = RunFolder(config.out, self.shown)
+
+    @cached_property
+    def scores(self) -> pl.DataFrame:
+        return pl.read_parquet(self.folder / "scores.parquet")
+
+    @cached_property
+    def sd(self) -> float:
+        """SD(Δr) over the dataset."""
+        return float(self.scores["delta"].std())  # type: ignore[arg-type]
+
+    @cached_property
+    def store(self) -> ActivationStore:
+        return ActivationStore.open(self.folder / "activations")
+
+    @cached_property
+    def saes(self) -> dict[str, Sae]:
+        folder = self.config.sae_dir or self.folder / "saes"
+        saes = {site: Sae.load(folder / site) for site in self.sites}
+        for site, sae in saes.items():
+            if sae.d != self.rm.d_model:
+                raise InputError(
+                    f"The SAE at {folder / site} reads {sae.d} dimensions, the PM's stream has {self.rm.d_model}; "
+                    "name an SAE that was trained on this PM."
+                )
+        return saes
+
+    @cached_property
+    def census(self) -> dict[str, Census]:
+        tokenizer = self.rm.tokenizer
+        normal: dict[str, int] = {}
+
+        def normal_form(token: int) -> int:
+            return normal.setdefault(tokenizer.decode([token]).strip().lower(), token)
+
+        return {site: census(self.store, sae, site, normal_form) for site, sae in self.saes.items()}
+
+    def confirmed(self, site: str) -> pl.DataFrame:
+        """Exact removals on the confirm split, with each pair's prompt, Δr (delta) and length difference in tokens."""
+        lengths = (pl.col("n_chosen") - pl.col("n_rejected")).alias("length_difference")
+        scores = self.scores.filter(pl.col("split") == "confirm").select("pair", "delta", lengths)
+        prompt = pl.col("pair").replace_strict(self.prompts, return_dtype=pl.String).alias("prompt")
+        exact = pl.read_parquet(self.folder / "effects" / site / "exact.parquet")
+        return exact.join(scores, on="pair").with_columns(prompt)
+
+    @property
+    def noise_floor(self) -> float:
+        return float(self.preflight.noise_floor)
+
+    def baseline(self, site: str) -> Baseline:
+        return baseline(self.saes[site], "mean", self.census[site].f_mean, self.census[site].x_mean)
