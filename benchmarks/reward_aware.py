@@ -8,7 +8,7 @@ frozen blocks: the PM's own head; a fresh head (logistic regression of human lab
 shuffled head (the same with labels flipped by coin, which stands in for a PM trained on shuffled labels). Each SAE is
 measured on the other half of the prompts, under every head and under 32 random ones.
 
-planted: the same SAE (k 16, as the demo's) on the demo's pairs and zoo:planted; F1 of the features that detect each cue
+planted: the same with k 16 at resid_post.12 of zoo:planted, on the demo's pairs; F1 of the features that detect each cue
 best, before and after, on twins of the measure split.
 
 Prints a JSON line a case, then the tables of docs/reward_aware.md. What is done is kept in OUT.
@@ -37,7 +37,7 @@ from rmscope.pairs.pair import SIDES, Pair, Side, split_of
 from rmscope.pairs.planted import twins
 from rmscope.sae import Sae, SaeConfig, measure, train_saes
 
-SITE = "resid_post.7"
+SITE = {"hh": "resid_post.7", "planted": "resid_post.12"}
 TUNING = RewardAwareConfig(steps=100, pairs=8)
 HEAD_ROWS = 700
 """Rows after the held-out ones that heads are fitted on."""
@@ -53,9 +53,9 @@ def emit(row: dict[str, Any]) -> None:
     print(json.dumps(row), flush=True)
 
 
-def trained(rm: RewardModel, pairs: Sequence[Pair], config: SaeConfig, out: Path) -> Sae:
-    store = harvest(rm, pairs, [SITE], out / "activations", progress)
-    return train_saes(store, config, out / "saes", progress=progress)[SITE]
+def trained(rm: RewardModel, site: str, pairs: Sequence[Pair], config: SaeConfig, out: Path) -> Sae:
+    store = harvest(rm, pairs, [site], out / "activations", progress)
+    return train_saes(store, config, out / "saes", progress=progress)[site]
 
 
 def with_head(rm: RewardModel, w: Array) -> None:
@@ -70,7 +70,7 @@ def prompts_of(pairs: Sequence[Pair]) -> Array:
 
 def reconstruction(rm: RewardModel, tokens: Sequence[PairTokens], sae: Sae) -> dict[str, float]:
     """L0, FVU and share of dead features on the tokens that training would use."""
-    batches = (training_rows(b, rm.streams(b, [SITE])[SITE]) for b in rm.batches(tokens))
+    batches = (training_rows(b, rm.streams(b, [sae.site])[sae.site]) for b in rm.batches(tokens))
     found = measure(sae, batches)
     return {"l0": found.l0, "fvu": found.fvu, "dead": found.dead}
 
@@ -98,7 +98,7 @@ def on_hh(out: Path) -> None:
     fit, other = ([p for p in pairs if (split_of(p) == "fit") == wanted] for wanted in (True, False))
     tokens, prompts = rm.tokenize_all(other), prompts_of(other)
     heads = heads_of(rm, pairs)
-    saes = {"before": trained(rm, fit, SaeConfig(k=32, d_sae=4608, tokens=600_000), out)}
+    saes = {"before": trained(rm, SITE["hh"], fit, SaeConfig(k=32, d_sae=4608, tokens=600_000), out)}
     plain = TUNING.model_copy(update={"weight": 0.0})
     saes["own loss alone"] = fine_tune(rm, saes["before"], fit, plain, out=out / "plain", progress=progress)
     for name, w in heads.items():
@@ -141,7 +141,7 @@ def on_planted(out: Path) -> None:
     pairs = demo_pairs()
     fit, held = ([p for p in pairs if split_of(p) == split] for split in ("fit", "measure"))
     tokens, prompts = rm.tokenize_all(held), prompts_of(held)
-    before = trained(rm, fit, SaeConfig(k=16, d_sae=4608, tokens=500_000), out)
+    before = trained(rm, SITE["planted"], fit, SaeConfig(k=16, d_sae=4608, tokens=500_000), out)
     plain = fine_tune(rm, before, fit, TUNING.model_copy(update={"weight": 0.0}), out=out / "plain", progress=progress)
     after = fine_tune(rm, before, fit, TUNING, out=out / "own", progress=progress)
     saes = {"before": before, "own loss alone": plain, "aware of own": after}
@@ -155,7 +155,7 @@ def on_planted(out: Path) -> None:
     print("|---|---|---|---|---|---|")
     bases = [p for p in plain_demo_pairs() if split_of(p) == "measure"]
     for plant in zoo_plants():
-        made = prepare(rm, {SITE: before}, twins(bases, plant, TWINS, seed=0, held_out=None), plant)[SITE]
+        made = prepare(rm, {before.site: before}, twins(bases, plant, TWINS, seed=0, held_out=None), plant)[before.site]
         ate = float(np.mean([t.delta for t in made])) / float((clean @ w).std())
         found = {name: best_features(peaks(sae, made)) for name, sae in saes.items()}
         kept = same_features(peaks(after, made), found["before"][1])
