@@ -18,11 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import rmscope.sae.gated
-import rmscope.sae.jumprelu
-import rmscope.sae.matryoshka
-import rmscope.sae.standard
-import rmscope.sae.topk  # noqa: F401
 from rmscope.errors import InputError
 from rmscope.files import atomic, write_json
 from rmscope.sae.base import Sae
