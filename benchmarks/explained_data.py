@@ -70,7 +70,6 @@ def prepare(folder: Path) -> Setting:
     measured = short(rm, [p for p in held if split_of(p) == "measure"], MEASURED)
     store = harvest(rm, fit, SITES, folder / "activations", bar)
     saes = train_saes(store, SAE, folder / "saes", SITES, bar)
-    from_source = torch.tensor([p.meta["source"] == SHIFT_SOURCE for p in fit])
-    keep = store.default_keep(SHIFT_SITE) & from_source[store.column(SHIFT_SITE, "pair").long()]
-    narrow = train_saes(store, SAE, folder / "narrow", [SHIFT_SITE], bar, keep)[SHIFT_SITE]
+    source = store.only([i for i, p in enumerate(fit) if p.meta["source"] == SHIFT_SOURCE])
+    narrow = train_saes(source, SAE, folder / "narrow", [SHIFT_SITE], bar)[SHIFT_SITE]
     return Setting(rm, fit, measured, store, saes, narrow)

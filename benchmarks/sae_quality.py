@@ -53,18 +53,21 @@ def main() -> None:
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         store = stored(a, Path(a.store or scratch) / "acts")
-        kept, held = store.default_keep(a.site), store.column(a.site, "pair") % HELD_OUT == 0
-        held_out = store.rows(a.site, (kept & held).nonzero().squeeze(1))
+        pairs = set(store.column(a.site, "pair").tolist())
+        held = {i for i in pairs if i % HELD_OUT == 0}
+        training, rest = store.only(pairs - held), store.only(held)
+        kept = training.default_keep(a.site)
+        held_out = rest.rows(a.site, rest.default_keep(a.site).nonzero().squeeze(1))
         config = SaeConfig(d_sae=a.d_sae, k=a.k, tokens=a.tokens, batch_size=BATCH)
 
         began = time.perf_counter()
-        sae = train_saes(store, config, sites=[a.site], keep=kept & ~held)[a.site]
+        sae = train_saes(training, config, sites=[a.site])[a.site]
         took = time.perf_counter() - began
         active = sae.active(held_out)
         ours, l0 = fvu(held_out, sae.decode_active(active)), len(active.value) / active.n_tokens
 
         rows, out = Path(scratch) / "rows.safetensors", Path(scratch) / "out.safetensors"
-        save_file({"train": store.rows(a.site, (kept & ~held).nonzero().squeeze(1)), "held_out": held_out}, rows)
+        save_file({"train": store.rows(a.site, kept.nonzero().squeeze(1)), "held_out": held_out}, rows)
         settings = {"d-sae": a.d_sae, "k": a.k, "batch": BATCH, "tokens": a.tokens}
         settings |= {"dead-after": config.dead_after_tokens}
         flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
@@ -85,7 +88,7 @@ def main() -> None:
         peer = min(told["fvu"] for told in peers)
     row = {
         "case": f"topk FVU at {a.site} of {a.pm}, d_sae {a.d_sae}, k {a.k}, {a.tokens} tokens",
-        "stored": int((kept & ~held).sum()),
+        "stored": int(kept.sum()),
         "ours": round(ours, 5),
         "peer": round(peer, 5),
         "ratio": round(ours / peer, 4),

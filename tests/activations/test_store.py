@@ -134,3 +134,16 @@ def test_norm_scale_brings_the_kept_rows_to_mean_norm_sqrt_d(tmp_path: Path) -> 
     store = ActivationStore.open(tmp_path)
     x = given["x"][given["position"] > 0] * store.norm_scale("embed")
     assert float(x.norm(dim=1).mean()) == pytest.approx(D**0.5, rel=1e-6)
+
+
+def test_training_sees_the_rows_of_some_pairs_alone(tmp_path: Path) -> None:
+    given = write(tmp_path)
+    store = ActivationStore.open(tmp_path)
+    some = store.only([2, 5])
+    wanted = given["x"][torch.isin(given["pair"], torch.tensor([2, 5])) & (given["position"] > 0)]
+    seen = torch.cat([batch["embed"] for batch in some.training_batches(["embed"], 4, 1, seed=0)])
+    assert some.training_tokens(["embed"]) == len(wanted) == len(seen)
+    assert torch.equal(seen[seen[:, 0].argsort()], wanted[wanted[:, 0].argsort()])
+    assert some.norm_scale("embed") == pytest.approx(D**0.5 / float(wanted.norm(dim=1).mean()))
+    assert some.identity != store.only([2]).identity != store.identity
+    assert torch.equal(some.rows("embed", torch.arange(100)), given["x"])

@@ -9,7 +9,7 @@ from the mapped files.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rmscope.errors import InputError
-from rmscope.files import atomic, sha256, write_json
+from rmscope.files import atomic, content_hash, sha256, write_json
 
 COLUMNS = {"token": torch.int32, "pair": torch.int32, "position": torch.int32, "region": torch.uint8}
 """Token id, row of the pair, position in the sequence, and region; one value a stored token."""
@@ -160,8 +160,8 @@ class _Site:
 class ActivationStore:
     """A finished store, opened for reading with :meth:`open`."""
 
-    def __init__(self, root: Path, sites: dict[str, _Site]) -> None:
-        self.root, self._sites = root, sites
+    def __init__(self, root: Path, sites: dict[str, _Site], pairs: Collection[int] | None = None) -> None:
+        self.root, self._sites, self._pairs = root, sites, None if pairs is None else sorted(set(pairs))
 
     @classmethod
     def open(cls, root: Path | str) -> ActivationStore:
@@ -188,14 +188,19 @@ class ActivationStore:
             raise InputError(f"The sites in {root} were not made together; harvest them into one new folder.")
         return store
 
+    def only(self, pairs: Collection[int]) -> ActivationStore:
+        """The same rows, of which training sees those of these pairs alone."""
+        return ActivationStore(self.root, self._sites, pairs)
+
     @property
     def sites(self) -> list[str]:
         return list(self._sites)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the rows were made from, as the writer was told."""
-        return next(iter(self._sites.values())).manifest["identity"]
+        """What the rows were made from, as the writer was told, and which of them training sees."""
+        written = next(iter(self._sites.values())).manifest["identity"]
+        return written if self._pairs is None else {**written, "only": content_hash(self._pairs)}
 
     def d(self, site: str) -> int:
         return self._site(site).manifest["d"]
@@ -229,7 +234,8 @@ class ActivationStore:
 
     def default_keep(self, site: str) -> Bool[Tensor, " n"]:
         """Position > 0: the first token is an attention sink of huge norm and stays out of SAE training."""
-        return self.column(site, "position") > 0
+        keep = self.column(site, "position") > 0
+        return keep if self._pairs is None else keep & torch.isin(self.column(site, "pair"), torch.tensor(self._pairs))
 
     def training_tokens(self, sites: Sequence[str]) -> int:
         """Rows of an epoch of training: all but first tokens.
