@@ -2,8 +2,8 @@
 
 Equal d_sae, k, tokens, batch size and schedule; each at the same three learning rates (SAELens' default, ours, three times
 ours), of which its best counts: the two scale their weights differently, so that equal rates are not equal steps. Both are
-judged on the same held-out rows (every tenth pair) by the same FVU, centred per dimension and summed over dimensions. ``ratio`` is
-ours / peer, lower is better.
+judged on the same held-out rows (every tenth pair) by the same FVU, centred per dimension and summed over dimensions.
+``ratio`` is ours / peer, lower is better.
 
 usage: sae_quality.py --peer-python PYTHON [--peer-script peers/saelens_train.py] [--pairs 1500] [--tokens 600000]
                       [--store DIR] [--pm zoo:hh] [--site resid_post.7]
