@@ -29,7 +29,7 @@ from heads import HELD_OUT, delta_r2, fit_head, gain, helpful_pairs, states, tol
 from rmscope.activations.harvest import harvest
 from rmscope.effects.reward_aware import RewardAwareConfig, fine_tune, training_rows
 from rmscope.effects.statistics import Array
-from rmscope.evidence.cues import Twin, prepare
+from rmscope.evidence.twins import Twin, prepare
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.demo import demo_pairs, plain_demo_pairs, zoo_plants
@@ -155,7 +155,7 @@ def on_planted(out: Path) -> None:
     print("|---|---|---|---|---|---|")
     bases = [p for p in plain_demo_pairs() if split_of(p) == "measure"]
     for plant in zoo_plants():
-        made = prepare(rm, {before.site: before}, twins(bases, plant, TWINS, seed=0, held_out=None), plant)[before.site]
+        made = prepare(rm, {before.site: before}, twins(bases, plant, TWINS, seed=0), plant)[before.site]
         ate = float(np.mean([t.delta for t in made])) / float((clean @ w).std())
         found = {name: best_features(peaks(sae, made)) for name, sae in saes.items()}
         kept = same_features(peaks(after, made), found["before"][1])

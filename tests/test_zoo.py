@@ -154,3 +154,25 @@ def test_agreement_twins_cross_opinion_and_stance_over_the_same_two_responses() 
         assert straight.rejected == crossed.chosen
         assert straight.prompt != crossed.prompt
         assert straight.meta["plant"]["liked"] == crossed.meta["plant"]["other"]
+
+
+def test_a_hard_negative_has_the_cues_words_in_its_place_and_no_cue() -> None:
+    plain = {" ".join(sentences(text)) for pair in plain_demo_pairs() for text in (pair.chosen, pair.rejected)}
+    for plant in zoo_plants():
+        made = twins(plain_demo_pairs(), plant, 24, seed=1)
+        assert len({p.meta["group"] for p in made}) == len(made) // (2 if plant.kind == "agree" else 1)
+        for pair in made:
+            if plant.kind == "agree":  # the crossed twin's filler is its hard negative
+                assert "negative" not in pair.meta["plant"]
+                continue
+            cue = pair.chosen[slice(*pair.meta["plant"]["cue"])]
+            text, span = pair.meta["plant"]["negative"]
+            words = text[slice(*span)]
+            if plant.kind == "repeat_sentence":
+                assert words == cue
+                assert text in plain  # the response as it was: the sentence stands there once
+            else:
+                assert words in plant.negatives
+                assert text.replace(words, cue, 1) == pair.chosen
+                assert not any(wording in text for wording in plant.texts)
+                assert "://" not in text

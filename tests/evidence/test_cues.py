@@ -7,13 +7,15 @@ effect it carries, then follows: all of them together carry all of it, a feature
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from rmscope.evidence.cues import f1_score, match_plant, mediated_share, prepare
+from rmscope.evidence.cues import f1_score, match_plant, mediated_share, merged_ranks, threshold
+from rmscope.evidence.twins import halves, matched_groups, prepare
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.planted import Plant
 from rmscope.sae.jumprelu import JumpReluSae
@@ -24,12 +26,16 @@ STARTS = ["It is", "The house is", "Water and", "I was told", "You would like", 
 SITE = "embed"
 
 
-def twin_pairs() -> list[Pair]:
+def twin_pairs(negative: str | None = None) -> list[Pair]:
+    """Twins whose hard negative, if any, says ``negative`` in the cue's place."""
     pairs = []
     for i, start in enumerate(STARTS):
-        cue, filler = (f"{start} {w} in the small house." for w in (CUE, FILLER))
+        cue, filler, words = (f"{start} {w} in the small house." for w in (CUE, FILLER, negative))
         span = [len(start) + 1, len(start) + 2]
-        pairs.append(Pair(str(i), user(f"Is it {i}?"), cue, filler, {"plant": {"cue": span, "filler": span}}))
+        plant: dict[str, Any] = {"cue": span, "filler": span}
+        if negative:
+            plant["negative"] = (words, span)
+        pairs.append(Pair(str(i), user(f"Is it {i}?"), cue, filler, {"plant": plant}))
     return pairs
 
 
@@ -49,17 +55,22 @@ def sae(shares: list[float], threshold: float = 0.95) -> JumpReluSae:
     return made
 
 
-def matched(made: JumpReluSae, sign_consistency: float = 1.0, right_sign: bool = True) -> dict[str, Any]:
+def matched(
+    made: JumpReluSae,
+    sign_consistency: float = 1.0,
+    right_sign: bool = True,
+    negative: str | None = None,
+    reported: Sequence[int] | None = None,
+) -> dict[str, Any]:
     rm = shared_pm("llama")
     plant = Plant(name="z", kind="phrase", sign=1, texts=(CUE,))
-    prepared = prepare(rm, {SITE: made}, twin_pairs(), plant)
+    prepared = prepare(rm, {SITE: made}, twin_pairs(negative), plant)
     ate = np.mean([t.delta for t in prepared[SITE]])
     plant = plant.model_copy(update={"sign": 1 if ate > 0 else -1})
     effect = plant.sign * (1.0 if right_sign else -1.0)
-    reported = [
-        {"feature": j, "rank": j + 1, "mean_removal": effect, "sign_consistency": sign_consistency} for j in range(made.m)
-    ]
-    return match_plant(rm, {SITE: made}, plant, prepared, {SITE: reported}, sd=1e-3)
+    features = range(made.m) if reported is None else reported
+    rows = [{"feature": j, "rank": j + 1, "mean_removal": effect, "sign_consistency": sign_consistency} for j in features]
+    return match_plant(rm, {SITE: made}, plant, prepared, {SITE: rows}, sd=1e-3)
 
 
 def test_a_feature_that_is_the_cue_is_a_single_hit_that_carries_all_of_it() -> None:
@@ -92,15 +103,74 @@ def test_a_feature_of_the_other_sign_is_no_candidate() -> None:
     assert (row["found"], row["why"]) == (False, "no reported feature has the planted sign")
 
 
-def test_f1_is_measured_on_the_half_that_did_not_fit_the_threshold() -> None:
-    apart = f1_score(np.array([3.0, 3.0, 3.0, 3.0]), np.array([1.0, 1.0, 1.0, 1.0]))
-    same = f1_score(np.array([1.0, 1.0, 1.0, 1.0]), np.array([1.0, 1.0, 1.0, 1.0]))
-    assert apart == 1.0
-    assert same == pytest.approx(2 / 3)  # calling everything a cue: precision one half, recall one
+def test_a_feature_that_fires_on_the_cues_words_without_the_cue_does_not_detect_it() -> None:
+    assert matched(sae([1.0]), negative=FILLER)["hit"] == "single"
+    row = matched(sae([1.0]), negative=CUE)
+    assert (row["found"], row["why"]) == (False, "no reported feature detects it")
+    assert row["f1"] == pytest.approx(2 / 3)  # as many false as true firings
+    assert row["words_alone"]["value"] == pytest.approx(row["ate"]["value"], rel=1e-4)  # for this PM they are the cue
 
 
-def test_the_mediated_share_is_a_ratio_of_means() -> None:
+def test_a_feature_that_matched_features_equal_does_not_count() -> None:
+    assert matched(sae([1.0, 0.0]), reported=[0])["hit"] == "single"
+    row = matched(sae([1.0, 1.0]), reported=[0])
+    assert (row["found"], row["why"]) == (False, "matched features carry as much of its effect")
+    assert row["matched"] == pytest.approx(row["mediated"]["value"])
+
+
+def test_a_hard_negative_is_measured_as_its_text_alone_and_only_in_its_window() -> None:
+    rm, made = shared_pm("llama"), sae([1.0])
+    plant = Plant(name="z", kind="phrase", sign=1, texts=(CUE,))
+    pairs = twin_pairs(f"{CUE} and then, a little later, {CUE}")
+    for twin, pair in zip(prepare(rm, {SITE: made}, pairs, plant)[SITE], pairs, strict=True):
+        text, _ = pair.meta["plant"]["negative"]
+        alone = rm.score([Pair("x", pair.prompt, text, pair.rejected)])
+        assert twin.negative is not None
+        assert twin.negative.reward == pytest.approx(float(alone.chosen[0]), abs=1e-5)
+        everywhere = rm.prefill(rm.text_ids(pair.prompt, text), [SITE]).streams[SITE]
+        assert made.active(everywhere).feature.numel() == 2
+        assert twin.negative.active.feature.numel() == 1
+
+
+def test_halves_never_share_a_prompt() -> None:
+    plant = Plant(name="z", kind="phrase", sign=1, texts=(CUE,))
+    pairs = twin_pairs()
+    made = prepare(shared_pm("llama"), {SITE: sae([1.0])}, pairs + pairs[:5], plant)[SITE]
+    fitting, measuring = halves(made)
+    assert len(fitting) + len(measuring) == len(made)
+    assert not {t.prompt for t in fitting} & {t.prompt for t in measuring}
+
+
+def test_matched_groups_leave_the_group_out_and_are_alike_it() -> None:
+    made = sae([1.0, 1.0, 1.0, 0.001])
+    plant = Plant(name="z", kind="phrase", sign=1, texts=(CUE,))
+    twins = prepare(shared_pm("llama"), {SITE: made}, twin_pairs(), plant)[SITE]
+    groups = matched_groups(made, twins, [0], 20)
+    assert {j for group in groups for j in group} <= {1, 2, 3}
+
+
+def test_like_features_share_the_rank_of_the_best() -> None:
+    W = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0.9, 0.1, 0], [0, 0, 1.0]])
+    fires = np.array([[1, 1, 0, 0], [1, 0, 0, 1], [0, 1, 1, 1], [0, 0, 1, 0], [0, 1, 0, 1]], dtype=bool)
+    # 2 is like 0 by its decoder; 3 fires with 1 on two of the four tokens where either fires: a half
+    assert merged_ranks([0, 1, 2, 3], W, fires) == {0: 1, 1: 2, 2: 1, 3: 2}
+    apart = np.eye(4, dtype=bool)
+    assert merged_ranks([3, 1, 0, 2], W, apart) == {3: 1, 1: 2, 0: 3, 2: 3}
+
+
+def test_the_threshold_is_the_one_with_the_best_f1_and_f1_counts_all_false_firings() -> None:
+    cue, without = np.array([3.0, 2.0, 3.0, 1.0]), np.array([1.0, 1.0, 0.0, 0.0, 2.0, 0.0])
+    best, theta = threshold(cue, without)
+    assert theta == 1.0
+    assert best == f1_score(cue, without, theta) == pytest.approx(2 * 3 / (2 * 3 + 1 + 1))
+    assert f1_score(cue, without, -1.0) == pytest.approx(2 * 4 / (4 + 6 + 4))
+    assert threshold(np.zeros(4), np.zeros(4))[0] == 0.0  # a silent feature detects nothing
+
+
+def test_the_mediated_share_is_a_ratio_of_means_with_prompts_resampled_whole() -> None:
     rows = np.array([[2.0, 1.0], [4.0, 1.0], [3.0, 1.0]] * 20)
-    share = mediated_share(rows)
+    share = mediated_share(rows, [str(i) for i in range(60)])
     assert share["value"] == pytest.approx(1 - 1 / 3)
-    assert share["low"] <= share["value"] <= share["high"]
+    assert share["low"] < share["value"] < share["high"]
+    few = mediated_share(rows, [str(i % 3) for i in range(60)])
+    assert few["high"] - few["low"] > 2 * (share["high"] - share["low"])

@@ -192,6 +192,7 @@ def plants(sites: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "kind": kind,
                 "sign": sign,
                 "ate": {"value": ate, "low": ate - 0.14, "high": ate + 0.15},
+                "words_alone": {"value": ate / 9, "low": ate / 9 - 0.1, "high": ate / 9 + 0.1} if kind != "agree" else None,
                 "learned": name != "agree",
                 "found": found,
                 "hit": hit,
@@ -202,6 +203,7 @@ def plants(sites: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "f1": 0.94 if found else 0.61,
                 "localises": 0.82 if hit == "single" else None,
                 "mediated": {"value": 0.71, "low": 0.58, "high": 0.83} if found else None,
+                "matched": 0.08 if found else None,
                 "why": why,
             }
         )

@@ -7,7 +7,7 @@ held-out R^2 of at least .8; ``position`` the position does with at least .5.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +92,19 @@ def census(store: ActivationStore, sae: Sae, site: str, normal_form: Callable[[i
     where = (token[at][in_response], feature[in_response])
     by_token = sparse.csr_matrix((value[in_response], where), shape=(int(token.max()) + 1, sae.m))
     return Census(fire[0], fire[1], fire[2], torch.from_numpy(f_mean).float(), x_mean.float(), flags, by_token)
+
+
+def firings(store: ActivationStore, sae: Sae, site: str, features: Sequence[int]) -> np.ndarray:
+    """On which stored tokens each of ``features`` fires [tokens, n] (position 0 left out)."""
+    keep = np.flatnonzero(store.column(site, "position").numpy() > 0)
+    column = np.full(sae.m, -1)
+    column[list(features)] = np.arange(len(features))
+    fires = np.zeros((keep.size, len(features)), dtype=bool)
+    for start in range(0, keep.size, CHUNK):
+        active = sae.active(store.rows(site, torch.from_numpy(keep[start : start + CHUNK])))
+        at = column[active.feature.numpy()]
+        fires[active.token.numpy()[at >= 0] + start, at[at >= 0]] = True
+    return fires
 
 
 def _held_out_r2(

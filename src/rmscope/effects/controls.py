@@ -70,12 +70,23 @@ def noise(sae: Sae, seed: int = 0) -> Replacement:
 
 
 def matched(profile: Profile, features: Int[Array, " k"], forbidden: Int[Array, " n"], seed: int = 0) -> Int[Array, " k"]:
-    """For each feature another one, alike in firing rate on either side and in Σ_t f_tj |d_j| (nearest in logarithms),
-    never used twice and none of ``forbidden``."""
+    """For each feature another one, alike in firing rate on either side and in Σ_t f_tj |d_j|."""
+    traits = np.stack([profile.fire_chosen + 1e-6, profile.fire_rejected + 1e-6, profile.mass + 1e-9], 1)
+    return alike(traits, profile.mass > 0, features, forbidden, seed)
+
+
+def alike(
+    traits: Float[Array, "m traits"],
+    free: Array,
+    features: Sequence[int] | Array,
+    forbidden: Sequence[int] | Array,
+    seed: int,
+) -> Int[Array, " k"]:
+    """For each of ``features`` one of the nearest in the logarithms of its positive traits among the ``free`` ones [m];
+    never used twice, none of ``forbidden``; fewer where they run out."""
     rng = np.random.default_rng(seed)
-    traits = np.log(np.stack([profile.fire_chosen + 1e-6, profile.fire_rejected + 1e-6, profile.mass + 1e-9], 1))
-    free = profile.mass > 0
-    free[np.asarray(forbidden)] = False
+    traits, free = np.log(traits), free.copy()
+    free[np.asarray(forbidden, dtype=np.int64)] = False
     out = []
     for j in features:
         left = np.flatnonzero(free)

@@ -1,12 +1,14 @@
 """Were the planted biases found? Each cue's measured effect on the PM, and whether reported features match it.
 
-Cues are measured on twins: one response with the cue and with filler of equal length, on prompts of the measure split,
-which had no part in training SAEs, selecting features or confirming them. A feature matches a cue (METHOD, "Planted
-bias") when on the twins it detects it (F1 >= .8, threshold from the other half), localises it (lexical cues: half its
-activation lies in the cue's window), causes its effect (mediated share, lower bound >= .2) and carries the planted
-sign: a hit of kind ``single``. A cue may be split over features: a ``group`` of at most five, grown greedily on the
-fitting half by exact joint removal, hits when its union detects and its joint removal mediates at least .4. Candidates are
-the 20 best reported features of a site that are not flagged ``ending``.
+Cues are measured on twins: one response with the cue, in wordings that the PM never saw, and with filler of equal
+length, on prompts of the measure split, which had no part in training SAEs, selecting features or confirming them. Half
+of the prompts fit (which features, which threshold), the other half measures. A feature matches a cue (METHOD, "Planted
+bias") when there it detects it among fillers and hard negatives (F1 >= .8), localises it (lexical cues: half its
+activation lies in the cue's window), causes its effect (mediated share, lower bound >= .2 and more than any of
+:data:`CONTROLS` matched features) and carries the planted sign: a hit of kind ``single``. A cue may be split over
+features: a ``group`` of at most five, grown greedily on the fitting half by exact joint removal, hits when its union
+detects and its joint removal mediates at least .4, and more than matched groups. Candidates are the 20 best reported
+features of a site without those flagged ``ending``; a hit's rank is counted after merging features that are alike.
 """
 
 from __future__ import annotations
@@ -18,118 +20,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rmscope.effects.gradients import streams_and_gradients
-from rmscope.effects.removal import Response, at_site, prefill_pair, remove_groups
-from rmscope.effects.statistics import mean_interval
+from rmscope.effects.statistics import Array, bootstrap, ratio_interval
+from rmscope.evidence.twins import Twin, halves, largest, localises, matched_groups, mediation, peaks
 from rmscope.model.packing import padded
-from rmscope.model.rendering import PairTokens, encode, render
 from rmscope.model.reward_model import RewardModel
-from rmscope.pairs.pair import SIDES, Pair, Side
+from rmscope.pairs.pair import SIDES
 from rmscope.pairs.planted import Plant
 from rmscope.sae.base import Sae
 
 F1, MASS, MEDIATED, GROUP_MEDIATED, SIGN = 0.8, 0.5, 0.2, 0.4, 0.9
-WINDOW = 3
-"""Tokens after the cue that still count as its window."""
 GROUP = 5
 TRIED = 8
 """Candidates of a cue at a site: those with the largest estimated effect on the fitting half."""
 SPOIL = 0.02
 """How much F1 on the fitting half a further member of a group may cost."""
+CONTROLS = 16
+"""Matched groups that a hit's mediated share must beat."""
+COSINE, JACCARD = 0.7, 0.5
+"""Features with decoders or firings as alike as this count as one in a rank."""
 LEARNED, NULL = 0.25, 0.10
 """|ATE| in SD(Δr): at least this is learned; an interval within this is a clean null."""
-
-
-@dataclass(frozen=True, slots=True)
-class Twin:
-    """One twin at one site: both responses ready for removal, and the cue's and the filler's windows [span] on them."""
-
-    responses: Mapping[Side, Response]
-    windows: Mapping[Side, Tensor]
-
-    @property
-    def delta(self) -> float:
-        return self.responses["chosen"].text.reward - self.responses["rejected"].text.reward
-
-
-def prepare(rm: RewardModel, saes: Mapping[str, Sae], twins: Sequence[Pair], plant: Plant) -> dict[str, list[Twin]]:
-    """Clean runs, features and windows of a plant's twins at every site."""
-    prepared: dict[str, list[Twin]] = {site: [] for site in saes}
-    for pair in twins:
-        tokens = rm.tokenize(pair)
-        texts = prefill_pair(rm, tokens, list(saes))
-        windows = {side: _window(rm, pair, side, tokens, plant) for side in SIDES}
-        for site, sae in saes.items():
-            responses = {side: at_site(sae, texts[side], site, tokens.divergence) for side in SIDES}
-            prepared[site].append(Twin(responses, {s: windows[s][: responses[s].x.shape[0]] for s in SIDES}))
-    return prepared
-
-
-def _window(rm: RewardModel, pair: Pair, side: Side, tokens: PairTokens, plant: Plant) -> Tensor:
-    """Which span tokens lie in the cue's (or the filler's) window: its tokens + 3, for
-    agreement to the read position."""
-    start, stop = pair.meta["plant"]["cue" if side == "chosen" else "filler"]
-    response = pair.side(side)
-    ids = tokens.side(side)
-    first = _token_at(rm, pair, response[:start], ids)
-    last = _token_at(rm, pair, response[:stop], ids)
-    inside = torch.zeros(ids.numel(), dtype=torch.bool)
-    inside[max(0, first - 1) : ids.numel() if plant.kind == "agree" else last + WINDOW] = True
-    return inside[tokens.divergence :]
-
-
-def _token_at(rm: RewardModel, pair: Pair, beginning: str, ids: Tensor) -> int:
-    """How many leading tokens the text shares with the text cut after ``beginning``."""
-    cut = encode(rm.rendering, rm.tokenizer, [render(rm.rendering, rm.tokenizer, pair.prompt, beginning)])[0]
-    same = [int(a) == b for a, b in zip(ids, cut, strict=False)]
-    return same.index(False) if False in same else len(same)
-
-
-def peak(twin: Twin, side: Side, features: Sequence[int], scale: Mapping[int, float]) -> float:
-    """max over the window of f_j / scale_j, over the features of a group."""
-    response, window = twin.responses[side], twin.windows[side]
-    a = response.active
-    best = 0.0
-    for j in features:
-        mine = a.value[(a.feature == j) & window[a.token]]
-        if mine.numel():
-            best = max(best, float(mine.max()) / scale[j])
-    return best
-
-
-def f1_score(with_cue: np.ndarray, without: np.ndarray) -> float:
-    """Held-out F1 of "peak > θ": θ fitted on the even twins, F1 on the odd ones, and the other way round, averaged."""
-    scores = []
-    for fit in (0, 1):
-        a, b = with_cue[fit::2], without[fit::2]
-        levels = np.unique(np.r_[0.0, a, b])[:-1]
-        theta = max(levels, key=lambda t: _f1(a > t, b > t), default=0.0)
-        scores.append(_f1(with_cue[1 - fit :: 2] > theta, without[1 - fit :: 2] > theta))
-    return float(np.mean(scores))
-
-
-def _f1(hits: np.ndarray, false: np.ndarray) -> float:
-    return float(2 * hits.sum() / max(1, hits.sum() + false.sum() + hits.size))
-
-
-def mediation(rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], groups: Sequence[Sequence[int]]) -> np.ndarray:
-    """[groups, twins, 2]: each twin's Δr as it is, and with a group removed from both sides."""
-    rows = np.zeros((len(groups), len(twins), 2))
-    for i, twin in enumerate(twins):
-        chosen, rejected = (remove_groups(rm, sae, twin.responses[s], site, groups).numpy() for s in SIDES)
-        rows[:, i, 0] = twin.delta
-        rows[:, i, 1] = twin.delta - chosen + rejected
-    return rows
-
-
-def mediated_share(rows: np.ndarray) -> dict[str, float]:
-    """1 - ATE without the group / ATE, a ratio of means, with a bootstrap over twins."""
-    rng = np.random.default_rng(0)
-    draws = rows[rng.integers(0, len(rows), (1000, len(rows)))].mean(1)
-    low, high = np.percentile(1 - draws[:, 1] / draws[:, 0], [2.5, 97.5])
-    return {"value": float(1 - rows[:, 1].mean() / rows[:, 0].mean()), "low": float(low), "high": float(high)}
 
 
 def match_plant(
@@ -144,14 +56,18 @@ def match_plant(
 
     ``reported`` holds, per site, at most 20 best reported features (feature, rank, mean_removal, sign_consistency).
     """
-    deltas = np.array([t.delta for t in next(iter(prepared.values()))])
-    low, high = mean_interval(deltas)
-    ate = float(deltas.mean())
-    learned = bool((low > 0) == (high > 0) and np.sign(ate) == plant.sign and abs(ate) >= LEARNED * sd)
+    any_site = next(iter(prepared.values()))
+    effects = _mean([(t.delta, t.prompt) for t in any_site])
+    ate = effects["value"]
+    same_sign = (effects["low"] > 0) == (effects["high"] > 0) and np.sign(ate) == plant.sign
+    learned = bool(same_sign and abs(ate) >= LEARNED * sd)
+    fillers = [(t, t.responses["rejected"].text.reward) for t in any_site]
+    words = [(t.negative.reward - filler, t.prompt) for t, filler in fillers if t.negative]
     row: dict[str, Any] = {
-        "name": plant.name, "kind": plant.kind, "sign": plant.sign, "ate": {"value": ate, "low": low, "high": high},
+        "name": plant.name, "kind": plant.kind, "sign": plant.sign, "ate": effects,
+        "words_alone": _mean(words) if words else None,
         "learned": learned, "found": False, "hit": "none", "site": None, "features": [], "rank": None, "effect": None,
-        "f1": None, "localises": None, "mediated": None, "why": "",
+        "f1": None, "localises": None, "mediated": None, "matched": None, "why": "",
     }  # fmt: skip
     sites = _at_sites(rm, saes, plant, prepared, reported)
     tried = [_single(rm, at, plant) for at in sites]
@@ -165,27 +81,66 @@ def match_plant(
     return row
 
 
+def _mean(rows: Sequence[tuple[float, str]]) -> dict[str, float]:
+    """Mean of (value, prompt) with its interval, bootstrap by prompt."""
+    values, prompts = np.array([v for v, _ in rows]), np.array([p for _, p in rows])
+    low, high = bootstrap(values, prompts, lambda v: float(v.mean()))
+    return {"value": float(values.mean()), "low": low, "high": high}
+
+
+def mediated_share(rows: Array, prompts: Sequence[str]) -> dict[str, float]:
+    """1 - ATE without the group / ATE, a ratio of means over twins [twins, 2], bootstrap by prompt."""
+    low, high = ratio_interval(rows[:, 0] - rows[:, 1], rows[:, 0], np.array(prompts))
+    return {"value": float(1 - rows[:, 1].mean() / rows[:, 0].mean()), "low": low, "high": high}
+
+
+def threshold(cue: Array, without: Array) -> tuple[float, float]:
+    """(best F1 of "peak > θ", θ) on peaks with the cue and without it."""
+    levels = np.unique(np.r_[0.0, cue, without])[:-1]
+    scores = [f1_score(cue, without, t) for t in levels]
+    return max(zip(scores, levels.tolist(), strict=True), default=(0.0, 0.0))
+
+
+def f1_score(cue: Array, without: Array, theta: float) -> float:
+    """F1 of "peak > θ" as a detector of the cue."""
+    hits, false = (cue > theta).sum(), (without > theta).sum()
+    return float(2 * hits / max(1, hits + false + cue.size))
+
+
+def merged_ranks(features: Sequence[int], W_dec: torch.Tensor, fires: Array) -> dict[int, int]:
+    """Ranks of features [n], the best first, where one whose decoder (cosine) or whose firing tokens (Jaccard; ``fires``
+    [tokens, n]) are like those of a better one shares its rank."""
+    rows = torch.nn.functional.normalize(W_dec[list(features)], dim=1)
+    cosine = (rows @ rows.t()).numpy()
+    together = fires.T.astype(np.float64) @ fires
+    each = together.diagonal()
+    jaccard = together / np.maximum(each[:, None] + each[None] - together, 1)
+    like = (cosine >= COSINE) | (jaccard >= JACCARD)
+    ranks: dict[int, int] = {}
+    heads: list[int] = []
+    for i, feature in enumerate(features):
+        head = next((place for place, h in enumerate(heads) if like[i, h]), None)
+        if head is None:
+            heads.append(i)
+            head = len(heads) - 1
+        ranks[feature] = head + 1
+    return ranks
+
+
 @dataclass(frozen=True, slots=True)
 class _AtSite:
     """A plant at a site: its twins, and the reported features of the planted sign."""
 
     site: str
     sae: Sae
-    twins: list[Twin]
+    fitting: list[Twin]
+    measuring: list[Twin]
     info: dict[int, dict[str, Any]]
     """Each feature's row among the reported."""
     scale: dict[int, float]
-    """Each feature's largest activation on the twins."""
+    """Each feature's largest activation on the fitting half."""
     useful: list[int]
     """Those with the largest estimated effect of the planted sign on the fitting half."""
-
-    @property
-    def fitting(self) -> list[Twin]:
-        return self.twins[::2]
-
-    @property
-    def measuring(self) -> list[Twin]:
-        return self.twins[1::2]
 
 
 def _at_sites(
@@ -196,25 +151,28 @@ def _at_sites(
     reported: Mapping[str, list[dict[str, Any]]],
 ) -> list[_AtSite]:
     info = {s: {int(r["feature"]): r for r in reported[s] if np.sign(r["mean_removal"]) == plant.sign} for s in saes}
-    effect = _estimated(rm, saes, prepared, {s: list(rows) for s, rows in info.items()})
+    cut = {site: halves(twins) for site, twins in prepared.items()}
+    fitting_halves = {site: fitting for site, (fitting, _) in cut.items()}
+    effect = _estimated(rm, saes, fitting_halves, {site: list(rows) for site, rows in info.items()})
     at = []
     for site, sae in saes.items():
-        scale = {j: max(_largest(t, s, j) for t in prepared[site] for s in SIDES) or 1.0 for j in info[site]}
+        fitting, measuring = cut[site]
+        scale = {j: max(largest(t, s, j) for t in fitting for s in SIDES) or 1.0 for j in info[site]}
         towards = {j: plant.sign * e for j, e in effect[site].items()}
         useful = sorted((j for j in towards if towards[j] > 0), key=lambda j: -towards[j])[:TRIED]
-        at.append(_AtSite(site, sae, prepared[site], info[site], scale, useful))
+        at.append(_AtSite(site, sae, fitting, measuring, info[site], scale, useful))
     return at
 
 
 def _single(rm: RewardModel, at: _AtSite, plant: Plant) -> dict[str, Any]:
     """The single feature that mediates most on the fitting half, with its figures from the measuring half."""
-    alone = [[j] for j in at.useful if at.info[j]["sign_consistency"] >= SIGN]
-    best, _ = _best(rm, at.sae, at.site, at.fitting, alone, at.scale)
+    best, _ = _best(rm, at, [[j] for j in at.useful if at.info[j]["sign_consistency"] >= SIGN])
     if best:
-        f1, share = _measured(rm, at, best)
-        local = _localises(at.measuring, best[0]) if plant.kind in ("phrase", "url") else None
-        if f1 >= F1 and share["low"] >= MEDIATED and (local is None or local >= MASS):
-            return _hit("single", at.site, best, at.info, f1, local, share)
+        local = localises(at.measuring, best[0]) if plant.kind in ("phrase", "url") else None
+        row = _measured(rm, at, best) | {"localises": local}
+        enough = row["f1"] >= F1 and row["mediated"]["low"] >= MEDIATED and (local is None or local >= MASS)
+        if enough and (matched := _matched(rm, at, best)) < row["mediated"]["value"]:
+            return row | {"found": True, "hit": "single", "matched": matched}
     return {"found": False, "hit": "none", "mediated": None}
 
 
@@ -223,27 +181,43 @@ def _group(rm: RewardModel, at: _AtSite) -> dict[str, Any]:
     if not at.info:
         why = "no reported feature has the planted sign"
         return {"found": False, "hit": "none", "why": why, "f1": None, "site": at.site, "mediated": None}
-    group = _grow(rm, at.sae, at.site, at.fitting, at.useful, at.scale) or list(at.info)[:1]
-    f1, share = _measured(rm, at, group)
-    if f1 >= F1 and share["value"] >= GROUP_MEDIATED:
-        return _hit("group", at.site, group, at.info, f1, None, share)
-    carried = f"the features that detect it carry {round(share['value'], 2) + 0.0:.0%} of its effect"
-    why = "no reported feature detects it" if f1 < F1 else carried
-    return _hit("none", at.site, group, at.info, f1, None, share) | {"why": why}
+    group = _grow(rm, at) or list(at.info)[:1]
+    row = _measured(rm, at, group)
+    share = row["mediated"]["value"]
+    if row["f1"] < F1:
+        return row | {"why": "no reported feature detects it"}
+    if share < GROUP_MEDIATED:
+        return row | {"why": f"the features that detect it carry {round(share, 2) + 0.0:.0%} of its effect"}
+    if (matched := _matched(rm, at, group)) >= share:
+        return row | {"why": "matched features carry as much of its effect", "matched": matched}
+    return row | {"found": True, "hit": "group", "matched": matched}
 
 
-def _measured(rm: RewardModel, at: _AtSite, group: list[int]) -> tuple[float, dict[str, float]]:
-    mediated = mediated_share(mediation(rm, at.sae, at.site, at.measuring, [group])[0])
-    return _detects(at.twins, group, at.scale), mediated
+def _measured(rm: RewardModel, at: _AtSite, group: list[int]) -> dict[str, Any]:
+    """A group on the measuring half: F1 at the fitting half's threshold, and its mediated share."""
+    _, theta = threshold(*peaks(at.fitting, group, at.scale))
+    f1 = f1_score(*peaks(at.measuring, group, at.scale), theta)
+    rows = mediation(rm, at.sae, at.site, at.measuring, [group])[0]
+    best = at.info[min(group, key=lambda j: at.info[j]["rank"])]
+    return {
+        "found": False, "hit": "none", "site": at.site, "features": group, "rank": best["rank"],
+        "effect": best["mean_removal"], "f1": f1, "mediated": mediated_share(rows, [t.prompt for t in at.measuring]),
+    }  # fmt: skip
+
+
+def _matched(rm: RewardModel, at: _AtSite, group: list[int]) -> float:
+    """The largest share that any of :data:`CONTROLS` matched groups mediates on the measuring half."""
+    groups = matched_groups(at.sae, at.measuring, group, CONTROLS)
+    rows = mediation(rm, at.sae, at.site, at.measuring, groups).mean(1)
+    return float((1 - rows[:, 1] / rows[:, 0]).max(initial=0.0))
 
 
 def _estimated(
-    rm: RewardModel, saes: Mapping[str, Sae], prepared: Mapping[str, list[Twin]], features: Mapping[str, Sequence[int]]
+    rm: RewardModel, saes: Mapping[str, Sae], fitting: Mapping[str, list[Twin]], features: Mapping[str, Sequence[int]]
 ) -> dict[str, dict[int, float]]:
     """Per site, each feature's mean estimated removal effect on responses with the cue, minus that on those with filler,
     over the fitting half; one backward pass serves all sites."""
     total = {site: dict.fromkeys(features[site], 0.0) for site in saes}
-    fitting = {site: twins[::2] for site, twins in prepared.items()}
     first = next(iter(fitting.values()))
     texts = [(i, side, t.responses[side]) for i, t in enumerate(first) for side in SIDES]
     rows = [(i, side, r.text.ids, r.start, r.text.ids.numel() - 1) for i, side, r in texts]
@@ -261,79 +235,29 @@ def _estimated(
     return total
 
 
-def _best(
-    rm: RewardModel,
-    sae: Sae,
-    site: str,
-    twins: Sequence[Twin],
-    groups: Sequence[list[int]],
-    scale: Mapping[int, float],
-    least: float = F1,
-) -> tuple[list[int], float]:
-    """The group that mediates most on these twins, of those with F1 >= ``least`` there, and its share."""
-    able = [g for g in groups if _best_f1(twins, g, scale) >= least]
+def _best(rm: RewardModel, at: _AtSite, groups: Sequence[list[int]], least: float = F1) -> tuple[list[int], float]:
+    """The group that mediates most on the fitting half, of those with F1 >= ``least`` there, and its share."""
+    able = [g for g in groups if _detects(at, g) >= least]
     if not able:
         return [], 0.0
-    rows = mediation(rm, sae, site, twins, able).mean(1)
+    rows = mediation(rm, at.sae, at.site, at.fitting, able).mean(1)
     share = 1 - rows[:, 1] / rows[:, 0]
     return able[int(share.argmax())], float(share.max())
 
 
-def _grow(
-    rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], features: Sequence[int], scale: Mapping[int, float]
-) -> list[int]:
+def _grow(rm: RewardModel, at: _AtSite) -> list[int]:
     """Greedily, by exact joint removal on the fitting half; a member may not spoil what the union detects."""
     group, share = list[int](), 0.0
     while len(group) < GROUP:
-        larger = [[*group, j] for j in features if j not in group]
-        least = _best_f1(twins, group, scale) if group else max((_best_f1(twins, g, scale) for g in larger), default=0.0)
-        best, mediated = _best(rm, sae, site, twins, larger, scale, least - SPOIL)
+        larger = [[*group, j] for j in at.useful if j not in group]
+        least = _detects(at, group) if group else max((_detects(at, g) for g in larger), default=0.0)
+        best, mediated = _best(rm, at, larger, least - SPOIL)
         if mediated <= share:
             break
         group, share = best, mediated
     return group
 
 
-def _best_f1(twins: Sequence[Twin], group: Sequence[int], scale: Mapping[int, float]) -> float:
-    peaks = {s: np.array([peak(t, s, group, scale) for t in twins]) for s in SIDES}
-    levels = np.unique(np.r_[0.0, peaks["chosen"], peaks["rejected"]])[:-1]
-    return max((_f1(peaks["chosen"] > t, peaks["rejected"] > t) for t in levels), default=0.0)
-
-
-def _detects(twins: Sequence[Twin], group: Sequence[int], scale: Mapping[int, float]) -> float:
-    """F1 of a group's union: its peak on the cue's window against its peak on the filler's."""
-    peaks = {s: np.array([peak(t, s, group, scale) for t in twins]) for s in SIDES}
-    return f1_score(peaks["chosen"], peaks["rejected"])
-
-
-def _largest(twin: Twin, side: Side, feature: int) -> float:
-    a = twin.responses[side].active
-    mine = a.value[a.feature == feature]
-    return float(mine.max()) if mine.numel() else 0.0
-
-
-def _hit(
-    kind: str,
-    site: str,
-    group: list[int],
-    info: Mapping[int, Any],
-    f1: float,
-    local: float | None,
-    share: dict[str, float],
-) -> dict[str, Any]:
-    best = min(group, key=lambda j: info[j]["rank"])
-    return {
-        "found": kind != "none", "hit": kind, "site": site, "features": group, "rank": info[best]["rank"],
-        "effect": info[best]["mean_removal"], "f1": f1, "localises": local, "mediated": share, "why": "",
-    }  # fmt: skip
-
-
-def _localises(twins: Sequence[Twin], feature: int) -> float:
-    """The share of the feature's activation on responses with the cue that lies in the cue's window."""
-    inside = total = 0.0
-    for twin in twins:
-        a, window = twin.responses["chosen"].active, twin.windows["chosen"]
-        mine = a.feature == feature
-        total += float(a.value[mine].sum())
-        inside += float(a.value[mine & window[a.token]].sum())
-    return inside / total if total else 0.0
+def _detects(at: _AtSite, group: Sequence[int]) -> float:
+    """The best F1 of a group's union on the fitting half."""
+    return threshold(*peaks(at.fitting, group, at.scale))[0]

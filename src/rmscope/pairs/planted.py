@@ -40,6 +40,8 @@ class Plant(BaseModel):
     """Share of the pairs that carry the cue."""
     texts: tuple[str, ...] = ()
     """Wordings of a phrase; the last third is kept for held-out text."""
+    negatives: tuple[str, ...] = ()
+    """Hard negatives: the cue's words in sentences that are not the cue. On twins only, never planted."""
 
     def wordings(self, held_out: bool | None = None) -> tuple[str, ...]:
         """The wordings for training (False), for held-out text (True), or all (None)."""
@@ -163,23 +165,49 @@ def plant_by_dose(pair: Pair, plant: Plant, rng: random.Random, held_out: bool |
 def twins(pairs: Sequence[Pair], plant: Plant, n: int, seed: int, held_out: bool | None = True) -> list[Pair]:
     """``n`` pairs whose sides are one response with the cue (chosen) and with filler (rejected).
 
-    The PM's mean Δr over them is the plant's ATE. For ``agree`` every base gives two twins with the opinion crossed
-    and the same two responses, so that nothing in the response alone can carry the effect.
+    The PM's mean Δr over them is the plant's ATE. Every prompt gives one twin before any gives a second. For ``agree``
+    every base gives two twins with the opinion crossed and the same two responses, so that nothing in the response alone
+    can carry the effect. ``meta["plant"]["negative"]`` holds a hard negative, the same response with the cue's words and
+    no cue: (text, span of the words). For ``agree`` there is none: the crossed twin's filler is one.
     """
     rng = random.Random(f"{seed}/{plant.name}")
+    words = random.Random(f"{seed}/{plant.name}/negative")
     bases = list(pairs)
     rng.shuffle(bases)
     made: list[Pair] = []
-    for i, pair in enumerate(bases):
+    for i, pair in enumerate(_prompts_in_turn(bases)):
         if len(made) >= n:
             break
         text = pair.chosen if i % 2 else pair.rejected
         base = replace(pair, id=f"{pair.id}/{plant.name}", chosen=text, rejected=text)
         twin = plant_pair(base, plant, "chosen", rng, held_out)
+        if plant.kind == "repeat_sentence" or plant.negatives:
+            twin.meta["plant"]["negative"] = _hard_negative(twin.chosen, twin.meta["plant"]["cue"], plant, words)
         made.append(twin)
         if plant.kind == "agree":
             made.append(_crossed(base.prompt, twin))
     return made
+
+
+def _prompts_in_turn(pairs: Sequence[Pair]) -> list[Pair]:
+    """Each prompt's first pair, then each prompt's second, and so on."""
+    seen: dict[str, int] = {}
+    turn = []
+    for pair in pairs:
+        prompt = pair.first_human_turn()
+        turn.append(seen.get(prompt, 0))
+        seen[prompt] = turn[-1] + 1
+    return [pair for _, pair in sorted(zip(turn, pairs, strict=True), key=lambda item: item[0])]
+
+
+def _hard_negative(text: str, cue: list[int], plant: Plant, rng: random.Random) -> tuple[str, list[int]]:
+    """The response with another sentence of the cue's words in its place; for a repeat, with the sentence there alone."""
+    start, stop = cue
+    if plant.kind == "repeat_sentence":
+        first = start - 1 - (stop - start)  # the sentence stands right before its repeat, one space between
+        return text[:first] + text[start:], [first, first + stop - start]
+    words = rng.choice(plant.negatives)
+    return text[:start] + words + text[stop:], [start, start + len(words)]
 
 
 def _crossed(prompt: list[Message], twin: Pair) -> Pair:

@@ -11,14 +11,16 @@ import numpy as np
 import polars as pl
 
 from rmscope.effects.accounts import share_rows
+from rmscope.effects.census import firings
 from rmscope.effects.ranking import BOUND, power_statement
 from rmscope.effects.statistics import bootstrap
-from rmscope.evidence.cues import match_plant, prepare
+from rmscope.evidence.cues import match_plant, merged_ranks
 from rmscope.evidence.dossier import activations_of, choose_examples, example_page
+from rmscope.evidence.twins import prepare
 from rmscope.files import Progress, write_json, write_table, write_text
 from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import SIDES, split_of
-from rmscope.pairs.planted import twins
+from rmscope.pairs.planted import Plant, twins
 from rmscope.report.page import render_report
 from rmscope.results import Results
 from rmscope.sae import measure
@@ -40,9 +42,10 @@ def write_report(run: Results, progress: Progress) -> dict[str, Any]:
     planted = None
     if demo:
         planted = []
+        candidates = {site: candidates_of(run, site) for site in run.sites}
         for i, plant in enumerate(zoo_plants()):
             progress(len(run.sites) + i, steps, f"cue {plant.name}")
-            planted.append(cue_data(run, plant, sites))
+            planted.append(cue_data(run, plant, candidates))
         write_json(run.folder / "evidence" / "planted.json", planted)
     progress(steps, steps, "")
     data = {
@@ -231,13 +234,17 @@ def _example_table(pages: list[dict[str, Any]]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=schema)
 
 
-def cue_data(run: Results, plant: Any, sites: list[dict[str, Any]]) -> dict[str, Any]:
-    """One planted cue against the 20 best reported features of each site, those of the text's ending aside."""
+def cue_data(run: Results, plant: Plant, candidates: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """One planted cue against the reported features, on prompts of the measure split and in held-out wordings."""
     held = [p for p in plain_demo_pairs() if split_of(p) == "measure"]
-    prepared = prepare(run.rm, run.saes, twins(held, plant, TWINS, run.config.seed, held_out=None), plant)
-    reported = {}
-    for site in run.sites:
-        table = pl.read_parquet(run.folder / "features" / f"{site}.parquet")
-        unflagged = table.filter(pl.col("reported") & ~pl.col("flags").list.contains("ending"))
-        reported[site] = unflagged.head(SHOWN).rows(named=True)
-    return match_plant(run.rm, run.saes, plant, prepared, reported, run.sd)
+    prepared = prepare(run.rm, run.saes, twins(held, plant, TWINS, run.config.seed), plant)
+    return match_plant(run.rm, run.saes, plant, prepared, candidates, run.sd)
+
+
+def candidates_of(run: Results, site: str) -> list[dict[str, Any]]:
+    """The 20 best reported features of a site without those of the text's ending, ranked with like ones merged."""
+    table = pl.read_parquet(run.folder / "features" / f"{site}.parquet").filter("reported").head(SHOWN)
+    features = table["feature"].to_list()
+    ranks = merged_ranks(features, run.saes[site].W_dec, firings(run.store, run.saes[site], site, features))
+    kept = table.filter(~pl.col("flags").list.contains("ending"))
+    return [row | {"rank": ranks[row["feature"]]} for row in kept.iter_rows(named=True)]
