@@ -161,7 +161,7 @@ def test_like_features_share_the_rank_of_the_best() -> None:
 def test_the_threshold_is_the_one_with_the_best_f1_and_f1_counts_all_false_firings() -> None:
     cue, without = np.array([3.0, 2.0, 3.0, 1.0]), np.array([1.0, 1.0, 0.0, 0.0, 2.0, 0.0])
     best, theta = threshold(cue, without)
-    assert theta == 1.0
+    assert theta == 1.5  # between the 1.0 of two negatives and the 2.0 of a cue
     assert best == f1_score(cue, without, theta) == pytest.approx(2 * 3 / (2 * 3 + 1 + 1))
     assert f1_score(cue, without, -1.0) == pytest.approx(2 * 4 / (4 + 6 + 4))
     assert threshold(np.zeros(4), np.zeros(4))[0] == 0.0  # a silent feature detects nothing

@@ -15,16 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 
-from rmscope.effects.gradients import streams_and_gradients
 from rmscope.effects.statistics import Array, bootstrap, ratio_interval
 from rmscope.evidence.twins import Twin, halves, largest, localises, matched_groups, mediation, peaks
-from rmscope.model.packing import padded
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
 from rmscope.pairs.planted import Plant
@@ -33,7 +30,7 @@ from rmscope.sae.base import Sae
 F1, MASS, MEDIATED, GROUP_MEDIATED, SIGN = 0.8, 0.5, 0.2, 0.4, 0.9
 GROUP = 5
 TRIED = 8
-"""Candidates of a cue at a site: those with the largest estimated effect on the fitting half."""
+"""Candidates for a group at a site: those that alone mediate most on the fitting half."""
 SPOIL = 0.02
 """How much F1 on the fitting half a further member of a group may cost."""
 CONTROLS = 16
@@ -69,7 +66,7 @@ def match_plant(
         "learned": learned, "found": False, "hit": "none", "site": None, "features": [], "rank": None, "effect": None,
         "f1": None, "localises": None, "mediated": None, "matched": None, "why": "",
     }  # fmt: skip
-    sites = _at_sites(rm, saes, plant, prepared, reported)
+    sites = [_at_site(rm, sae, site, plant, prepared[site], reported[site]) for site, sae in saes.items()]
     tried = [_single(rm, at, plant) for at in sites]
     if not any(r["found"] for r in tried):
         tried = [_group(rm, at) for at in sites]
@@ -95,10 +92,14 @@ def mediated_share(rows: Array, prompts: Sequence[str]) -> dict[str, float]:
 
 
 def threshold(cue: Array, without: Array) -> tuple[float, float]:
-    """(best F1 of "peak > θ", θ) on peaks with the cue and without it."""
-    levels = np.unique(np.r_[0.0, cue, without])[:-1]
-    scores = [f1_score(cue, without, t) for t in levels]
-    return max(zip(scores, levels.tolist(), strict=True), default=(0.0, 0.0))
+    """(best F1 of "peak > θ", θ) on peaks with the cue and without it; θ in the middle of the widest gap that gives it."""
+    levels = np.unique(np.r_[0.0, cue, without])
+    scores = np.array([f1_score(cue, without, t) for t in levels[:-1]])
+    if not scores.size:
+        return 0.0, 0.0
+    gaps = np.where(scores == scores.max(), np.diff(levels), -1.0)
+    widest = int(gaps.argmax())
+    return float(scores.max()), float(levels[widest] + gaps[widest] / 2)
 
 
 def f1_score(cue: Array, without: Array, theta: float) -> float:
@@ -139,39 +140,35 @@ class _AtSite:
     """Each feature's row among the reported."""
     scale: dict[int, float]
     """Each feature's largest activation on the fitting half."""
-    useful: list[int]
-    """Those with the largest estimated effect of the planted sign on the fitting half."""
+    share: dict[int, float]
+    """What each feature alone mediates on the fitting half, the largest first."""
 
 
-def _at_sites(
-    rm: RewardModel,
-    saes: Mapping[str, Sae],
-    plant: Plant,
-    prepared: Mapping[str, list[Twin]],
-    reported: Mapping[str, list[dict[str, Any]]],
-) -> list[_AtSite]:
-    info = {s: {int(r["feature"]): r for r in reported[s] if np.sign(r["mean_removal"]) == plant.sign} for s in saes}
-    cut = {site: halves(twins) for site, twins in prepared.items()}
-    fitting_halves = {site: fitting for site, (fitting, _) in cut.items()}
-    effect = _estimated(rm, saes, fitting_halves, {site: list(rows) for site, rows in info.items()})
-    at = []
-    for site, sae in saes.items():
-        fitting, measuring = cut[site]
-        scale = {j: max(largest(t, s, j) for t in fitting for s in SIDES) or 1.0 for j in info[site]}
-        towards = {j: plant.sign * e for j, e in effect[site].items()}
-        useful = sorted((j for j in towards if towards[j] > 0), key=lambda j: -towards[j])[:TRIED]
-        at.append(_AtSite(site, sae, fitting, measuring, info[site], scale, useful))
-    return at
+def _at_site(
+    rm: RewardModel, sae: Sae, site: str, plant: Plant, twins: list[Twin], reported: Sequence[dict[str, Any]]
+) -> _AtSite:
+    fitting, measuring = halves(twins)
+    info = {int(row["feature"]): row for row in reported if np.sign(row["mean_removal"]) == plant.sign}
+    scale = {j: max(largest(t, s, j) for t in fitting for s in SIDES) or 1.0 for j in info}
+    shares = dict(zip(info, _shares(rm, sae, site, fitting, [[j] for j in info]), strict=True))
+    share = {j: s for j, s in sorted(shares.items(), key=lambda item: -item[1]) if s > 0}
+    return _AtSite(site, sae, fitting, measuring, info, scale, share)
+
+
+def _shares(rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], groups: Sequence[Sequence[int]]) -> list[float]:
+    """The share that each group mediates on these twins."""
+    rows = mediation(rm, sae, site, twins, groups).mean(1)
+    return (1 - rows[:, 1] / rows[:, 0]).tolist()
 
 
 def _single(rm: RewardModel, at: _AtSite, plant: Plant) -> dict[str, Any]:
     """The single feature that mediates most on the fitting half, with its figures from the measuring half."""
-    best, _ = _best(rm, at, [[j] for j in at.useful if at.info[j]["sign_consistency"] >= SIGN])
-    if best:
-        local = localises(at.measuring, best[0]) if plant.kind in ("phrase", "url") else None
-        row = _measured(rm, at, best) | {"localises": local}
+    able = (j for j in at.share if at.info[j]["sign_consistency"] >= SIGN and _detects(at, [j]) >= F1)
+    if (best := next(able, None)) is not None:
+        local = localises(at.measuring, best) if plant.kind in ("phrase", "url") else None
+        row = _measured(rm, at, [best]) | {"localises": local}
         enough = row["f1"] >= F1 and row["mediated"]["low"] >= MEDIATED and (local is None or local >= MASS)
-        if enough and (matched := _matched(rm, at, best)) < row["mediated"]["value"]:
+        if enough and (matched := _matched(rm, at, [best])) < row["mediated"]["value"]:
             return row | {"found": True, "hit": "single", "matched": matched}
     return {"found": False, "hit": "none", "mediated": None}
 
@@ -208,53 +205,23 @@ def _measured(rm: RewardModel, at: _AtSite, group: list[int]) -> dict[str, Any]:
 def _matched(rm: RewardModel, at: _AtSite, group: list[int]) -> float:
     """The largest share that any of :data:`CONTROLS` matched groups mediates on the measuring half."""
     groups = matched_groups(at.sae, at.measuring, group, CONTROLS)
-    rows = mediation(rm, at.sae, at.site, at.measuring, groups).mean(1)
-    return float((1 - rows[:, 1] / rows[:, 0]).max(initial=0.0))
-
-
-def _estimated(
-    rm: RewardModel, saes: Mapping[str, Sae], fitting: Mapping[str, list[Twin]], features: Mapping[str, Sequence[int]]
-) -> dict[str, dict[int, float]]:
-    """Per site, each feature's mean estimated removal effect on responses with the cue, minus that on those with filler,
-    over the fitting half; one backward pass serves all sites."""
-    total = {site: dict.fromkeys(features[site], 0.0) for site in saes}
-    first = next(iter(fitting.values()))
-    texts = [(i, side, t.responses[side]) for i, t in enumerate(first) for side in SIDES]
-    rows = [(i, side, r.text.ids, r.start, r.text.ids.numel() - 1) for i, side, r in texts]
-    for batch in (padded(rows[start : start + 8], 0) for start in range(0, len(rows), 8)):
-        at = streams_and_gradients(rm, batch, list(saes))
-        for text, (site, sae) in product(batch.texts, saes.items()):
-            active = fitting[site][text.pair].responses["chosen" if text.side == "chosen" else "rejected"].active
-            gradient = at[site][1]
-            g = gradient[text.row, text.span.to(gradient.device)].float().cpu()
-            sign = 1 if text.side == "chosen" else -1
-            for j in total[site]:
-                mine = active.feature == j
-                effect = float((active.value[mine] * (g[active.token[mine]] @ sae.W_dec[j])).sum())
-                total[site][j] += sign * effect / len(first)
-    return total
-
-
-def _best(rm: RewardModel, at: _AtSite, groups: Sequence[list[int]], least: float = F1) -> tuple[list[int], float]:
-    """The group that mediates most on the fitting half, of those with F1 >= ``least`` there, and its share."""
-    able = [g for g in groups if _detects(at, g) >= least]
-    if not able:
-        return [], 0.0
-    rows = mediation(rm, at.sae, at.site, at.fitting, able).mean(1)
-    share = 1 - rows[:, 1] / rows[:, 0]
-    return able[int(share.argmax())], float(share.max())
+    return max(0.0, *_shares(rm, at.sae, at.site, at.measuring, groups))
 
 
 def _grow(rm: RewardModel, at: _AtSite) -> list[int]:
     """Greedily, by exact joint removal on the fitting half; a member may not spoil what the union detects."""
+    useful = list(at.share)[:TRIED]
     group, share = list[int](), 0.0
     while len(group) < GROUP:
-        larger = [[*group, j] for j in at.useful if j not in group]
-        least = _detects(at, group) if group else max((_detects(at, g) for g in larger), default=0.0)
-        best, mediated = _best(rm, at, larger, least - SPOIL)
-        if mediated <= share:
+        larger = [[*group, j] for j in useful if j not in group]
+        detects = [_detects(at, g) for g in larger]
+        least = (_detects(at, group) if group else max(detects, default=0.0)) - SPOIL
+        able = [g for g, f1 in zip(larger, detects, strict=True) if f1 >= least]
+        shares = _shares(rm, at.sae, at.site, at.fitting, able)
+        if max(shares, default=0.0) <= share:
             break
-        group, share = best, mediated
+        share = max(shares)
+        group = able[shares.index(share)]
     return group
 
 

@@ -27,7 +27,7 @@ from rmscope.sae import measure
 
 SHOWN = 20
 """Features a direction and site that the report shows."""
-TWINS = 48
+TWINS = 64
 """Twins a planted cue is measured on."""
 
 
