@@ -41,7 +41,8 @@ def demo(
 ) -> None:
     """The main job on the embedded PM with six planted biases: what it rewards, the proof, the ground truth beside it."""
     flags = {"model": "zoo:planted", "data": "demo:planted", "out": out, "device": device, "dtype": dtype, "seed": seed}
-    _run(None, {**flags, "sites": DEMO_SITES, "sae": DEMO_SAE, "ledger_pairs": 24, "confirm_prompts": 42}, as_json)
+    sae = DEMO_SAE if seed is None else {**DEMO_SAE, "seed": seed}
+    _run(None, {**flags, "sites": DEMO_SITES, "sae": sae, "ledger_pairs": 24, "confirm_prompts": 42}, as_json)
 
 
 @app.command()
