@@ -29,7 +29,8 @@ from heads import HELD_OUT, delta_r2, fit_head, gain, helpful_pairs, states, tol
 from rmscope.activations.harvest import harvest
 from rmscope.effects.reward_aware import RewardAwareConfig, fine_tune, training_rows
 from rmscope.effects.statistics import Array
-from rmscope.evidence.twins import Twin, prepare
+from rmscope.evidence.cues import f1_score, threshold
+from rmscope.evidence.twins import Twin, halves, prepare
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.demo import demo_pairs, plain_demo_pairs, zoo_plants
@@ -157,8 +158,9 @@ def on_planted(out: Path) -> None:
     for plant in zoo_plants():
         made = prepare(rm, {before.site: before}, twins(bases, plant, TWINS, seed=0), plant)[before.site]
         ate = float(np.mean([t.delta for t in made])) / float((clean @ w).std())
-        found = {name: best_features(peaks(sae, made)) for name, sae in saes.items()}
-        kept = same_features(peaks(after, made), found["before"][1])
+        tables = {name: [peaks(sae, half) for half in halves(made)] for name, sae in saes.items()}
+        found = {name: best_features(rows) for name, rows in tables.items()}
+        kept = same_features(tables["aware of own"], found["before"][1])
         scores = {name: score for name, (score, _) in found.items()}
         emit({"case": "cue", "cue": plant.name, "twins": len(made), "ate_sd": ate, "f1": scores, "same_feature_aware": kept,
               "features": {name: chosen for name, (_, chosen) in found.items()}})  # fmt: skip
@@ -176,40 +178,30 @@ def peaks(sae: Sae, made: Sequence[Twin]) -> dict[Side, Array]:
     return {side: table.numpy() for side, table in out.items()}
 
 
-def f1(hits: Array, false: Array) -> float:
-    return float(2 * hits.sum() / max(1, hits.sum() + false.sum() + hits.size))
-
-
-def fitted(cue: Array, filler: Array) -> tuple[float, float]:
-    """(best F1 of "peak > θ", θ) on the twins given."""
-    levels = np.unique(np.r_[0.0, cue, filler])[:-1]
-    scores: list[tuple[float, float]] = [(f1(cue > t, filler > t), float(t)) for t in levels]
-    return max(scores, default=(0.0, 0.0))
-
-
-def two_fold(tables: dict[Side, Array], choose: Callable[[Array, Array, int], int]) -> tuple[float, list[int]]:
-    """Held-out F1, averaged over both halves: feature and θ from the one (even or odd twins), F1 on the other."""
+def two_fold(folds: list[dict[Side, Array]], choose: Callable[[Array, Array, int], int]) -> tuple[float, list[int]]:
+    """Held-out F1, averaged over both halves (other prompts): feature and θ from the one, F1 on the other."""
     scores, chosen = [], []
     for half in (0, 1):
-        cue, filler = tables["chosen"], tables["rejected"]
-        j = choose(cue[half::2], filler[half::2], half)
-        _, theta = fitted(cue[half::2, j], filler[half::2, j])
-        scores.append(f1(cue[1 - half :: 2, j] > theta, filler[1 - half :: 2, j] > theta))
+        cue, filler = folds[half]["chosen"], folds[half]["rejected"]
+        j = choose(cue, filler, half)
+        _, theta = threshold(cue[:, j], filler[:, j])
+        other = folds[1 - half]
+        scores.append(f1_score(other["chosen"][:, j], other["rejected"][:, j], theta))
         chosen.append(int(j))
     return float(np.mean(scores)), chosen
 
 
-def best_features(tables: dict[Side, Array]) -> tuple[float, list[int]]:
-    return two_fold(tables, lambda cue, filler, _half: max(range(cue.shape[1]), key=lambda j: _score(cue, filler, j)))
+def best_features(folds: list[dict[Side, Array]]) -> tuple[float, list[int]]:
+    return two_fold(folds, lambda cue, filler, _half: max(range(cue.shape[1]), key=lambda j: _score(cue, filler, j)))
 
 
-def same_features(tables: dict[Side, Array], features: Sequence[int]) -> float:
+def same_features(folds: list[dict[Side, Array]], features: Sequence[int]) -> float:
     """F1 of features chosen before, thresholds fitted anew."""
-    return two_fold(tables, lambda _cue, _filler, half: features[half])[0]
+    return two_fold(folds, lambda _cue, _filler, half: features[half])[0]
 
 
 def _score(cue: Array, filler: Array, j: int) -> float:
-    return fitted(cue[:, j], filler[:, j])[0] if (cue[:, j] > 0).mean() > 0.2 else 0.0
+    return threshold(cue[:, j], filler[:, j])[0] if (cue[:, j] > 0).mean() > 0.2 else 0.0
 
 
 if __name__ == "__main__":
