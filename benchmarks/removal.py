@@ -6,8 +6,8 @@ usage: RMSCOPE_DATA=DIR removal.py --cache DIR [--pairs 100] [--rounds 3]
 both sides of each pair. The engine's time holds the clean runs and the encoding. The reference way is the
 transformers module's own forward with a hook on the block, on the whole text, the features encoded beforehand; it is
 timed on random (response, feature) requests, one by one on every pair, batched on every fifth, against the engine on the
-same pairs, and its results are compared with the engine's. The three take turns pair by pair; a round is all pairs (ten
-minutes on two slow cores), and the figures are medians over the rounds.
+same pairs, and its results are compared with the engine's. The three take turns pair by pair; a round is all pairs (half
+an hour on two slow cores), and the figures are medians over the rounds.
 
 What is left on the table: see ``flops_ratio``, the ratio of multiplications (linear maps and attention) that the two ways
 do, beside ``ratio``, which is what was reached, and ``gflops``, the speed of either.
