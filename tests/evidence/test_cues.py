@@ -142,11 +142,12 @@ def test_halves_never_share_a_prompt() -> None:
 
 
 def test_matched_groups_leave_the_group_out_and_are_alike_it() -> None:
-    made = sae([1.0, 1.0, 1.0, 0.001])
+    made = sae([1.0] * 10 + [0.001] * 10)  # nine others as large as feature 0, ten of a thousandth of its mass
     plant = Plant(name="z", kind="phrase", sign=1, texts=(CUE,))
     twins = prepare(shared_pm("llama"), {SITE: made}, twin_pairs(), plant)[SITE]
     groups = matched_groups(made, twins, [0], 20)
-    assert {j for group in groups for j in group} <= {1, 2, 3}
+    assert {j for group in groups for j in group} <= set(range(1, 10))
+    assert [len(group) for group in groups] == [1] * 20
 
 
 def test_like_features_share_the_rank_of_the_best() -> None:
