@@ -203,6 +203,7 @@ def test_the_running_top_k_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     x, rows, bias = (torch.randn(s, generator=generator).double() for s in ((37, 12), (500, 12), (500,)))
     h = x @ rows.t() + bias
     best = h.topk(24)
+    monkeypatch.setattr(kernels, "ROWS", 1)
     for tile in ((1, 1), (90, 30), (700, 99), (5000, 500), (1 << 22, 1 << 14)):
         monkeypatch.setitem(kernels.TILE, "cpu", tile)
         values, features = top_entries(x, rows, bias, 24)
@@ -222,6 +223,7 @@ def test_places_are_nonzeros(n: int, m: int, share: float) -> None:
 
 def test_candidates_in_bfloat16_end_in_float32_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(kernels.TILE, "cpu", (4096, 200))
+    monkeypatch.setattr(kernels, "ROWS", 1)
     generator = torch.Generator().manual_seed(0)
     x, rows, bias = (torch.randn(s, generator=generator) for s in ((64, 96), (512, 96), (512,)))
     values, features = top_entries(x, rows, bias, 16, fast=True)
