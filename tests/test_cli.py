@@ -38,8 +38,8 @@ def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
 
 def test_the_public_surface_is_the_documented_one() -> None:
     documented = {
-        "Pair", "RewardModel", "Sae", "SaeConfig", "attribute", "harvest", "ledger", "load_pairs", "open_run", "rank",
-        "remove", "stream", "train_saes",
+        "Pair", "RewardModel", "Sae", "SaeConfig", "attribute", "harvest", "ledger", "load_edited", "load_pairs", "open_run",
+        "rank", "remove", "stream", "train_saes",
     }  # fmt: skip
     assert set(rmscope.__all__) == documented
     assert all(callable(getattr(rmscope, name)) for name in documented)

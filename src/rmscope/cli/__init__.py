@@ -6,7 +6,17 @@ import os
 import sys
 import warnings
 
-from rmscope.cli import accounts, effects, evaluate, models, ranking, runs, saes  # noqa: F401  (each registers its commands)
+from rmscope.cli import (  # noqa: F401  (each registers its commands)
+    accounts,
+    edit,
+    effects,
+    evaluate,
+    gate,
+    models,
+    ranking,
+    runs,
+    saes,
+)
 from rmscope.cli.base import app
 from rmscope.errors import InputError
 from rmscope.terminal import console

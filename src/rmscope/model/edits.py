@@ -1,0 +1,56 @@
+"""An edit that stays in a PM: after a block, the stream passes through it, whichever way the model is called.
+
+The edit becomes a part of the block's own forward, not a hook beside it. So the stream at the site is the edited stream
+for everybody who reads it, a run that is resumed at the site does not edit a second time, and packed, padded and cached
+passes need no code of their own. A text's first token (position 0) is never edited: it holds no text of the response,
+and its norm is an attention sink's.
+
+This file needs torch alone: ``rmscope edit --export`` puts a copy of it into the folder it writes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def install(base: nn.Module, blocks: nn.ModuleList, edits: Mapping[int, Callable[[Tensor], Tensor]]) -> None:
+    """Makes ``edits[l]``, [rows, width, d] to the same shape, a part of block ``l``; ``base`` is what runs the blocks."""
+    firsts = _Firsts()
+    base.register_forward_pre_hook(firsts, with_kwargs=True)
+    for index, edit in edits.items():
+        blocks[index].forward = _with_edit(blocks[index].forward, edit, firsts)  # type: ignore[method-assign]
+
+
+class _Firsts:
+    """Which tokens of the pass that is running are the first of their text, [rows or 1, width]."""
+
+    def __init__(self) -> None:
+        self.mask = torch.zeros(0, 0, dtype=torch.bool)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+        given: Any = named.get("input_ids") if named.get("input_ids") is not None else named["inputs_embeds"]
+        mask, positions, cache = (named.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
+        if positions is not None:
+            self.mask = positions == 0
+        elif mask is not None and mask.dim() == 2:  # padding may stand on the left
+            seen = mask.long()
+            self.mask = ((seen.cumsum(1) == 1) & (seen > 0))[:, -given.shape[1] :]
+        else:
+            begins = cache is None or not cache.get_seq_length()
+            self.mask = (torch.arange(given.shape[1], device=given.device) == 0)[None] & begins
+
+
+def _with_edit(forward: Callable[..., Any], edit: Callable[[Tensor], Tensor], firsts: _Firsts) -> Callable[..., Any]:
+    def edited(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        x = output[0] if isinstance(output, tuple) else output
+        changed = torch.where(firsts.mask.to(x.device)[..., None], x, edit(x))
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    return edited
