@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from rmscope.model.prefill import Prefilled
 from rmscope.model.sites import StopForward, edited, skipping
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from rmscope.model.reward_model import RewardModel
 
 NAME = "rmscope_branches"
+LONG = 24
+"""From so many tokens a branch on, torch's fused attention (which copies the clean keys for every branch) is faster:
+4.0 against 7.8 ms for 20 branches of 51 tokens after 130, 13 against 4 ms for 100 branches of 10 (one core)."""
 UNKNOWN = ("s_aux", "position_bias")
 """What attention layers may pass that changes the scores and is not done here."""
 
@@ -112,6 +116,16 @@ def _attend(
 ) -> Float[Tensor, "kv_heads branches group tokens size"]:
     """Attention to the clean keys before the branches (shared) and to the branch's own."""
     far_k, far_v = (t[0, :, :prefix] for t in clean)
+    if softcap is None and q.shape[3] >= LONG:
+        k, v = (
+            torch.cat([far[:, None].expand(-1, q.shape[1], -1, -1), near], 2).transpose(0, 1)
+            for far, near in zip((far_k, far_v), own, strict=True)
+        )
+        queries = q.transpose(0, 1).flatten(1, 2)
+        out = scaled_dot_product_attention(
+            queries, k, v, attn_mask=mask[:, None].to(q.dtype), scale=scaling, enable_gqa=True
+        )
+        return out.unflatten(1, (q.shape[0], -1)).transpose(0, 1)
     flat = (q * scaling).flatten(1, 3)
     far = (flat @ far_k.transpose(1, 2)).unflatten(1, q.shape[1:4])
     near = (flat.unflatten(1, (q.shape[1], -1)) @ own[0].transpose(2, 3)).unflatten(2, q.shape[2:4])
