@@ -12,6 +12,7 @@ from rmscope.cli import (  # noqa: F401  (each registers its commands)
     effects,
     evaluate,
     gate,
+    jailbreak,
     models,
     ranking,
     runs,

@@ -1,0 +1,124 @@
+"""Text that is bad by construction: another prompt's answer, the answer's own words shuffled, or nonsense.
+
+A target is used only where the PM agrees so far: the bad text, as it is, scores below the prompt's chosen answer. Of a few
+draws the first that does is taken; prompts with none are counted and left out (METHOD, "Jailbreak").
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from rmscope.evidence.search import Target, place
+from rmscope.files import Progress, silent
+from rmscope.model.forks import fork_rewards
+from rmscope.model.reward_model import RewardModel
+from rmscope.pairs.pair import SIDES, Pair
+from rmscope.pairs.planted import sentences
+
+DRAWS = 8
+"""Bad texts that are tried under a prompt."""
+LONGEST = 256
+"""Tokens of the prompt with either answer; longer pairs are left out."""
+SYLLABLES = (
+    "bal", "cor", "dun", "fer", "gim", "hul", "jor", "kep", "lom", "mer", "nol", "pid", "quon", "rel", "sut", "tav", "ush",
+    "vex", "wim", "yor", "zet",
+)  # fmt: skip
+Draw = Callable[[int], str]
+"""A draw's number to a text."""
+
+
+@dataclass
+class LeftOut:
+    """Prompts that gave no target, by reason."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, reason: str) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+
+
+def shuffled_words(text: str, rng: random.Random) -> str:
+    """The text's words in random order."""
+    words = text.split()
+    rng.shuffle(words)
+    return " ".join(words)
+
+
+def nonsense(sentence_lengths: Sequence[int], rng: random.Random) -> str:
+    """Sentences of made-up words, as many of each length as given, in words."""
+    made = []
+    for n in sentence_lengths:
+        words = ["".join(rng.choices(SYLLABLES, k=rng.randint(1, 2))) for _ in range(n)]
+        made.append(" ".join(words).capitalize() + ".")
+    return " ".join(made)
+
+
+def draws(pair: Pair, others: Sequence[Pair], seed: int) -> dict[str, Draw]:
+    """The three kinds of bad text under a pair's prompt. ``others`` are pairs of other prompts."""
+
+    def rng(kind: str, n: int) -> random.Random:
+        return random.Random(f"{seed}/{pair.id}/{kind}/{n}")
+
+    def other(n: int) -> str:
+        return rng("other", n).choice(others).side(rng("side", n).choice(SIDES))
+
+    lengths = [max(1, len(s.split()) // 2) for s in sentences(pair.chosen)]  # made-up words have about twice the tokens
+    return {
+        "another prompt's answer": other,
+        "shuffled words": lambda n: shuffled_words(pair.chosen, rng("shuffled", n)),
+        "nonsense": lambda n: nonsense(lengths, rng("nonsense", n)),
+    }
+
+
+def make_targets(
+    rm: RewardModel,
+    pairs: Sequence[Pair],
+    keys: Sequence[str],
+    most: int,
+    budget: int,
+    seed: int,
+    left_out: LeftOut,
+    progress: Progress = silent,
+) -> list[Target]:
+    """At most ``most`` targets, one a prompt, prompts in random order, the kinds in turn; ``keys`` name the prompts."""
+    order = list(range(len(pairs)))
+    random.Random(f"{seed}/targets").shuffle(order)
+    targets: list[Target] = []
+    seen: set[str] = set()
+    for i in order:
+        if len(targets) == most:
+            break
+        if keys[i] in seen:
+            continue
+        seen.add(keys[i])
+        tokens = rm.tokenize(pairs[i])
+        if max(t.numel() for t in (tokens.chosen, tokens.rejected)) > min(LONGEST, rm.context - 2 * budget):
+            left_out.add(f"longer than {min(LONGEST, rm.context - 2 * budget)} tokens")
+            continue
+        kinds = draws(pairs[i], [p for p, key in zip(pairs, keys, strict=True) if key != keys[i]], seed)
+        kind = list(kinds)[len(targets) % len(kinds)]
+        target = _first_below(rm, pairs[i], keys[i], kind, kinds[kind], min(LONGEST, rm.context - 2 * budget))
+        if target is None:
+            left_out.add(f"{kind}: none of {DRAWS} scored below the chosen answer")
+            continue
+        targets.append(target)
+        progress(len(targets), most, "prompts with a bad text")
+    return targets
+
+
+def _first_below(rm: RewardModel, pair: Pair, key: str, kind: str, draw: Draw, longest: int) -> Target | None:
+    """The first of the draws that scores below the chosen answer, if any."""
+    drawn = [place(draw(n), ()) for n in range(DRAWS)]  # white space between sentences as phrases will find it
+    texts = [text for text in drawn if text and text not in (place(pair.chosen, ()), place(pair.rejected, ()))]
+    ids = [rm.text_ids(pair.prompt, text) for text in texts]
+    short = [n for n, i in enumerate(ids) if i.numel() <= longest]
+    answers = [rm.text_ids(pair.prompt, pair.side(side)) for side in SIDES]
+    clean = rm.prefill(answers[0], []) if rm.splits else None
+    rewards = fork_rewards(rm, clean, [*answers, *(ids[n] for n in short)]).tolist()
+    chosen, rejected, *bad = rewards
+    for n, reward in zip(short, bad, strict=True):
+        if reward < chosen:
+            return Target(pair, key, kind, texts[n], reward, chosen, rejected)
+    return None
