@@ -152,7 +152,7 @@ def test_completions_and_their_removals_are_those_of_each_text_alone(architectur
 
 def test_the_arms_are_rewards_with_and_without_each_group() -> None:
     rm, made = shared_pm("llama"), small_sae()
-    asked = an_experiment()
+    asked = an_experiment(expects={"taken_back": ["cue"]}, remove={"site": "resid_post.1", "features": [0]})
     removed = Removed("resid_post.1", list(range(0, 96, 2)), [[1, 3], [5]])
     arms = measure(rm, asked, BASES, [1, 4], removed, made)
     for row, number in enumerate((1, 4)):
@@ -242,9 +242,10 @@ def test_the_rule_finds_the_feature_and_its_removal_takes_all_back(known: tuple[
     found, table = known
     assert [f["feature"] for f in found["removed"]["features"]] == [0]
     assert (found["prompts"], found["chosen_on"]) == (4, 4)
-    share = next(c for c in found["claims"] if c["says"] == "taken_back")
-    assert share["share"]["value"] == pytest.approx(1.0, abs=1e-3)
-    assert share["alike"] == pytest.approx(0.0, abs=1e-3)  # the two others fire on the same tokens and carry nothing
+    cue, filler = (table.filter(pl.col("condition") == name) for name in ("cue", "filler"))
+    assert cue["without"].to_numpy() == pytest.approx(filler["reward"].to_numpy(), abs=1e-5)  # a Z removed is a Q
+    assert filler["without"].to_numpy() == pytest.approx(filler["reward"].to_numpy(), abs=1e-6)
+    assert (cue["reward"] - cue["without"]).abs().min() > 1e-3
     assert table.height == 8
     assert set(table["prompt"]) == {b.prompt[0]["content"] for b in BASES[1::2]}  # measured on no prompt that chose
 

@@ -62,7 +62,7 @@ def run_experiment(
     numbers, removed = list(range(len(bases))), None
     if experiment.remove is not None and saes:
         fitting = numbers[::2] if experiment.remove.most_on else numbers
-        removed = choose(rm, experiment, bases, fitting, saes, reported or {}, seed)
+        removed = choose(rm, experiment, bases, fitting, saes, reported or {}, seed, progress)
         numbers = numbers[1::2] if experiment.remove.most_on else numbers
     sae = saes[removed.site] if removed and saes else None
     arms = measure(rm, experiment, bases, numbers, removed, sae, progress)
@@ -92,6 +92,7 @@ def choose(
     saes: Mapping[str, Sae],
     reported: Mapping[str, pl.DataFrame],
     seed: int,
+    progress: Progress = silent,
 ) -> Removed:
     """The features to remove and their controls.
 
@@ -104,7 +105,10 @@ def choose(
     sites = [rule.site] if rule.site else list(saes)
     focus = rule.most_on or next(n for n in experiment.conditions if n in experiment.expects.names())
     pair = [experiment.conditions[name] for name in (focus, experiment.against(focus))]
-    runs = [complete(rm, bases[i].prompt, [c.text(bases, i) for c in pair], sites) for i in fitting]
+    runs = []
+    for done, i in enumerate(fitting):
+        runs.append(complete(rm, bases[i].prompt, [c.text(bases, i) for c in pair], sites))
+        progress(done + 1, len(fitting), "prompts on which features are chosen")
     effect = sum(a.reward - b.reward for a, b in runs)
     found: list[tuple[float, Removed]] = []
     for site in sites:
@@ -145,10 +149,12 @@ def measure(
     sae: Sae | None,
     progress: Progress = silent,
 ) -> Arms:
-    """All conditions on the prompts ``numbers``, as they are and with each group removed."""
+    """All conditions on the prompts ``numbers``, as they are and with the features removed; the controls are removed where
+    something is said of what removal takes back (nan elsewhere)."""
     names, groups = list(experiment.conditions), removed.groups if removed else []
+    full = {n for name in experiment.expects.taken_back for n in (name, experiment.against(name))}
     rewards, tokens = np.zeros((len(numbers), len(names))), np.zeros((len(numbers), len(names)), dtype=int)
-    without = np.zeros((len(numbers), len(names), len(groups)))
+    without = np.full((len(numbers), len(names), len(groups)), np.nan)
     texts: list[list[str]] = []
     for row, number in enumerate(numbers):
         texts.append([experiment.conditions[name].text(bases, number) for name in names])
@@ -156,7 +162,9 @@ def measure(
             rewards[row, column] = text.reward
             tokens[row, column] = text.ids.numel() - text.start
             if removed and sae is not None:
-                without[row, column] = text.reward - removal_effects(rm, sae, removed.site, text, groups).numpy()
+                asked = groups if names[column] in full else groups[:1]
+                effects = removal_effects(rm, sae, removed.site, text, asked).numpy()
+                without[row, column, : len(asked)] = text.reward - effects
         progress(row + 1, len(numbers), "prompts under all conditions")
     return Arms(list(numbers), names, texts, rewards, tokens, without)
 
