@@ -11,6 +11,7 @@ from rmscope.cli import (  # noqa: F401  (each registers its commands)
     edit,
     effects,
     evaluate,
+    experiment,
     gate,
     jailbreak,
     models,

@@ -101,3 +101,12 @@ def partial_correlation(a: Array, b: Array, given: Array) -> float:
         np.where(np.abs(r).max() > 1e-9 * max(1e-12, np.abs(v).max()), r, 0.0) for r, v in zip(rest, (a, b), strict=True)
     ]
     return correlation(*still)
+
+
+def holm(p: Array) -> Array:
+    """Holm's p-values: rejecting those below a level keeps the chance of any false rejection below it."""
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1))
+    out = np.empty_like(p)
+    out[order] = np.minimum(stepped, 1.0)
+    return out

@@ -18,7 +18,7 @@ import yaml
 from jaxtyping import Float
 from pydantic import ValidationError
 
-from rmscope.effects.statistics import Array, flip_matrix, mean_interval, sign_flip_p
+from rmscope.effects.statistics import Array, flip_matrix, holm, mean_interval, sign_flip_p
 from rmscope.errors import InputError
 from rmscope.files import Progress, silent
 from rmscope.model.reward_model import RewardModel
@@ -130,12 +130,3 @@ def _by_prompt(values: Array, prompts: Sequence[str]) -> Float[Array, " prompts"
     """Means over each prompt's twins."""
     _, index = np.unique(np.array(prompts), return_inverse=True)
     return np.bincount(index, values) / np.bincount(index)
-
-
-def holm(p: Float[Array, " n"]) -> Float[Array, " n"]:
-    """Holm's p-values: rejecting those below a level keeps the chance of any false rejection below it."""
-    order = np.argsort(p, kind="stable")
-    stepped = np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1))
-    out = np.empty_like(p)
-    out[order] = np.minimum(stepped, 1.0)
-    return out

@@ -1,0 +1,154 @@
+"""experiment: a hypothesis as a controlled experiment; sufficiency: what features do when they are put in."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from rmscope.cli.base import Debug, Device, Dtype, Json, app, emit, open_job, print_rows
+from rmscope.errors import InputError
+from rmscope.terminal import Bars, console
+
+SD_PAIRS = 128
+"""Without a run, SD(Δr) is taken over so many pairs of the data."""
+
+
+@app.command()
+def experiment(
+    file: Annotated[str, typer.Argument(help="A YAML file, or a ready-made one: dont_know, repetition, thanks, ...")],
+    run: Annotated[Path | None, typer.Option(help="A run folder: its PM, fresh prompts, and features to remove.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Without a run, and without removal: hub id, folder, or zoo:NAME.")
+    ] = None,
+    data: Annotated[str, typer.Option(help="Without a run: pairs that give SD(Δr), and prompts.")] = "demo:planted",
+    out: Annotated[Path | None, typer.Option(help="Folder of the result; of a run, its evidence/experiments.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """A hypothesis as a controlled experiment: conditions over many prompts, with and without features, and a verdict."""
+    from rmscope.evidence.conditions import bases_of, read_experiment
+    from rmscope.evidence.experiment import run_experiment
+    from rmscope.files import write_json, write_table, write_text
+    from rmscope.report.experiment import render_experiment
+
+    asked, started = read_experiment(file), time.time()
+    study = _study(run, model, data, device, dtype)
+    saes, reported = (study.saes, _reported(study)) if run is not None and asked.remove else ({}, {})
+    _check_sites(asked, run, saes)
+    bases = bases_of(asked, [study.pairs[i] for i in study.of_split("measure")])
+    sd = study.sd if run is not None else _sd(study)
+    with Bars().stage("measure") as progress:
+        found, table = run_experiment(study.rm, asked, bases, sd, saes, reported, study.config.seed, progress)
+    found |= {"model": study.config.model, "data": study.config.data}
+    if found["removed"]:
+        census = study.census[found["removed"]["site"]]
+        for row in found["removed"]["features"]:
+            row["tokens"] = census.top_tokens(row["feature"], lambda t: study.rm.tokenizer.decode([t]))
+    found["seconds"] = round(time.time() - started, 1)
+    folder = out or (run / "evidence" / "experiments" if run is not None else Path("experiments"))
+    write_table(folder / f"{asked.name}.parquet", table)
+    write_json(folder / f"{asked.name}.json", found)
+    write_text(folder / f"{asked.name}.html", render_experiment(found))
+    _print(found, folder / f"{asked.name}.html")
+    emit(found, as_json)
+
+
+def _study(run: Path | None, model: str | None, data: str, device: str, dtype: str) -> Any:
+    from rmscope.config import read_config
+    from rmscope.study import Study
+
+    if run is not None:
+        return open_job(run)
+    if model is None:
+        raise InputError("There is nothing to measure on; name a run folder with --run, or a PM with --model.")
+    return Study(read_config(None, {"model": model, "data": data, "out": Path(), "device": device, "dtype": dtype}))
+
+
+def _sd(study: Any) -> float:
+    with Bars().stage("score") as progress:
+        return float(study.rm.score_tokens(study.tokens[:SD_PAIRS], progress).delta.std())
+
+
+def _reported(job: Any) -> dict[str, Any]:
+    """The reported features of each site of a run."""
+    import polars as pl
+
+    paths = {site: job.folder / "features" / f"{site}.parquet" for site in job.sites}
+    if missing := [site for site, path in paths.items() if not path.is_file()]:
+        raise InputError(f"The run in {job.folder} has no ranking at {missing[0]}; rmscope report {job.folder} makes it.")
+    return {site: pl.read_parquet(path).filter("reported") for site, path in paths.items()}
+
+
+def _check_sites(asked: Any, run: Path | None, saes: dict[str, Any]) -> None:
+    if run is None or asked.remove is None or asked.remove.site is None:
+        return
+    if asked.remove.site not in saes:
+        raise InputError(f"The run in {run} has no SAE at {asked.remove.site}; it has {', '.join(saes)}.")
+    if (m := saes[asked.remove.site].m) <= max(asked.remove.features, default=0):
+        raise InputError(f"The SAE at {asked.remove.site} has {m} features, from 0; mend remove.features.")
+
+
+def _print(found: dict[str, Any], page: Path) -> None:
+    from rmscope.report.formatting import effect, q_value, share
+
+    table = Table(title=found["hypothesis"], title_justify="left")
+    for name in ("claim", "effect in SD(Δr), or share taken back", "p (Holm)", "verdict"):
+        table.add_column(name)
+    for c in found["claims"]:
+        if "share" in c:
+            shown = share(*c["share"].values())
+        else:
+            low, high = sorted(c["sign"] * c["effect"][end] / found["sd"] for end in ("low", "high"))
+            shown = effect(c["sign"] * c["effect"]["value"] / found["sd"], low, high)
+        table.add_row(c["claim"], " ".join(shown), q_value(c["p"]), " ".join(filter(None, (c["verdict"], c["why"]))))
+    console.print(table)
+    console.print(f"[bold]{found['verdict']}[/] ({found['test']}; {found['prompts']} prompts, {found['seconds']} s): {page}")
+
+
+@app.command()
+def sufficiency(
+    folder: Annotated[Path, typer.Argument(help="A run folder.")],
+    site: Annotated[str, typer.Option(help="The site, such as resid_post.7.")],
+    prompts: Annotated[int, typer.Option(min=8, help="Fresh prompts for steering and for texts put in.")] = 24,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What each reported feature does when it is put in: steering, text that fires it; and whether text agrees with R_j."""
+    from rmscope.evidence.conditions import bases_of_pairs
+    from rmscope.evidence.sufficiency import Material
+    from rmscope.evidence.sufficiency import sufficiency as measure
+    from rmscope.files import write_json, write_table, write_text
+    from rmscope.report.sufficiency import render_sufficiency
+
+    job, started = open_job(folder), time.time()
+    if site not in job.sites:
+        raise InputError(f"The run in {folder} has no SAE at {site}; it has {', '.join(job.sites)}.")
+    features = _reported(job)[site]
+    if not features.height:
+        raise InputError(f"The run in {folder} reports no feature at {site}, so there is none to put in; name another site.")
+    if not job.rm.splits:
+        raise InputError("This PM cannot be resumed at a site, which steering needs; sufficiency studies decoder PMs.")
+    fit, fresh = job.of_split("fit"), [job.pairs[i] for i in job.of_split("measure")]
+    bases = bases_of_pairs(fresh)[:prompts]
+    stored, tokens = [job.pairs[i] for i in fit], [job.tokens[i] for i in fit]
+    material = Material(job.rm, job.saes[site], site, features, job.store, stored, tokens, bases, fresh)
+    found, tables = measure(material, Bars(), job.config.seed)
+    for row in found["features"]:
+        row["tokens"] = job.census[site].top_tokens(row["feature"], lambda t: job.rm.tokenizer.decode([t]))
+    found |= {"model": job.config.model, "data": job.config.data, "sd": job.sd, "seconds": round(time.time() - started, 1)}
+    at = folder / "evidence" / "sufficiency"
+    for name, table in tables.items():
+        write_table(at / f"{site}.{name}.parquet", table)
+    write_json(at / f"{site}.json", found)
+    write_text(at / f"{site}.html", render_sufficiency(found))
+    counts = {f"{row['class']}: {row['why']}": row["features"] for row in found["counts"]}
+    agreement = {name.replace("_", " "): found["agreement"][name] for name in ("pearson", "spearman")}
+    print_rows(f"{features.height} reported features at {site}", {**counts, **agreement})
+    console.print(f"{found['seconds']} s: {at / f'{site}.html'}")
+    emit(found, as_json)

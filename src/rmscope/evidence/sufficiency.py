@@ -1,0 +1,251 @@
+"""Contributes, sufficient: what each reported feature of a site does when it is taken out, and when it is put in.
+
+*Contributes*: exact removal on fresh responses changes the reward in the feature's frozen sign. *Sufficient by steering*:
+:mod:`rmscope.evidence.steering`. *Sufficient by text*: a sentence in which it fires, taken from the fit split and put at the
+end of fresh responses, moves the reward in its sign against a neutral sentence of like length, and removing the feature
+from both takes back at least half. Sentences and doses are chosen on every other prompt, figures are those of the rest.
+
+Why a feature that contributes may be useless when put in: *redundant*, removing it does at least half more once the other
+reported features of its sign are gone (they stand in for it); *only in concert*, it then does at most half (it acts
+through them); *conditional on context*, more of it where it fires moves the reward by half its removal effect or more,
+elsewhere it does not. Each needs its 95 % interval on that side of 0; a feature without a reason is listed as such.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import polars as pl
+import torch
+
+from rmscope.activations.store import ActivationStore
+from rmscope.effects.selection import Responses
+from rmscope.effects.statistics import Array, bootstrap
+from rmscope.evidence.conditions import Base
+from rmscope.evidence.contexts import BLIND, agreement, in_context
+from rmscope.evidence.firing import filler_like, firing_sentences
+from rmscope.evidence.steering import DIRECTIONS, Doses, differences_of, grid, judge_steering, steer
+from rmscope.evidence.texts import Completion, active_on, complete, removal_effects
+from rmscope.evidence.verdict import taken_back, with_interval
+from rmscope.files import Progress, silent
+from rmscope.model.rendering import PairTokens
+from rmscope.model.reward_model import RewardModel
+from rmscope.pairs.pair import Pair
+from rmscope.sae.base import Sae
+
+HALF = 0.5
+"""Removal must take back so much of a text's effect; an interaction of so much of R_j is a reason."""
+FIRES = 0.5
+"""The sentence must fire its feature on so many of the prompts."""
+PAIRS = 128
+"""Fresh pairs searched for responses in which the features fire."""
+LEAST = 5
+"""A feature that fires on fewer fresh prompts is not classed by its removal."""
+
+
+class Shown(Protocol):
+    """Whoever watches: a bar a stage."""
+
+    def stage(self, name: str) -> AbstractContextManager[Progress]: ...
+
+
+@dataclass(frozen=True)
+class Material:
+    """What sufficiency is measured on."""
+
+    rm: RewardModel
+    sae: Sae
+    site: str
+    features: pl.DataFrame
+    """The reported features: feature, mean_removal, flags."""
+    store: ActivationStore
+    """Stored responses of the fit split; their numbers index ``fit`` and ``fit_tokens``."""
+    fit: Sequence[Pair]
+    fit_tokens: Sequence[PairTokens]
+    bases: Sequence[Base]
+    """Fresh prompts with base responses."""
+    fresh: Sequence[Pair]
+    """Pairs of the measure split."""
+
+
+def sufficiency(on: Material, shown: Shown, seed: int = 0) -> tuple[dict[str, Any], dict[str, pl.DataFrame]]:
+    """The figures of the page, and the tables ``features`` (a row a feature) and ``contexts`` (:data:`~.contexts.ROWS`)."""
+    rm, sae, site = on.rm, on.sae, on.site
+    signs = {int(r["feature"]): 1 if r["mean_removal"] > 0 else -1 for r in on.features.iter_rows(named=True)}
+    sentences, tops = firing_sentences(rm, sae, Responses(on.store, site), on.fit, on.fit_tokens, list(signs))
+    norms = sae.W_dec.norm(dim=1)
+    doses = grid({j: tops[j] * float(norms[j]) for j in signs})
+    generator = torch.Generator().manual_seed(seed)
+    directions = differences_of(on.store.sample(site, 2 * DIRECTIONS, generator))
+    with shown.stage("steer") as progress:
+        runs = [complete(rm, base.prompt, [base.response], [site])[0] for base in on.bases]
+        effects, others = steer(rm, sae, site, runs, doses, directions, progress)
+    with shown.stage("texts") as progress:
+        texts = insertions(rm, sae, site, on.bases, sentences, signs, progress)
+    blind = np.random.default_rng(seed).permutation(list(signs))[:BLIND].tolist()
+    with shown.stage("contexts") as progress:
+        contexts = in_context(rm, sae, site, signs, in_turn(on.fresh)[:PAIRS], blind, progress)
+    rows = []
+    for row in on.features.iter_rows(named=True):
+        j = int(row["feature"])
+        steering = judge_steering(effects[j], others, signs[j]) | _dose_axis(doses, j, float(norms[j]))
+        rows.append(classed(j, signs[j], list(row["flags"]), steering, texts[j], contexts.filter(pl.col("feature") == j)))
+    counts = [{"class": c, "why": w, **_count(rows, c, w)} for c, w in CLASSES]
+    found = {"site": site, "prompts": len(on.bases), "directions": len(directions), "features": rows, "counts": counts}
+    return found | {"agreement": agreement(contexts, seed)}, {"features": _table(rows), "contexts": contexts}
+
+
+def in_turn(pairs: Sequence[Pair]) -> list[Pair]:
+    """Each prompt's first pair, then each prompt's second, and so on."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for pair in pairs:
+        prompt = str(pair.meta.get("group", pair.first_human_turn()))
+        turns.append(seen[prompt])
+        seen[prompt] += 1
+    return [pair for _, pair in sorted(zip(turns, pairs, strict=True), key=lambda item: item[0])]
+
+
+def _dose_axis(doses: Doses, feature: int, norm: float) -> dict[str, Any]:
+    return {"activations": (doses.norms[: doses.taken[feature]] / norm).tolist()}
+
+
+def insertions(
+    rm: RewardModel,
+    sae: Sae,
+    site: str,
+    bases: Sequence[Base],
+    sentences: Mapping[int, Sequence[str]],
+    signs: Mapping[int, int],
+    progress: Progress = silent,
+) -> dict[int, dict[str, Any]]:
+    """Each feature's best sentence, chosen on every other prompt, with its figures on the rest."""
+    chosen: dict[int, tuple[float, str]] = {}
+    firsts: dict[int, dict[int, list[float]]] = {j: {} for j in sentences}
+    rest: dict[int, list[tuple[float, float, bool]]] = {j: [] for j in sentences}
+    order = [*range(0, len(bases), 2), *range(1, len(bases), 2)]
+    for done, number in enumerate(order):
+        if number == 1:  # the fitting prompts are through: each feature keeps its best sentence
+            for j, tried in firsts.items():
+                means = {k: signs[j] * float(np.mean(values)) for k, values in tried.items()}
+                if means and (best := max(means, key=lambda k: means[k])) is not None:
+                    chosen[j] = (means[best], sentences[j][best])
+        base = bases[number]
+        asked = {j: list(s) for j, s in sentences.items()} if number % 2 == 0 else {j: [s] for j, (_, s) in chosen.items()}
+        texts = sorted({t for listed in asked.values() for s in listed for t in (s, filler_like(s))})
+        runs = dict(zip(texts, _put_in(rm, base, texts, site), strict=True))
+        for j, listed in asked.items():
+            for k, sentence in enumerate(listed):
+                with_it, without = runs[sentence], runs[filler_like(sentence)]
+                effect = with_it.reward - without.reward
+                if number % 2 == 0:
+                    firsts[j].setdefault(k, []).append(effect)
+                    continue
+                lost = [float(removal_effects(rm, sae, site, run, [[j]])[0]) for run in (with_it, without)]
+                fires = bool((active_on(sae, site, with_it).feature == j).any())
+                rest[j].append((effect, effect - lost[0] + lost[1], fires))
+        progress(done + 1, len(order), "prompts with sentences put in")
+    return {j: judge_text(chosen[j][1] if j in chosen else "", np.array(rest[j], float), signs[j]) for j in sentences}
+
+
+def _put_in(rm: RewardModel, base: Base, texts: Sequence[str], site: str) -> list[Completion]:
+    """The base response with each text at its end; the response itself is run first, and shared."""
+    return complete(rm, base.prompt, [base.response, *(f"{base.response} {t}" for t in texts)], [site])[1:]
+
+
+def judge_text(sentence: str, rows: Array, sign: int) -> dict[str, Any]:
+    """From rows (effect, effect without the feature, whether it fires): is text that fires it sufficient?"""
+    if not len(rows):
+        return {"sufficient": False, "sentence": sentence, "fires": 0.0, "effect": None, "taken_back": None}
+    effect, share = with_interval(rows[:, 0]), taken_back(rows[:, 0], rows[:, 1])
+    moves = (effect["low"] > 0) if sign > 0 else (effect["high"] < 0)
+    fires = float(rows[:, 2].mean())
+    enough = share["low"] is not None and share["low"] >= HALF and fires >= FIRES
+    return {
+        "sufficient": bool(moves and enough), "sentence": sentence, "fires": fires, "effect": effect, "taken_back": share,
+    }  # fmt: skip
+
+
+CLASSES = (
+    ("sufficient", "by steering and by text"), ("sufficient", "by steering"), ("sufficient", "by text"),
+    ("contributes only", "redundant"), ("contributes only", "only in concert"),
+    ("contributes only", "conditional on context"), ("contributes only", "no reason found"),
+    ("does not contribute", "fresh removals hold 0"), ("does not contribute", "fires on too few fresh prompts"),
+)  # fmt: skip
+"""What a feature can be, and by what or why; a feature that is sufficient need not contribute, and says so."""
+
+
+def classed(
+    feature: int, sign: int, flags: list[str], steering: dict[str, Any], text: dict[str, Any], contexts: pl.DataFrame
+) -> dict[str, Any]:
+    """A feature's row: its figures on fresh responses and its class."""
+    prompts = contexts["prompt"].to_numpy()
+    r, beside, doubled = (contexts[c].to_numpy() * sign for c in ("removal", "removal_beside", "doubled"))
+    figures = {"removal": r, "interaction": beside - r, "doubled": doubled}
+    means = {name: _over(values, prompts, sign) for name, values in figures.items()}
+    seen = len(np.unique(prompts)) >= LEAST
+    contributes = seen and _least(means["removal"], sign) > 0
+    put_in = [name for name, found in (("by steering", steering), ("by text", text)) if found["sufficient"]]
+    if put_in:
+        kind, why = "sufficient", " and ".join(put_in)
+    elif contributes:
+        kind, why = "contributes only", reason(means, sign)
+    else:
+        kind = "does not contribute"
+        why = "fresh removals hold 0" if seen else "fires on too few fresh prompts"
+    return {
+        "feature": feature, "sign": sign, "flags": flags, "class": kind, "why": why, "contributes": bool(contributes),
+        "n": len(r), **means, "steering": steering, "text": text,
+    }  # fmt: skip
+
+
+def reason(means: Mapping[str, Mapping[str, float]], sign: int) -> str:
+    """Why a feature that contributes is not sufficient, of the reasons at the top of this file the first that holds."""
+    half = HALF * abs(means["removal"]["value"])
+    interaction, doubled = means["interaction"], means["doubled"]
+    if _least(interaction, sign) > 0 and sign * interaction["value"] >= half:
+        return "redundant"
+    if _least(interaction, -sign) > 0 and -sign * interaction["value"] >= half:
+        return "only in concert"
+    if _least(doubled, sign) > 0 and sign * doubled["value"] >= half:
+        return "conditional on context"
+    return "no reason found"
+
+
+def _over(values: Array, prompts: Array, sign: int) -> dict[str, Any]:
+    """The mean of values in a feature's sign, turned back into units of reward, bootstrap by prompt."""
+    if not len(values):
+        return dict.fromkeys(("value", "low", "high"))
+    low, high = bootstrap(values, prompts, lambda v: float(v.mean()))
+    low, high = sorted((sign * low, sign * high))
+    return {"value": sign * float(values.mean()), "low": low, "high": high}
+
+
+def _least(figure: Mapping[str, float], sign: int) -> float:
+    """The end of the interval nearest 0 or beyond, in a sign's direction: above 0 where the figure surely has that sign."""
+    return figure["low"] if sign > 0 else -figure["high"]
+
+
+def _count(rows: Sequence[Mapping[str, Any]], kind: str, why: str) -> dict[str, int]:
+    mine = [row for row in rows if (row["class"], row["why"]) == (kind, why)]
+    return {"features": len(mine), "flagged": sum(bool(row["flags"]) for row in mine)}
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
+    """The rows without their curves."""
+    flat = []
+    for row in rows:
+        one = {k: row[k] for k in ("feature", "sign", "class", "why", "contributes", "n")}
+        for name in ("removal", "interaction", "doubled"):
+            one |= {name: row[name]["value"], f"{name}_low": row[name]["low"], f"{name}_high": row[name]["high"]}
+        margin, effect, share = row["steering"]["margin"], row["text"]["effect"], row["text"]["taken_back"]
+        one |= {"steering": row["steering"]["sufficient"], "margin": margin["value"] if margin else None}
+        one |= {"text": row["text"]["sufficient"], "sentence": row["text"]["sentence"]}
+        one |= {"text_effect": effect["value"] if effect else None, "taken_back": share["value"] if share else None}
+        flat.append(one)
+    return pl.DataFrame(flat, infer_schema_length=None)
