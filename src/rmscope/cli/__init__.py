@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 
-from rmscope.cli import accounts, effects, evaluate, models, ranking, runs, saes  # noqa: F401  (each registers its commands)
+from rmscope.cli import accounts, audit, effects, evaluate, models, ranking, runs, saes  # noqa: F401  (each registers its commands)
 from rmscope.cli.base import app
 from rmscope.errors import InputError
 from rmscope.terminal import console
