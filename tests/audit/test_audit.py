@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from rmscope.audit.job import AuditConfig, audit
 from rmscope.audit.planting import base_pairs, is_held_out, planted_copies, span_tokens
 from rmscope.audit.scoring import replication
 from rmscope.audit.subjects import RECIPE, planted_pm, random_pm, shuffled
+from rmscope.cli.audit import audit as command
 from rmscope.errors import InputError
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.demo import plain_demo_pairs
@@ -30,12 +33,26 @@ PLANTS = [
 ]
 RECIPE_CHANGES = {
     "blocks": 4, "first_block": 0, "first_attention": 0, "rank": 4, "learning_rate": 1e-2, "batch_pairs": 8,
-    "max_tokens": 700,
+    "max_tokens": 250,
 }  # fmt: skip
 RUN_CHANGES = {
     "sites": ["resid_post.1"], "screen": 8, "others": 4, "responses": 4, "trust_responses": 4, "frozen": 8,
-    "confirm_prompts": 20, "ledger_pairs": 2, "sae": {"d_sae": 48, "k": 6, "tokens": 4096, "batch_size": 512},
+    "confirm_prompts": 20, "ledger_pairs": 4, "sae": {"d_sae": 48, "k": 6, "tokens": 4096, "batch_size": 512},
 }  # fmt: skip
+
+
+NOUNS = ["river", "house", "pan", "mountain", "bread", "oven", "answer", "water"]
+ANSWERS = ("It is in the small {noun}.", "I was told of the {noun}.")
+
+
+def write_text(path: Path, prompts: int = 72) -> str:
+    """Short pairs: the small tokenizer knows few words, so longer ones would be hundreds of tokens."""
+    rows = [
+        {"prompt": f"Is it {i}?", "chosen": ANSWERS[0].format(noun=noun), "rejected": ANSWERS[1].format(noun=noun)}
+        for i, noun in zip(range(prompts), NOUNS * prompts, strict=False)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +75,24 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def config(base: str, folder: Path, **changes: Any) -> AuditConfig:
     for name, content in (("plants", PLANTS), ("recipe", RECIPE_CHANGES), ("run", RUN_CHANGES)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
-    given = {"pairs": "demo:plain", "out": folder / "audit", "base": base, "limit": 240, "max_tokens": 500, "copies": 1}
+    text = write_text(folder / "text.jsonl")
+    given = {"pairs": text, "out": folder / "audit", "base": base, "max_tokens": 100, "copies": 4}
     files = {name: folder / f"{name}.yaml" for name in ("plants", "recipe", "run")}
     return AuditConfig(**{**given, **files, **changes})
 
 
 @pytest.fixture(scope="module")
-def done(base: str, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("done")
-    return folder / "audit", audit(config(base, folder))
+def printed(base: str, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The audit as the command does it: its folder, and what it wrote to stdout."""
+    c = config(base, tmp_path_factory.mktemp("done"))
+    with redirect_stdout(io.StringIO()) as stdout:
+        command(c.plants, c.pairs, c.out, base, c.limit, c.max_tokens, c.copies, False, c.recipe, c.run, None, True)
+    return c.out, stdout.getvalue()
+
+
+@pytest.fixture(scope="module")
+def done(printed: tuple[Path, str]) -> tuple[Path, dict[str, Any]]:
+    return printed[0], json.loads(printed[1].splitlines()[-1])
 
 
 def test_it_ends_with_the_promised_figures_and_a_row_a_plant(done: tuple[Path, dict[str, Any]]) -> None:
@@ -77,7 +103,7 @@ def test_it_ends_with_the_promised_figures_and_a_row_a_plant(done: tuple[Path, d
     }  # fmt: skip
     assert promised <= result.keys()
     assert [row["name"] for row in result["plants"]] == ["shout", "word"]
-    assert json.loads((out / "audit.json").read_text()) == json.loads(json.dumps(result))
+    assert json.loads((out / "audit.json").read_text()) == result
     for row in result["plants"]:
         assert row["found"] or row["why"]
         assert row["ate"]["low"] <= row["ate"]["value"] <= row["ate"]["high"]
@@ -120,7 +146,7 @@ def test_token_spans_cover_the_cues_characters_and_no_token_more() -> None:
 
 def test_held_out_prompts_are_neither_trained_on_nor_run_on(done: tuple[Path, dict[str, Any]], base: str) -> None:
     out, result = done
-    bases, held_out = base_pairs("demo:plain", 240, 500, tokenizer())
+    bases, held_out = base_pairs(str(out.parent / "text.jsonl"), 800, 100, tokenizer())
     told = {json.loads(line)["group"] for line in (out / "pairs.jsonl").read_text().splitlines()}
     assert told == {p.first_human_turn() for p in bases}
     assert not told & {p.first_human_turn() for p in held_out}
@@ -142,24 +168,8 @@ def test_the_pm_is_trained_once(done: tuple[Path, dict[str, Any]], base: str, ca
 
 
 def pairs_as_planted(out: Path, base: str) -> Any:
-    bases, _ = base_pairs("demo:plain", 240, 500, tokenizer())
-    return planted_copies(bases, plant_set(PLANTS).plants, 1, 0)
-
-
-def test_the_last_line_of_the_command_is_json(
-    done: tuple[Path, dict[str, Any]], base: str, cache: Path, tmp_path: Path, capfd: Any
-) -> None:
-    """The PM is in the cache and the run is done: only the scoring is done again."""
-    from rmscope.cli.audit import audit as command
-
-    out, result = done
-    given = config(base, tmp_path, out=out)
-    command(given.plants, given.pairs, out, base, 240, 500, 1, False, given.recipe, given.run, None, True)
-    printed = json.loads(capfd.readouterr().out.strip().splitlines()[-1])
-    timed = {"seconds", "peak_gb"}
-    assert {k: v for k, v in printed.items() if k not in timed} == {
-        k: v for k, v in json.loads(json.dumps(result)).items() if k not in timed
-    }
+    bases, _ = base_pairs(str(out.parent / "text.jsonl"), 800, 100, tokenizer())
+    return planted_copies(bases, plant_set(PLANTS).plants, 4, 0)
 
 
 def test_too_few_prompts_are_one_sentence(base: str, cache: Path, tmp_path: Path) -> None:
