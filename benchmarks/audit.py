@@ -6,7 +6,7 @@ A seed: one audit (``rmscope audit``), and beside it, on the same PM and matched
 by W_dec · w_r, by mean activation difference, by integrated gradients from zero with 4 nodes, by firing rate, at random; the
 whole pipeline with principal components, with a random dictionary, and with features at ``embed`` in place of the SAEs; and
 two skylines that are told what was planted, which only have to detect it: a mean-difference probe at the site, and logistic
-regression on bags of words. Audits that are done are read from OUT. Prints a JSON line a seed and way, then the table.
+regression on bags of tokens. Audits that are done are read from OUT. Prints a JSON line a seed and way, then the table.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def skylines(run: Run, plants: Sequence[Plant], held_out: Sequence[Pair], seed: 
         made = twins(held_out, plant, TWINS, seed)
         prepared = prepare(run.rm, run.saes, made, plant)
         probes = {site: probe_f1(prepared[site]) for site in run.sites}
-        yield {"plant": plant.name, "kind": plant.kind, "probe": probes, "bag_of_words": words_f1(made)}
+        yield {"plant": plant.name, "kind": plant.kind, "probe": probes, "bag_of_words": words_f1(run, made)}
 
 
 def probe_f1(made: Sequence[Twin]) -> float:
@@ -121,25 +122,18 @@ def probe_f1(made: Sequence[Twin]) -> float:
     return f1_score(products(measuring, "chosen"), products(measuring, "rejected"), theta)
 
 
-def words_f1(made: Sequence[Pair]) -> float:
-    """Logistic regression on counts of words, response with the cue against response with filler."""
+def words_f1(run: Run, made: Sequence[Pair]) -> float:
+    """Logistic regression on counts of tokens, response with the cue against response with filler."""
     prompts = list(dict.fromkeys(p.meta["group"] for p in made))
-    half = [prompts.index(p.meta["group"]) % 2 for p in made]
-    vocabulary = {w: i for i, w in enumerate(sorted({w for p in made for s in SIDES for w in words(p.side(s))}))}
-    counts = {s: np.zeros((len(made), len(vocabulary) + 1)) for s in SIDES}
-    for side in SIDES:
-        counts[side][:, -1] = 1
-        for i, pair in enumerate(made):
-            for word in words(pair.side(side)):
-                counts[side][i, vocabulary[word]] += 1
-    fit = np.array(half) == 0
+    fit = np.array([prompts.index(p.meta["group"]) % 2 == 0 for p in made])
+    bags = {s: [Counter(run.rm.tokenizer(p.side(s)).input_ids) for p in made] for s in SIDES}
+    place = {token: i for i, token in enumerate(sorted({t for side in bags.values() for bag in side for t in bag}))}
+    counts = {s: np.ones((len(made), len(place) + 1)) for s in SIDES}  # the last column is the constant
+    for side, rows in bags.items():
+        counts[side][:, :-1] = [[bag[token] for token in place] for bag in rows]
     labels = np.r_[np.ones(fit.sum()), -np.ones(fit.sum())]
     w = fit_head(np.concatenate([counts[s][fit] for s in SIDES]), labels)
     return f1_score(*(counts[s][~fit] @ w for s in SIDES), 0.0)
-
-
-def words(text: str) -> list[str]:
-    return [word.strip(".,;:!?\"'()") for word in text.lower().split()]
 
 
 def ways_of(config: AuditConfig, seed: int, calibrate: bool) -> Iterator[tuple[str, list[dict[str, Any]]]]:

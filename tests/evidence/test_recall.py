@@ -12,6 +12,7 @@ from scipy import stats
 from rmscope.evidence.recall import (
     false_discoveries,
     found_again,
+    lowest_dose,
     mediated,
     nulls_reported,
     recall,
@@ -23,7 +24,16 @@ from tests.model.small import small_sae
 
 
 def cue(**changes: Any) -> dict[str, Any]:
-    row = {"kind": "phrase", "learned": True, "null": False, "found": False, "rank": None, "why": "", "matched_by": []}
+    row = {
+        "kind": "phrase",
+        "learned": True,
+        "null": False,
+        "found": False,
+        "rank": None,
+        "why": "",
+        "dose": 0.9,
+        "matched_by": [],
+    }
     return row | {"mediated": None} | changes
 
 
@@ -96,4 +106,10 @@ def test_a_feature_is_found_again_where_both_of_its_directions_are() -> None:
 def test_the_summary_has_the_keys_that_are_promised() -> None:
     tables = {"a": pl.DataFrame({"feature": [7, 8], "failed": [False, False]})}
     promised = {"recall_at_20", "recall_at_50", "sign_accuracy", "null_reported", "false_discoveries", "mediated_share"}
-    assert summary(ROWS, tables).keys() == promised
+    assert promised <= summary(ROWS, tables).keys()
+
+
+def test_the_lowest_dose_is_that_of_a_learned_cue_that_was_hit() -> None:
+    rows = [hit(1, dose=0.8), hit(2, dose=0.7, learned=False), cue(dose=0.6), hit(3, dose=0.9)]
+    assert lowest_dose(rows) == 0.8
+    assert lowest_dose([cue()]) is None

@@ -83,6 +83,11 @@ def found_again(sae: Sae, other: Sae, features: Sequence[int]) -> list[bool]:
     return alike.any(1).tolist()
 
 
+def lowest_dose(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """The detection limit: the smallest max(dose, 1 - dose) of a learned cue that was hit."""
+    return min((max(row["dose"], 1 - row["dose"]) for row in rows if row["learned"] and row["found"]), default=None)
+
+
 def summary(rows: Sequence[Mapping[str, Any]], replicated: Mapping[str, pl.DataFrame]) -> dict[str, Any]:
     """The figures that the last line of ``rmscope audit --json`` holds."""
     return {
@@ -91,4 +96,5 @@ def summary(rows: Sequence[Mapping[str, Any]], replicated: Mapping[str, pl.DataF
         "null_reported": nulls_reported(rows),
         "false_discoveries": false_discoveries(rows, replicated),
         "mediated_share": mediated(rows),
+        "lowest_dose": lowest_dose(rows),
     }
