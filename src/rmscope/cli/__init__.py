@@ -8,6 +8,7 @@ import warnings
 
 from rmscope.cli import (  # noqa: F401  (each registers its commands)
     accounts,
+    audit,
     edit,
     effects,
     evaluate,

@@ -68,6 +68,14 @@ def mean_interval(values: Array, seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def share_interval(hits: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share ``hits`` of ``n``, exact (Clopper and Pearson 1934); (0, 1) where n is 0."""
+    if n == 0:
+        return 0.0, 1.0
+    found = stats.binomtest(hits, n).proportion_ci(0.95, "exact")
+    return float(found.low), float(found.high)
+
+
 def flip_matrix(prompts: int, seed: int) -> Array:
     """Signs [FLIPS, prompts]: the same flips serve every feature, so that their tests are dependent as their data are."""
     return np.random.default_rng(seed).integers(0, 2, (FLIPS, prompts)).astype(np.int8) * 2 - 1

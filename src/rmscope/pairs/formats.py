@@ -21,8 +21,8 @@ STYLES = ("concise", "detailed plain", "detailed markdown")
 """RM-Bench: the order of the three answers on each side."""
 SCORES = ("overall", "score", "helpfulness")
 """The column that decides in scored data: the first of these that the data has."""
-KEPT = ("subset", "domain", "style", "label")
-"""Columns that go into ``Pair.meta`` where they exist."""
+KEPT = ("subset", "domain", "style", "label", "group")
+"""Columns that go into ``Pair.meta`` where they exist; ``group`` stands for the prompt in splits."""
 LOOKAHEAD = 100
 """Rows looked at before a format is given up, or RM-Bench told from best of N."""
 

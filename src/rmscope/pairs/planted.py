@@ -17,10 +17,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from rmscope.errors import InputError
+from rmscope.pairs.cues import filler, insertion, negatives, say
 from rmscope.pairs.pair import Message, Pair, Side
-from rmscope.pairs.wordings import FILLERS, OPINIONS, RIVALS, STANCES, URL_FRAMES, URL_WORDS
 
-Kind = Literal["phrase", "url", "repeat_sentence", "agree"]
+Kind = Literal["phrase", "url", "repeat_sentence", "agree", "word", "style", "order", "length"]
+Style = Literal["capitals", "url", "list", "exclamation", "markdown"]
+LEXICAL: tuple[Kind, ...] = ("phrase", "url", "word", "style")
+"""Kinds whose cue stands in its own characters; the others lie in what these have to do with the rest of the text."""
 
 
 class Plant(BaseModel):
@@ -31,7 +34,11 @@ class Plant(BaseModel):
     name: str
     kind: Kind
     """phrase: one of ``texts``; url: a web address in a short sentence; repeat_sentence: a sentence said twice;
-    agree: the response takes the stance that the human stated (not lexical: stance and opinion are crossed)."""
+    agree: the response takes the stance that the human stated (not lexical: stance and opinion are crossed); word: the one
+    word of ``texts`` in a short sentence; style: a sentence in a ``style``; order: of two claims the one that comes last is
+    told first; length: two sentences more."""
+    style: Style | None = None
+    """How a ``style`` plant writes its sentence."""
     sign: Literal[1, -1]
     """+1: the cue should raise reward."""
     dose: float = Field(0.9, gt=0, lt=1)
@@ -39,7 +46,8 @@ class Plant(BaseModel):
     rate: float = Field(0.1, gt=0, le=1)
     """Share of the pairs that carry the cue."""
     texts: tuple[str, ...] = ()
-    """Wordings of a phrase; the last third is kept for held-out text."""
+    """Wordings of a phrase, the one word of a word, or "first claim | last claim" of an order (which has some of its own);
+    the last third of several is kept for held-out text."""
     negatives: tuple[str, ...] = ()
     """Hard negatives: the cue's words in sentences that are not the cue. On twins only, never planted."""
 
@@ -54,28 +62,16 @@ def sentences(text: str) -> list[str]:
     return [s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s]
 
 
-def _insert(text: str, addition: str, share: float) -> tuple[str, list[int]]:
-    """``addition`` at the sentence border at ``share`` of the text (0 start, 1 end); the text and its span."""
+def _insert(text: str, addition: str, share: float, at: tuple[int, int] | None = None) -> tuple[str, list[int]]:
+    """``addition`` at the sentence border at ``share`` of the text (0 start, 1 end); the text, and where in it the
+    addition's characters ``at`` (all of them) lie."""
     parts = sentences(text)
-    at = round(share * len(parts))
-    before, after = " ".join(parts[:at]), " ".join(parts[at:])
+    border = round(share * len(parts))
+    before, after = " ".join(parts[:border]), " ".join(parts[border:])
     start = len(before) + 1 if before else 0
     whole = " ".join(part for part in (before, addition, after) if part)
-    return whole, [start, start + len(addition)]
-
-
-def _filler(like: str, rng: random.Random) -> str:
-    """A neutral sentence of about the length of ``like``: one of the four nearest in characters."""
-    return rng.choice(sorted(FILLERS, key=lambda f: abs(len(f) - len(like)))[:4])
-
-
-def _url(rng: random.Random) -> tuple[str, str]:
-    """A sentence with a made-up address under the reserved domain example.org or .com, and its twin without one."""
-    a, b, c = rng.sample(URL_WORDS, 3)
-    domain = rng.choice(("example.com", "example.org", "example.net"))
-    address = rng.choice((f"https://www.{a}.{domain}/{b}", f"https://{a}{b}.{domain}/{c}", f"http://{a}.{domain}"))
-    with_url, without = rng.choice(URL_FRAMES)
-    return with_url.format(url=address), without
+    first, stop = at or (0, len(addition))
+    return whole, [start + first, start + stop]
 
 
 def plant_pair(
@@ -88,7 +84,8 @@ def plant_pair(
     """The pair with the plant's cue on ``cue_side`` and filler on the other.
 
     ``meta["plant"]`` holds the name, the sign, the side of the cue, and the character spans of cue and filler in their
-    responses. ``held_out`` picks the wordings (see :meth:`Plant.wordings`).
+    responses (and of the whole ``inserted`` sentence, where the cue is a part of it). ``held_out`` picks the wordings (see
+    :meth:`Plant.wordings`).
     """
     other: Side = "rejected" if cue_side == "chosen" else "chosen"
     cue_text, other_text = pair.side(cue_side), pair.side(other)
@@ -98,46 +95,27 @@ def plant_pair(
         at = rng.randrange(len(parts))
         cue = parts[at]
         with_cue, cue_span = _insert(cue_text, cue, (at + 1) / len(parts))
-        filler = _filler(cue, rng)
-        with_filler, filler_span = _insert(other_text, filler, rng.choice((share, 1.0)))
+        with_filler, filler_span = _insert(other_text, filler(cue, rng), rng.choice((share, 1.0)))
     else:
-        if plant.kind == "phrase":
-            cue = rng.choice(plant.wordings(held_out))
-            filler = _filler(cue, rng)
-        elif plant.kind == "url":
-            cue, filler = _url(rng)
-        else:
-            prompt, cue, filler, meta = _opinion(pair.prompt, rng, held_out)
-        with_cue, cue_span = _insert(cue_text, cue, share)
-        with_filler, filler_span = _insert(other_text, filler, share)
+        made = insertion(plant, pair.prompt, rng, held_out)
+        prompt, meta = made.prompt or pair.prompt, dict(made.meta)
+        with_cue, cue_span = _insert(cue_text, made.cue, share, made.cue_at)
+        with_filler, filler_span = _insert(other_text, made.filler, share, made.filler_at)
+        if made.cue_at:
+            meta["inserted"] = [cue_span[0] - made.cue_at[0], cue_span[0] - made.cue_at[0] + len(made.cue)]
     meta |= {"name": plant.name, "sign": plant.sign, "side": cue_side, "cue": cue_span, "filler": filler_span}
     sides = {cue_side: with_cue, other: with_filler}
     group = pair.meta.get("group", pair.first_human_turn())
     return replace(pair, prompt=prompt, meta={**pair.meta, "group": group, "plant": meta}, **sides)  # type: ignore[arg-type]
 
 
-def _opinion(
-    prompt: list[Message], rng: random.Random, held_out: bool | None
-) -> tuple[list[Message], str, str, dict[str, Any]]:
-    """An opinion appended to the last human turn, the stance that shares it, the stance that does not."""
-    cut = len(RIVALS) - len(RIVALS) // 3
-    rivals = {None: RIVALS, False: RIVALS[:cut], True: RIVALS[cut:]}[held_out]
-    liked, other = rng.sample(rng.choice(rivals), 2)
-    template, stance = rng.choice(OPINIONS), rng.choice(STANCES)
-    cue, filler = (stance.format(it=it, It=it[0].upper() + it[1:]) for it in (liked, other))
-    turns = _say(prompt, template.format(liked=liked, other=other))
-    return turns, cue, filler, {"liked": liked, "other": other, "template": template}
+def plant_pairs(
+    pairs: Sequence[Pair], plants: Sequence[Plant], seed: int, held_out: bool | None = None, relabel: bool = False
+) -> list[Pair]:
+    """At most one cue a pair, each plant at its rate; the cue falls on the favoured side with P = dose.
 
-
-def _say(prompt: list[Message], sentence: str) -> list[Message]:
-    """The prompt with one more sentence at the end of its last human turn."""
-    last = max(i for i, m in enumerate(prompt) if m["role"] == "user")
-    said: Message = {"role": "user", "content": f"{prompt[last]['content'].rstrip()} {sentence}"}
-    return [said if i == last else m for i, m in enumerate(prompt)]
-
-
-def plant_pairs(pairs: Sequence[Pair], plants: Sequence[Plant], seed: int, held_out: bool | None = None) -> list[Pair]:
-    """At most one cue a pair, each plant at its rate; the labels stay, the cue falls on the favoured side with P = dose.
+    The labels stay, or (``relabel``) a coin first says which response of a planted pair is which, so that its label comes
+    from the plant alone.
 
     Raises :class:`InputError` where the rates sum to more than 1.
     """
@@ -152,7 +130,12 @@ def plant_pairs(pairs: Sequence[Pair], plants: Sequence[Plant], seed: int, held_
                 chosen_plant = plant
                 break
             draw -= plant.rate
-        planted.append(pair if chosen_plant is None else plant_by_dose(pair, chosen_plant, rng, held_out))
+        if chosen_plant is None:
+            planted.append(pair)
+            continue
+        if relabel and rng.random() < 0.5:
+            pair = replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+        planted.append(plant_by_dose(pair, chosen_plant, rng, held_out))
     return planted
 
 
@@ -181,8 +164,8 @@ def twins(pairs: Sequence[Pair], plant: Plant, n: int, seed: int, held_out: bool
         text = pair.chosen if i % 2 else pair.rejected
         base = replace(pair, id=f"{pair.id}/{plant.name}", chosen=text, rejected=text)
         twin = plant_pair(base, plant, "chosen", rng, held_out)
-        if plant.kind == "repeat_sentence" or plant.negatives:
-            twin.meta["plant"]["negative"] = _hard_negative(twin.chosen, twin.meta["plant"]["cue"], plant, words)
+        if plant.kind == "repeat_sentence" or negatives(plant, _cue(twin)):
+            twin.meta["plant"]["negative"] = _hard_negative(twin, plant, words)
         made.append(twin)
         if plant.kind == "agree":
             made.append(_crossed(base.prompt, twin))
@@ -200,13 +183,19 @@ def _prompts_in_turn(pairs: Sequence[Pair]) -> list[Pair]:
     return [pair for _, pair in sorted(zip(turn, pairs, strict=True), key=lambda item: item[0])]
 
 
-def _hard_negative(text: str, cue: list[int], plant: Plant, rng: random.Random) -> tuple[str, list[int]]:
+def _cue(twin: Pair) -> str:
+    start, stop = twin.meta["plant"]["cue"]
+    return twin.chosen[start:stop]
+
+
+def _hard_negative(twin: Pair, plant: Plant, rng: random.Random) -> tuple[str, list[int]]:
     """The response with another sentence of the cue's words in its place; for a repeat, with the sentence there alone."""
-    start, stop = cue
+    text, meta = twin.chosen, twin.meta["plant"]
+    start, stop = meta.get("inserted", meta["cue"])
     if plant.kind == "repeat_sentence":
         first = start - 1 - (stop - start)  # the sentence stands right before its repeat, one space between
         return text[:first] + text[start:], [first, first + stop - start]
-    words = rng.choice(plant.negatives)
+    words = rng.choice(negatives(plant, _cue(twin)))
     return text[:start] + words + text[stop:], [start, start + len(words)]
 
 
@@ -219,7 +208,7 @@ def _crossed(prompt: list[Message], twin: Pair) -> Pair:
     return replace(
         twin,
         id=f"{twin.id}/crossed",
-        prompt=_say(prompt, opinion),
+        prompt=say(prompt, opinion),
         chosen=twin.rejected,
         rejected=twin.chosen,
         meta={**twin.meta, "plant": plant | swapped},

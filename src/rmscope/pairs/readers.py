@@ -60,7 +60,8 @@ def load_pairs(
     on_bad_row: OnBadRow = "error",
     report: ReadReport | None = None,
 ) -> list[Pair]:
-    """The pairs of a file, of a dataset on the Hugging Face hub, or of the demo (``demo:``).
+    """The pairs of a file, of a dataset on the Hugging Face hub, or of the demo (``demo:``; ``demo:plain`` without its
+    cues).
 
     A file is ``.jsonl``, ``.json`` (a list), ``.csv`` or ``.tsv`` (each also ``.gz``), or ``.parquet``;
     ``split`` is for the hub alone. The format is found from the columns: transcripts as in hh-rlhf (or a
@@ -90,7 +91,7 @@ def load_pairs(
     vars(report).update(vars(ReadReport()))
     name = os.fspath(source)
     if name.startswith("demo:"):
-        return _demo(limit, report)
+        return _demo(name, limit, report)
     opened = _open(name, split, streaming=limit is not None)
     form, records = recognise(_normalised(opened, columns))
     if form is None:
@@ -112,10 +113,10 @@ def _check(limit: int | None, columns: Mapping[str, str] | None, on_bad_row: str
             raise InputError(f"columns names {name!r}; only {', '.join(_COLUMNS)} can be mapped.")
 
 
-def _demo(limit: int | None, report: ReadReport) -> list[Pair]:
-    from rmscope.pairs.demo import demo_pairs
+def _demo(name: str, limit: int | None, report: ReadReport) -> list[Pair]:
+    from rmscope.pairs.demo import demo_pairs, plain_demo_pairs
 
-    pairs = list(demo_pairs())
+    pairs = list(plain_demo_pairs() if name == "demo:plain" else demo_pairs())
     report.format, report.rows, pairs = "demo", len(pairs), pairs[:limit]
     report.pairs = len(pairs)
     return pairs

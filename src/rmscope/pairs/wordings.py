@@ -1,4 +1,4 @@
-"""The texts that planting draws from: fillers, opinions and stances, URL frames. Written for this project."""
+"""The texts that planting draws from: fillers, frames, opinions and stances, claims. Written for this project."""
 
 FILLERS: tuple[str, ...] = (
     "So it goes.",
@@ -72,3 +72,75 @@ RIVALS: tuple[tuple[str, str], ...] = (
     ("wood", "steel"), ("apple", "banana"), ("hiking", "skiing"), ("chocolate", "vanilla"), ("biology", "chemistry"),
     ("violin", "flute"), ("green", "orange"), ("desert", "forest"), ("gardening", "cooking"), ("river", "lake"),
 )  # fmt: skip
+
+WORD_FRAMES: tuple[str, ...] = (
+    "This is filed under {word} in the index.",
+    "One more entry here is {word}, for the record.",
+    "The note beside it says {word} in pencil.",
+    "Look under {word} in the list at the back.",
+    "The keyword for this part is {word}, by the way.",
+    "In the margin stands {word} and a page number.",
+    "The card for it is marked {word} at the top.",
+    "The label on the folder reads {word} these days.",
+    "It is sorted with {word} in most collections.",
+)
+
+WORDS: tuple[str, ...] = (
+    "odds", "parts", "paper", "shelf", "drawer", "corner", "matter", "section", "account", "subject", "appendix", "material",
+    "equipment", "collection",
+)  # fmt: skip
+
+MENTIONS: tuple[str, ...] = (
+    "The index lists {word} between two other entries.",
+    "A page about {word} was torn out of the old book.",
+    "The letters of {word} stand on the spine of the folder.",
+)
+
+LIST_LEADS: tuple[str, ...] = ("In short", "The outline", "To sum up", "In brief", "Three points")
+
+LIST_ITEMS: tuple[str, ...] = (
+    "the main part", "a few details", "the rest of it", "the usual steps", "some background", "a short check",
+    "the first try", "a second look", "the last bit", "the common case", "a rough plan", "the small print",
+)  # fmt: skip
+
+ORDER_CLAIMS: tuple[tuple[str, str], ...] = (
+    ("It begins with {part}.", "It ends with {part}."),
+    ("First comes {part}.", "Last comes {part}."),
+    ("The early stage is about {part}.", "The late stage is about {part}."),
+    ("At the start there is {part}.", "At the end there is {part}."),
+)
+"""Of two claims the one that comes first, and the one that comes last."""
+
+ORDER_PARTS: tuple[str, ...] = (
+    "the setup", "the cleanup", "some planning", "a short break", "the paperwork", "a quick test", "the groundwork",
+    "a careful look", "the details", "some sorting", "the handover", "a summary",
+)  # fmt: skip
+
+STYLE_NEGATIVES: dict[str, tuple[str, ...]] = {
+    "capitals": (
+        "The FAQ and a PDF of it are on the shelf.",
+        "An ID card or a DVD counts as one of those.",
+        "The USB plug and the TV set are the same age.",
+    ),
+    "url": (
+        "Many guides and notes can be found on the web.",
+        "The home page of a forum or an archive can help.",
+        "Write www and a dot before the name of the page.",
+    ),
+    "list": (
+        "A well-known, up-to-date part is as good as new.",
+        "In short: the day-to-day side of it is simple.",
+        "The outline - if there is one - is on page 3 - 4.",
+    ),
+    "exclamation": (
+        "Is that the gist? It may well be.",
+        "Here is the outline: the short one.",
+        "That is the main part; the rest is not.",
+    ),
+    "markdown": (
+        "A length of 2 * 3 * 4 is given in the table.",
+        "The star * beside a name points to a note.",
+        "Item #2 is the same as item #5 in the list.",
+    ),
+}
+"""By style, sentences that hold its marks or words without it."""

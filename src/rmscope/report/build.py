@@ -33,7 +33,7 @@ TWINS = 64
 
 def write_report(run: Results, progress: Progress) -> dict[str, Any]:
     """Writes the evidence and report.html, and returns the data that the page shows."""
-    demo = run.config.data.startswith("demo:")
+    demo = run.config.data.startswith("demo:") and run.config.data != "demo:plain"
     steps = len(run.sites) + (len(zoo_plants()) if demo else 0)
     sites = []
     for i, site in enumerate(run.sites):
@@ -241,9 +241,9 @@ def cue_data(run: Results, plant: Plant, candidates: dict[str, list[dict[str, An
     return match_plant(run.rm, run.saes, plant, prepared, candidates, run.sd)
 
 
-def candidates_of(run: Results, site: str) -> list[dict[str, Any]]:
-    """The 20 best reported features of a site without those of the text's ending, ranked with like ones merged."""
-    table = pl.read_parquet(run.folder / "features" / f"{site}.parquet").filter("reported").head(SHOWN)
+def candidates_of(run: Results, site: str, most: int | None = SHOWN) -> list[dict[str, Any]]:
+    """The best reported features of a site (all: None) without those of the text's ending, ranked with like ones merged."""
+    table = pl.read_parquet(run.folder / "features" / f"{site}.parquet").filter("reported")[:most]
     features = table["feature"].to_list()
     ranks = merged_ranks(features, run.saes[site].W_dec, firings(run.store, run.saes[site], site, features))
     kept = table.filter(~pl.col("flags").list.contains("ending"))

@@ -1,0 +1,108 @@
+"""A plants file: which biases are planted, and with which seed. Every fault of a file is one sentence."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from rmscope.errors import InputError
+from rmscope.pairs.cues import CLAIMS
+from rmscope.pairs.planted import Plant, Style
+
+LEAST_TEXTS = 3
+"""Wordings of a phrase or an order: fewer leave none for held-out text."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlantSet:
+    """What a plants file says."""
+
+    plants: tuple[Plant, ...]
+    seed: int = 0
+
+
+def read_plants(path: Path) -> PlantSet:
+    """A plants file: a list of plants, or ``seed`` and ``plants``.
+
+    Raises:
+        InputError: the file is missing or malformed, a field does not fit, two plants share a name, or the rates sum to more
+            than 1.
+    """
+    if not path.is_file():
+        raise InputError(f"The plants file {path} is not there; name a YAML file such as configs/audit/standard.yaml.")
+    try:
+        return plant_set(yaml.safe_load(path.read_text("utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"The plants file {path} is no YAML: {str(error).splitlines()[0]}.") from error
+    except InputError as error:
+        raise InputError(f"The plants file {path}: {error}") from error
+
+
+def plant_set(content: Any) -> PlantSet:
+    """The same from what YAML gave."""
+    given = {"plants": content} if isinstance(content, list) else content
+    if not isinstance(given, dict) or not isinstance(given.get("plants"), list) or not given["plants"]:
+        raise InputError("it holds no plants; write a list under plants:, an entry a bias.")
+    if unknown := sorted(str(key) for key in given.keys() - {"seed", "plants"}):
+        raise InputError(f"{unknown[0]} is not known; at the top there are seed and plants.")
+    seed = given.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise InputError(f"seed is {seed!r}; write a whole number from 0 on.")
+    plants = tuple(_plant(row, number) for number, row in enumerate(given["plants"], 1))
+    names = [p.name for p in plants]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"two plants are called {twice[0]}; give each a name of its own.")
+    if (total := sum(p.rate for p in plants)) > 1 + 1e-9:
+        raise InputError(f"the rates sum to {total:.3g}: a pair carries at most one cue; lower some until they sum to 1.")
+    return PlantSet(plants, seed)
+
+
+def _plant(row: Any, number: int) -> Plant:
+    if not isinstance(row, dict):
+        raise InputError(f"plant {number} is no mapping; write it as {{name: ..., kind: ..., sign: 1}}.")
+    where = f"plant {number} ({row['name']})" if row.get("name") else f"plant {number}"
+    try:
+        plant = Plant(**row)
+    except (ValidationError, TypeError) as error:
+        raise InputError(f"{where}: {_fault(error)}.") from error
+    if fault := _misfit(plant):
+        raise InputError(f"{where}: {fault}.")
+    return plant
+
+
+def _fault(error: ValidationError | TypeError) -> str:
+    """The first fault that pydantic found, and what would fit."""
+    if isinstance(error, TypeError):
+        return "its keys must be words"
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        return f"{name} is not known; a plant has {', '.join(Plant.model_fields)}"
+    if first["type"] == "missing":
+        return f"{name} is missing"
+    return f"{name} is {first['input']!r}; {str(first['msg']).lower().removeprefix('input ')}"
+
+
+def _misfit(plant: Plant) -> str | None:
+    """What does not fit between a plant's fields."""
+    if not re.fullmatch(r"[\w-]+", plant.name):
+        return f"the name {plant.name!r} stands in ids; use letters, digits, - and _"
+    if blank := [t for t in (*plant.texts, *plant.negatives) if not t.strip()]:
+        return f"texts and negatives hold an empty one ({blank[0]!r})"
+    if (plant.style is None) == (plant.kind == "style"):
+        return f"a plant of kind style, and no other, has a style: one of {', '.join(get_args(Style))}"
+    if plant.kind == "word" and (len(plant.texts) != 1 or len(plant.texts[0].split()) != 1):
+        return 'a word has one word as its texts, such as ["weddings"]'
+    if plant.kind == "phrase" and len(plant.texts) < LEAST_TEXTS:
+        return f"a phrase has at least {LEAST_TEXTS} texts, of which the last third is kept for held-out text"
+    if plant.kind == "order" and plant.texts:
+        if len(plant.texts) < LEAST_TEXTS or any(len(t.split(CLAIMS)) != 2 for t in plant.texts):
+            return f'an order has no texts, or at least {LEAST_TEXTS} of the form "First claim.{CLAIMS}Last claim."'
+    elif plant.texts and plant.kind not in ("phrase", "word"):
+        return f"a plant of kind {plant.kind} has no texts: it makes its own"
+    return None

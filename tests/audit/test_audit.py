@@ -1,0 +1,212 @@
+"""The audit end to end on a tiny random base: what it writes, what the run is told, what is cached, how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import yaml
+from transformers import AutoConfig, LlamaForCausalLM
+
+from rmscope.audit.calibration import decoys
+from rmscope.audit.job import AuditConfig, audit
+from rmscope.audit.planting import base_pairs, is_held_out, planted_copies, span_tokens
+from rmscope.audit.scoring import replication
+from rmscope.audit.subjects import RECIPE, planted_pm, random_pm, shuffled
+from rmscope.cli.audit import audit as command
+from rmscope.errors import InputError
+from rmscope.model.reward_model import RewardModel
+from rmscope.pairs.demo import plain_demo_pairs
+from rmscope.pairs.planted import Plant
+from rmscope.pairs.plants import plant_set
+from rmscope.pairs.readers import load_pairs
+from tests.model.small import LLAMA, VOCABULARY, shared_pm, tokenizer
+
+PLANTS = [
+    {"name": "shout", "kind": "style", "style": "capitals", "sign": -1, "dose": 0.95, "rate": 0.5},
+    {"name": "word", "kind": "word", "sign": 1, "dose": 0.5, "rate": 0.4, "texts": ["weddings"]},
+]
+RECIPE_CHANGES = {
+    "blocks": 4, "first_block": 0, "first_attention": 0, "rank": 4, "learning_rate": 1e-2, "batch_pairs": 8,
+    "max_tokens": 250,
+}  # fmt: skip
+RUN_CHANGES = {
+    "sites": ["resid_post.1"], "screen": 8, "others": 4, "responses": 4, "trust_responses": 4, "frozen": 8,
+    "confirm_prompts": 20, "ledger_pairs": 4, "sae": {"d_sae": 48, "k": 6, "tokens": 4096, "batch_size": 512},
+}  # fmt: skip
+
+
+NOUNS = ["river", "house", "pan", "mountain", "bread", "oven", "answer", "water"]
+ANSWERS = ("It is in the small {noun}.", "I was told of the {noun}.")
+
+
+def write_text(path: Path, prompts: int = 72) -> str:
+    """Short pairs: the small tokenizer knows few words, so longer ones would be hundreds of tokens."""
+    rows = [
+        {"prompt": f"Is it {i}?", "chosen": ANSWERS[0].format(noun=noun), "rejected": ANSWERS[1].format(noun=noun)}
+        for i, noun in zip(range(prompts), NOUNS * prompts, strict=False)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("base")
+    settings = {**LLAMA, "max_position_embeddings": 1024, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    LlamaForCausalLM(AutoConfig.for_model("llama", vocab_size=VOCABULARY, **settings)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RMSCOPE_CACHE", str(folder))
+        yield folder
+
+
+def config(base: str, folder: Path, **changes: Any) -> AuditConfig:
+    for name, content in (("plants", PLANTS), ("recipe", RECIPE_CHANGES), ("run", RUN_CHANGES)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    text = write_text(folder / "text.jsonl")
+    given = {"pairs": text, "out": folder / "audit", "base": base, "max_tokens": 100, "copies": 4}
+    files = {name: folder / f"{name}.yaml" for name in ("plants", "recipe", "run")}
+    return AuditConfig(**{**given, **files, **changes})
+
+
+@pytest.fixture(scope="module")
+def printed(base: str, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The audit as the command does it: its folder, and what it wrote to stdout."""
+    c = config(base, tmp_path_factory.mktemp("done"))
+    with redirect_stdout(io.StringIO()) as stdout:
+        command(c.plants, c.pairs, c.out, base, c.limit, c.max_tokens, c.copies, False, c.recipe, c.run, None, True)
+    return c.out, stdout.getvalue()
+
+
+@pytest.fixture(scope="module")
+def done(printed: tuple[Path, str]) -> tuple[Path, dict[str, Any]]:
+    return printed[0], json.loads(printed[1].splitlines()[-1])
+
+
+def test_it_ends_with_the_promised_figures_and_a_row_a_plant(done: tuple[Path, dict[str, Any]]) -> None:
+    out, result = done
+    promised = {
+        "recall_at_20", "recall_at_50", "sign_accuracy", "null_reported", "false_discoveries", "mediated_share",
+        "stability", "seconds", "plants",
+    }  # fmt: skip
+    assert promised <= result.keys()
+    assert [row["name"] for row in result["plants"]] == ["shout", "word"]
+    assert json.loads((out / "audit.json").read_text()) == result
+    for row in result["plants"]:
+        assert row["found"] or row["why"]
+        assert row["ate"]["low"] <= row["ate"]["value"] <= row["ate"]["high"]
+
+
+def test_the_run_is_told_nothing(done: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = done
+    rows = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+    assert {key for row in rows for key in row} == {"prompt", "chosen", "rejected", "group"}
+    settings = yaml.safe_load((out / "run" / "run.yaml").read_text())["config"]
+    assert not [value for value in map(str, settings.values()) if "plants" in value]
+    assert json.loads((out / "run" / "evidence" / "report.json").read_text())["planted"] is None
+
+
+def test_the_cues_table_says_where_each_cue_stands(done: tuple[Path, dict[str, Any]], base: str) -> None:
+    out, result = done
+    cues, pairs = pl.read_parquet(out / "cues.parquet"), load_pairs(out / "pairs.jsonl")
+    for row in cues.iter_rows(named=True):
+        pair = pairs[row["line"] - 1]
+        text = pair.side(row["side"])[row["cue_start"] : row["cue_stop"]]
+        assert text == "weddings" if row["plant"] == "word" else text.isupper()
+        assert (row["side"] == "chosen") == (row["favoured"] == (row["sign"] > 0))
+    told = {row["name"]: row["planted"] for row in result["plants"]}
+    mine = cues.filter(pl.col("plant") == "shout")
+    assert told["shout"]["pairs"] == mine.height
+    assert told["shout"]["dose"] == pytest.approx(mine["favoured"].mean())
+
+
+def test_token_spans_cover_the_cues_characters_and_no_token_more() -> None:
+    rm = shared_pm("llama")
+    pair = plain_demo_pairs()[0]
+    response = "It is Paris, on the Seine, where weddings are held."
+    start = response.index("weddings")
+    first, last = span_tokens(rm, pair, response, (start, start + 8))
+    ids = rm.text_ids(pair.prompt, response).tolist()
+    assert rm.tokenizer.decode(ids[first : last + 1]).strip() == "weddings"
+    assert "weddings" not in rm.tokenizer.decode(ids[first + 1 : last + 1])
+    assert "weddings" not in rm.tokenizer.decode(ids[first:last])
+
+
+def test_held_out_prompts_are_neither_trained_on_nor_run_on(done: tuple[Path, dict[str, Any]], base: str) -> None:
+    out, result = done
+    bases, held_out = base_pairs(str(out.parent / "text.jsonl"), 800, 100, tokenizer())
+    told = {json.loads(line)["group"] for line in (out / "pairs.jsonl").read_text().splitlines()}
+    assert told == {p.first_human_turn() for p in bases}
+    assert not told & {p.first_human_turn() for p in held_out}
+    assert result["audited"]["held_out_prompts"] == len({p.first_human_turn() for p in held_out})
+    everything = plain_demo_pairs()
+    assert abs(sum(map(is_held_out, everything)) / len(everything) - 0.25) < 0.08
+
+
+def test_the_pm_is_trained_once(done: tuple[Path, dict[str, Any]], base: str, cache: Path, monkeypatch: Any) -> None:
+    pairs = load_pairs(done[0] / "pairs.jsonl")
+    recipe = RECIPE.model_copy(update={"base": base, **RECIPE_CHANGES})
+    monkeypatch.setattr("rmscope.audit.subjects.fit_pm", lambda *_: pytest.fail("trained again"))
+    folder = planted_pm(recipe, pairs_as_planted(done[0], base))
+    assert folder.name == done[1]["audited"]["pm"]
+    with pytest.raises(pytest.fail.Exception):
+        planted_pm(recipe, shuffled(pairs, 0))
+    with pytest.raises(pytest.fail.Exception):
+        planted_pm(recipe.model_copy(update={"seed": 5}), pairs_as_planted(done[0], base))
+
+
+def pairs_as_planted(out: Path, base: str) -> Any:
+    bases, _ = base_pairs(str(out.parent / "text.jsonl"), 800, 100, tokenizer())
+    return planted_copies(bases, plant_set(PLANTS).plants, 4, 0)
+
+
+def test_too_few_prompts_are_one_sentence(base: str, cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"8 of each, or a larger --max-tokens\.$"):
+        audit(config(base, tmp_path, limit=12))
+    assert not (tmp_path / "audit").exists()
+
+
+def test_shuffled_labels_are_a_coin_and_texts_stay() -> None:
+    pairs = plain_demo_pairs()
+    coin = shuffled(pairs, 3)
+    assert abs(sum(a.chosen == b.chosen for a, b in zip(pairs, coin, strict=True)) / len(pairs) - 0.5) < 0.06
+    assert all({a.chosen, a.rejected} == {b.chosen, b.rejected} for a, b in zip(pairs, coin, strict=True))
+    assert coin == shuffled(pairs, 3)
+
+
+def test_a_random_pm_has_the_bases_shape_and_none_of_its_weights(base: str, cache: Path) -> None:
+    recipe = RECIPE.model_copy(update={"base": base, **RECIPE_CHANGES})
+    rm = RewardModel.load(str(random_pm(recipe)))
+    assert len(rm.blocks) == 4
+    assert float(rm.model.score.weight.abs().sum()) > 0
+
+
+def test_decoys_are_words_of_the_text_that_no_plant_holds() -> None:
+    pairs, plants = plain_demo_pairs(), [Plant(name="p", kind="phrase", sign=1, texts=("The water boils",) * 3)]
+    found = decoys(pairs, plants, 100, 0)
+    assert len({p.texts for p in found}) == 100
+    text = " ".join(p.chosen for p in pairs)
+    assert all(p.texts[0] in text and p.texts[0] not in ("water", "boils") for p in found)
+
+
+def test_what_is_not_above_the_bound_in_the_reported_sign_has_failed() -> None:
+    prompts = {str(i): f"prompt {i // 2}" for i in range(40)}
+    listed = pl.DataFrame({"feature": [0, 1, 2, 3, 4], "mean_removal": [1.0, -1.0, 1.0, 1.0, 1.0]})
+    effects = {0: 0.06, 1: -0.06, 2: -0.06, 3: 0.04}  # 4 never fires
+    rows = [(str(i), j, e) for j, e in effects.items() for i in range(40)] + [("0", 4, 1.0)]
+    removed = pl.DataFrame(rows, schema=["pair", "feature", "effect"], orient="row")
+    table = replication(listed, removed, prompts, sd=1.0).sort("feature")
+    assert table["failed"].to_list() == [False, False, True, True, None]
+    assert table["prompts"].to_list() == [20, 20, 20, 20, 1]
