@@ -178,7 +178,7 @@ def test_a_bad_text_lies_below_the_chosen_answer_or_is_not_used() -> None:
 
 def test_a_prompt_whose_bad_texts_all_score_above_is_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     rm, left_out, some = shared_pm("llama"), LeftOut(), pairs()
-    above = lambda _rm, _clean, texts: torch.tensor([0.0, 0.0, *[1.0] * (len(texts) - 2)])  # noqa: E731
+    above = lambda _rm, _clean, texts: torch.tensor([0.0, 0.0] if len(texts) == 2 else [1.0])  # noqa: E731
     monkeypatch.setattr(badtexts, "fork_rewards", above)
     assert make_targets(rm, some, [p.id for p in some], 9, 24, 0, left_out) == []
     assert sum(left_out.counts.values()) == len(some)

@@ -85,6 +85,7 @@ def make_targets(
     """At most ``most`` targets, one a prompt, prompts in random order, the kinds in turn; ``keys`` name the prompts."""
     order = list(range(len(pairs)))
     random.Random(f"{seed}/targets").shuffle(order)
+    longest = min(LONGEST, rm.context - 2 * budget)
     targets: list[Target] = []
     seen: set[str] = set()
     for i in order:
@@ -94,12 +95,12 @@ def make_targets(
             continue
         seen.add(keys[i])
         tokens = rm.tokenize(pairs[i])
-        if max(t.numel() for t in (tokens.chosen, tokens.rejected)) > min(LONGEST, rm.context - 2 * budget):
-            left_out.add(f"longer than {min(LONGEST, rm.context - 2 * budget)} tokens")
+        if max(tokens.chosen.numel(), tokens.rejected.numel()) > longest:
+            left_out.add(f"longer than {longest} tokens")
             continue
         kinds = draws(pairs[i], [p for p, key in zip(pairs, keys, strict=True) if key != keys[i]], seed)
         kind = list(kinds)[len(targets) % len(kinds)]
-        target = _first_below(rm, pairs[i], keys[i], kind, kinds[kind], min(LONGEST, rm.context - 2 * budget))
+        target = _first_below(rm, pairs[i], keys[i], kind, kinds[kind], longest)
         if target is None:
             left_out.add(f"{kind}: none of {DRAWS} scored below the chosen answer")
             continue
@@ -113,12 +114,10 @@ def _first_below(rm: RewardModel, pair: Pair, key: str, kind: str, draw: Draw, l
     drawn = [place(draw(n), ()) for n in range(DRAWS)]  # white space between sentences as phrases will find it
     texts = [text for text in drawn if text and text not in (place(pair.chosen, ()), place(pair.rejected, ()))]
     ids = [rm.text_ids(pair.prompt, text) for text in texts]
-    short = [n for n, i in enumerate(ids) if i.numel() <= longest]
     answers = [rm.text_ids(pair.prompt, pair.side(side)) for side in SIDES]
     clean = rm.prefill(answers[0], []) if rm.splits else None
-    rewards = fork_rewards(rm, clean, [*answers, *(ids[n] for n in short)]).tolist()
-    chosen, rejected, *bad = rewards
-    for n, reward in zip(short, bad, strict=True):
-        if reward < chosen:
-            return Target(pair, key, kind, texts[n], reward, chosen, rejected)
+    chosen, rejected = fork_rewards(rm, clean, answers).tolist()
+    for text, tokens in zip(texts, ids, strict=True):
+        if tokens.numel() <= longest and (reward := float(fork_rewards(rm, clean, [tokens])[0])) < chosen:
+            return Target(pair, key, kind, text, reward, chosen, rejected)
     return None
