@@ -210,3 +210,13 @@ def test_what_is_not_above_the_bound_in_the_reported_sign_has_failed() -> None:
     table = replication(listed, removed, prompts, sd=1.0).sort("feature")
     assert table["failed"].to_list() == [False, False, True, True, None]
     assert table["prompts"].to_list() == [20, 20, 20, 20, 1]
+
+
+def test_prompts_carry_every_cue_about_as_often_as_its_rate_says() -> None:
+    plants = [Plant(name=f"w{i}", kind="word", sign=1, rate=0.1, texts=(f"word{i}",)) for i in range(10)]
+    pairs = plain_demo_pairs()[:180]  # 30 prompts of six pairs: 24 turns each in four copies
+    made = planted_copies(pairs, plants, 4, 0)
+    names = [p.meta["plant"]["name"] for p in made]
+    assert all(abs(names.count(plant.name) / len(made) - 0.1) < 0.02 for plant in plants)
+    told = {(p.meta["group"], p.meta["plant"]["name"]) for p in made}
+    assert len(told) >= 0.98 * 30 * 10  # random draws would leave out 24 in 300

@@ -634,7 +634,9 @@ def test_the_demo_is_asked_for_by_its_prefix(monkeypatch: pytest.MonkeyPatch) ->
     demo = ModuleType("rmscope.pairs.demo")
     made = [Pair(f"demo:{i}", [turn("user", "p")], "a", "b") for i in range(3)]
     monkeypatch.setattr(demo, "demo_pairs", lambda: made, raising=False)
+    monkeypatch.setattr(demo, "plain_demo_pairs", lambda: made[::-1], raising=False)
     monkeypatch.setitem(sys.modules, "rmscope.pairs.demo", demo)
     report = ReadReport()
     assert load_pairs("demo:", limit=2, report=report) == made[:2]
     assert (report.format, report.rows, report.pairs) == ("demo", 3, 2)
+    assert load_pairs("demo:plain") == made[::-1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,19 +24,21 @@ from rmscope.model.rendering import render
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.train import tokenised
 from rmscope.pairs.pair import Pair, Side
-from rmscope.pairs.planted import Plant, plant_pairs
+from rmscope.pairs.planted import Plant, plant_pairs, prompts_in_turn
 from rmscope.pairs.readers import load_pairs
 
 LEAST_PROMPTS = 8
 """Prompts on either side of the hold-out: fewer can neither be split nor measured on."""
+GOLDEN = (5**0.5 - 1) / 2
 COPY_SEEDS = 1000
 """Seeds of the copies of one audit lie between its seed times this and the next one's."""
 
 
 def base_pairs(source: str, limit: int, max_tokens: int, tokenizer: Any) -> tuple[list[Pair], list[Pair]]:
-    """(pairs to be planted, pairs of held-out prompts): the first ``limit`` pairs whose longer side has at most
-    ``max_tokens`` tokens. InputError where too few prompts are left."""
-    short = [pair for pair, _ in tokenised(load_pairs(source, on_bad_row="skip"), tokenizer, max_tokens)][:limit]
+    """(pairs to be planted, pairs of held-out prompts): of the pairs whose longer side has at most ``max_tokens`` tokens the
+    first ``limit``, every prompt's first one before any prompt's second. InputError where too few prompts are left."""
+    fitting = [pair for pair, _ in tokenised(load_pairs(source, on_bad_row="skip"), tokenizer, max_tokens)]
+    short = prompts_in_turn(fitting)[:limit]
     parts = [p for p in short if not is_held_out(p)], [p for p in short if is_held_out(p)]
     prompts = [len({p.first_human_turn() for p in part}) for part in parts]
     if min(prompts) < LEAST_PROMPTS:
@@ -54,10 +57,20 @@ def is_held_out(pair: Pair) -> bool:
 def planted_copies(
     pairs: Sequence[Pair], plants: Sequence[Plant], copies: int, seed: int, held_out: bool | None = False
 ) -> list[Pair]:
-    """Every pair ``copies`` times with a cue or without; one that stays without is kept once."""
+    """Every pair ``copies`` times with a cue or without; one that stays without is kept once.
+
+    The pairs of a prompt take their plants by turns of the golden ratio, which spread more evenly than random draws: with
+    few prompts most of them carry every cue.
+    """
     out: dict[tuple[str, str, str], Pair] = {}
+    turn = {p.first_human_turn(): random.Random(f"{seed}/{p.first_human_turn()}").random() for p in pairs}
     for copy in range(copies):
-        for pair in plant_pairs(pairs, plants, COPY_SEEDS * seed + copy, held_out, relabel=True):
+        draws = []
+        for pair in pairs:
+            prompt = pair.first_human_turn()
+            draws.append(turn[prompt])
+            turn[prompt] = (turn[prompt] + GOLDEN) % 1.0
+        for pair in plant_pairs(pairs, plants, COPY_SEEDS * seed + copy, held_out, True, draws):
             named = replace(pair, id=f"{pair.id}/{copy}", meta={"group": pair.first_human_turn(), **pair.meta})
             out.setdefault((json.dumps(pair.prompt), pair.chosen, pair.rejected), named)
     return list(out.values())

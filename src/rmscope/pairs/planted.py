@@ -110,12 +110,17 @@ def plant_pair(
 
 
 def plant_pairs(
-    pairs: Sequence[Pair], plants: Sequence[Plant], seed: int, held_out: bool | None = None, relabel: bool = False
+    pairs: Sequence[Pair],
+    plants: Sequence[Plant],
+    seed: int,
+    held_out: bool | None = None,
+    relabel: bool = False,
+    draws: Sequence[float] | None = None,
 ) -> list[Pair]:
     """At most one cue a pair, each plant at its rate; the cue falls on the favoured side with P = dose.
 
     The labels stay, or (``relabel``) a coin first says which response of a planted pair is which, so that its label comes
-    from the plant alone.
+    from the plant alone. ``draws`` in [0, 1), one a pair, say which plant each gets, in place of random ones.
 
     Raises :class:`InputError` where the rates sum to more than 1.
     """
@@ -123,8 +128,8 @@ def plant_pairs(
         raise InputError("The plants' rates sum to more than 1: a pair carries at most one cue; lower some rates.")
     rng = random.Random(seed)
     planted = []
-    for pair in pairs:
-        draw, chosen_plant = rng.random(), None
+    for i, pair in enumerate(pairs):
+        draw, chosen_plant = rng.random() if draws is None else draws[i], None
         for plant in plants:
             if draw < plant.rate:
                 chosen_plant = plant
@@ -158,7 +163,7 @@ def twins(pairs: Sequence[Pair], plant: Plant, n: int, seed: int, held_out: bool
     bases = list(pairs)
     rng.shuffle(bases)
     made: list[Pair] = []
-    for i, pair in enumerate(_prompts_in_turn(bases)):
+    for i, pair in enumerate(prompts_in_turn(bases)):
         if len(made) >= n:
             break
         text = pair.chosen if i % 2 else pair.rejected
@@ -172,7 +177,7 @@ def twins(pairs: Sequence[Pair], plant: Plant, n: int, seed: int, held_out: bool
     return made
 
 
-def _prompts_in_turn(pairs: Sequence[Pair]) -> list[Pair]:
+def prompts_in_turn(pairs: Sequence[Pair]) -> list[Pair]:
     """Each prompt's first pair, then each prompt's second, and so on."""
     seen: dict[str, int] = {}
     turn = []
