@@ -21,6 +21,7 @@ from rmscope.evidence.conditions import Base, Condition, Experiment, bases_of, b
 from rmscope.evidence.experiment import Removed, measure, run_experiment
 from rmscope.evidence.texts import complete, removal_effects
 from rmscope.evidence.verdict import Arms, claims_of, judged, line_rise, overall, taken_back
+from rmscope.evidence.verdict import verdicts as both_verdicts
 from rmscope.pairs.demo import demo_pairs
 from rmscope.pairs.pair import Pair
 from rmscope.report.experiment import render_experiment
@@ -188,6 +189,13 @@ def test_a_true_effect_is_supported_a_null_undecided_and_the_opposite_contradict
     assert [overall(v) for v in (["supported"] * 2, ["supported", "undecided"], ["undecided", "contradicted"], [])] == [
         "supported", "undecided", "contradicted", "undecided",
     ]  # fmt: skip
+
+
+def test_what_the_pm_does_and_what_features_carry_are_two_verdicts() -> None:
+    claims = [{"says": "down", "verdict": "supported"}, {"says": "taken_back", "verdict": "contradicted"}]
+    assert both_verdicts(claims) == {"verdict": "supported", "by_features": "contradicted"}
+    assert both_verdicts(claims[:1]) == {"verdict": "supported", "by_features": None}
+    assert both_verdicts(claims[1:]) == {"verdict": "contradicted", "by_features": "contradicted"}
 
 
 def test_p_is_uniform_under_the_null() -> None:

@@ -108,7 +108,10 @@ def _print(found: dict[str, Any], page: Path) -> None:
             shown = effect(c["sign"] * c["effect"]["value"] / found["sd"], low, high)
         table.add_row(c["claim"], " ".join(shown), q_value(c["p"]), " ".join(filter(None, (c["verdict"], c["why"]))))
     console.print(table)
-    console.print(f"[bold]{found['verdict']}[/] ({found['test']}; {found['prompts']} prompts, {found['seconds']} s): {page}")
+    console.print(f"[bold]{found['verdict']}[/] ({found['test']}; {found['prompts']} prompts, {found['seconds']} s)")
+    if found["by_features"]:
+        console.print(f"that the removed features carry it: {found['by_features']}")
+    console.print(str(page), soft_wrap=True)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from rmscope.effects.controls import alike
 from rmscope.effects.statistics import Array
 from rmscope.evidence.conditions import Base, Experiment
 from rmscope.evidence.texts import active_on, complete, removal_effects
-from rmscope.evidence.verdict import BOUND, Arms, claims_of, judged, overall, taken_back, with_interval
+from rmscope.evidence.verdict import BOUND, Arms, claims_of, judged, taken_back, verdicts, with_interval
 from rmscope.files import Progress, silent
 from rmscope.model.reward_model import RewardModel
 from rmscope.sae.base import Sae
@@ -70,7 +70,7 @@ def run_experiment(
     found = {
         "name": experiment.name,
         "hypothesis": experiment.hypothesis,
-        "verdict": overall([c["verdict"] for c in claims]),
+        **verdicts(claims),
         "test": f"paired sign-flip permutation test by prompt against {BOUND} SD(Δr), Holm over {len(claims)} claims",
         "prompts": len(numbers),
         "chosen_on": len(bases) - len(numbers),

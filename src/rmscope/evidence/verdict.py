@@ -109,6 +109,14 @@ def judged(claims: Sequence[dict[str, Any]], prompts: int, seed: int) -> list[di
     return rows
 
 
+def verdicts(claims: Sequence[dict[str, Any]]) -> dict[str, str | None]:
+    """``verdict``: of what the PM does (up, down, orders); ``by_features``: of what removal takes back, None where nothing
+    is said of it. The PM may do what was supposed and the removed features carry little of it."""
+    does = [c["verdict"] for c in claims if c["says"] != "taken_back"]
+    carried = [c["verdict"] for c in claims if c["says"] == "taken_back"]
+    return {"verdict": overall(does or carried), "by_features": overall(carried) if carried else None}
+
+
 def overall(verdicts: Sequence[str]) -> str:
     """Supported where all claims are, contradicted where one is, undecided else."""
     if "contradicted" in verdicts:

@@ -50,6 +50,6 @@ def _trend(found: dict[str, Any], claim: dict[str, Any]) -> tuple[str, Markup]:
     ]
     if len({row["name"] for row in baselines}) > 1:
         series.append(("what it is held against", 4, points(baselines, "effect")))
-    marks = [(float(i), row["name"]) for i, row in enumerate(order)]
-    name = f"{claim['claim']}"
+    marks = [(float(i), row["name"].replace("_", " ")) for i, row in enumerate(order)]
+    name = str(claim["claim"])
     return claim["claim"], curves.banded(series, "condition", "effect, reward", name, marks, found["bound"])
