@@ -35,8 +35,8 @@ from rmscope.evidence.rankings import UNSIGNED, as_reported, rankings
 from rmscope.evidence.recall import KS, recall
 from rmscope.evidence.twins import Twin, halves, prepare
 from rmscope.pairs.pair import SIDES, Pair
-from rmscope.pairs.planted import Plant, twins
-from rmscope.pairs.plants import read_plants
+from rmscope.pairs.planted import twins
+from rmscope.pairs.plants import Plant, read_plants
 from rmscope.report.build import TWINS
 from rmscope.run import Run
 from rmscope.terminal import Bars

@@ -22,8 +22,7 @@ from rmscope.cli.audit import audit as command
 from rmscope.errors import InputError
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.demo import plain_demo_pairs
-from rmscope.pairs.planted import Plant
-from rmscope.pairs.plants import plant_set
+from rmscope.pairs.plants import Plant, plant_set
 from rmscope.pairs.readers import load_pairs
 from tests.model.small import LLAMA, VOCABULARY, shared_pm, tokenizer
 

@@ -13,7 +13,7 @@ from rmscope.evidence.mending import bias, by_style, deltas, elsewhere, mean_dif
 from rmscope.evidence.twins import prepare
 from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import split_of
-from rmscope.pairs.planted import Plant
+from rmscope.pairs.plants import Plant
 from tests.evidence.test_cues import CUE, SITE, embeddings, sae, twin_pairs
 from tests.model.small import shared_pm, small_pm, small_sae
 

@@ -17,7 +17,7 @@ import torch
 from rmscope.evidence.cues import f1_score, match_plant, mediated_share, merged_ranks, threshold
 from rmscope.evidence.twins import halves, matched_groups, prepare
 from rmscope.pairs.pair import Pair
-from rmscope.pairs.planted import Plant
+from rmscope.pairs.plants import Plant
 from rmscope.sae.jumprelu import JumpReluSae
 from tests.model.small import shared_pm, user
 

@@ -18,7 +18,7 @@ from rmscope.evidence.edit import EditPatch, FeatureEdit
 from rmscope.evidence.gate import measure, read_concepts, verdicts
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import Pair
-from rmscope.pairs.planted import Plant
+from rmscope.pairs.plants import Plant
 from tests.model.small import small_model, small_pm, small_sae, tokenizer, user
 
 CUE = "Zebra Z."

@@ -13,7 +13,7 @@ from rmscope.evidence.cues import cue_effect
 from rmscope.evidence.misses import Missed, null_reported
 from rmscope.evidence.twins import all_peaks, peaks, prepare
 from rmscope.pairs.pair import Pair
-from rmscope.pairs.planted import Plant
+from rmscope.pairs.plants import Plant
 from rmscope.sae.base import Sae
 from tests.evidence.test_cues import CUE, SITE, sae, twin_pairs
 from tests.model.small import shared_pm

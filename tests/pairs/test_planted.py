@@ -16,8 +16,8 @@ from rmscope.errors import InputError
 from rmscope.pairs.cues import third
 from rmscope.pairs.demo import demo_pairs, plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import Pair, split_of
-from rmscope.pairs.planted import Kind, Plant, Style, plant_pair, plant_pairs, twins
-from rmscope.pairs.plants import plant_set, read_plants
+from rmscope.pairs.planted import plant_pair, plant_pairs, twins
+from rmscope.pairs.plants import Kind, Plant, Style, plant_set, read_plants
 from rmscope.pairs.wordings import FILLERS, LIST_ITEMS, ORDER_PARTS, RIVALS, URL_WORDS, WORD_FRAMES
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "audit"

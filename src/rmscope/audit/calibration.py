@@ -18,7 +18,8 @@ from rmscope.evidence.recall import KS, share
 from rmscope.evidence.twins import prepare
 from rmscope.files import Progress, silent
 from rmscope.pairs.pair import Pair
-from rmscope.pairs.planted import Plant, sentences, twins
+from rmscope.pairs.planted import sentences, twins
+from rmscope.pairs.plants import Plant
 from rmscope.results import Results
 
 DECOYS = 100

@@ -23,8 +23,7 @@ from rmscope.files import write_json, write_table
 from rmscope.folder import Quiet, Shown
 from rmscope.model.train import Recipe, base_of
 from rmscope.pairs.pair import Pair
-from rmscope.pairs.planted import Plant
-from rmscope.pairs.plants import read_plants
+from rmscope.pairs.plants import Plant, read_plants
 from rmscope.pairs.readers import load_pairs
 from rmscope.run import Run
 

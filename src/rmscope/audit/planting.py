@@ -24,7 +24,8 @@ from rmscope.model.rendering import render
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.train import tokenised
 from rmscope.pairs.pair import Pair, Side
-from rmscope.pairs.planted import Plant, plant_pairs, prompts_in_turn
+from rmscope.pairs.planted import plant_pairs, prompts_in_turn
+from rmscope.pairs.plants import Plant
 from rmscope.pairs.readers import load_pairs
 
 LEAST_PROMPTS = 8

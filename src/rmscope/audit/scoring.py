@@ -22,7 +22,8 @@ from rmscope.evidence.twins import prepare
 from rmscope.files import Progress, silent
 from rmscope.model.packing import units
 from rmscope.pairs.pair import Pair
-from rmscope.pairs.planted import Plant, twins
+from rmscope.pairs.planted import twins
+from rmscope.pairs.plants import Plant
 from rmscope.report.build import TWINS, candidates_of
 from rmscope.results import Results
 from rmscope.sae import train_saes

@@ -16,7 +16,7 @@ from rmscope.terminal import Bars, console
 if TYPE_CHECKING:
     from rmscope.evidence.edit import EditPatch, FeatureEdit
     from rmscope.evidence.twins import Twin
-    from rmscope.pairs.planted import Plant
+    from rmscope.pairs.plants import Plant
 
 
 @app.command()

@@ -26,7 +26,8 @@ from rmscope.files import Progress, silent
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.demo import plain_demo_pairs
 from rmscope.pairs.pair import Pair, split_of
-from rmscope.pairs.planted import Plant, twins
+from rmscope.pairs.planted import twins
+from rmscope.pairs.plants import Plant
 
 TWINS = 64
 """Twins a cue is measured on, in held-out wordings."""

@@ -31,7 +31,8 @@ from rmscope.files import Progress, silent
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.demo import plain_demo_pairs
 from rmscope.pairs.pair import SIDES, split_of
-from rmscope.pairs.planted import Plant, twins
+from rmscope.pairs.planted import twins
+from rmscope.pairs.plants import Plant
 from rmscope.sae.base import Active, Sae
 
 FACTORS = (0.0, -0.5, -1.0, -1.5, -2.0)

@@ -24,7 +24,7 @@ from rmscope.effects.statistics import Array, bootstrap, ratio_interval
 from rmscope.evidence.twins import Twin, halves, largest, localises, matched_groups, mediation, peaks
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
-from rmscope.pairs.planted import LEXICAL, Plant
+from rmscope.pairs.plants import LEXICAL, Plant
 from rmscope.sae.base import Sae
 
 F1, MASS, MEDIATED, GROUP_MEDIATED, SIGN = 0.8, 0.5, 0.2, 0.4, 0.9

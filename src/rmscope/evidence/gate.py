@@ -24,7 +24,8 @@ from rmscope.files import Progress, silent
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.demo import zoo_plants
 from rmscope.pairs.pair import Pair
-from rmscope.pairs.planted import Plant, twins
+from rmscope.pairs.planted import twins
+from rmscope.pairs.plants import Plant
 
 LEVEL = 0.05
 TWINS = 64

@@ -21,7 +21,7 @@ from rmscope.evidence.cues import F1, MASS, f1_score, match_plant, threshold
 from rmscope.evidence.twins import Twin, all_peaks, halves, largest, localises, mediation, peaks
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
-from rmscope.pairs.planted import LEXICAL, Plant
+from rmscope.pairs.plants import LEXICAL, Plant
 from rmscope.sae.base import Sae
 
 Reason = Literal["not learned", "wrong sign", "feature not reported", "carried by the error", "no feature"]

@@ -14,7 +14,7 @@ import polars as pl
 import torch
 
 from rmscope.effects.statistics import mean_interval, share_interval
-from rmscope.pairs.planted import LEXICAL
+from rmscope.pairs.plants import LEXICAL
 from rmscope.sae.base import Sae
 
 KS = (20, 50)

@@ -19,7 +19,7 @@ from rmscope.effects.statistics import Array
 from rmscope.model.rendering import encode, pair_tokens, render
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES, Pair, Side
-from rmscope.pairs.planted import Plant
+from rmscope.pairs.plants import Plant
 from rmscope.sae.base import Active, Sae
 
 WINDOW = 3

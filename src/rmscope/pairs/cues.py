@@ -9,9 +9,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rmscope.pairs.pair import Message
+from rmscope.pairs.plants import CLAIMS, Plant
 from rmscope.pairs.wordings import (
     FILLERS,
     LIST_ITEMS,
@@ -29,11 +30,6 @@ from rmscope.pairs.wordings import (
     WORDS,
 )
 
-if TYPE_CHECKING:
-    from rmscope.pairs.planted import Plant
-
-CLAIMS = " | "
-"""Between the two claims of an ``order`` plant's text."""
 STYLED = 80
 """A sentence that is styled has at most so many characters."""
 Span = tuple[int, int]

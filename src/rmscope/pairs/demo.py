@@ -11,7 +11,8 @@ from itertools import combinations
 import yaml
 
 from rmscope.pairs.pair import Pair
-from rmscope.pairs.planted import Plant, plant_by_dose
+from rmscope.pairs.planted import plant_by_dose
+from rmscope.pairs.plants import Plant
 
 DEMO_SEED = 7
 

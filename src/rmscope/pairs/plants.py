@@ -1,19 +1,56 @@
-"""A plants file: which biases are planted, and with which seed. Every fault of a file is one sentence."""
+"""Plants, and the file that lists them with a seed. Every fault of a file is one sentence."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rmscope.errors import InputError
-from rmscope.pairs.cues import CLAIMS
-from rmscope.pairs.planted import Plant, Style
 
+Kind = Literal["phrase", "url", "repeat_sentence", "agree", "word", "style", "order", "length"]
+Style = Literal["capitals", "url", "list", "exclamation", "markdown"]
+LEXICAL: tuple[Kind, ...] = ("phrase", "url", "word", "style")
+"""Kinds whose cue stands in its own characters; the others lie in what these have to do with the rest of the text."""
+
+
+class Plant(BaseModel):
+    """One planted bias."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    kind: Kind
+    """phrase: one of ``texts``; url: a web address in a short sentence; repeat_sentence: a sentence said twice;
+    agree: the response takes the stance that the human stated (not lexical: stance and opinion are crossed); word: the one
+    word of ``texts`` in a short sentence; style: a sentence in a ``style``; order: of two claims the one that comes last is
+    told first; length: two sentences more."""
+    style: Style | None = None
+    """How a ``style`` plant writes its sentence."""
+    sign: Literal[1, -1]
+    """+1: the cue should raise reward."""
+    dose: float = Field(0.9, gt=0, lt=1)
+    """P(the cue is on the side that its sign favours); .5 plants a null."""
+    rate: float = Field(0.1, gt=0, le=1)
+    """Share of the pairs that carry the cue."""
+    texts: tuple[str, ...] = ()
+    """Wordings of a phrase, the one word of a word, or "first claim | last claim" of an order (which has some of its own);
+    the last third of several is kept for held-out text."""
+    negatives: tuple[str, ...] = ()
+    """Hard negatives: the cue's words in sentences that are not the cue. On twins only, never planted."""
+
+    def wordings(self, held_out: bool | None = None) -> tuple[str, ...]:
+        """The wordings for training (False), for held-out text (True), or all (None)."""
+        cut = len(self.texts) - len(self.texts) // 3
+        return {None: self.texts, False: self.texts[:cut], True: self.texts[cut:]}[held_out]
+
+
+CLAIMS = " | "
+"""Between the two claims of an ``order`` plant's text."""
 LEAST_TEXTS = 3
 """Wordings of a phrase or an order: fewer leave none for held-out text."""
 

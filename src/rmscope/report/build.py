@@ -20,7 +20,8 @@ from rmscope.evidence.twins import prepare
 from rmscope.files import Progress, write_json, write_table, write_text
 from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import SIDES, split_of
-from rmscope.pairs.planted import Plant, twins
+from rmscope.pairs.planted import twins
+from rmscope.pairs.plants import Plant
 from rmscope.report.page import render_report
 from rmscope.results import Results
 from rmscope.sae import measure
