@@ -18,7 +18,7 @@ from rmscope.activations.store import ActivationStore
 from rmscope.effects.removal import remove_naively
 from rmscope.effects.selection import Responses
 from rmscope.evidence.conditions import Base
-from rmscope.evidence.contexts import ROWS, agreement, in_context
+from rmscope.evidence.contexts import ROWS, agreement, in_context, pooled
 from rmscope.evidence.firing import firing_sentences, neutral_words, sentence_at, spelling, swapped
 from rmscope.evidence.steering import differences_of, grid, judge_steering, steer
 from rmscope.evidence.sufficiency import CLASSES, Material, classed, in_turn, insertions, judge_text, reason, sufficiency
@@ -246,6 +246,9 @@ def test_text_agrees_with_itself_and_not_with_chance() -> None:
     assert agreed["pearson"]["value"] == pytest.approx(np.corrcoef(means["text"], means["removal"])[0, 1])
     chance = agreement(pl.DataFrame([{**row, "text": rng.normal()} for row in rows]))
     assert chance["pearson"]["low"] < 0 < chance["pearson"]["high"]
+    table = pl.DataFrame(rows)
+    assert pooled({"a": table, "b": table.with_columns(pl.col("text", "removal") + 9)})["features"] == 40
+    assert pooled(dict.fromkeys("abc", table))["features"] == 50  # drawn blind
     assert agreement(pl.DataFrame(rows[:12]))["pearson"] is None  # two features make no correlation
 
 

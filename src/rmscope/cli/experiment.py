@@ -117,41 +117,62 @@ def _print(found: dict[str, Any], page: Path) -> None:
 @app.command()
 def sufficiency(
     folder: Annotated[Path, typer.Argument(help="A run folder.")],
-    site: Annotated[str, typer.Option(help="The site, such as resid_post.7.")],
+    site: Annotated[str | None, typer.Option(help="One site, such as resid_post.7; left out, all of the run.")] = None,
     prompts: Annotated[int, typer.Option(min=8, help="Fresh prompts for steering and for texts put in.")] = 24,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """What each reported feature does when it is put in: steering, text that fires it; and whether text agrees with R_j."""
+    from rmscope.evidence.contexts import pooled
+    from rmscope.files import write_json
+
+    job = open_job(folder)
+    if site is not None and site not in job.sites:
+        raise InputError(f"The run in {folder} has no SAE at {site}; it has {', '.join(job.sites)}.")
+    reported = {at: table for at, table in _reported(job).items() if table.height and site in (None, at)}
+    if not reported:
+        raise InputError(f"The run in {folder} reports no feature at {site or 'any site'}; rank more, or take another run.")
+    if not job.rm.splits:
+        raise InputError("This PM cannot be resumed at a site, which steering needs; sufficiency studies decoder PMs.")
+    sites, contexts = [], {}
+    for at, features in reported.items():
+        found, contexts[at] = _at_site(job, at, features, prompts)
+        sites.append(found)
+    result: dict[str, Any] = {"sites": sites}
+    if len(sites) > 1:
+        result["agreement"] = pooled(contexts, job.config.seed)
+        write_json(folder / "evidence" / "sufficiency" / "agreement.json", result["agreement"])
+        print_rows("text against R_j, features of all sites", _figures(result["agreement"]))
+    emit(result, as_json)
+
+
+def _at_site(job: Any, site: str, features: Any, prompts: int) -> tuple[dict[str, Any], Any]:
+    """A site's figures and its table of contexts, written to the run folder with the page."""
     from rmscope.evidence.conditions import bases_of_pairs
     from rmscope.evidence.sufficiency import Material
     from rmscope.evidence.sufficiency import sufficiency as measure
     from rmscope.files import write_json, write_table, write_text
     from rmscope.report.sufficiency import render_sufficiency
 
-    job, started = open_job(folder), time.time()
-    if site not in job.sites:
-        raise InputError(f"The run in {folder} has no SAE at {site}; it has {', '.join(job.sites)}.")
-    features = _reported(job)[site]
-    if not features.height:
-        raise InputError(f"The run in {folder} reports no feature at {site}, so there is none to put in; name another site.")
-    if not job.rm.splits:
-        raise InputError("This PM cannot be resumed at a site, which steering needs; sufficiency studies decoder PMs.")
-    fit, fresh = job.of_split("fit"), [job.pairs[i] for i in job.of_split("measure")]
-    bases = bases_of_pairs(fresh)[:prompts]
+    started, fit, fresh = time.time(), job.of_split("fit"), [job.pairs[i] for i in job.of_split("measure")]
     stored, tokens = [job.pairs[i] for i in fit], [job.tokens[i] for i in fit]
+    bases = bases_of_pairs(fresh)[:prompts]
     material = Material(job.rm, job.saes[site], site, features, job.store, stored, tokens, bases, fresh)
     found, tables = measure(material, Bars(), job.config.seed)
     for row in found["features"]:
         row["tokens"] = job.census[site].top_tokens(row["feature"], lambda t: job.rm.tokenizer.decode([t]))
     found |= {"model": job.config.model, "data": job.config.data, "sd": job.sd, "seconds": round(time.time() - started, 1)}
-    at = folder / "evidence" / "sufficiency"
+    at = job.folder / "evidence" / "sufficiency"
     for name, table in tables.items():
         write_table(at / f"{site}.{name}.parquet", table)
     write_json(at / f"{site}.json", found)
     write_text(at / f"{site}.html", render_sufficiency(found))
     counts = {f"{row['class']}: {row['why']}": row["features"] for row in found["counts"]}
-    agreement = {name.replace("_", " "): found["agreement"][name] for name in ("pearson", "spearman")}
-    print_rows(f"{features.height} reported features at {site}", {**counts, **agreement})
-    console.print(f"{found['seconds']} s: {at / f'{site}.html'}")
-    emit(found, as_json)
+    print_rows(f"{features.height} reported features at {site}", {**counts, **_figures(found["agreement"])})
+    console.print(f"{found['seconds']} s: {at / f'{site}.html'}", soft_wrap=True)
+    return found, tables["contexts"]
+
+
+def _figures(agreement: dict[str, Any]) -> dict[str, Any]:
+    names = ("pearson", "spearman", "same_sign")
+    return {f"text against R_j, {name.replace('_', ' ')}": agreement[name] for name in names if agreement[name]}

@@ -133,6 +133,15 @@ def agreement(table: pl.DataFrame, seed: int = 0) -> dict[str, Any]:
     }
 
 
+def pooled(tables: Mapping[str, pl.DataFrame], seed: int = 0) -> dict[str, Any]:
+    """:func:`agreement` over several sites' tables, on at most :data:`BLIND` of their features, drawn blind."""
+    each = [t.with_columns(pl.lit(site).alias("site")) for site, t in tables.items()]
+    key = pl.concat_str("site", "feature", separator=" ").rank("dense")
+    table = pl.concat(each).with_columns(key.alias("feature"))
+    drawn = np.random.default_rng(seed).permutation(table["feature"].unique().sort().to_numpy())[:BLIND]
+    return agreement(table.filter(pl.col("feature").is_in(drawn.tolist())), seed)
+
+
 def _drawn(sums: Array, rng: np.random.Generator) -> Array:
     """Mean (text, removal) of features drawn with replacement, over prompts drawn with replacement [2, features]."""
     _, n, prompts = sums.shape

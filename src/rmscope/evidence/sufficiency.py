@@ -125,37 +125,45 @@ def insertions(
     progress: Progress = silent,
 ) -> dict[int, dict[str, Any]]:
     """Each feature's best sentence, chosen on every other prompt, with its figures on the rest."""
-    chosen: dict[int, tuple[float, str]] = {}
-    firsts: dict[int, dict[int, list[float]]] = {j: {} for j in sentences}
-    rest: dict[int, list[tuple[float, float, bool]]] = {j: [] for j in sentences}
-    order = [*range(0, len(bases), 2), *range(1, len(bases), 2)]
-    for done, number in enumerate(order):
-        if number == 1:  # the fitting prompts are through: each feature keeps its best sentence
-            for j, tried in firsts.items():
-                means = {k: signs[j] * float(np.mean(values)) for k, values in tried.items()}
-                if means and (best := max(means, key=lambda k: means[k])) is not None:
-                    chosen[j] = (means[best], sentences[j][best])
-        base = bases[number]
-        asked = {j: list(s) for j, s in sentences.items()} if number % 2 == 0 else {j: [s] for j, (_, s) in chosen.items()}
-        texts = sorted({t for listed in asked.values() for s in listed for t in (s, filler_like(s))})
-        runs = dict(zip(texts, _put_in(rm, base, texts, site), strict=True))
-        for j, listed in asked.items():
-            for k, sentence in enumerate(listed):
-                with_it, without = runs[sentence], runs[filler_like(sentence)]
-                effect = with_it.reward - without.reward
-                if number % 2 == 0:
-                    firsts[j].setdefault(k, []).append(effect)
-                    continue
-                lost = [float(removal_effects(rm, sae, site, run, [[j]])[0]) for run in (with_it, without)]
-                fires = bool((active_on(sae, site, with_it).feature == j).any())
-                rest[j].append((effect, effect - lost[0] + lost[1], fires))
-        progress(done + 1, len(order), "prompts with sentences put in")
-    return {j: judge_text(chosen[j][1] if j in chosen else "", np.array(rest[j], float), signs[j]) for j in sentences}
+    tried: dict[int, dict[str, list[tuple[float, float]]]] = {j: {s: [] for s in listed} for j, listed in sentences.items()}
+    rest: dict[int, list[tuple[float, float, float]]] = {j: [] for j in sentences}
+    for done, base in enumerate(bases[::2]):
+        runs = _put_in(rm, base, [s for listed in sentences.values() for s in listed], site)
+        for j, sentence in ((j, s) for j, listed in sentences.items() for s in listed):
+            with_it, without = runs[sentence], runs[filler_like(sentence)]
+            tried[j][sentence].append((with_it.reward - without.reward, _fires(sae, site, with_it, j)))
+        progress(done + 1, len(bases), "prompts with sentences put in")
+    chosen = {j: _best(rows, signs[j]) for j, rows in tried.items() if rows}
+    for done, base in enumerate(bases[1::2], len(bases[::2])):
+        runs = _put_in(rm, base, list(chosen.values()), site)
+        for j, sentence in chosen.items():
+            both = runs[sentence], runs[filler_like(sentence)]
+            left = [run.reward - float(removal_effects(rm, sae, site, run, [[j]])[0]) for run in both]
+            rest[j].append((both[0].reward - both[1].reward, left[0] - left[1], _fires(sae, site, both[0], j)))
+        progress(done + 1, len(bases), "prompts with sentences put in")
+    return {j: judge_text(chosen.get(j, ""), np.array(rest[j]), signs[j]) for j in sentences}
 
 
-def _put_in(rm: RewardModel, base: Base, texts: Sequence[str], site: str) -> list[Completion]:
-    """The base response with each text at its end; the response itself is run first, and shared."""
-    return complete(rm, base.prompt, [base.response, *(f"{base.response} {t}" for t in texts)], [site])[1:]
+def _fires(sae: Sae, site: str, run: Completion, feature: int) -> float:
+    return float((active_on(sae, site, run).feature == feature).any())
+
+
+def _best(tried: Mapping[str, Sequence[tuple[float, float]]], sign: int) -> str:
+    """Of sentences with rows (effect, whether the feature fires) the one that moves the reward most in its sign; one that
+    fires it comes before one that does not."""
+
+    def worth(sentence: str) -> tuple[bool, float]:
+        effect, fires = np.array(tried[sentence]).mean(0)
+        return bool(fires >= FIRES), sign * float(effect)
+
+    return max(tried, key=worth)
+
+
+def _put_in(rm: RewardModel, base: Base, sentences: Sequence[str], site: str) -> dict[str, Completion]:
+    """The base response with each sentence, and with each one's filler, at its end; what they share is run once."""
+    texts = sorted({t for s in sentences for t in (s, filler_like(s))})
+    responses = [base.response, *(f"{base.response} {t}" for t in texts)]
+    return dict(zip(texts, complete(rm, base.prompt, responses, [site])[1:], strict=True))
 
 
 def judge_text(sentence: str, rows: Array, sign: int) -> dict[str, Any]:

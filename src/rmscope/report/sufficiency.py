@@ -36,10 +36,7 @@ def render_sufficiency(found: dict[str, Any]) -> str:
 
 def count_figure(counts: Sequence[Mapping[str, Any]]) -> Markup:
     """How many reported features are of each class, and by what or why."""
-    rows = [
-        (f"{row['class']}: {row['why']}" if row["class"] != "sufficient" else row["why"], row["features"]) for row in counts
-    ]
-    return curves.counts([(label.removeprefix("contributes only: "), n) for label, n in rows], "Features by class")
+    return curves.counts([(row["why"], row["features"]) for row in counts], "Features by class")
 
 
 def dose_curve(row: Mapping[str, Any]) -> Markup:
@@ -49,8 +46,8 @@ def dose_curve(row: Mapping[str, Any]) -> Markup:
     return curves.banded(
         [
             ("this feature", 1 if row["sign"] > 0 else 2, start + [(a, p["value"], p["low"], p["high"]) for a, p in points]),
-            ("other directions, 95th percentile", 4, [(0.0, 0.0), *((a, p["others_95"]) for a, p in points)]),
-            ("other directions, median", 3, [(0.0, 0.0), *((a, p["others"]) for a, p in points)]),
+            ("others, 95th percentile", 4, [(0.0, 0.0), *((a, p["others_95"]) for a, p in points)]),
+            ("others, median", 3, [(0.0, 0.0), *((a, p["others"]) for a, p in points)]),
         ],
         "activation added on the span",
         "change of the reward",
