@@ -14,6 +14,7 @@ from rmscope.errors import InputError
 from rmscope.terminal import Bars, console
 
 if TYPE_CHECKING:
+    from rmscope.evidence.choosing import Choice
     from rmscope.evidence.edit import EditPatch, FeatureEdit
     from rmscope.evidence.twins import Twin
     from rmscope.pairs.plants import Plant
@@ -45,6 +46,7 @@ def edit(
     debug: Debug = False,
 ) -> None:
     """Suppresses, clamps or damps features of a run's SAEs, the SAE's error kept; saves a patch for rs.load_edited."""
+    from rmscope.evidence.choosing import joined
     from rmscope.evidence.edit import EditPatch
     from rmscope.evidence.export import export as write_export
     from rmscope.evidence.gate import read_concepts
@@ -55,12 +57,12 @@ def edit(
     job, plants = open_job(folder), read_concepts(concepts)
     if site is not None and site not in job.sites:
         raise InputError(f"The run in {folder} has no SAE at {site}; it has {', '.join(job.sites)}.")
-    chosen: list[dict[str, Any]] = []
-    fitted: list[dict[str, list[Twin]]] = []
+    chosen: list[tuple[str, Choice, dict[str, list[Twin]]]] = []
     if cue:
         if features or suppress or clamp is not None or damp is not None:
             raise InputError("--cue chooses features and factor by rule; leave out --features and the operation.")
-        edits = _by_rule(job, site, _named(plants, cue), chosen, fitted)
+        chosen = _by_rule(job, site, _named(plants, cue))
+        edits = joined([choice.edit for _, choice, _ in chosen])
     else:
         edits = (_by_hand(site, features, suppress, clamp, damp),)
     used = {e.site: job.saes[e.site] for e in edits}
@@ -69,14 +71,19 @@ def edit(
     if export is not None:
         write_export(job.rm, patch, export)
         console.print(f"{export} holds code of its own; transformers opens it with trust_remote_code=True only.")
-    found = _check(job, patch, plants, fitted, pairs, limit, rm_bench) if check else None
-    done = [{"site": e.site, "operation": e.operation, "value": e.value, "features": list(e.features)} for e in edits]
+    found = _check(job, patch, plants, [t for _, _, t in chosen], pairs, limit, rm_bench) if check else None
+    by_cue = [{"cue": name, **_row(c.edit), "left": c.left, "loss": c.loss} for name, c, _ in chosen]
     for e in edits:
         what = e.operation if e.operation == "suppress" else f"{e.operation} {e.value:g}"
         console.print(f"{e.site}: {what} {', '.join(map(str, e.features))}")
     console.print(f"The patch stands in {out}: rs.load_edited({job.config.model!r}, {str(out)!r})")
     seconds = round(time.time() - started, 1)
-    emit({"patch": str(out), "edits": done, "chosen": chosen, "check": found, "seconds": seconds}, as_json)
+    edited = [_row(e) for e in edits]
+    emit({"patch": str(out), "edits": edited, "chosen": by_cue, "check": found, "seconds": seconds}, as_json)
+
+
+def _row(edit: FeatureEdit) -> dict[str, Any]:
+    return {"site": edit.site, "operation": edit.operation, "value": edit.value, "features": list(edit.features)}
 
 
 def _by_hand(site: str | None, features: str | None, suppress: bool, clamp: float | None, damp: float | None) -> FeatureEdit:
@@ -102,29 +109,17 @@ def _named(plants: Sequence[Plant], names: Sequence[str]) -> list[Plant]:
     return [known[n] for n in dict.fromkeys(names)]
 
 
-def _by_rule(
-    job: Any,
-    site: str | None,
-    plants: Sequence[Plant],
-    chosen: list[dict[str, Any]],
-    fitted: list[dict[str, list[Twin]]],
-) -> tuple[FeatureEdit, ...]:
-    """An edit a cue, chosen on prompts of the fit split; fills ``chosen`` (for people) and ``fitted`` (for controls)."""
-    from rmscope.evidence.choosing import choose, fitting_twins, joined
+def _by_rule(job: Any, site: str | None, plants: Sequence[Plant]) -> list[tuple[str, Choice, dict[str, list[Twin]]]]:
+    """Each cue's name, its edit chosen on prompts of the fit split, and the twins that it was chosen on."""
+    from rmscope.evidence.choosing import choose, fitting_twins
 
     saes = job.saes if site is None else {site: job.saes[site]}
-    edits = []
+    found = []
     for plant in plants:
         with Bars().stage(plant.name) as progress:
             prepared = fitting_twins(job.rm, saes, plant, job.config.seed, progress)
-            best = choose(job.rm, saes, prepared, progress)[0]
-        edits.append(best.edit)
-        fitted.append(prepared)
-        chosen.append({
-            "cue": plant.name, "site": best.edit.site, "operation": best.edit.operation, "value": best.edit.value,
-            "features": list(best.edit.features), "left_on_fitting_twins": best.left, "loss": best.loss,
-        })  # fmt: skip
-    return joined(edits)
+            found.append((plant.name, choose(job.rm, saes, prepared, progress)[0], prepared))
+    return found
 
 
 def _check(

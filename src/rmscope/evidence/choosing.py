@@ -2,7 +2,7 @@
 
 At each site, the candidates are the features that fire in the cue's window and are not dense. They are put in order of
 what removing each alone takes off the cue's effect, less what it does to the twin without the cue. Of the nested groups
-(the first, the first two, ...), each removed exactly, and of the factors of :data:`FACTORS` the one is taken with the
+(the first, the first two, ...), each removed exactly, and of the factors of :data:`FACTORS` the pair is taken with the
 smallest *loss*
 
     loss = (|mean Δr'| + mean |r'(filler) - r(filler)|) / |mean Δr|
@@ -37,8 +37,8 @@ from rmscope.sae.base import Active, Sae
 
 FACTORS = (0.0, -0.5, -1.0, -1.5, -2.0)
 """f' = a f; 0 suppresses."""
-MOST = 24
-"""Features of the largest group that is tried."""
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+"""Features of the nested groups that are tried."""
 TWINS = 32
 """Fitting twins of a cue."""
 NEAR = 0.01
@@ -109,8 +109,8 @@ def _candidates(sae: Sae, made: Sequence[Twin]) -> list[int]:
 
 def _at_site(rm: RewardModel, sae: Sae, site: str, made: Sequence[Twin], candidates: Sequence[int]) -> Choice:
     alone = losses(rm, sae, site, made, [([j], 0.0) for j in candidates])
-    order = [candidates[i] for i in np.argsort([loss for loss, _ in alone], kind="stable")][:MOST]
-    nested = [order[: n + 1] for n in range(len(order))]
+    order = [candidates[i] for i in np.argsort([loss for loss, _ in alone], kind="stable")]
+    nested = [order[:n] for n in sorted({min(n, len(order)) for n in SIZES})]
     groups = losses(rm, sae, site, made, [(group, a) for a in FACTORS for group in nested])
     near = min(loss for loss, _ in groups) + NEAR
     best = next(i for i, (loss, _) in enumerate(groups) if loss <= near)  # the mildest factor, then the smallest group
@@ -126,7 +126,7 @@ def losses(
     for i, twin in enumerate(made):
         for column, side in enumerate(SIDES):
             response = twin.responses[side]
-            entries = [_entries(response.active, group, 1 - a) for group, a in edits]
+            entries = [entries_of(response.active, group, 1 - a) for group, a in edits]
             taken[:, i, column] = remove_entries(rm, sae, response, site, entries).numpy()
     return _losses(np.array([t.delta for t in made]), taken)
 
@@ -139,6 +139,7 @@ def _losses(delta: Array, taken: Array) -> list[tuple[float, float]]:
     return list(zip((left + cost).tolist(), left.tolist(), strict=True))
 
 
-def _entries(active: Active, group: Sequence[int], share: float) -> Entries:
+def entries_of(active: Active, group: Sequence[int], share: float) -> Entries:
+    """The active entries of a group's features, of which ``share`` goes: 1 suppresses, 1 - a damps by a."""
     mask = torch.isin(active.feature, torch.as_tensor(list(group)))
     return active.token[mask], active.feature[mask], share * active.value[mask]

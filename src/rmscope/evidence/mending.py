@@ -38,7 +38,7 @@ from rmscope.sae.base import Sae
 Variant = Mapping[str, Edit]
 """Edits by site."""
 BEFORE = "before"
-MATCHED = 5
+MATCHED = 3
 """Sets of matched features beside a patch."""
 
 
