@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rmscope.errors import InputError
+from rmscope.evidence import choosing
 from rmscope.evidence.choosing import choose, fitting_twins, joined, losses
 from rmscope.evidence.edit import FeatureEdit, edit_at
 from rmscope.evidence.mending import bias, by_style, deltas, elsewhere, mean_difference, rewards_under
@@ -57,9 +58,10 @@ def test_where_nothing_fires_on_the_cue_there_is_nothing_to_edit() -> None:
         choose(rm, {SITE: silent}, prepare(rm, {SITE: silent}, twin_pairs(), PLANT))
 
 
-def test_choosing_sees_no_prompt_and_no_wording_that_is_measured() -> None:
+def test_choosing_sees_no_prompt_and_no_wording_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     rm = small_pm("llama", max_position_embeddings=2048)
     plant = zoo_plants()[0]
+    monkeypatch.setattr(choosing, "TWINS", 12)
     prepared = fitting_twins(rm, {"resid_post.1": small_sae()}, plant, 0)
     prompts = {p.first_human_turn(): split_of(p) for p in plain_demo_pairs()}
     assert {prompts[t.prompt] for t in prepared["resid_post.1"]} == {"fit"}

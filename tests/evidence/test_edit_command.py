@@ -16,9 +16,10 @@ from rmscope.activations.harvest import data_identity, harvest
 from rmscope.cli.base import app
 from rmscope.config import RunConfig
 from rmscope.errors import InputError
-from rmscope.evidence.checking import own_pairs
+from rmscope.evidence import checking, choosing
 from rmscope.evidence.edit import load_edited
 from rmscope.model.reward_model import RewardModel
+from rmscope.pairs.readers import load_pairs
 from rmscope.run import Run
 from tests.model.small import PAIRS, small_model, small_sae, tokenizer
 
@@ -48,15 +49,22 @@ def edit(run: Path, *flags: str) -> dict[str, Any]:
     return dict(json.loads(line))
 
 
-def test_before_and_after_are_what_the_pm_and_the_patched_pm_give(run: Path, tmp_path: Path) -> None:
-    made = edit(run, "--site", SITE, "--features", "3,17,40", "--damp", "0.5", "--out", str(tmp_path / "patch"), "--check")
+def test_before_and_after_are_what_the_pm_and_the_patched_pm_give(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checking, "own_pairs", lambda job: {"few": job.pairs})  # the demo's are many, and long here
+    monkeypatch.setattr(checking, "TWINS", 12)
+    (tmp_path / "concepts.yaml").write_text(
+        "- name: paris\n  texts: ['It is Paris.', 'Paris it is.', 'Paris, on the Seine.']\n"
+    )
+    named = ("--site", SITE, "--features", "3,17,40", "--damp", "0.5", "--concepts", str(tmp_path / "concepts.yaml"))
+    made = edit(run, *named, "--out", str(tmp_path / "patch"), "--check")
     assert made["edits"] == [{"site": SITE, "operation": "damp", "value": 0.5, "features": [3, 17, 40]}]
-    job = Run(RunConfig(model=str(run.parent / "pm"), data=str(run.parent / "pairs.jsonl"), out=run, sites=[SITE]))
-    clean = own_pairs(job)["demo pairs without cues"]
+    clean = load_pairs(run.parent / "pairs.jsonl")
     rm = RewardModel.load(str(run.parent / "pm"))
     before = rm.score(clean).delta
     after = load_edited(rm, tmp_path / "patch").score(clean).delta
-    found = made["check"]["pairs"]["demo pairs without cues"]
+    found = made["check"]["pairs"]["few"]
     assert found["before"]["accuracy"]["value"] == pytest.approx(float((before > 0).float().mean()))
     assert found["edit"]["accuracy"]["value"] == pytest.approx(float((after > 0).float().mean()))
     fall = float((before > 0).float().mean() - (after > 0).float().mean())
@@ -64,10 +72,11 @@ def test_before_and_after_are_what_the_pm_and_the_patched_pm_give(run: Path, tmp
     sd = made["check"]["sd"]
     assert found["edit"]["drift"]["value"] == pytest.approx(float((after - before).abs().mean()) / sd, rel=1e-3)
     assert found["edit"]["correlation"]["value"] == pytest.approx(float(torch.corrcoef(torch.stack([before, after]))[0, 1]))
-    assert set(made["check"]["cues"]["thanks"]) == {"before", "edit", "matched 1", "matched 2", "matched 3"}
+    assert set(made["check"]["cues"]["paris"]) == {"before", "edit", "matched 1", "matched 2", "matched 3"}
 
 
-def test_a_cue_of_ones_own_is_edited_by_rule(run: Path, tmp_path: Path) -> None:
+def test_a_cue_of_ones_own_is_edited_by_rule(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing, "TWINS", 12)
     (tmp_path / "concepts.yaml").write_text(
         "- name: paris\n  texts: ['It is Paris.', 'Paris it is.', 'Paris, on the Seine.']\n"
     )
