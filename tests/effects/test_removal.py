@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rmscope.effects import removal
 from rmscope.effects.removal import at_site, prefill_pair, removals, remove_groups, remove_naively
+from rmscope.model import branches
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES, Pair
 from rmscope.sae.base import Sae
@@ -249,3 +250,23 @@ def test_batches_lose_nothing_keep_the_budget_and_cost_no_more_than_one_each() -
         assert all(size <= removal.BATCH_TOKENS or len(b) == 1 for size, b in zip(sizes, batches, strict=True))
         assert sum(sizes) + removal.RUN_COST * len(batches) <= sum(length - f + removal.RUN_COST for f in firsts)
     assert removal._batches([], [], 5) == []
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gemma3_text"])
+def test_fused_attention_of_long_branches_is_the_plain_one(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rm, sae, site = shared_pm(architecture), small_sae(), "resid_post.0"
+    tokens = rm.tokenize(PAIRS[3])
+    response = at_site(sae, prefill_pair(rm, tokens, [site])["chosen"], site, tokens.divergence)
+    groups = [[int(j)] for j in response.features()]
+    found = []
+    for long in (1, 1 << 30):
+        monkeypatch.setattr(branches, "LONG", long)
+        calls = []
+        fused = torch.nn.functional.scaled_dot_product_attention
+        monkeypatch.setattr(
+            branches, "scaled_dot_product_attention", lambda *a, calls=calls, f=fused, **k: calls.append(1) or f(*a, **k)
+        )
+        found.append(remove_groups(rm, sae, response, site, groups))
+        assert bool(calls) == (long == 1)
+    assert float(found[0].abs().max()) > 0.01
+    torch.testing.assert_close(found[0], found[1], atol=3e-5, rtol=0)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rmscope.effects.selection import Responses
 from rmscope.evidence.dossier import token_texts
-from rmscope.model.rendering import PairTokens, divergence
+from rmscope.model.forks import response_start
+from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.wordings import FILLERS
@@ -70,7 +71,7 @@ def firing_sentences(
         for _, i, at_token in sorted(peaks[j], reverse=True):
             pair, side = int(responses.pair[i]), responses.side[i]
             ids = tokens[pair].side(side)
-            start = divergence(ids.tolist(), rm.text_ids(pairs[pair].prompt, "").tolist())
+            start = response_start(rm, ids, rm.text_ids(pairs[pair].prompt, ""))
             text, places = spelling(rm, ids, start)
             place = places[min(max(0, tokens[pair].divergence + at_token - start), len(places) - 1)]
             found = sentence_at(text, min(place + 1, max(0, len(text) - 1)))  # + 1: past the space that opens a token

@@ -19,6 +19,7 @@ from rmscope.activations.store import ActivationStore
 from rmscope.evidence import phrases
 from rmscope.evidence.phrases import Phrase
 from rmscope.evidence.proof import Named, mean_of, name_features, proof, removed_rewards, response_of
+from rmscope.evidence.recall import share
 from rmscope.evidence.search import Found, Layout, Placed, Scorer, Target, compose, cost, pieces, place, search
 from rmscope.files import Progress, silent
 from rmscope.model.rendering import PairTokens
@@ -235,8 +236,8 @@ def _arm(measured: pl.DataFrame, arm: str, made: Made) -> dict[str, Any]:
     return {
         "arm": arm,
         "prompts": rows.height,
-        "success": mean_of(rows["outranks"].cast(pl.Float64).to_list()),
-        "without": mean_of((rows["without"] > rows["chosen"]).cast(pl.Float64).to_list()) if made.named else None,
+        "success": share(int(rows["outranks"].sum()), rows.height),
+        "without": share(int((rows["without"] > rows["chosen"]).sum()), rows.height) if made.named else None,
         "gain": mean_of((gain["reward"] - gain["bare"]).to_list()),
         "kinds": {kind: {"success": rate, "prompts": n} for kind, rate, n in kinds.rows()},
         "tokens": float(rows["tokens"].cast(pl.Float64).median()),  # type: ignore[arg-type]

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from rmscope.effects.removal import BATCH_TOKENS, Response, at_site, remove_groups, remove_naively
 from rmscope.errors import InputError
+from rmscope.model.forks import common_beginning, fork, response_start
 from rmscope.model.packing import padded
 from rmscope.model.prefill import Prefilled
-from rmscope.model.rendering import divergence, pair_tokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import Message
 from rmscope.sae.base import Active, Sae
@@ -45,7 +45,7 @@ def complete(rm: RewardModel, prompt: Sequence[Message], responses: Sequence[str
     Raises:
         InputError: a text is longer than the PM's context.
     """
-    nothing = rm.text_ids(prompt, "").tolist()
+    nothing = rm.text_ids(prompt, "")
     done: list[Completion] = []
     for response in responses:
         ids = rm.text_ids(prompt, response)
@@ -54,7 +54,7 @@ def complete(rm: RewardModel, prompt: Sequence[Message], responses: Sequence[str
                 f"A text of {ids.numel()} tokens ({response[:40]!r} ...) is longer than the PM's context of {rm.context} "
                 "tokens; shorten it, or repeat it fewer times."
             )
-        done.append(_clean(rm, ids, divergence(ids.tolist(), nothing), sites, done))
+        done.append(_clean(rm, ids, response_start(rm, ids, nothing), sites, done))
     return done
 
 
@@ -64,10 +64,9 @@ def _clean(rm: RewardModel, ids: Tensor, start: int, sites: Sequence[str], befor
         batch = padded([(0, "chosen", ids, start, rm.read_position(ids))], 0)
         streams = {site: x[0] for site, x in rm.streams(batch, sites).items()} if sites else {}
         return Completion(ids, start, float(rm.rewards(batch)[0]), streams, None)
-    forks = [(pair_tokens(other.ids.tolist(), ids.tolist()).shared, other.text) for other in before]
-    shared, text = max(forks, key=lambda fork: fork[0], default=(0, None))
-    shared = min(shared, text.ids.numel(), rm.read_position(ids)) if text else 0
-    clean = rm.prefill(ids, sites, text if shared else None, shared)
+    runs = [other.text for other in before if other.text]
+    nearest = max(runs, key=lambda run: common_beginning(run.ids, ids), default=None)
+    clean = fork(rm, nearest, ids, sites) if nearest else rm.prefill(ids, sites)
     return Completion(clean.ids, start, clean.reward, clean.streams, clean)
 
 
