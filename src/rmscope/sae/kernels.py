@@ -124,23 +124,27 @@ def products_at(
 
 
 def tiles(
-    x: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], bias: Float[Tensor, " m"], fast: bool
+    x: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], bias: Float[Tensor, " m"] | None, fast: bool
 ) -> Iterator[tuple[int, int, Float[Tensor, "tokens features"]]]:
-    """x rows^T + bias as (first token, first feature, tile), features innermost; never whole for large m.
+    """x rows^T (+ bias) as (first token, first feature, tile), features innermost; never whole for large m.
 
     In bfloat16 where ``fast``, erring by about 2^-8 of the product's typical size. A tile holds until the next is taken.
     """
     entries, features = TILE.get(x.device.type, TILE["cuda"])
     width = min(len(rows), features)
     if fast:
-        x, rows, bias = x.bfloat16(), rows.bfloat16(), bias.bfloat16()
+        x, rows, bias = x.bfloat16(), rows.bfloat16(), None if bias is None else bias.bfloat16()
     step = min(len(x), max(ROWS, entries // width))
     buffer = x.new_empty(step * width)
     for token, part in zip(range(0, len(x), step or 1), x.split(step or 1), strict=False):
         for feature in range(0, len(rows), width):
             some = rows[feature : feature + width]
             out = buffer[: len(part) * len(some)].view(len(part), len(some))
-            yield token, feature, torch.addmm(bias[feature : feature + width], part, some.t(), out=out)
+            if bias is None:
+                torch.mm(part, some.t(), out=out)
+            else:
+                torch.addmm(bias[feature : feature + width], part, some.t(), out=out)
+            yield token, feature, out
 
 
 def top_entries(
@@ -246,8 +250,9 @@ def open_entries(
     if fast:
         bias = bias + rows.norm(dim=1) * (2**-6 / x.shape[1] ** 0.5 * float(x.norm(dim=1).mean()))
     masks: list[Tensor] = []
-    for first, feature, h in tiles(x, rows, bias, fast):
-        masks.append(h > 0)
+    least = -bias  # compared with, not added: adding means to write it over every tile first
+    for first, feature, h in tiles(x, rows, None, fast):
+        masks.append(h > least[feature : feature + h.shape[1]])
         if feature + h.shape[1] == len(rows):
             token, column = places(torch.cat(masks, dim=1))
             yield token + first, column
