@@ -115,7 +115,7 @@ def test_gated_dense_and_sparse(opens: float, monkeypatch: pytest.MonkeyPatch) -
     random_weights(sae)
     sae.b_gate.data += opens
     for pattern in in_both_patterns(monkeypatch):
-        assert isinstance(open_pattern(x, sae.W_enc.data.t(), sae.b_gate, 1.0), pattern)
+        assert isinstance(open_pattern(x, sae.W_enc.data.t(), sae.b_gate, 1.0)[0], pattern)
         training = GatedTraining(sae, SaeConfig(architecture="gated", l1=0.7))
         twin = leaves(sae)
         agrees(training, twin, gated_loss(twin, x, 0.7 * 0.25), x=x, ramp=0.25)
@@ -166,11 +166,17 @@ def test_a_step_goes_sparse_once_the_last_one_was() -> None:
     assert training.density == 1
     training.step(x)
     assert training.density < kernels.SPARSE_BELOW
-    assert isinstance(open_pattern(x, sae.W_enc.data.t(), sae.b_gate, training.density), Sparse)
+    assert isinstance(open_pattern(x, sae.W_enc.data.t(), sae.b_gate, training.density)[0], Sparse)
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("fast", [False, True])
-def test_the_largest_of_a_batch_do_not_depend_on_the_guess(fast: bool) -> None:
+def test_the_largest_of_a_batch_do_not_depend_on_the_guess(
+    fast: bool, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if narrow:
+        monkeypatch.setitem(kernels.TILE, "cpu", (4096, 200))
+        monkeypatch.setattr(kernels, "ROWS", 1)
     generator = torch.Generator().manual_seed(0)
     x, rows, bias = (torch.randn(s, generator=generator) for s in ((64, 96), (512, 96), (512,)))
     h = x @ rows.t() + bias
@@ -233,8 +239,10 @@ def test_candidates_in_bfloat16_end_in_float32_values(monkeypatch: pytest.Monkey
     agree = (features.sort().values == best.indices.sort().values).float().mean()
     assert agree > 0.99
     opened = torch.zeros(64, 512, dtype=torch.bool)
-    for token, feature in open_entries(x, rows, bias, fast=True):
+    for token, feature, product in open_entries(x, rows, bias, fast=True):
         opened[token, feature] = True
+        assert torch.equal((token * 512 + feature).sort().values, token * 512 + feature)
+        torch.testing.assert_close(product + bias[feature], exact[token, feature], rtol=1e-5, atol=1e-4)
     assert not ((exact > 0) & ~opened).any()
     assert (opened & (exact <= 0)).float().mean() < 0.05
 

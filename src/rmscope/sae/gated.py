@@ -69,8 +69,7 @@ class GatedTraining(Training):
         rows, stretch, norms = sae.W_enc.data.t(), sae.r_mag.exp(), sae.W_dec.norm(dim=1)
         xc, weight = x - sae.b_dec, self.config.l1 * ramp / n
 
-        entries = open_pattern(xc, rows, sae.b_gate, self.density, self.fast(xc))
-        u = entries.products(xc, rows)
+        entries, u = open_pattern(xc, rows, sae.b_gate, self.density, self.fast(xc))
         gate, magnitude = u + entries.at(sae.b_gate), u * entries.at(stretch) + entries.at(sae.b_mag)
         opened = gate > 0
         f, a = magnitude.relu() * opened, gate.relu()

@@ -70,8 +70,8 @@ class JumpReluTraining(Training):
         sae.threshold.clamp_(min=0)
 
         near = sae.b_enc - sae.threshold + width / 2
-        entries = open_pattern(xc, rows, near, self.density, self.fast(xc))
-        h, threshold = entries.products(xc, rows) + entries.at(sae.b_enc), entries.at(sae.threshold)
+        entries, h = open_pattern(xc, rows, near, self.density, self.fast(xc))
+        h, threshold = h + entries.at(sae.b_enc), entries.at(sae.threshold)
         over, kernel = h > threshold, (h - threshold).abs() < width / 2
         f = h * over
         residual = entries.combine(f, sae.W_dec) + sae.b_dec - x

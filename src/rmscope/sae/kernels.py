@@ -13,7 +13,7 @@ gradient into a kept buffer 2.8, of which a fresh allocation would triple the co
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -197,9 +197,8 @@ def batch_top_entries(
     """
     for least in (guess, guess / 2, guess / 4, guess / 8, 0.0):
         found = zip(*open_entries(x, rows, bias - least, fast), strict=True)
-        token, feature = (torch.cat(column) for column in found)
-        counts = torch.bincount(token, minlength=len(x))
-        value = products_at(x, rows, feature, counts.cumsum(0) - counts, token) + bias[feature]
+        token, feature, product = (torch.cat(column) for column in found)
+        value = product + bias[feature]
         if int((value > least).sum()) >= count:
             break
     kept = value > 0
@@ -222,41 +221,53 @@ def open_pattern(
     bias: Float[Tensor, " m"],
     density: float,
     fast: bool = False,
-) -> Pattern:
-    """A pattern that holds all entries with <x_t, rows_j> + bias_j > 0, and perhaps more.
+) -> tuple[Pattern, Tensor]:
+    """A pattern that holds all entries with <x_t, rows_j> + bias_j > 0, and perhaps more; and <x_t, rows_j> at them.
 
     Sparse once the last batch was (its ``density``) and while this one is.
     """
-    if density >= SPARSE_BELOW:
-        return Dense()
     found, most = [], SPARSE_BELOW * len(x) * len(rows)
-    for token, feature in open_entries(x, rows, bias, fast):
-        found.append((token, feature))
-        most -= len(token)
-        if most <= 0:
-            return Dense()
-    token, feature = (torch.cat(column) for column in zip(*found, strict=True))
-    return Sparse(torch.bincount(token, minlength=len(x)), feature, len(rows))
+    if density < SPARSE_BELOW:
+        for entries in open_entries(x, rows, bias, fast):
+            found.append(entries)
+            most -= len(entries[0])
+            if most <= 0:
+                break
+        else:
+            token, feature, product = (torch.cat(column) for column in zip(*found, strict=True))
+            return Sparse(torch.bincount(token, minlength=len(x)), feature, len(rows)), product
+    return Dense(), x @ rows.t()
 
 
 def open_entries(
     x: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], bias: Float[Tensor, " m"], fast: bool = False
-) -> Iterator[tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"]]]:
-    """Where <x_t, rows_j> + bias_j > 0, as (token, feature) by token, then feature, a stretch of tokens at a time.
+) -> Iterator[tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"], Float[Tensor, " nnz"]]]:
+    """Where <x_t, rows_j> + bias_j > 0, as (token, feature, product) by token, then feature, a stretch of tokens at a time.
 
-    Where ``fast``, a little more than that, to be decided in float32: a bfloat16 product errs by about 2^-8 of
-    |x_t| |rows_j| / sqrt(d); the margin is 4 times that.
+    Where ``fast``, a little more than that, to be decided by the products, which are float32: a bfloat16 product errs by
+    about 2^-8 of |x_t| |rows_j| / sqrt(d); the margin is 4 times that.
     """
     if fast:
         bias = bias + rows.norm(dim=1) * (2**-6 / x.shape[1] ** 0.5 * float(x.norm(dim=1).mean()))
-    masks: list[Tensor] = []
     least = -bias  # compared with, not added: adding means to write it over every tile first
-    for first, feature, h in tiles(x, rows, None, fast):
-        masks.append(h > least[feature : feature + h.shape[1]])
-        if feature + h.shape[1] == len(rows):
-            token, column = places(torch.cat(masks, dim=1))
-            yield token + first, column
-            masks = []
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for first, start, h in tiles(x, rows, None, fast):
+        token, column = places(h > least[start : start + h.shape[1]])
+        found.append((token, column + start, h[token, column]))
+        if start + h.shape[1] == len(rows):
+            token, feature, product = found[0] if len(found) == 1 else _by_token(found)
+            if fast:
+                counts = torch.bincount(token, minlength=len(h))
+                product = products_at(x[first : first + len(h)], rows, feature, counts.cumsum(0) - counts, token)
+            yield token + first, feature, product
+            found = []
+
+
+def _by_token(found: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries of several tiles of the same tokens, one after the other, in the order of the tokens."""
+    token, feature, product = (torch.cat(column) for column in zip(*found, strict=True))
+    token, order = token.sort(stable=True)
+    return token, feature[order], product[order]
 
 
 def places(mask: Bool[Tensor, "n m"]) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"]]:

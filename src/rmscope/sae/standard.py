@@ -60,8 +60,8 @@ class StandardTraining(Training):
         rows, norms = sae.W_enc.data.t(), sae.W_dec.norm(dim=1)
         xc, weight = x - sae.b_dec, self.config.l1 * ramp / n
 
-        entries = open_pattern(xc, rows, sae.b_enc, self.density, self.fast(xc))
-        f = (entries.products(xc, rows) + entries.at(sae.b_enc)).relu()
+        entries, h = open_pattern(xc, rows, sae.b_enc, self.density, self.fast(xc))
+        f = (h + entries.at(sae.b_enc)).relu()
         residual = entries.combine(f, sae.W_dec) + sae.b_dec - x
         sums = entries.per_feature(f)
         parts = {
