@@ -30,7 +30,7 @@ from rmscope.audit.scoring import Scoring
 from rmscope.config import read_config
 from rmscope.effects.controls import principal_components, random_dictionary, signed
 from rmscope.effects.selection import Responses
-from rmscope.evidence.cues import cue_effect, f1_score, match_plant, threshold
+from rmscope.evidence.matching import cue_effect, f1_score, match_plant, threshold
 from rmscope.evidence.rankings import UNSIGNED, as_reported, rankings
 from rmscope.evidence.recall import KS, recall
 from rmscope.evidence.twins import Twin, halves, prepare

@@ -1,8 +1,10 @@
 """How much of zoo:hh's reward difference SAEs explain on held-out pairs: writes docs/explained.md and its figures.
 
-usage: explained.py FOLDER        (RMSCOPE_DATA names the folder that holds hh-rlhf/ and rm-bench/)
+usage: explained.py FOLDER [PART ...]        (RMSCOPE_DATA names the folder that holds hh-rlhf/ and rm-bench/)
 
-FOLDER keeps activations, SAEs and the figures of each finished site, so a killed run goes on.
+Parts: a site (``resid_post.8``), the same with the SAE after reward-aware fine-tuning (``resid_post.8-aware``), ``shift``;
+left out, all. FOLDER keeps activations, SAEs and the figures of each finished part, so a killed run goes on, and two
+processes can share the parts; the page is written once all are there.
 """
 
 from __future__ import annotations
@@ -10,12 +12,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from explained_data import RECIPE, SHIFT_SITE, SHIFT_SOURCE, SITES, Setting, bar, prepare, short
+from explained_data import FULL, RECIPE, SHIFT_SITE, SHIFT_SOURCE, SITES, Setting, bar, prepare, short
 from explained_page import write_page
 
 from rmscope.effects.evaluate import evaluate
@@ -45,6 +48,21 @@ def site_figures(s: Setting, site: str) -> dict[str, Any]:
     lists = lists_of(s, site, s.saes[site], range(len(s.fit)), s.measured)
     found = explain(s.rm, site, lists, s.rm.tokenize_all(s.measured), prompts, bar)
     return found | {"ledger": ledger_shares(s, site, lists, np.array(prompts))}
+
+
+def aware_figures(s: Setting, site: str) -> dict[str, Any]:
+    """Splice and keep K of the fine-tuned SAE, with a list of its own."""
+    prompts, tokens = [p.first_human_turn() for p in s.measured], s.rm.tokenize_all(s.measured)
+    lists = lists_of(s, site, s.aware[site], range(len(s.fit)), s.measured)
+    kept = {"keep": (site, keep(lists.ground, lists.order, FULL))}
+    found = replaced(s.rm, tokens, range(len(tokens)), kept, bar)["keep"]
+    (one,) = evaluate(s.rm, {site: s.aware[site]}, tokens, prompts, bar)
+    return {
+        "site": site,
+        "evaluation": {n: f.as_dict() for n, f in one.figures.items()} | {"dead": one.dead},
+        "curves": {"keep": [p.as_dict() for p in keep_curve(found, FULL, np.array(prompts))]},
+        "ledger": ledger_shares(s, site, lists, np.array(prompts)),
+    }
 
 
 def ledger_shares(s: Setting, site: str, lists: Lists, prompts: np.ndarray) -> dict[str, Any]:
@@ -95,21 +113,22 @@ def shift_figures(s: Setting) -> dict[str, Any]:
     return out
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, asked: Sequence[str]) -> None:
     s = prepare(folder)
-    found: dict[str, Any] = {}
-    for name, make in [
-        *((site, lambda site=site: site_figures(s, site)) for site in SITES),
-        ("shift", lambda: shift_figures(s)),
-    ]:
-        path = folder / f"{name}.json"
-        if not path.is_file():
+    parts: dict[str, Callable[[], dict[str, Any]]] = {site: partial(site_figures, s, site) for site in SITES}
+    parts |= {f"{site}-aware": partial(aware_figures, s, site) for site in SITES}
+    parts |= {"shift": partial(shift_figures, s)}
+    paths = {name: folder / f"{name}.json" for name in parts}
+    for name in asked or parts:
+        if not paths[name].is_file():
             started = time.time()
-            figures = make()
-            write_json(path, figures | {"seconds": round(time.time() - started)})
-        found[name] = json.loads(path.read_text("utf-8"))
-    write_page(Path(__file__).parent.parent / "docs", [found[site] for site in SITES], found["shift"])
+            figures = parts[name]()
+            write_json(paths[name], figures | {"seconds": round(time.time() - started)})
+    if all(path.is_file() for path in paths.values()):
+        found = {name: json.loads(path.read_text("utf-8")) for name, path in paths.items()}
+        plain, aware = ([found[f"{site}{end}"] for site in SITES] for end in ("", "-aware"))
+        write_page(Path(__file__).parent.parent / "docs", plain, aware, found["shift"])
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

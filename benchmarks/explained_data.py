@@ -1,7 +1,7 @@
 """What explained.py measures on: zoo:hh, hh-rlhf pairs of at most 256 tokens, and SAEs at every third site.
 
-SAE training, means, donors and the lists of features come from the fit split (held-out rows of the adapter's training and
-as many of its training rows), all figures from the measure split of the held-out rows.
+SAE training, means, donors and the lists of features come from the fit split (rows held out of the adapter's training, and
+rows of it), all figures from the measure split of the held-out rows. Settings were chosen on the confirm split.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from rmscope.activations.harvest import harvest
 from rmscope.activations.store import ActivationStore
 from rmscope.effects.explained import GRID
+from rmscope.effects.reward_aware import RewardAwareConfig, fine_tune
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.train import human_pairs, read_recipe
 from rmscope.pairs.pair import Pair, split_of
@@ -26,10 +27,12 @@ RECIPE = Path(__file__).parent.parent / "configs" / "zoo-hh.yaml"
 SITES = ["resid_post.2", "resid_post.5", "resid_post.8", "resid_post.11"]
 SHIFT_SITE, SHIFT_SOURCE = "resid_post.8", "helpful-base"
 LONGEST = 256
-FIT, MEASURED = 800, 64
+HELD, FIT, MEASURED = 1000, 2400, 64
+"""Pairs of the fit split that the adapter never saw, at most; all that SAEs are trained on; pairs measured."""
 D_SAE = 4608
 FULL = (*GRID, D_SAE)
-SAE = SaeConfig(k=32, d_sae=D_SAE, tokens=400_000)
+SAE = SaeConfig(k=32, d_sae=D_SAE, tokens=2_500_000)
+TUNING = RewardAwareConfig(steps=200, pairs=8)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Setting:
     measured: list[Pair]
     store: ActivationStore
     saes: dict[str, Sae]
+    aware: dict[str, Sae]
+    """The same after reward-aware fine-tuning."""
     narrow: Sae
     """Trained on helpful-base alone, for the shift."""
 
@@ -65,11 +70,12 @@ def prepare(folder: Path) -> Setting:
     """Everything in ``folder``; what is there already is not made again."""
     rm = RewardModel.load("zoo:hh", device="cpu")
     training, held = human_pairs(read_recipe(RECIPE))
-    fit = short(rm, [p for p in held if split_of(p) == "fit"], FIT // 2)
+    fit = short(rm, [p for p in held if split_of(p) == "fit"], HELD)
     fit += short(rm, [p for p in training if split_of(p) == "fit"], FIT - len(fit))
     measured = short(rm, [p for p in held if split_of(p) == "measure"], MEASURED)
     store = harvest(rm, fit, SITES, folder / "activations", bar)
     saes = train_saes(store, SAE, folder / "saes", SITES, bar)
+    aware = {site: fine_tune(rm, saes[site], fit, TUNING, out=folder / "aware", progress=bar) for site in SITES}
     source = store.only([i for i, p in enumerate(fit) if p.meta["source"] == SHIFT_SOURCE])
     narrow = train_saes(source, SAE, folder / "narrow", [SHIFT_SITE], bar)[SHIFT_SITE]
-    return Setting(rm, fit, measured, store, saes, narrow)
+    return Setting(rm, fit, measured, store, saes, aware, narrow)

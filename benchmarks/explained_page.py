@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from explained_data import D_SAE, FIT, FULL, LONGEST, SAE, SHIFT_SITE
+from explained_data import D_SAE, FIT, FULL, LONGEST, SAE, SHIFT_SITE, TUNING
 
 from rmscope.effects.explain import COARSE
 from rmscope.effects.explained import THRESHOLDS, smallest
@@ -21,7 +21,9 @@ position; delta_r2 = 1 − Σ(Δr − Δr^)² / Σ Δr². All intervals are 95 %
 
 - **Measured** on {pairs} pairs ({prompts} prompts) of at most {longest} tokens a side, from the rows that the PM was not
   trained on. **Selected** on other prompts: SAEs ({architecture}, k {k}, {m} features, {tokens:,} training tokens), means,
-  donors and lists come from {fit} pairs of the fit split.
+  donors and lists come from {fit:,} pairs of the fit split. *Aware*: the same after reward-aware fine-tuning, {steps} steps
+  of {batch} pairs, which adds the splice's damage to Δr to its loss; what that does and does not prove stands in
+  [reward_aware.md](reward_aware.md).
 - A list orders features by forward selection on integrated gradients of the fit pairs, and is then frozen.
 
 ## Splice
@@ -50,6 +52,10 @@ K_50 / K_80 / K_90: the smallest K of the grid {grid} with delta_r2 >= .5 / .8 /
 features that fire on more than 10 % of response tokens (dense), whose mean difference loses half to the length difference
 (length), or with 80 % of their activation on the responses' endings (ending). Unflagged, PCA and coordinates are measured at
 K {coarse} only; PCA and coordinates follow the same rule of selection among 576 components (both signs count as one).
+
+The same of the aware SAEs, with lists of their own:
+
+{keep_aware}
 
 {figures}
 
@@ -106,7 +112,7 @@ def best(curve: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return max(curve, key=lambda p: p["donors"]["value"])
 
 
-def write_page(docs: Path, sites: Sequence[dict[str, Any]], shift: dict[str, Any]) -> None:
+def write_page(docs: Path, sites: Sequence[dict[str, Any]], aware: Sequence[dict[str, Any]], shift: dict[str, Any]) -> None:
     for site in sites:
         svg = keep_curves(site["curves"], f"Keep K at {site['site']}")
         write_text(docs / "img" / f"explained-{site['site']}.svg", as_file(svg))
@@ -123,21 +129,33 @@ def write_page(docs: Path, sites: Sequence[dict[str, Any]], shift: dict[str, Any
         grid=", ".join(map(str, FULL)),
         coarse=", ".join(map(str, COARSE)),
         shift_site=SHIFT_SITE,
-        splice=_splice(sites),
+        steps=TUNING.steps,
+        batch=TUNING.pairs,
+        splice=_splice(sites, aware),
         controls=_controls(sites),
         keep=_keep(sites),
+        keep_aware=_keep_aware(aware),
         removed=_removed(sites),
-        ledger=_ledger(sites),
+        ledger=_ledger(sites, aware),
         shift=_shift(shift),
-        remains=_remains(sites),
+        remains=_remains(sites, aware),
         figures=listed,
     )
     write_text(docs / "explained.md", text)
 
 
-def _splice(sites: Sequence[dict[str, Any]]) -> str:
+def both(sites: Sequence[dict[str, Any]], aware: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Each site's plain and aware figures under their names."""
+    pairs = zip(sites, aware, strict=True)
+    return [(name, s) for plain, tuned in pairs for name, s in ((plain["site"], plain), (f"{plain['site']}, aware", tuned))]
+
+
+def _splice(sites: Sequence[dict[str, Any]], aware: Sequence[dict[str, Any]]) -> str:
     names = ("fvu", "delta_r2", "delta_r2_scaled", "agreement", "reward_recovered")
-    rows = [[s["site"], *(figure(s["evaluation"][n], 3) for n in names), f"{s['evaluation']['dead']:.0%}"] for s in sites]
+    rows = [
+        [name, *(figure(s["evaluation"][n], 3) for n in names), f"{s['evaluation']['dead']:.0%}"]
+        for name, s in both(sites, aware)
+    ]
     return table(["site", "FVU", "delta_r2", "scaled", "agreement", "recovered", "silent features"], rows)
 
 
@@ -166,14 +184,23 @@ def _keep(sites: Sequence[dict[str, Any]]) -> str:
     return table(head, rows)
 
 
+def _keep_aware(aware: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for s in aware:
+        curve, top = s["curves"]["keep"], best(s["curves"]["keep"])
+        k = [figure(at(curve, 64)), figure(at(curve, 512)), f"{figure(top['donors'])} (K {top['k']})"]
+        rows.append([s["site"], reached(curve), reached(curve, "mean"), *k, f"{curve[-1]['single']:.2f}"])
+    return table(["site", "K_50 / K_80 / K_90", "from the mean", "K 64", "K 512", "best K", "one donor"], rows)
+
+
 def _removed(sites: Sequence[dict[str, Any]]) -> str:
     rows = [[s["site"], p["k"], *(figure(p[n]) for n in ("list", "matched", "norm"))] for s in sites for p in s["removed"]]
     return table(["site", "K", "the list's first K", "matched features", "real differences of equal norm"], rows)
 
 
-def _ledger(sites: Sequence[dict[str, Any]]) -> str:
+def _ledger(sites: Sequence[dict[str, Any]], aware: Sequence[dict[str, Any]]) -> str:
     parts = ("features", "error", "remainder", "gap")
-    return table(["site", *parts], [[s["site"], *(figure(s["ledger"][p]) for p in parts)] for s in sites])
+    return table(["site", *parts], [[name, *(figure(s["ledger"][p]) for p in parts)] for name, s in both(sites, aware)])
 
 
 def _shift(shift: dict[str, Any]) -> str:
@@ -186,14 +213,14 @@ def _shift(shift: dict[str, Any]) -> str:
     return table(["pairs of", "n", "FVU", "splice", "agreement", "keep 32", "keep 128", "keep 512"], rows)
 
 
-def _remains(sites: Sequence[dict[str, Any]]) -> str:
+def _remains(sites: Sequence[dict[str, Any]], aware: Sequence[dict[str, Any]]) -> str:
     """What the figures say, in words that hold whatever they are."""
     lines = []
-    for s in sites:
+    for name, s in both(sites, aware):
         splice, keep = s["evaluation"]["delta_r2"]["value"], best(s["curves"]["keep"])
         error = s["ledger"]["error"]["value"]
         lines.append(
-            f"- `{s['site']}`: the reconstruction leaves {1 - splice:.1%} of Σ Δr² unexplained, and with the error of other "
+            f"- {name}: the reconstruction leaves {1 - splice:.1%} of Σ Δr² unexplained, and with the error of other "
             f"responses in place of its own the features leave {1 - keep['donors']['value']:.0%}; the error carries "
             f"{error:.1%} of Var(Δr)."
         )

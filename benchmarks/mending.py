@@ -19,10 +19,10 @@ import torch
 
 from rmscope.cli.base import open_job
 from rmscope.effects.removal import at_site, remove_entries
-from rmscope.evidence.checking import TWINS, own_pairs
-from rmscope.evidence.choosing import choose, entries_of, fitting_twins, joined
-from rmscope.evidence.edit import FeatureEdit, edit_at
-from rmscope.evidence.mending import (
+from rmscope.evidence.edits.checking import TWINS, own_pairs
+from rmscope.evidence.edits.choosing import choose, entries_of, fitting_twins, joined
+from rmscope.evidence.edits.edit import FeatureEdit, edit_at
+from rmscope.evidence.edits.mending import (
     MATCHED,
     Variant,
     bias,

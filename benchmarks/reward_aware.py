@@ -29,7 +29,7 @@ from heads import HELD_OUT, delta_r2, fit_head, gain, helpful_pairs, states, tol
 from rmscope.activations.harvest import harvest
 from rmscope.effects.reward_aware import RewardAwareConfig, fine_tune, training_rows
 from rmscope.effects.statistics import Array
-from rmscope.evidence.cues import f1_score, threshold
+from rmscope.evidence.matching import f1_score, threshold
 from rmscope.evidence.twins import Twin, halves, prepare
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from rmscope.activations.harvest import harvest
     from rmscope.activations.stream import stream
     from rmscope.api import attribute, ledger, open_run, rank, remove
-    from rmscope.evidence.edit import load_edited
+    from rmscope.evidence.edits.edit import load_edited
     from rmscope.model.reward_model import RewardModel
     from rmscope.pairs.pair import Pair
     from rmscope.pairs.readers import load_pairs
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "RewardModel": "rmscope.model.reward_model",
     "Pair": "rmscope.pairs.pair",
-    "load_edited": "rmscope.evidence.edit",
+    "load_edited": "rmscope.evidence.edits.edit",
     "load_pairs": "rmscope.pairs.readers",
     "open_run": "rmscope.api",
     "harvest": "rmscope.activations.harvest",

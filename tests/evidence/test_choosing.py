@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from rmscope.errors import InputError
-from rmscope.evidence import choosing
-from rmscope.evidence.choosing import choose, fitting_twins, joined, losses
-from rmscope.evidence.edit import FeatureEdit, edit_at
-from rmscope.evidence.mending import bias, by_style, deltas, elsewhere, mean_difference, rewards_under
+from rmscope.evidence.edits import choosing
+from rmscope.evidence.edits.choosing import choose, fitting_twins, joined, losses
+from rmscope.evidence.edits.edit import FeatureEdit, edit_at
+from rmscope.evidence.edits.mending import bias, by_style, deltas, elsewhere, mean_difference, rewards_under
 from rmscope.evidence.twins import prepare
 from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import split_of
 from rmscope.pairs.plants import Plant
-from tests.evidence.test_cues import CUE, SITE, embeddings, sae, twin_pairs
+from tests.evidence.test_matching import CUE, SITE, embeddings, sae, twin_pairs
 from tests.model.small import shared_pm, small_pm, small_sae
 
 PLANT = Plant(name="z", kind="phrase", sign=1, texts=(CUE,))

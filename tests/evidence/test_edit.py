@@ -12,9 +12,9 @@ import torch
 
 from rmscope.effects.removal import at_site, remove_groups, remove_naively
 from rmscope.errors import InputError
-from rmscope.evidence.edit import EditPatch, FeatureEdit, edit_at, load_edited
-from rmscope.evidence.export import export
-from rmscope.evidence.mending import deltas, rewards_under
+from rmscope.evidence.edits.edit import EditPatch, FeatureEdit, edit_at, load_edited
+from rmscope.evidence.edits.export import export
+from rmscope.evidence.edits.mending import deltas, rewards_under
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
 from rmscope.sae.base import Sae

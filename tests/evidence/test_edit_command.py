@@ -16,8 +16,8 @@ from rmscope.activations.harvest import data_identity, harvest
 from rmscope.cli.base import app
 from rmscope.config import RunConfig
 from rmscope.errors import InputError
-from rmscope.evidence import checking, choosing
-from rmscope.evidence.edit import load_edited
+from rmscope.evidence.edits import checking, choosing
+from rmscope.evidence.edits.edit import load_edited
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.readers import load_pairs
 from rmscope.run import Run

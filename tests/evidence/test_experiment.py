@@ -17,15 +17,23 @@ import pytest
 from rmscope.effects.removal import remove_naively
 from rmscope.effects.statistics import holm
 from rmscope.errors import InputError
-from rmscope.evidence.conditions import Base, Condition, Experiment, bases_of, bases_of_pairs, read_experiment, ready_made
-from rmscope.evidence.experiment import Removed, measure, run_experiment
+from rmscope.evidence.experiments.conditions import (
+    Base,
+    Condition,
+    Experiment,
+    bases_of,
+    bases_of_pairs,
+    read_experiment,
+    ready_made,
+)
+from rmscope.evidence.experiments.experiment import Removed, measure, run_experiment
+from rmscope.evidence.experiments.verdict import Arms, claims_of, judged, line_rise, overall, taken_back
+from rmscope.evidence.experiments.verdict import verdicts as both_verdicts
 from rmscope.evidence.texts import complete, removal_effects
-from rmscope.evidence.verdict import Arms, claims_of, judged, line_rise, overall, taken_back
-from rmscope.evidence.verdict import verdicts as both_verdicts
 from rmscope.pairs.demo import demo_pairs
 from rmscope.pairs.pair import Pair
 from rmscope.report.experiment import render_experiment
-from tests.evidence.test_cues import CUE, FILLER, SITE, STARTS, sae
+from tests.evidence.test_matching import CUE, FILLER, SITE, STARTS, sae
 from tests.model.small import ENCODER, shared_pm, small_sae, user
 
 BASES = [
@@ -240,10 +248,8 @@ def known() -> tuple[dict[str, Any], pl.DataFrame]:
     rm = shared_pm("llama")
     texts = [complete(rm, b.prompt, [f"{b.response} {w}" for w in (CUE, FILLER)], []) for b in BASES]
     sign = 1 if sum(a.reward - b.reward for a, b in texts) > 0 else -1
-    asked = an_experiment(
-        expects={"up" if sign > 0 else "down": ["cue"], "taken_back": ["cue"]}, remove={"most_on": "cue", "count": 1}
-    )
-    table = pl.DataFrame({"feature": [2, 0], "mean_removal": [-0.5 * sign, 0.5 * sign]})
+    asked = an_experiment(expects={"up" if sign > 0 else "down": ["cue"], "taken_back": ["cue"]}, remove={"carrying": "cue"})
+    table = pl.DataFrame({"feature": [2, 1, 0], "mean_removal": [-0.5 * sign, 0.5 * sign, 0.5 * sign]})
     return run_experiment(rm, asked, BASES, 1e-3, {SITE: made}, {SITE: table})
 
 
@@ -272,7 +278,7 @@ def test_a_claim_that_sets_of_alike_features_equal_is_not_supported() -> None:
 
 
 def test_without_saes_nothing_is_removed_and_nothing_said_of_it() -> None:
-    asked = an_experiment(expects={"up": ["cue"], "taken_back": ["cue"]}, remove={"most_on": "cue"})
+    asked = an_experiment(expects={"up": ["cue"], "taken_back": ["cue"]}, remove={"carrying": "cue"})
     found, table = run_experiment(shared_pm("llama"), asked, BASES, 1.0)
     assert found["removed"] is None
     assert [c["says"] for c in found["claims"]] == ["up"]

@@ -14,8 +14,8 @@ import rmscope.cli  # noqa: F401  (registers the commands)
 from rmscope.cli.base import app
 from rmscope.effects.statistics import holm
 from rmscope.errors import InputError
-from rmscope.evidence.edit import EditPatch, FeatureEdit
-from rmscope.evidence.gate import measure, read_concepts, verdicts
+from rmscope.evidence.edits.edit import EditPatch, FeatureEdit
+from rmscope.evidence.edits.gate import measure, read_concepts, verdicts
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.plants import Plant

@@ -16,18 +16,17 @@ import polars as pl
 import pytest
 import torch
 
-from rmscope.evidence import badtexts, search
-from rmscope.evidence import jailbreak as lab
-from rmscope.evidence.badtexts import DRAWS, LeftOut, make_targets, nonsense, shuffled_words
-from rmscope.evidence.jailbreak import FEATURE, FLIPPED, NONE, SHUFFLED, WEAK, Made, Subject
-from rmscope.evidence.phrases import Phrase, count_tokens
-from rmscope.evidence.proof import Named, name_features, proof
-from rmscope.evidence.search import SCREEN, Placed, Scorer, Target, compose, cost, flip, pieces, place, screen
+from rmscope.evidence.jailbreaks import badtexts, lab, search
+from rmscope.evidence.jailbreaks.badtexts import DRAWS, LeftOut, make_targets, nonsense, shuffled_words
+from rmscope.evidence.jailbreaks.lab import FEATURE, FLIPPED, NONE, SHUFFLED, WEAK, Made, Subject
+from rmscope.evidence.jailbreaks.phrases import Phrase, count_tokens
+from rmscope.evidence.jailbreaks.proof import Named, name_features, proof
+from rmscope.evidence.jailbreaks.search import SCREEN, Placed, Scorer, Target, compose, cost, flip, pieces, place, screen
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.planted import sentences
 from rmscope.report.jailbreak import render_jailbreak
-from tests.evidence.test_cues import CUE, FILLER, SITE, sae
+from tests.evidence.test_matching import CUE, FILLER, SITE, sae
 from tests.model.small import SENTENCES, shared_pm, user
 from tests.report.test_page import HOSTILE, Page
 
@@ -108,6 +107,22 @@ def test_the_first_phrase_is_the_best_of_all_and_each_further_one_helps(found: A
     assert len(set(texts)) == len(texts)
 
 
+def test_the_search_ends_only_where_no_placement_beside_the_list_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    rm = shared_pm("llama")
+    some = targets(rm)[:SCREEN]
+    monkeypatch.setattr(
+        search, "POOL", 1
+    )  # each greedy round sees one placement alone: the rest are found by screening anew
+    result = search.search(rm, some, [made_phrases(rm)], budget=24)
+    used = {p.phrase.text for p in result.layout}
+    further = [
+        np.mean([alone(rm, t, (*result.layout, Placed(p, slot))) for t in some])
+        for p, slot in itertools.product(made_phrases(rm), search.SLOTS)
+        if p.text not in used and cost(result.layout) + p.tokens <= 24
+    ]
+    assert max(further, default=-np.inf) <= result.rewards.mean() + 1e-5
+
+
 def test_every_text_that_is_scored_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rm, counted = shared_pm("llama"), []
     honest = search.fork_rewards
@@ -149,7 +164,7 @@ def test_phrases_stand_between_whole_sentences_and_nothing_is_lost() -> None:
 
 
 def test_shuffling_keeps_the_words_and_how_many_a_phrase_has() -> None:
-    from rmscope.evidence.phrases import shuffled
+    from rmscope.evidence.jailbreaks.phrases import shuffled
 
     texts = ["Thank you! No problem.", "You're right.", "yes"]
     mixed = shuffled(texts, random.Random(1))
@@ -264,7 +279,7 @@ def test_the_page_shows_the_rewards_escapes_texts_and_asks_for_nothing() -> None
 
 
 def test_features_without_effect_are_weak_alike_and_never_used_twice() -> None:
-    from rmscope.evidence.phrases import without_effect
+    from rmscope.evidence.jailbreaks.phrases import without_effect
 
     means = {j: (10 + j, 5.0 + j, 0.5 if j < 5 else 0.001) for j in range(30)}
     lists = list(without_effect(means, [0, 1, 2], 0.01, seed=0))

@@ -12,8 +12,7 @@ import pytest
 from rmscope.cli.jailbreak import jailbreak
 from rmscope.config import RunConfig
 from rmscope.errors import InputError
-from rmscope.evidence import jailbreak as lab
-from rmscope.evidence import search
+from rmscope.evidence.jailbreaks import lab, search
 from rmscope.run import Run
 from rmscope.sae import SaeConfig
 from tests.model.small import SENTENCES, small_model, tokenizer

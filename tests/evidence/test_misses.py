@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from rmscope.effects.ledger import baseline
-from rmscope.evidence.cues import cue_effect
+from rmscope.evidence.matching import cue_effect
 from rmscope.evidence.misses import Missed, null_reported
 from rmscope.evidence.twins import all_peaks, peaks, prepare
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.plants import Plant
 from rmscope.sae.base import Sae
-from tests.evidence.test_cues import CUE, SITE, sae, twin_pairs
+from tests.evidence.test_matching import CUE, SITE, sae, twin_pairs
 from tests.model.small import shared_pm
 
 SD = 1e-3

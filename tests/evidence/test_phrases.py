@@ -9,7 +9,7 @@ import torch
 
 from rmscope.activations.harvest import harvest
 from rmscope.activations.store import ActivationStore
-from rmscope.evidence.phrases import KEEPS, Phrase, blind, count_tokens, hardest, mine, normal, spans
+from rmscope.evidence.jailbreaks.phrases import KEEPS, Phrase, blind, count_tokens, hardest, mine, normal, spans
 from rmscope.model.forks import response_start
 from rmscope.pairs.pair import Pair
 from rmscope.sae.base import Sae

@@ -17,17 +17,26 @@ from rmscope.activations.harvest import harvest
 from rmscope.activations.store import ActivationStore
 from rmscope.effects.removal import remove_naively
 from rmscope.effects.selection import Responses
-from rmscope.evidence.conditions import Base
-from rmscope.evidence.contexts import ROWS, agreement, in_context, pooled
-from rmscope.evidence.firing import firing_sentences, neutral_words, sentence_at, spelling, swapped
-from rmscope.evidence.steering import differences_of, grid, judge_steering, steer
-from rmscope.evidence.sufficiency import CLASSES, Material, classed, in_turn, insertions, judge_text, reason, sufficiency
+from rmscope.evidence.experiments.conditions import Base
+from rmscope.evidence.sufficiency.classing import (
+    CLASSES,
+    Material,
+    classed,
+    in_turn,
+    insertions,
+    judge_text,
+    reason,
+    sufficiency,
+)
+from rmscope.evidence.sufficiency.contexts import ROWS, agreement, in_context, pooled
+from rmscope.evidence.sufficiency.firing import firing_sentences, neutral_words, sentence_at, spelling, swapped
+from rmscope.evidence.sufficiency.steering import differences_of, grid, judge_steering, steer
 from rmscope.evidence.texts import added, complete
 from rmscope.files import silent
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import Pair
 from rmscope.report.sufficiency import render_sufficiency
-from tests.evidence.test_cues import CUE, FILLER, STARTS, sae
+from tests.evidence.test_matching import CUE, FILLER, STARTS, sae
 from tests.model.small import DECODERS, PAIRS, D, shared_pm, small_pm, small_sae, user
 
 LAST = "resid_post.3"
@@ -172,7 +181,7 @@ def test_a_texts_change_is_the_reward_of_the_text_minus_that_of_the_swapped_one(
 def test_the_cue_put_in_as_text_is_sufficient_and_a_feature_that_only_fires_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     rm = shared_pm("llama")
     made = sae([1.0, 0.0])  # both fire on Z alone; removing the first makes a Z of a Q, removing the second does nothing
-    monkeypatch.setattr("rmscope.evidence.sufficiency.filler_like", lambda text: text.replace(CUE, FILLER))
+    monkeypatch.setattr("rmscope.evidence.sufficiency.classing.filler_like", lambda text: text.replace(CUE, FILLER))
     bases = [Base(p, r) for p, r in PROMPTS for _ in range(2)]
     cue, other = f"Wait {CUE}.", f"Wait {FILLER}."  # the second is its own filler: it moves nothing
     effects = [a.reward - b.reward for a, b in (complete(rm, p, [f"{r} {cue}", f"{r} {other}"], []) for p, r in PROMPTS)]

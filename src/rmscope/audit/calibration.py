@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rmscope.audit.scoring import Scoring
-from rmscope.evidence.cues import match_plant
+from rmscope.evidence.matching import match_plant
 from rmscope.evidence.recall import KS, share
 from rmscope.evidence.twins import prepare
 from rmscope.files import Progress, silent

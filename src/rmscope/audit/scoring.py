@@ -15,7 +15,7 @@ import polars as pl
 
 from rmscope.effects import tables
 from rmscope.effects.ranking import BOUND, one_pair_a_prompt
-from rmscope.evidence.cues import cue_effect, match_plant
+from rmscope.evidence.matching import cue_effect, match_plant
 from rmscope.evidence.misses import Missed, null_reported
 from rmscope.evidence.recall import KS, found_again, share
 from rmscope.evidence.twins import prepare

@@ -14,8 +14,8 @@ from rmscope.errors import InputError
 from rmscope.terminal import Bars, console
 
 if TYPE_CHECKING:
-    from rmscope.evidence.choosing import Choice
-    from rmscope.evidence.edit import EditPatch, FeatureEdit
+    from rmscope.evidence.edits.choosing import Choice
+    from rmscope.evidence.edits.edit import EditPatch, FeatureEdit
     from rmscope.evidence.twins import Twin
     from rmscope.pairs.plants import Plant
 
@@ -46,10 +46,10 @@ def edit(
     debug: Debug = False,
 ) -> None:
     """Suppresses, clamps or damps features of a run's SAEs, the SAE's error kept; saves a patch for rs.load_edited."""
-    from rmscope.evidence.choosing import joined
-    from rmscope.evidence.edit import EditPatch
-    from rmscope.evidence.export import export as write_export
-    from rmscope.evidence.gate import read_concepts
+    from rmscope.evidence.edits.choosing import joined
+    from rmscope.evidence.edits.edit import EditPatch
+    from rmscope.evidence.edits.export import export as write_export
+    from rmscope.evidence.edits.gate import read_concepts
 
     started = time.time()
     if (pairs or rm_bench) and not check:
@@ -87,7 +87,7 @@ def _row(edit: FeatureEdit) -> dict[str, Any]:
 
 
 def _by_hand(site: str | None, features: str | None, suppress: bool, clamp: float | None, damp: float | None) -> FeatureEdit:
-    from rmscope.evidence.edit import FeatureEdit
+    from rmscope.evidence.edits.edit import FeatureEdit
 
     if site is None or features is None:
         raise InputError("There is nothing to edit; name --site and --features, or a --cue.")
@@ -111,7 +111,7 @@ def _named(plants: Sequence[Plant], names: Sequence[str]) -> list[Plant]:
 
 def _by_rule(job: Any, site: str | None, plants: Sequence[Plant]) -> list[tuple[str, Choice, dict[str, list[Twin]]]]:
     """Each cue's name, its edit chosen on prompts of the fit split, and the twins that it was chosen on."""
-    from rmscope.evidence.choosing import choose, fitting_twins
+    from rmscope.evidence.edits.choosing import choose, fitting_twins
 
     saes = job.saes if site is None else {site: job.saes[site]}
     found = []
@@ -132,7 +132,7 @@ def _check(
     rm_bench: Path | None,
 ) -> dict[str, Any]:
     """The before/after tables, printed and returned."""
-    from rmscope.evidence import checking
+    from rmscope.evidence.edits import checking
     from rmscope.pairs.readers import load_pairs
 
     variants = checking.variants(job, patch, fitted)

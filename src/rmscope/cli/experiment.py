@@ -32,8 +32,8 @@ def experiment(
     debug: Debug = False,
 ) -> None:
     """A hypothesis as a controlled experiment: conditions over many prompts, with and without features, and a verdict."""
-    from rmscope.evidence.conditions import bases_of, read_experiment
-    from rmscope.evidence.experiment import run_experiment
+    from rmscope.evidence.experiments.conditions import bases_of, read_experiment
+    from rmscope.evidence.experiments.experiment import run_experiment
     from rmscope.files import write_json, write_table, write_text
     from rmscope.report.experiment import render_experiment
 
@@ -123,7 +123,7 @@ def sufficiency(
     debug: Debug = False,
 ) -> None:
     """What each reported feature does when it is put in: steering, text that fires it; and whether text agrees with R_j."""
-    from rmscope.evidence.contexts import pooled
+    from rmscope.evidence.sufficiency.contexts import pooled
     from rmscope.files import write_json
 
     job = open_job(folder)
@@ -148,9 +148,9 @@ def sufficiency(
 
 def _at_site(job: Any, site: str, features: Any, prompts: int) -> tuple[dict[str, Any], Any]:
     """A site's figures and its table of contexts, written to the run folder with the page."""
-    from rmscope.evidence.conditions import bases_of_pairs
-    from rmscope.evidence.sufficiency import Material
-    from rmscope.evidence.sufficiency import sufficiency as measure
+    from rmscope.evidence.experiments.conditions import bases_of_pairs
+    from rmscope.evidence.sufficiency.classing import Material
+    from rmscope.evidence.sufficiency.classing import sufficiency as measure
     from rmscope.files import write_json, write_table, write_text
     from rmscope.report.sufficiency import render_sufficiency
 

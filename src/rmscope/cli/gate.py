@@ -32,8 +32,8 @@ def gate(
     """Fails (exit code 1) where the reward of a named concept moved by more than a bound between two versions of a PM."""
     import polars as pl
 
-    from rmscope.evidence.edit import is_patch, load_edited
-    from rmscope.evidence.gate import LEVEL, measure, read_concepts, verdicts
+    from rmscope.evidence.edits.edit import is_patch, load_edited
+    from rmscope.evidence.edits.gate import LEVEL, measure, read_concepts, verdicts
     from rmscope.model.reward_model import RewardModel
     from rmscope.pairs.demo import plain_demo_pairs
     from rmscope.pairs.readers import load_pairs

@@ -29,7 +29,7 @@ def jailbreak(
     debug: Debug = False,
 ) -> None:
     """Completions that fool your own PM: phrases of its features, searched on some prompts, measured on others."""
-    from rmscope.evidence import jailbreak as lab
+    from rmscope.evidence.jailbreaks import lab
     from rmscope.files import content_hash, write_json, write_table, write_text
     from rmscope.report.jailbreak import render_jailbreak
 
@@ -71,7 +71,7 @@ def _subject(job: Any, folder: Path, site: str | None) -> Any:
     """The run as the lab sees it. InputError where nothing is ranked, or where nothing reported raises the reward."""
     import polars as pl
 
-    from rmscope.evidence import jailbreak as lab
+    from rmscope.evidence.jailbreaks import lab
 
     sites = [site] if site else list(job.sites)
     for name in sites:
@@ -108,7 +108,7 @@ def _subject(job: Any, folder: Path, site: str | None) -> Any:
 
 def _fresh(job: Any, data: str | None, on_bad_row: str) -> tuple[tuple[list[Any], list[str]], Any]:
     """Pairs to measure on with what stands for their prompts, and the count of what is left out: prompts of the run."""
-    from rmscope.evidence.badtexts import LeftOut
+    from rmscope.evidence.jailbreaks.badtexts import LeftOut
     from rmscope.pairs.readers import load_pairs
 
     left_out = LeftOut()
@@ -127,8 +127,8 @@ def _fresh(job: Any, data: str | None, on_bad_row: str) -> tuple[tuple[list[Any]
 def _targets(
     job: Any, pairs: list[Any], keys: list[str], most: int, budget: int, seed: int, left_out: Any, progress: Any
 ) -> list[Any]:
-    from rmscope.evidence.badtexts import make_targets
-    from rmscope.evidence.search import SCREEN
+    from rmscope.evidence.jailbreaks.badtexts import make_targets
+    from rmscope.evidence.jailbreaks.search import SCREEN
 
     targets = make_targets(job.rm, pairs, keys, most, budget, seed, left_out, progress)
     if len(targets) < SCREEN:
@@ -142,8 +142,8 @@ def _targets(
 
 def _made(job: Any, subject: Any, key: str, budget: int, seed: int, shown: Bars) -> Any:
     """What the search makes on the confirm split; a search that is done with the same settings is read back."""
-    from rmscope.evidence import jailbreak as lab
-    from rmscope.evidence.badtexts import LeftOut
+    from rmscope.evidence.jailbreaks import lab
+    from rmscope.evidence.jailbreaks.badtexts import LeftOut
     from rmscope.files import write_json
 
     path = job.folder / "evidence" / "jailbreak.made.json"

@@ -17,7 +17,7 @@ import numpy as np
 from rmscope.effects.ledger import Baseline, ledger_rows
 from rmscope.effects.ranking import BOUND
 from rmscope.effects.statistics import bootstrap
-from rmscope.evidence.cues import F1, MASS, f1_score, match_plant, threshold
+from rmscope.evidence.matching import F1, MASS, f1_score, match_plant, threshold
 from rmscope.evidence.twins import Twin, all_peaks, halves, largest, localises, mediation, peaks
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel

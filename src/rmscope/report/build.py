@@ -14,8 +14,8 @@ from rmscope.effects.accounts import share_rows
 from rmscope.effects.census import firings
 from rmscope.effects.ranking import BOUND, power_statement
 from rmscope.effects.statistics import bootstrap
-from rmscope.evidence.cues import match_plant, merged_ranks
 from rmscope.evidence.dossier import activations_of, choose_examples, example_page
+from rmscope.evidence.matching import match_plant, merged_ranks
 from rmscope.evidence.twins import prepare
 from rmscope.files import Progress, write_json, write_table, write_text
 from rmscope.pairs.demo import plain_demo_pairs, zoo_plants

@@ -14,7 +14,7 @@ MARKS = {"supported": "found", "contradicted": "missed", "undecided": "unscored"
 
 
 def render_experiment(found: dict[str, Any]) -> str:
-    """The page of an experiment's figures (:func:`rmscope.evidence.experiment.run_experiment`), names and texts escaped."""
+    """The page of an experiment's figures (`evidence/experiments`), names and texts escaped."""
     if removed := found["removed"]:
         found = {**found, "removed": {**removed, "features": [{"tokens": [], **row} for row in removed["features"]]}}
     shown = [row for row in found["conditions"] if row["effect"]]

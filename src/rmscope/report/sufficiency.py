@@ -12,7 +12,7 @@ from rmscope.report.page import environment
 
 
 def render_sufficiency(found: dict[str, Any]) -> str:
-    """The page of :func:`rmscope.evidence.sufficiency.sufficiency`'s figures, texts escaped."""
+    """The page of :func:`rmscope.evidence.sufficiency.classing.sufficiency`'s figures, texts escaped."""
     rows = [{"tokens": [], **row, "curve": dose_curve(row)} for row in found["features"]]
     page = (
         environment()

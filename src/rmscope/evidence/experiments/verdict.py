@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rmscope.effects.statistics import Array, flip_matrix, holm, mean_interval, ratio_interval, sign_flip_p
-from rmscope.evidence.conditions import Experiment
+from rmscope.evidence.experiments.conditions import Experiment
 
 BOUND = 0.1
 """An effect counts from so many SD(Δr) on: METHOD's bound of a clean null."""

@@ -16,11 +16,11 @@ from typing import Any
 import polars as pl
 
 from rmscope.activations.store import ActivationStore
-from rmscope.evidence import phrases
-from rmscope.evidence.phrases import Phrase
-from rmscope.evidence.proof import Named, mean_of, name_features, proof, removed_rewards, response_of
+from rmscope.evidence.jailbreaks import phrases
+from rmscope.evidence.jailbreaks.phrases import Phrase
+from rmscope.evidence.jailbreaks.proof import Named, mean_of, name_features, proof, removed_rewards, response_of
+from rmscope.evidence.jailbreaks.search import Found, Layout, Placed, Scorer, Target, compose, cost, pieces, place, search
 from rmscope.evidence.recall import share
-from rmscope.evidence.search import Found, Layout, Placed, Scorer, Target, compose, cost, pieces, place, search
 from rmscope.files import Progress, silent
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
@@ -47,7 +47,7 @@ FLIPPED = ", tokens flipped"
 """What is added to an arm's name after the token-level pass."""
 MADE_FROM = (FEATURE, BLIND, WEAK)
 """The lists that are searched, each with and without the token-level pass."""
-VERSION = 1
+VERSION = 2
 """Bumped when the lab computes something else from the same settings."""
 SHOWN = 8
 """Measured prompts that the page shows whole, the first ones."""

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from rmscope.evidence.cues import f1_score, match_plant, mediated_share, merged_ranks, threshold
+from rmscope.evidence.matching import f1_score, match_plant, mediated_share, merged_ranks, threshold
 from rmscope.evidence.twins import halves, matched_groups, prepare
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.plants import Plant

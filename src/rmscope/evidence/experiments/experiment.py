@@ -3,7 +3,7 @@
 Every prompt sees every condition. An effect is the reward under a condition minus the reward under the condition that
 it is held against, on the same prompt; with removal both arms lose the same features, exactly, from the response's first
 token on (METHOD, "Removal effect"). Features found by rule are chosen on every other prompt and measured on the rest,
-beside :data:`CONTROLS` sets of other features that are alike them. The verdict is :mod:`rmscope.evidence.verdict`'s.
+beside :data:`CONTROLS` sets of other features that are alike them. The verdict is `verdict.py`'s.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ import polars as pl
 
 from rmscope.effects.controls import alike
 from rmscope.effects.statistics import Array
-from rmscope.evidence.conditions import Base, Experiment
-from rmscope.evidence.texts import active_on, complete, removal_effects
-from rmscope.evidence.verdict import BOUND, Arms, claims_of, judged, taken_back, verdicts, with_interval
+from rmscope.evidence.experiments.conditions import Base, Experiment
+from rmscope.evidence.experiments.verdict import BOUND, Arms, claims_of, judged, taken_back, verdicts, with_interval
+from rmscope.evidence.texts import Completion, active_on, complete, removal_effects
 from rmscope.files import Progress, silent
 from rmscope.model.reward_model import RewardModel
 from rmscope.sae.base import Sae
 
 CONTROLS = 8
 """Sets of features alike the removed ones; what these take back stands beside."""
+LEAST = 0.01
+"""The share of the effect that a feature found by rule takes back alone, at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +56,16 @@ def run_experiment(
     """The experiment's figures and verdict, and a row a prompt and condition.
 
     Args:
-        bases: prompts with their base responses (:func:`~rmscope.evidence.conditions.bases_of`).
+        bases: prompts with their base responses (:func:`~rmscope.evidence.experiments.conditions.bases_of`).
         sd: SD(Δr) of the PM's data, the unit of what counts.
         saes: by site; without them nothing is removed, and what the experiment expects of removal is left out.
         reported: by site the reported features: feature, mean_removal.
     """
     numbers, removed = list(range(len(bases))), None
     if experiment.remove is not None and saes:
-        fitting = numbers[::2] if experiment.remove.most_on else numbers
+        fitting = numbers[::2] if experiment.remove.carrying else numbers
         removed = choose(rm, experiment, bases, fitting, saes, reported or {}, seed, progress)
-        numbers = numbers[1::2] if experiment.remove.most_on else numbers
+        numbers = numbers[1::2] if experiment.remove.carrying else numbers
     sae = saes[removed.site] if removed and saes else None
     arms = measure(rm, experiment, bases, numbers, removed, sae, progress)
     claims = judged(claims_of(experiment, arms, sd, removed is not None), len(numbers), seed)
@@ -96,14 +98,14 @@ def choose(
 ) -> Removed:
     """The features to remove and their controls.
 
-    By rule: at each site the reported features whose removal has the sign of the condition's effect and that fire more
-    there than on its baseline, by Σ_t f_tj |d_j|, the largest first; then the site where they take back most. All on the
-    fitting prompts.
+    By rule: at each site the reported features whose removal has the sign of the condition's effect, that fire more there
+    than on its baseline, and whose exact removal alone takes back a share of it, the largest first; then the site where
+    they take back most together. All on the fitting prompts.
     """
     rule = experiment.remove
     assert rule is not None
     sites = [rule.site] if rule.site else list(saes)
-    focus = rule.most_on or next(n for n in experiment.conditions if n in experiment.expects.names())
+    focus = rule.carrying or next(n for n in experiment.conditions if n in experiment.expects.names())
     pair = [experiment.conditions[name] for name in (focus, experiment.against(focus))]
     runs = []
     for done, i in enumerate(fitting):
@@ -115,20 +117,32 @@ def choose(
         sae = saes[site]
         fires, mass = _profile(sae, site, runs)
         features = rule.features
-        if rule.most_on:
-            able = [int(r["feature"]) for r in reported[site].iter_rows(named=True) if r["mean_removal"] * effect > 0]
+        if rule.carrying:
             more = mass[:, 0] - mass[:, 1]
-            features = sorted((j for j in able if more[j] > 0), key=lambda j: -more[j])[: rule.count]
+            named = [int(r["feature"]) for r in reported[site].iter_rows(named=True) if r["mean_removal"] * effect > 0]
+            able = [j for j in named if more[j] > 0]
+            alone = dict(zip(able, _shares(rm, sae, site, runs, [[j] for j in able], effect), strict=True))
+            features = sorted((j for j in able if alone[j] >= LEAST), key=lambda j: -alone[j])[: rule.count]
         traits = np.concatenate([fires + 1.0, mass.sum(1, keepdims=True) + 1e-9], 1)
         free = mass.sum(1) > 0
         controls = [alike(traits, free, features, features, seed + i).tolist() for i in range(CONTROLS if features else 0)]
-        taken = [removal_effects(rm, sae, site, text, [features]).item() for run in runs for text in run]
-        share = (sum(taken[::2]) - sum(taken[1::2])) / effect if effect else 0.0
+        (share,) = _shares(rm, sae, site, runs, [features], effect)
         found.append((share, Removed(site, features, controls)))
     return max(found, key=lambda item: item[0])[1]
 
 
-def _profile(sae: Sae, site: str, runs: Sequence[Sequence[Any]]) -> tuple[Array, Array]:
+def _shares(
+    rm: RewardModel, sae: Sae, site: str, runs: Sequence[Sequence[Completion]], groups: Sequence[list[int]], effect: float
+) -> list[float]:
+    """What each group's removal takes back of an effect, which is summed over runs of (condition, baseline)."""
+    taken = np.zeros(len(groups))
+    for condition, baseline in runs:
+        both = (removal_effects(rm, sae, site, text, groups).double().numpy() for text in (condition, baseline))
+        taken += next(both) - next(both)
+    return (taken / effect).tolist() if effect else [0.0] * len(groups)
+
+
+def _profile(sae: Sae, site: str, runs: Sequence[Sequence[Completion]]) -> tuple[Array, Array]:
     """In how many texts of either condition a feature fires [m, 2], and its mean Σ_t f_tj |d_j| there [m, 2]."""
     fires, mass = np.zeros((sae.m, 2)), np.zeros((sae.m, 2))
     norms = sae.W_dec.norm(dim=1)
@@ -192,8 +206,8 @@ def _removed_rows(experiment: Experiment, removed: Removed, reported: Mapping[st
     table = reported.get(removed.site)
     known = {int(r["feature"]): r for r in table.iter_rows(named=True)} if table is not None else {}
     features = [{"feature": j, "mean_removal": known.get(j, {}).get("mean_removal")} for j in removed.features]
-    rule = experiment.remove.most_on if experiment.remove else None
-    return {"site": removed.site, "most_on": rule, "features": features, "controls": len(removed.controls)}
+    rule = experiment.remove.carrying if experiment.remove else None
+    return {"site": removed.site, "carrying": rule, "features": features, "controls": len(removed.controls)}
 
 
 def as_table(experiment: Experiment, bases: Sequence[Base], arms: Arms) -> pl.DataFrame:

@@ -9,8 +9,8 @@ import numpy as np
 
 from rmscope.effects.controls import matched
 from rmscope.effects.selection import Responses, profile
-from rmscope.evidence.edit import EditPatch
-from rmscope.evidence.mending import (
+from rmscope.evidence.edits.edit import EditPatch
+from rmscope.evidence.edits.mending import (
     MATCHED,
     Variant,
     bias,

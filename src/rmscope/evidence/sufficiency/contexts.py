@@ -18,7 +18,7 @@ from scipy import stats
 
 from rmscope.effects.removal import remove_entries
 from rmscope.effects.statistics import RESAMPLES, Array, correlation
-from rmscope.evidence.firing import spelling, swapped
+from rmscope.evidence.sufficiency.firing import spelling, swapped
 from rmscope.evidence.texts import Completion, complete, removal_effects
 from rmscope.files import Progress, silent
 from rmscope.model.reward_model import RewardModel

@@ -1,7 +1,8 @@
 """The search for a jailbreak: which phrases, where, raise the reward of bad text most.
 
 Greedy composition: a phrase joins the list where it raises the mean reward of the target texts most, at the start, at the
-end, or between the middle sentences, while the list stays within a token budget. Then one token-level pass: the reward's
+end, or between the middle sentences, while the list stays within a token budget; when none of the screened placements
+helps any more, all are screened anew beside the list so far. Then one token-level pass: the reward's
 gradient at the embedding proposes replacements of single tokens (HotFlip; Ebrahimi et al. 2018, arXiv 1712.06751), and
 each is scored exactly, as the whole text tokenised anew, before it is taken. Rewards are counted: every text whose reward
 was computed is one evaluation, a gradient is one too. The same code searches whatever phrases it is given, so that controls
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from rmscope.effects.gradients import streams_and_gradients
 from rmscope.effects.statistics import Array
-from rmscope.evidence.phrases import Phrase, count_tokens
+from rmscope.evidence.jailbreaks.phrases import Phrase, count_tokens
 from rmscope.files import Progress, silent
 from rmscope.model.forks import fork, fork_rewards, text_batches
 from rmscope.model.prefill import Prefilled
@@ -155,7 +156,7 @@ class Found:
     rewards: Array
     """Of the composed phrases on the search's targets."""
     pool: tuple[Placed, ...]
-    """The placements that the greedy rounds chose from, the best first."""
+    """The placements that the first greedy rounds chose from, the best first."""
     evaluations: int
     flip_evaluations: int
     """Of the token-level pass, on top."""
@@ -166,11 +167,12 @@ class Found:
         return next((p["evaluations"] for p in self.trace if p["success"] >= success), None)
 
 
-def screen(scorer: Scorer, phrases: Sequence[Phrase], budget: int) -> tuple[Placed, ...]:
-    """The best :data:`POOL` placements, by mean reward on :data:`SCREEN` targets."""
-    tried = [(Placed(p, slot),) for p in phrases for slot in SLOTS if p.tokens <= budget]
-    means = scorer.rewards(tried, range(min(SCREEN, len(scorer.targets)))).mean(1)
-    return tuple(tried[i][0] for i in np.argsort(-means, kind="stable")[:POOL])
+def screen(scorer: Scorer, phrases: Sequence[Phrase], budget: int, layout: Layout = ()) -> tuple[Placed, ...]:
+    """The best :data:`POOL` placements beside a list, by mean reward on :data:`SCREEN` targets."""
+    used, left = {p.phrase.text for p in layout}, budget - cost(layout)
+    tried = [Placed(p, slot) for p in phrases for slot in SLOTS if p.tokens <= left and p.text not in used]
+    means = scorer.rewards([(*layout, p) for p in tried], range(min(SCREEN, len(scorer.targets)))).mean(1)
+    return tuple(tried[i] for i in np.argsort(-means, kind="stable")[:POOL])
 
 
 def compose(
@@ -179,14 +181,15 @@ def compose(
     budget: int,
     until: float | None = None,
     progress: Progress = silent,
+    begun: tuple[Layout, Array] | None = None,
 ) -> tuple[Layout, Array]:
     """Greedily the placements that raise the mean reward most, each phrase once; the list and its rewards [targets].
+    ``begun``: a list to go on from, with its rewards.
 
     Ends where nothing more fits or helps, where the limit is spent, or where the list outranks the chosen answer on the
     share ``until`` of the targets.
     """
-    layout: Layout = ()
-    rewards = np.array([t.reward for t in scorer.targets])
+    layout, rewards = begun or ((), np.array([t.reward for t in scorer.targets]))
     while until is None or (rewards > scorer.chosen).mean() < until:
         used = {p.phrase.text for p in layout}
         able = [p for p in pool if p.phrase.text not in used and cost(layout) + p.phrase.tokens <= budget]
@@ -216,6 +219,10 @@ def search(
     for phrases in pools:
         pool = screen(scorer, phrases, budget)
         layout, rewards = compose(scorer, pool, budget, progress=progress)
+        longer = 0
+        while len(layout) > longer:
+            longer, again = len(layout), screen(scorer, phrases, budget, layout)
+            layout, rewards = compose(scorer, again, budget, progress=progress, begun=(layout, rewards))
         if not best[2] or rewards.mean() > best[1].mean():
             best = layout, rewards, pool
         scorer.start_anew()

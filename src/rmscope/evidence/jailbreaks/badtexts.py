@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from rmscope.evidence.search import Target, place
+from rmscope.evidence.jailbreaks.search import Target, place
 from rmscope.files import Progress, silent
 from rmscope.model.forks import fork_rewards
 from rmscope.model.reward_model import RewardModel

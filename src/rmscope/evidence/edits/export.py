@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rmscope.errors import InputError
-from rmscope.evidence import modeling
-from rmscope.evidence.edit import EditPatch
+from rmscope.evidence.edits import modeling
+from rmscope.evidence.edits.edit import EditPatch
 from rmscope.files import atomic_folder, write_json, write_text
 from rmscope.model import edits
 from rmscope.model.rendering import SETTINGS_FILE

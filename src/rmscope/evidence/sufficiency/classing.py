@@ -1,7 +1,7 @@
 """Contributes, sufficient: what each reported feature of a site does when it is taken out, and when it is put in.
 
 *Contributes*: exact removal on fresh responses changes the reward in the feature's frozen sign. *Sufficient by steering*:
-:mod:`rmscope.evidence.steering`. *Sufficient by text*: a sentence in which it fires, taken from the fit split and put at the
+`steering.py`. *Sufficient by text*: a sentence in which it fires, taken from the fit split and put at the
 end of fresh responses, moves the reward in its sign against a neutral sentence of like length, and removing the feature
 from both takes back at least half. Sentences and doses are chosen on every other prompt, figures are those of the rest.
 
@@ -26,12 +26,12 @@ import torch
 from rmscope.activations.store import ActivationStore
 from rmscope.effects.selection import Responses
 from rmscope.effects.statistics import Array, bootstrap
-from rmscope.evidence.conditions import Base
-from rmscope.evidence.contexts import BLIND, agreement, in_context
-from rmscope.evidence.firing import filler_like, firing_sentences
-from rmscope.evidence.steering import DIRECTIONS, Doses, differences_of, grid, judge_steering, steer
+from rmscope.evidence.experiments.conditions import Base
+from rmscope.evidence.experiments.verdict import taken_back, with_interval
+from rmscope.evidence.sufficiency.contexts import BLIND, agreement, in_context
+from rmscope.evidence.sufficiency.firing import filler_like, firing_sentences
+from rmscope.evidence.sufficiency.steering import DIRECTIONS, Doses, differences_of, grid, judge_steering, steer
 from rmscope.evidence.texts import Completion, active_on, complete, removal_effects
-from rmscope.evidence.verdict import taken_back, with_interval
 from rmscope.files import Progress, silent
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel

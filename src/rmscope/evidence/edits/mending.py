@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmscope.effects.statistics import Array, bootstrap, correlation, ratio_interval
-from rmscope.evidence.edit import FeatureEdit, edit_at
+from rmscope.evidence.edits.edit import FeatureEdit, edit_at
 from rmscope.evidence.twins import Twin
 from rmscope.files import Progress, silent
 from rmscope.model.rendering import PairTokens

@@ -25,7 +25,7 @@ from rmscope.effects.census import DENSE
 from rmscope.effects.removal import Entries, remove_entries
 from rmscope.effects.statistics import Array
 from rmscope.errors import InputError
-from rmscope.evidence.edit import FeatureEdit
+from rmscope.evidence.edits.edit import FeatureEdit
 from rmscope.evidence.twins import Twin, prepare
 from rmscope.files import Progress, silent
 from rmscope.model.reward_model import RewardModel

@@ -16,8 +16,8 @@ import polars as pl
 
 from rmscope.effects.removal import Response, at_site, remove_groups
 from rmscope.effects.statistics import Array, mean_interval
-from rmscope.evidence.cues import mediated_share
-from rmscope.evidence.search import Layout, Target
+from rmscope.evidence.jailbreaks.search import Layout, Target
+from rmscope.evidence.matching import mediated_share
 from rmscope.evidence.twins import Twin, matched_groups, mediation
 from rmscope.model.forks import fork, response_start
 from rmscope.model.prefill import Prefilled

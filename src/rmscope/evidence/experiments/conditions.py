@@ -7,7 +7,7 @@
       filler: {insert: ["So it goes.", "That is all."], at: end}
     baseline: filler                    # what every condition is held against, unless it names another
     expects: {up: [thanks], taken_back: [thanks]}
-    remove: {most_on: thanks}           # the reported features that fire most there, chosen on other prompts
+    remove: {carrying: thanks}          # the reported features that carry most of its effect, chosen on other prompts
 
 A condition of several texts takes them in turn, prompt by prompt, so that two lists of one length pair their texts.
 """
@@ -116,20 +116,20 @@ class Expects(_Strict):
 
 
 class Remove(_Strict):
-    """The features that are removed: by number, or those that fire most on a condition."""
+    """The features that are removed: by number, or those that carry most of a condition's effect."""
 
     site: str | None = None
     """Left out, the site of the run at which the features that are found take back most on the fitting prompts."""
     features: list[int] = []
-    most_on: str | None = None
-    """The reported features that fire most on this condition beyond its baseline, on the fitting half of the prompts."""
+    carrying: str | None = None
+    """The reported features whose removal takes back most of this condition's effect, on the fitting half of the prompts."""
     count: int = Field(5, ge=1, le=50)
     """At most so many of them."""
 
     @model_validator(mode="after")
     def _either(self) -> Remove:
-        if bool(self.features) == (self.most_on is not None):
-            raise ValueError("give either features or most_on")
+        if bool(self.features) == (self.carrying is not None):
+            raise ValueError("give either features or carrying")
         if self.features and self.site is None:
             raise ValueError("features are numbered within a site; give site too")
         return self
@@ -163,7 +163,7 @@ class Experiment(_Strict):
     @model_validator(mode="after")
     def _known(self) -> Experiment:
         against = {c.against for c in self.conditions.values() if c.against is not None}
-        on = {self.remove.most_on} if self.remove and self.remove.most_on else set[str]()
+        on = {self.remove.carrying} if self.remove and self.remove.carrying else set[str]()
         if unknown := {self.baseline, *against, *on, *self.expects.names()} - self.conditions.keys():
             raise ValueError(f"{min(unknown)} is no condition; the conditions are {', '.join(self.conditions)}")
         if alone := [
@@ -227,7 +227,7 @@ def bases_of_pairs(pairs: Iterable[Pair]) -> list[Base]:
 
 def ready_made() -> dict[str, Path]:
     """The experiment files that come with rmscope, by name."""
-    folder = Path(str(files("rmscope.evidence").joinpath("experiments")))
+    folder = Path(str(files("rmscope.evidence.experiments").joinpath("ready")))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 

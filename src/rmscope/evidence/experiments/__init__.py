@@ -1,0 +1,1 @@
+"""Hypotheses about features as controlled experiments; ready-made ones in `ready`."""
