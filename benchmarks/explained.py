@@ -53,10 +53,11 @@ def site_figures(s: Setting, site: str) -> dict[str, Any]:
 def aware_figures(s: Setting, site: str) -> dict[str, Any]:
     """Splice and keep K of the fine-tuned SAE, with a list of its own."""
     prompts, tokens = [p.first_human_turn() for p in s.measured], s.rm.tokenize_all(s.measured)
-    lists = lists_of(s, site, s.aware[site], range(len(s.fit)), s.measured)
+    sae = s.aware(site)
+    lists = lists_of(s, site, sae, range(len(s.fit)), s.measured)
     kept = {"keep": (site, keep(lists.ground, lists.order, FULL))}
     found = replaced(s.rm, tokens, range(len(tokens)), kept, bar)["keep"]
-    (one,) = evaluate(s.rm, {site: s.aware[site]}, tokens, prompts, bar)
+    (one,) = evaluate(s.rm, {site: sae}, tokens, prompts, bar)
     return {
         "site": site,
         "evaluation": {n: f.as_dict() for n, f in one.figures.items()} | {"dead": one.dead},
@@ -94,16 +95,17 @@ def shift_figures(s: Setting) -> dict[str, Any]:
     measured = {place: short(s.rm, pairs, SHIFTED) for place, pairs in places.items()}
     everything = [p for pairs in measured.values() for p in pairs]
     fit = [i for i, p in enumerate(s.fit) if p.meta["source"] == SHIFT_SOURCE]
-    lists = lists_of(s, SHIFT_SITE, s.narrow, fit, everything)
+    narrow = s.narrow()
+    lists = lists_of(s, SHIFT_SITE, narrow, fit, everything)
     tokens, out, done = s.rm.tokenize_all(everything), {}, 0
     for place, pairs in measured.items():
         index = range(done, done + len(pairs))
         done += len(pairs)
         prompts = np.array([p.first_human_turn() for p in pairs])
-        kept = {"keep": (SHIFT_SITE, keep(lists.ground, lists.order, COARSE)), "splice": (SHIFT_SITE, splice(s.narrow))}
+        kept = {"keep": (SHIFT_SITE, keep(lists.ground, lists.order, COARSE)), "splice": (SHIFT_SITE, splice(narrow))}
         found = replaced(s.rm, tokens, index, kept, bar)
         delta, hat = found["splice"].delta, found["splice"].delta_hat[:, 0]
-        (one,) = evaluate(s.rm, {place: s.narrow}, [tokens[i] for i in index], prompts.tolist(), bar)
+        (one,) = evaluate(s.rm, {place: narrow}, [tokens[i] for i in index], prompts.tolist(), bar)
         out[place] = {
             "pairs": len(pairs), "prompts": len(np.unique(prompts)), "sd": float(delta.std()),
             "fvu": one.figures["fvu"].as_dict(), "splice": delta_r2(delta, hat, prompts).as_dict(),

@@ -37,17 +37,23 @@ TUNING = RewardAwareConfig(steps=200, pairs=8)
 
 @dataclass(frozen=True)
 class Setting:
-    """The PM, the pairs that SAEs and lists may see, the pairs that are measured, the SAEs."""
+    """The PM, the pairs that SAEs and lists may see, the pairs that are measured, the SAEs; all kept in ``folder``."""
 
+    folder: Path
     rm: RewardModel
     fit: list[Pair]
     measured: list[Pair]
     store: ActivationStore
     saes: dict[str, Sae]
-    aware: dict[str, Sae]
-    """The same after reward-aware fine-tuning."""
-    narrow: Sae
-    """Trained on helpful-base alone, for the shift."""
+
+    def aware(self, site: str) -> Sae:
+        """The site's SAE after reward-aware fine-tuning."""
+        return fine_tune(self.rm, self.saes[site], self.fit, TUNING, out=self.folder / "aware", progress=bar)
+
+    def narrow(self) -> Sae:
+        """Trained on helpful-base alone, for the shift."""
+        source = self.store.only([i for i, p in enumerate(self.fit) if p.meta["source"] == SHIFT_SOURCE])
+        return train_saes(source, SAE, self.folder / "narrow", [SHIFT_SITE], bar)[SHIFT_SITE]
 
 
 def bar(done: int, total: int, note: str = "") -> None:
@@ -75,7 +81,4 @@ def prepare(folder: Path) -> Setting:
     measured = short(rm, [p for p in held if split_of(p) == "measure"], MEASURED)
     store = harvest(rm, fit, SITES, folder / "activations", bar)
     saes = train_saes(store, SAE, folder / "saes", SITES, bar)
-    aware = {site: fine_tune(rm, saes[site], fit, TUNING, out=folder / "aware", progress=bar) for site in SITES}
-    source = store.only([i for i, p in enumerate(fit) if p.meta["source"] == SHIFT_SOURCE])
-    narrow = train_saes(source, SAE, folder / "narrow", [SHIFT_SITE], bar)[SHIFT_SITE]
-    return Setting(rm, fit, measured, store, saes, aware, narrow)
+    return Setting(folder, rm, fit, measured, store, saes)
