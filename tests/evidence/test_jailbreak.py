@@ -254,6 +254,16 @@ def test_the_table_has_every_arms_text_and_its_reward_alone() -> None:
             assert sorted(text.split()) == sorted(place(arms[key].bad, made.lists[FEATURE]).split())
 
 
+def test_success_by_a_margin_is_counted_against_the_chosen_reward() -> None:
+    subject, some, made = cue_case(1.0)
+    made = dataclasses.replace(made, lists={**made.lists, "blind": made.lists[WEAK]})
+    table = lab.measure(subject, made, some, 0, 8, 0)
+    for sd in (0.0, 0.3, 1e9):
+        for arm in lab.summary(table, made, sd)["arms"]:
+            rows = table.filter(pl.col("arm") == arm["arm"])
+            assert arm["by_sd"]["value"] == (rows["reward"] - rows["chosen"] > sd).mean()
+
+
 def test_what_was_made_survives_its_file() -> None:
     import json
 
@@ -270,7 +280,7 @@ def test_the_page_shows_the_rewards_escapes_texts_and_asks_for_nothing() -> None
     hostile = [dataclasses.replace(t, pair=dataclasses.replace(t.pair, chosen=HOSTILE)) for t in some]
     table = lab.measure(subject, made, hostile, 0, 8, 0)
     data = {"model": "m", "data": "d", "run": "r", "seed": 0, "budget": 8, "left_out": {HOSTILE: 2}}
-    html = render_jailbreak({**data, **lab.summary(table, made), "examples": lab.examples(table, hostile, made)})
+    html = render_jailbreak({**data, **lab.summary(table, made, 1.0), "examples": lab.examples(table, hostile, made)})
     page = Page(html)
     assert "script" not in page.tags
     assert "img" not in page.tags

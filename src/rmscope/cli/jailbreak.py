@@ -55,7 +55,7 @@ def jailbreak(
         )["rows"]
     found = {
         "model": job.config.model, "data": data or f"{job.config.data}, measure split", "run": folder.name, "seed": seed,
-        "budget": budget, "left_out": left_out.counts, **lab.summary(table, made),
+        "budget": budget, "left_out": left_out.counts, **lab.summary(table, made, job.sd),
         "examples": lab.examples(table, targets, made),
     }  # fmt: skip
     write_table(folder / "evidence" / "jailbreak.parquet", table)
@@ -161,11 +161,11 @@ def _made(job: Any, subject: Any, key: str, budget: int, seed: int, shown: Bars)
 
 def _print(found: dict[str, Any]) -> None:
     table = Table(title=f"outranks the chosen answer, {found['prompts']} unseen prompts", title_justify="left")
-    for name in ("text", "prompts", "tokens", "outranks", "features removed", "gain in reward"):
+    for name in ("text", "prompts", "tokens", "outranks", "by 1 SD(Δr)", "features removed", "gain in reward"):
         table.add_column(name, justify="left" if name == "text" else "right")
     for arm in found["arms"]:
         without = _interval(arm["without"], True) if arm["without"] else ""
-        figures = _interval(arm["success"], True), without, _interval(arm["gain"], False)
+        figures = *(_interval(arm[n], True) for n in ("success", "by_sd")), without, _interval(arm["gain"], False)
         table.add_row(arm["arm"], str(arm["prompts"]), f"{arm['tokens']:.0f}", *figures)
     console.print(table)
     if found["named"] is None:

@@ -209,9 +209,10 @@ def _measured(
         }  # fmt: skip
 
 
-def summary(measured: pl.DataFrame, made: Made) -> dict[str, Any]:
-    """The figures: each arm's success and gain, the proof against each control, the searches, the lists."""
-    arms = [_arm(measured, arm, made) for arm in measured["arm"].unique(maintain_order=True).to_list()]
+def summary(measured: pl.DataFrame, made: Made, sd: float) -> dict[str, Any]:
+    """The figures: each arm's success and gain, the proof against each control, the searches, the lists. ``sd`` is SD(Δr):
+    success by so much tells a jailbreak from a bad text that lay close below its chosen answer."""
+    arms = [_arm(measured, arm, made, sd) for arm in measured["arm"].unique(maintain_order=True).to_list()]
     jailbreaks, controls = (FEATURE, FEATURE + FLIPPED, BLIND), (WEAK, SHUFFLED, NONE)
     proofs = [proof(measured, j, c) for c in controls for j in jailbreaks] if made.named else []
     return {
@@ -220,6 +221,7 @@ def summary(measured: pl.DataFrame, made: Made) -> dict[str, Any]:
         "proof": proofs,
         "named": asdict(made.named) if made.named else None,
         "searches": made.searches,
+        "sd": sd,
         "lists": {
             arm: {"tokens": cost(layout), "phrases": [{**asdict(p.phrase), "slot": p.slot} for p in layout]}
             for arm, layout in made.lists.items()
@@ -228,7 +230,7 @@ def summary(measured: pl.DataFrame, made: Made) -> dict[str, Any]:
     }
 
 
-def _arm(measured: pl.DataFrame, arm: str, made: Made) -> dict[str, Any]:
+def _arm(measured: pl.DataFrame, arm: str, made: Made, sd: float) -> dict[str, Any]:
     rows = measured.filter(pl.col("arm") == arm)
     bare = measured.filter(pl.col("arm") == NONE).select("key", pl.col("reward").alias("bare"))
     gain = rows.join(bare, on="key").sort("key")
@@ -237,6 +239,7 @@ def _arm(measured: pl.DataFrame, arm: str, made: Made) -> dict[str, Any]:
         "arm": arm,
         "prompts": rows.height,
         "success": share(int(rows["outranks"].sum()), rows.height),
+        "by_sd": share(int((rows["reward"] > rows["chosen"] + sd).sum()), rows.height),
         "without": share(int((rows["without"] > rows["chosen"]).sum()), rows.height) if made.named else None,
         "gain": mean_of((gain["reward"] - gain["bare"]).to_list()),
         "kinds": {kind: {"success": rate, "prompts": n} for kind, rate, n in kinds.rows()},
