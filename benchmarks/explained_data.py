@@ -9,10 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rmscope.activations.harvest import harvest
 from rmscope.activations.store import ActivationStore
@@ -48,7 +50,16 @@ class Setting:
 
     def aware(self, site: str) -> Sae:
         """The site's SAE after reward-aware fine-tuning."""
-        return fine_tune(self.rm, self.saes[site], self.fit, TUNING, out=self.folder / "aware", progress=bar)
+        out = self.folder / "aware"
+        return fine_tune(self.rm, self.saes[site], self.fit, TUNING, out=out, progress=bar, delta=self.delta)
+
+    @cached_property
+    def delta(self) -> Tensor:
+        """Δr of the fit pairs, scored once."""
+        path = self.folder / "delta.pt"
+        if not path.is_file():
+            torch.save(self.rm.score_tokens(self.rm.tokenize_all(self.fit), bar).delta, path)
+        return torch.load(path)
 
     def narrow(self) -> Sae:
         """Trained on helpful-base alone, for the shift."""

@@ -158,8 +158,8 @@ def test_a_killed_fine_tuning_ends_with_the_same_bytes(tmp_path: Path) -> None:
     rm, sae, own = shared_pm("llama"), sae_of("topk"), SaeConfig(**OWN)
     config = RewardAwareConfig(steps=9, pairs=2, checkpoint_steps=4)
 
-    def kill(done: int, _total: int, _note: str) -> None:
-        if done == 6:
+    def kill(done: int, _total: int, note: str) -> None:
+        if done == 6 and "loss" in note:
             raise KilledError
 
     whole = fine_tune(rm, sae, PAIRS, config, own, tmp_path / "whole")

@@ -70,6 +70,7 @@ def fine_tune(
     own: SaeConfig | None = None,
     out: Path | str | None = None,
     progress: Progress = silent,
+    delta: Float[Tensor, " pairs"] | None = None,
 ) -> Sae:
     """A fine-tuned copy of ``sae``: the same family, size, k and site, decoder rows of unit norm.
 
@@ -82,6 +83,7 @@ def fine_tune(
         out: where ``<site>/cfg.json``, ``sae_weights.safetensors`` and ``training.parquet`` go, and checkpoints until then;
             a fine-tuning that is finished there is loaded, a checkpoint is gone on from.
         progress: called as (step, steps, figures in words).
+        delta: the PM's Δr of each pair where it is known (several SAEs of one PM, say); else the pairs are scored.
 
     Raises:
         InputError: no site, another width than the PM's, pairs that are too long or whose rewards do not differ, a
@@ -96,7 +98,7 @@ def fine_tune(
     if done := finished(folder, key):
         return done
 
-    delta = rm.score_tokens(tokens).delta
+    delta = rm.score_tokens(tokens, progress).delta if delta is None else delta
     spread = float(delta.std())
     if not spread > 0:
         raise InputError("The rewards of these pairs do not differ, so there is no damage to mind; give other pairs.")
