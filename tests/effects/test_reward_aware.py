@@ -159,7 +159,7 @@ def test_a_killed_fine_tuning_ends_with_the_same_bytes(tmp_path: Path) -> None:
     config = RewardAwareConfig(steps=9, pairs=2, checkpoint_steps=4)
 
     def kill(done: int, _total: int, note: str) -> None:
-        if done == 6 and "loss" in note:
+        if done == 6 and "scored" not in note:
             raise KilledError
 
     whole = fine_tune(rm, sae, PAIRS, config, own, tmp_path / "whole")
