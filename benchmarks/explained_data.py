@@ -34,7 +34,8 @@ HELD, FIT, MEASURED = 1000, 2400, 64
 D_SAE = 4608
 FULL = (*GRID, D_SAE)
 SAE = SaeConfig(k=32, d_sae=D_SAE, tokens=2_500_000)
-TUNING = RewardAwareConfig(steps=200, pairs=8)
+TUNED, TUNING = 800, RewardAwareConfig(steps=100, pairs=8)
+"""The first of the fit pairs, each of which the fine-tuning sees once."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,14 @@ class Setting:
     def aware(self, site: str) -> Sae:
         """The site's SAE after reward-aware fine-tuning."""
         out = self.folder / "aware"
-        return fine_tune(self.rm, self.saes[site], self.fit, TUNING, out=out, progress=bar, delta=self.delta)
+        return fine_tune(self.rm, self.saes[site], self.fit[:TUNED], TUNING, out=out, progress=bar, delta=self.delta)
 
     @cached_property
     def delta(self) -> Tensor:
-        """Δr of the fit pairs, scored once."""
+        """Δr of the pairs of the fine-tuning, scored once."""
         path = self.folder / "delta.pt"
         if not path.is_file():
-            torch.save(self.rm.score_tokens(self.rm.tokenize_all(self.fit), bar).delta, path)
+            torch.save(self.rm.score_tokens(self.rm.tokenize_all(self.fit[:TUNED]), bar).delta, path)
         return torch.load(path)
 
     def narrow(self) -> Sae:
