@@ -37,8 +37,8 @@ SAE = SaeConfig(k=32, d_sae=D_SAE, tokens=2_500_000)
 TUNED = 1600
 """The first of the fit pairs, each of which the fine-tuning sees once."""
 TUNING = RewardAwareConfig(steps=200, pairs=8, lr=SAE.rate(D_SAE) / 2)
-"""On the confirm split, after 100 steps: at a quarter of the rate delta_r2 .855 at resid_post.11 and .898 at .8, at the whole
-rate .912 and .891, with twice the FVU at .8."""
+"""On the confirm split, after 100 steps: at a quarter of the rate delta_r2 was .855 at resid_post.11 and .898 at .8, at the
+whole rate .912 and .891, with twice the FVU at .8."""
 
 
 @dataclass(frozen=True)
