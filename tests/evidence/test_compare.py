@@ -31,6 +31,7 @@ from rmscope.sae.base import Sae
 from rmscope.sae.metrics import measure
 from rmscope.sae.topk import TopKSae
 from tests.model.small import ENCODER, SENTENCES, D, small_pm, small_sae, user
+from tests.report.test_page import Page
 
 LAST, SITE = "resid_post.3", "resid_post.1"
 PARTS = [part for sentence in SENTENCES for part in sentence.split(", ")]
@@ -119,6 +120,9 @@ def test_a_suppressed_feature_vanishes_and_those_that_do_not_meet_it_stay(tmp_pa
     assert weak["class"] == "kept"
     (named,) = [c for c in found["concepts"] if c["class"] == "vanished"]
     assert named["feature"] == gone
+    page = Page(render_comparison(found | {"data": ["pairs.jsonl"], "a": "<b>A"}))
+    assert "1 rewarded concept differs between A and B (1 vanished)" in page.text
+    assert "<b>A and llama, edited" in page.text
     turned, _ = compared(version(edited, {LAST: sae}, {LAST: [gone]}), version(linear_pm()), tmp_path / "turned")
     assert turned["features"][0]["class"] == "appeared"
 
