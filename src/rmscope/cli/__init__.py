@@ -9,6 +9,7 @@ import warnings
 from rmscope.cli import (  # noqa: F401  (each registers its commands)
     accounts,
     audit,
+    compare,
     edit,
     effects,
     evaluate,

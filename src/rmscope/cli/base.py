@@ -55,6 +55,16 @@ def open_job(folder: Path) -> Any:
     return Run(read_config(None, {**stored["config"], "out": folder}), Bars())
 
 
+def reported_features(job: Any) -> dict[str, Any]:
+    """The reported features of each site of a run. InputError where the run is not finished."""
+    import polars as pl
+
+    paths = {site: job.folder / "features" / f"{site}.parquet" for site in job.sites}
+    if missing := [site for site, path in paths.items() if not path.is_file()]:
+        raise InputError(f"The run in {job.folder} has no ranking at {missing[0]}; rmscope report {job.folder} makes it.")
+    return {site: pl.read_parquet(path).filter("reported") for site, path in paths.items()}
+
+
 def print_rows(title: str, rows: dict[str, Any]) -> None:
     table = Table(title=title, title_justify="left", show_header=False)
     for key, value in rows.items():

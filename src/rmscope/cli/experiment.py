@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from rmscope.cli.base import Debug, Device, Dtype, Json, app, emit, open_job, print_rows
+from rmscope.cli.base import Debug, Device, Dtype, Json, app, emit, open_job, print_rows, reported_features
 from rmscope.errors import InputError
 from rmscope.terminal import Bars, console
 
@@ -39,7 +39,7 @@ def experiment(
 
     asked, started = read_experiment(file), time.time()
     study = _study(run, model, data, device, dtype)
-    saes, reported = (study.saes, _reported(study)) if run is not None and asked.remove else ({}, {})
+    saes, reported = (study.saes, reported_features(study)) if run is not None and asked.remove else ({}, {})
     _check_sites(asked, run, saes)
     bases = bases_of(asked, [study.pairs[i] for i in study.of_split("measure")])
     sd = study.sd if run is not None else _sd(study)
@@ -73,16 +73,6 @@ def _study(run: Path | None, model: str | None, data: str, device: str, dtype: s
 def _sd(study: Any) -> float:
     with Bars().stage("score") as progress:
         return float(study.rm.score_tokens(study.tokens[:SD_PAIRS], progress).delta.std())
-
-
-def _reported(job: Any) -> dict[str, Any]:
-    """The reported features of each site of a run."""
-    import polars as pl
-
-    paths = {site: job.folder / "features" / f"{site}.parquet" for site in job.sites}
-    if missing := [site for site, path in paths.items() if not path.is_file()]:
-        raise InputError(f"The run in {job.folder} has no ranking at {missing[0]}; rmscope report {job.folder} makes it.")
-    return {site: pl.read_parquet(path).filter("reported") for site, path in paths.items()}
 
 
 def _check_sites(asked: Any, run: Path | None, saes: dict[str, Any]) -> None:
@@ -129,7 +119,7 @@ def sufficiency(
     job = open_job(folder)
     if site is not None and site not in job.sites:
         raise InputError(f"The run in {folder} has no SAE at {site}; it has {', '.join(job.sites)}.")
-    reported = {at: table for at, table in _reported(job).items() if table.height and site in (None, at)}
+    reported = {at: table for at, table in reported_features(job).items() if table.height and site in (None, at)}
     if not reported:
         raise InputError(f"The run in {folder} reports no feature at {site or 'any site'}; rank more, or take another run.")
     if not job.rm.splits:

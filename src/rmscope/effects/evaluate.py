@@ -106,13 +106,13 @@ def evaluate(
     return [_evaluation(name, sae, sums[name], fires[name], clean, rewards[name], groups) for name, sae in saes.items()]
 
 
-def _first(rm: RewardModel, t: PairTokens, side: str) -> int:
+def first_counted(rm: RewardModel, t: PairTokens, side: str) -> int:
     """The first token that counts: what the sides share counts once where it is the same stream in both."""
     return max(1, t.shared) if side == "rejected" and rm.causal else 1
 
 
 def _every_token(rm: RewardModel, texts: Mapping[str, Prefilled], t: PairTokens, site: str) -> Float[Tensor, "tokens d"]:
-    return torch.cat([texts[side].streams[site][_first(rm, t, side) :] for side in SIDES]).float().cpu()
+    return torch.cat([texts[side].streams[site][first_counted(rm, t, side) :] for side in SIDES]).float().cpu()
 
 
 def _means(
@@ -124,7 +124,7 @@ def _means(
     for batch in rm.batches(tokens):
         streams = rm.streams(batch, sites)
         for text in batch.texts:
-            columns = text.columns[_first(rm, tokens[text.pair], text.side) : text.read + 1]
+            columns = text.columns[first_counted(rm, tokens[text.pair], text.side) : text.read + 1]
             n_every, n_spans = n_every + columns.numel(), n_spans + text.span.numel()
             for site, x in streams.items():
                 every[site] += x[text.row, columns.to(x.device)].double().sum(0).cpu()

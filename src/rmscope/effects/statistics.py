@@ -87,6 +87,14 @@ def sign_flip_p(values: Array, signs: Array) -> float:
     return float((1 + (flipped >= values.sum() - 1e-12).sum()) / (1 + len(flipped)))
 
 
+def beyond_p(values: Array, bound: float, signs: Array) -> float:
+    """p of |mean(values)| > bound by sign flips, tested in the direction in which the mean lies, one value a prompt.
+
+    Two directions could have been tried, so p counts twice.
+    """
+    return min(1.0, 2 * sign_flip_p(np.sign(values.mean()) * values - bound, signs))
+
+
 def benjamini_hochberg(p: Array) -> Array:
     """q-values of a list of p-values."""
     return np.asarray(stats.false_discovery_control(p)) if p.size else p

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from rmscope.effects.statistics import mean_interval, share_interval
 from rmscope.pairs.plants import LEXICAL
@@ -74,13 +76,19 @@ def _mean(values: Sequence[float]) -> dict[str, Any]:
     return {"value": float(np.mean(values)), "low": low, "high": high, "n": len(values)}
 
 
+def cosines(sae: Sae, other: Sae, features: Sequence[int]) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"]]:
+    """Cosines of each of ``features`` with every feature of ``other``, of the decoders and of the encoders."""
+
+    def between(mine: Tensor, theirs: Tensor) -> Tensor:
+        rows, columns = (torch.nn.functional.normalize(w, dim=1) for w in (mine[list(features)], theirs))
+        return rows @ columns.t()
+
+    return between(sae.W_dec, other.W_dec), between(sae.W_enc.t(), other.W_enc.t())
+
+
 def found_again(sae: Sae, other: Sae, features: Sequence[int]) -> list[bool]:
     """Whether some feature of ``other`` is like each of ``features``, in decoder and in encoder."""
-    alike = torch.ones(len(features), other.m, dtype=torch.bool)
-    for mine, theirs in ((sae.W_dec, other.W_dec), (sae.W_enc.t(), other.W_enc.t())):
-        rows, columns = (torch.nn.functional.normalize(w, dim=1) for w in (mine[list(features)], theirs))
-        alike &= rows @ columns.t() >= COSINE
-    return alike.any(1).tolist()
+    return (torch.minimum(*cosines(sae, other, features)) >= COSINE).any(1).tolist()
 
 
 def lowest_dose(rows: Sequence[Mapping[str, Any]]) -> float | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from rmscope.errors import InputError
 from rmscope.files import content_hash
 from rmscope.model.rendering import Rendering, stored_settings
-from rmscope.model.zoo import load_adapted, load_zoo
+from rmscope.model.zoo import BASE, load_adapted, load_zoo
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -25,7 +25,7 @@ def load(
     """The model, its tokenizer, and its folder where it has one on disk."""
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"--dtype {dtype} is not known; use float32, bfloat16 or float16.")
-    if source == "zoo:smollm2":
+    if source == BASE:
         raise InputError("zoo:smollm2 is a base without a scalar head; use zoo:hh or zoo:planted, or train a PM on it.")
     path = Path(source).expanduser()
     ours = source.startswith("zoo:") or _is_ours(path)
@@ -36,6 +36,17 @@ def load(
         return model.to(getattr(torch, dtype)), tokenizer, folder
     model, tokenizer = _from_transformers(source, dtype, adapter, revision, trust_remote_code)
     return model, tokenizer, path if path.is_dir() else None
+
+
+def is_base(source: str) -> bool:
+    """Whether a source is a base: the zoo's, or a model folder that holds no scalar head."""
+    from transformers import AutoConfig
+
+    path = Path(source).expanduser()
+    if source == BASE or not (path / "config.json").is_file() or _is_ours(path):
+        return source == BASE
+    with _readable(f"The model {source}"):
+        return not _has_head(AutoConfig.from_pretrained(path))
 
 
 def _is_ours(path: Path) -> bool:

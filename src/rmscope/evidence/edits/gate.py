@@ -18,7 +18,7 @@ import yaml
 from jaxtyping import Float
 from pydantic import ValidationError
 
-from rmscope.effects.statistics import Array, flip_matrix, holm, mean_interval, sign_flip_p
+from rmscope.effects.statistics import Array, beyond_p, flip_matrix, holm, mean_interval
 from rmscope.errors import InputError
 from rmscope.files import Progress, silent
 from rmscope.model.reward_model import RewardModel
@@ -116,11 +116,10 @@ def verdicts(
         if move.size < FEWEST:
             raise InputError(f"The concept {name} has twins on {move.size} prompts; give pairs with {FEWEST} or more.")
         low, high = mean_interval(move)
-        excess = np.sign(move.mean()) * move - bound
         rows.append({
             "concept": name, "prompts": int(move.size), "base": float(old.mean()), "new": float(now.mean()),
             "move": {"value": float(move.mean()), "low": low, "high": high},
-            "p": min(1.0, 2 * sign_flip_p(excess, flip_matrix(move.size, seed))),
+            "p": beyond_p(move, bound, flip_matrix(move.size, seed)),
         })  # fmt: skip
     for row, q in zip(rows, holm(np.array([row["p"] for row in rows])), strict=True):
         row |= {"holm": float(q), "moved": bool(q < LEVEL)}

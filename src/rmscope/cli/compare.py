@@ -1,0 +1,117 @@
+"""compare: two PMs, or a PM and its base, on the same fresh prompts."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from rmscope.cli.base import Debug, Json, app, emit, open_job, reported_features
+from rmscope.terminal import console
+
+if TYPE_CHECKING:
+    from rmscope.evidence.comparison.versions import Version
+
+
+@app.command()
+def compare(
+    folder: Annotated[Path, typer.Argument(help="A finished run folder: PM A, its SAEs and its reported features.")],
+    other: Annotated[
+        str, typer.Argument(help="B: another run folder, a PM, a patch of A's PM, or a base (zoo:smollm2, a folder).")
+    ],
+    prompts: Annotated[int, typer.Option(min=2, help="Fresh prompts on which a feature is removed, at most.")] = 48,
+    pairs: Annotated[int, typer.Option(min=2, help="Fresh pairs of a run that are read, at most.")] = 512,
+    out: Annotated[Path | None, typer.Option(help="Folder of the result; left out, the run's evidence.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Two PMs side by side: which features are there in both, and which rewarded concepts came, went or changed."""
+    from rmscope.evidence.comparison.compare import compare as measure
+    from rmscope.evidence.comparison.versions import fresh_pairs, meet
+    from rmscope.files import write_json, write_table, write_text
+    from rmscope.report.compare import render_comparison
+
+    started, job = time.time(), open_job(folder)
+    a = _of_run(job)
+    b, others = _other(job, other)
+    fresh = meet(a, b, fresh_pairs([job, *others], pairs))
+    found, table = measure(a, b, fresh, job.on_disk, prompts, job.config.seed)
+    found |= {"data": [j.config.data for j in (job, *others)], "seconds": round(time.time() - started, 1)}
+    name = "compare-" + re.sub(r"[^A-Za-z0-9._-]+", "-", Path(other).name or other)
+    target = out or folder / "evidence"
+    write_table(target / f"{name}.parquet", table)
+    write_json(target / f"{name}.json", found)
+    write_text(target / f"{name}.html", render_comparison(found))
+    _print(found, target / f"{name}.html")
+    emit(found, as_json)
+
+
+def _of_run(job: Any) -> Version:
+    from rmscope.evidence.comparison.versions import Version
+
+    def top_tokens(site: str, feature: int) -> list[tuple[str, float]]:
+        return list(job.census[site].top_tokens(feature, lambda t: job.rm.tokenizer.decode([t])))
+
+    reported = {site: table.sort("rank")["feature"].to_list() for site, table in reported_features(job).items()}
+    return Version(
+        job.rm,
+        f"{job.config.model} (run {job.folder.name})",
+        job.rm.identity,
+        saes=job.saes,
+        reported=reported,
+        tokens=top_tokens,
+    )
+
+
+def _other(job: Any, other: str) -> tuple[Version, list[Any]]:
+    """B, and its run where it has one."""
+    from rmscope.evidence.comparison.versions import Version, open_base
+    from rmscope.evidence.edits.edit import is_patch, load_edited
+    from rmscope.model.loading import is_base
+    from rmscope.model.reward_model import RewardModel
+
+    c = job.config
+    if (Path(other) / "run.yaml").is_file():
+        second = open_job(Path(other))
+        return _of_run(second), [second]
+    if is_base(other):
+        return open_base(other, job.rm), []
+    if is_patch(other):
+        rm = load_edited(RewardModel.load(c.model, c.dtype, c.device, adapter=c.adapter), other)
+    else:
+        rm = RewardModel.load(other, c.dtype, c.device)
+    return Version(rm, rm.name, rm.identity), []
+
+
+def _print(found: dict[str, Any], page: Path) -> None:
+    from rmscope.report.formatting import effect, estimate, number, q_value, share
+
+    table = Table(title=f"the same SAEs in A and in B, {found['prompts']} fresh prompts", title_justify="left")
+    for column in ("SAE", "L0 A", "L0 B", "FVU A", "FVU B", "dead A", "dead B", "rates", "reported", "there in both"):
+        table.add_column(column, justify="left" if column == "SAE" else "right")
+    for row in found["sites"]:
+        l0, fvu = ([estimate(*row[v][name].values())[0] for v in "ab"] for name in ("l0", "fvu"))
+        there = " ".join(share(*list(row["there"].values())[:3])) if row["reported"] else ""
+        dead = [share(row[v]["dead"])[0] for v in "ab"]
+        table.add_row(
+            f"{row['of'].upper()} {row['site']}", *l0, *fvu, *dead, number(row["rates"]), str(row["reported"]), there
+        )
+    console.print(table)
+    if found["base"]:
+        console.print("B is a base without a head: what features do to the reward is not compared.")
+    else:
+        counts = ", ".join(f"{row['features']} {row['class']}" for row in found["classes"])
+        table = Table(title=f"removal effects in SD(Δr), {counts}", title_justify="left")
+        for column in ("concept", "site", "A", "B", "B - A", "q", "class"):
+            table.add_column(column, justify="right" if column in ("A", "B", "B - A", "q") else "left")
+        for row in [row for row in found["concepts"] if row["changed"]][:20]:
+            means = (effect(row[m], row[f"{m}_low"], row[f"{m}_high"]) for m in ("a", "b", "difference"))
+            cells = (f"{value} {between}" for value, between in means)
+            name = f"{row['of'].upper()} {row['feature']} {' '.join(map(repr, row['tokens'][:3]))}"
+            table.add_row(name, row["site"], *cells, q_value(row["difference_q"]), row["class"])
+        console.print(table)
+    console.print(f"{found['seconds']} s: {page}", soft_wrap=True)

@@ -1,0 +1,131 @@
+"""Two PMs on the same fresh texts, in three parts: reading (``reading.py``: are A's features there in B?), removal
+(``effects.py``, ``classing.py``: what became of what A and B reward?) and concepts (``concepts.py``).
+
+Long work goes in units that outlive a kill. Of a base without a head only the first part is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from rmscope.effects.statistics import correlation
+from rmscope.evidence.comparison.classing import CHANGED, class_counts, judge
+from rmscope.evidence.comparison.concepts import concept_class, concepts
+from rmscope.evidence.comparison.effects import paired, removal_unit, requested
+from rmscope.evidence.comparison.reading import KEY, MATCHES, count_features, matches, read_unit, site_row
+from rmscope.evidence.comparison.versions import Dictionary, Fresh, Version, dictionaries
+from rmscope.evidence.recall import share
+from rmscope.files import content_hash
+from rmscope.folder import RunFolder
+
+LISTED: dict[str, Any] = {**KEY, "feature": pl.Int32, "tokens": pl.List(pl.String)}
+VERSION = 1
+"""Bumped when the units' tables hold something else."""
+
+
+def compare(
+    a: Version, b: Version, fresh: Fresh, on_disk: RunFolder, prompts: int, seed: int
+) -> tuple[dict[str, Any], pl.DataFrame]:
+    """The figures of a comparison (JSON-able), and a row a reported feature of A and of B.
+
+    ``prompts`` is the most fresh prompts that a feature is removed on. With a base there are no effects, classes and
+    concepts, and ``delta`` is None.
+    """
+    read = dictionaries(a, b)
+    key = content_hash(VERSION, a.identity, b.identity, [(d.key, d.sae.identity(), d.reported) for d in read], _texts(fresh))
+    with on_disk.shown.stage("read") as progress:
+        seen = on_disk.in_units(
+            "compare-read", key, range(len(fresh.ids)), progress, lambda unit, within: read_unit(a, b, fresh, unit, within)
+        )
+    counts = count_features(seen["counts"])
+    table = _listed(a, b, read, counts)
+    found: dict[str, Any] = {
+        "a": a.name, "b": b.name, "base": b.base, "b_has_run": bool(b.saes), "pairs": len(fresh.ids),
+        "prompts": len(set(fresh.prompts)), "sites": _sites(table, read, seen["sums"], counts, fresh), "delta": None,
+        "classes": [], "concepts": [],
+    }  # fmt: skip
+    if not b.base:
+        delta = {v: (seen["rewards"][f"chosen_{v}"] - seen["rewards"][f"rejected_{v}"]).to_numpy() for v in "ab"}
+        sd = {v: float(values.std(ddof=1)) for v, values in delta.items()}
+        removal_key = content_hash(key, prompts, seed)
+        asked = requested(seen["firing"], read, fresh, prompts, seed)
+        removals = _removed(a, b, read, fresh, asked, on_disk, removal_key)
+        table = _with_effects(table, judge(paired(asked, removals, sd), seed))
+        found |= {
+            "delta": {"sd_a": sd["a"], "sd_b": sd["b"], "correlation": correlation(delta["a"], delta["b"]),
+                      "agreement": float((np.sign(delta["a"]) == np.sign(delta["b"])).mean())},
+            "classes": class_counts(table["class"].to_list()),
+        }  # fmt: skip
+        table, found["concepts"] = _concepts(table, read)
+        on_disk.drop_parts("compare-removals", removal_key)
+    on_disk.drop_parts("compare-read", key)
+    return found | {"features": table.to_dicts()}, table
+
+
+def _texts(fresh: Fresh) -> str:
+    return content_hash(*((i, t.chosen.tolist(), t.rejected.tolist()) for i, t in zip(fresh.ids, fresh.tokens, strict=True)))
+
+
+def _listed(a: Version, b: Version, read: Sequence[Dictionary], counts: pl.DataFrame) -> pl.DataFrame:
+    """A row a reported feature, by site: tokens that it fires on, its firings in both PMs, its like in the other's SAE."""
+    own, other = {"a": a, "b": b}, {"a": b, "b": a}
+    rows = [
+        {"of": d.of, "site": d.site, "feature": j, "tokens": [text for text, _ in own[d.of].tokens(d.site, j)]}
+        for d in read
+        for j in d.reported
+    ]
+    table = pl.DataFrame(rows, schema=LISTED).join(counts, on=["of", "site", "feature"], how="left", maintain_order="left")
+    like = [matches(d, other[d.of].saes[d.site]) for d in read if d.site in other[d.of].saes and d.reported]
+    return table.join(pl.concat([pl.DataFrame(schema=MATCHES), *like]), on=["of", "site", "feature"], how="left",
+                      maintain_order="left")  # fmt: skip
+
+
+def _sites(
+    table: pl.DataFrame, read: Sequence[Dictionary], sums: pl.DataFrame, counts: pl.DataFrame, fresh: Fresh
+) -> list[dict[str, Any]]:
+    """A row an SAE; ``found_again``: the share of its reported features that the other PM's own SAE holds, if it has one."""
+    rows = []
+    for d in read:
+        again = table.filter((pl.col("of") == d.of) & (pl.col("site") == d.site))["found_again"].drop_nulls()
+        found = share(int(again.sum()), len(again)) if len(again) else None
+        rows.append(site_row(d, sums, counts, fresh.prompt_of) | {"found_again": found})
+    return rows
+
+
+def _removed(
+    a: Version, b: Version, read: Sequence[Dictionary], fresh: Fresh, asked: pl.DataFrame, on_disk: RunFolder, key: str
+) -> pl.DataFrame:
+    wanted = sorted({fresh.index[pair] for pair in asked["pair"].unique()})
+    versions = {"a": a, "b": b}
+    with on_disk.shown.stage("remove") as progress:
+        made = on_disk.in_units(
+            "compare-removals", key, wanted, progress,
+            lambda unit, within: removal_unit(versions, read, fresh, asked, unit, within),
+        )  # fmt: skip
+    return (made or removal_unit(versions, read, fresh, asked, []))["removals"]
+
+
+def _with_effects(table: pl.DataFrame, judged: pl.DataFrame) -> pl.DataFrame:
+    """A feature that fires on no fresh response has no effects and is undecided."""
+    joined = table.join(judged, on=["of", "site", "feature"], how="left", maintain_order="left")
+    return joined.with_columns(pl.col("prompts").fill_null(0), pl.col("class").fill_null("undecided"))
+
+
+def _concepts(table: pl.DataFrame, read: Sequence[Dictionary]) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
+    """The table with each feature's concept (its number), and a row a concept: its leader's figures, class, members."""
+    groups = concepts(table.to_dicts(), read)
+    number = {(m["of"], m["site"], m["feature"]): i for i, members in enumerate(groups) for m in members}
+    rows = [
+        {
+            **members[0], "concept": i, "class": concept_class(members),
+            "members": [{name: m[name] for name in ("of", "feature", "class")} for m in members],
+        }
+        for i, members in enumerate(groups)
+    ]  # fmt: skip
+    rows = [row | {"changed": row["class"] in CHANGED} for row in rows]
+    keys = table.select("of", "site", "feature").rows()
+    return table.with_columns(pl.Series("concept", [number[key] for key in keys], dtype=pl.Int32)), rows
