@@ -62,6 +62,16 @@ def test_the_rendering_beside_the_pm_is_taken_and_is_part_of_its_identity(copy: 
     assert rm.identity != RewardModel.load(str(folder), device="cpu").identity
 
 
+def test_the_model_card_beside_the_pm_or_the_adapter_is_read(copy: Path, folder: Path, tmp_path: Path) -> None:
+    card = "tags:\n- reward-trainer\n\n- TRL: 0.25.1\n"
+    path, _ = adapter(folder, tmp_path / "adapter")
+    (path / "README.md").write_text(card)
+    assert RewardModel.load(str(folder), device="cpu", adapter=str(path)).rendering == Rendering("hh", append_eos=True)
+    assert RewardModel.load(str(copy), device="cpu").rendering == Rendering("hh")
+    (copy / "README.md").write_text(card)
+    assert RewardModel.load(str(copy), device="cpu").rendering == Rendering("hh", append_eos=True)
+
+
 def test_bfloat16_is_loaded_as_asked(folder: Path) -> None:
     rm = RewardModel.load(str(folder), "bfloat16", "cpu")
     assert rm.dtype == torch.bfloat16
