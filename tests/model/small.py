@@ -53,6 +53,15 @@ OTHERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Decoders that take no 4-D mask, or keep one of their own."""
 BERT = {**COMMON, "intermediate_size": 48, "max_position_embeddings": 256}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": BERT,
+    "roberta": BERT,
+    "deberta-v2": {
+        **BERT, "relative_attention": True, "position_buckets": 32, "pos_att_type": ["p2c", "c2p"], "share_att_key": True,
+        "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0, "pooler_hidden_size": D,
+    },
+}  # fmt: skip
+"""DeBERTa-v3 is deberta-v2 with these settings."""
 DECODERS = list(SETTINGS)
 ENCODER = "bert"
 
@@ -83,7 +92,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def small_model(architecture: str, dtype: torch.dtype = torch.float32, gain: float = 2.0, **changes: Any) -> Any:
     """A random model whose weights are large enough (``gain``) that every block and position matters to its reward."""
-    settings = {**SETTINGS, **OTHERS, ENCODER: BERT}[architecture]
+    settings = {**SETTINGS, **OTHERS, **ENCODERS}[architecture]
     settings = {
         "vocab_size": VOCABULARY,
         "num_labels": 1,

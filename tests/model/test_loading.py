@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from rmscope.errors import InputError
 from rmscope.model.rendering import Rendering
 from rmscope.model.reward_model import RewardModel
-from tests.model.small import PAIRS, shared_pm, small_model, small_pm, tokenizer
+from tests.model.small import DECODERS, ENCODERS, OTHERS, PAIRS, shared_pm, small_model, small_pm, tokenizer
 
 
 def saved(folder: Path, architecture: str = "llama", **changes: object) -> Path:
@@ -43,7 +43,7 @@ def refusal(*args: object, **options: object) -> str:
     return text
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("architecture", [*DECODERS, *OTHERS, *ENCODERS])
 def test_a_saved_pm_loads_and_scores_as_before(architecture: str, tmp_path: Path) -> None:
     rm = RewardModel.load(str(saved(tmp_path, architecture)), device="cpu")
     expected = small_pm(architecture).score(PAIRS)

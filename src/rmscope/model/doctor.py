@@ -164,7 +164,7 @@ def price(rm: RewardModel, tokens: Sequence[PairTokens]) -> Check:
     return verdict(
         "cost",
         needed <= there,
-        f"{rate:,.0f} tokens a second; a run on 1,000 such pairs takes about {minutes:.0f} minutes{whole}, and "
+        f"{rate:,.0f} tokens a second; a run on 1,000 such pairs takes about {minutes:.2g} minutes{whole}, and "
         f"{needed / 1e9:.1f} GB of {there / 1e9:.0f} GB",
         "use --dtype bfloat16, which halves the weights, or a machine with more memory",
     )

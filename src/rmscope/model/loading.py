@@ -61,7 +61,7 @@ def _cast(model: Any, dtype: torch.dtype) -> Any:
 
 def _card(source: str, revision: str | None) -> str:
     """The model card beside a PM or an adapter, on disk or on the hub; empty without one."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     path = Path(source).expanduser()
     if path.is_dir():

@@ -176,7 +176,9 @@ def precision(rm: RewardModel) -> Check:
     if getattr(rm.model, "is_quantized", False):
         detail = f"quantised, {name} beside it: effects are those of the quantised PM, and noisy"
         return Check("precision", "warn", detail, "study the checkpoint that is not quantised where it fits")
-    return verdict("precision", rm.dtype == torch.float32, f"{name}: effects are noisy", "use --dtype float32")
+    if rm.dtype != torch.float32:
+        return Check("precision", "warn", f"{name}: effects are noisy", "use --dtype float32")
+    return Check("precision", "ok", name)
 
 
 def sites(rm: RewardModel, ids: Tensor) -> Check:
