@@ -33,6 +33,10 @@ class RunConfig(BaseModel):
     """Whether a row that gives no pair ends the run or is counted, listed and left out."""
     adapter: str | None = None
     """A PEFT adapter to put on the PM."""
+    output: int | list[float] | None = None
+    """Of several outputs: the number of one (0 is the first), or a weight for each."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the PM's checkpoint may run."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of rewards, gradients and removals; anything but float32 is labelled."""
     device: str = "auto"

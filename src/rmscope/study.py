@@ -25,7 +25,8 @@ class Study:
     @cached_property
     def rm(self) -> RewardModel:
         c = self.config
-        return RewardModel.load(c.model, c.dtype, c.device, adapter=c.adapter)
+        options = {"adapter": c.adapter, "output": c.output, "trust_remote_code": c.trust_remote_code}
+        return RewardModel.load(c.model, c.dtype, c.device, **options)
 
     @cached_property
     def read_report(self) -> ReadReport:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rmscope.errors import InputError
+from rmscope.model import loading
 from rmscope.model.rendering import Rendering
 from rmscope.model.reward_model import RewardModel
 from tests.model.small import DECODERS, ENCODERS, OTHERS, PAIRS, shared_pm, small_model, small_pm, tokenizer
@@ -159,6 +161,84 @@ def test_unknown_names_list_the_known_ones(folder: Path) -> None:
     assert "zoo:hh, zoo:planted" in refusal("zoo:nothing")
     assert "base without a scalar head" in refusal("zoo:smollm2")
     assert "own adapter" in refusal("zoo:hh", adapter="somewhere")
+
+
+def test_a_sharded_checkpoint_is_loaded_whole(tmp_path: Path) -> None:
+    small_model("llama").save_pretrained(tmp_path, max_shard_size="30KB")
+    tokenizer().save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert RewardModel.load(str(tmp_path), device="cpu").identity == shared_pm("llama").identity
+
+
+@pytest.mark.parametrize("device", ["cuda:0,cuda:1", "balanced"])
+def test_a_pm_is_not_spread_over_several_devices(folder: Path, device: str) -> None:
+    with pytest.raises(InputError, match=f"--device {device} is no device: a PM is studied on one"):
+        RewardModel.load(str(folder), device=device)
+
+
+def test_bfloat16_of_our_own_folders_leaves_rotary_frequencies_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = small_model("llama")
+    before = made.model.rotary_emb.inv_freq.clone()
+    monkeypatch.setattr(loading, "load_zoo", lambda _name: (made, tokenizer(), Path("nowhere")))
+    rm = RewardModel.load("zoo:any", "bfloat16", "cpu")
+    assert {p.dtype for p in rm.model.parameters()} == {torch.bfloat16}
+    assert torch.equal(rm.model.model.rotary_emb.inv_freq, before)
+
+
+# Code that comes with a checkpoint
+
+GATED = """
+import torch
+from transformers import LlamaModel, LlamaPreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class LlamaForRewardModelWithGating(LlamaPreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = LlamaModel(config)
+        self.regression_layer = torch.nn.Linear(config.hidden_size, 3, bias=False)
+        self.gating = torch.nn.Linear(config.hidden_size, 3)
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        hidden = self.model(input_ids, attention_mask=attention_mask).last_hidden_state
+        last = torch.ones_like(input_ids).sum(1) - 1 if attention_mask is None else attention_mask.sum(1) - 1
+        at = hidden[torch.arange(len(last)), last]
+        score = (self.regression_layer(at) * self.gating(at).softmax(-1)).sum(-1)
+        return SequenceClassifierOutput(logits=score)
+"""
+
+
+@pytest.fixture
+def gated(tmp_path: Path) -> Path:
+    """A PM with a head of its own, as ArmoRM's: three attributes, gated to one reward, logits [texts]."""
+    (tmp_path / "modeling_gated.py").write_text(GATED)
+    namespace: dict[str, Any] = {}
+    exec(GATED, namespace)
+    torch.manual_seed(0)
+    namespace["LlamaForRewardModelWithGating"](small_model("llama").config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForSequenceClassification": "modeling_gated.LlamaForRewardModelWithGating"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_code_that_comes_with_a_checkpoint_runs_only_when_trusted(gated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(gated / "cache"))
+    text = refusal(str(gated))
+    assert "LlamaForRewardModelWithGating, whose code comes with its checkpoint" in text
+    assert "--trust-remote-code" in text
+    rm = RewardModel.load(str(gated), device="cpu", trust_remote_code=True)
+    assert type(rm.model).__name__ == "LlamaForRewardModelWithGating"
+    expected = [[float(rm.model(rm.tokenize(p).side(s)[None]).logits[0]) for s in ("chosen", "rejected")] for p in PAIRS]
+    scores = rm.score(PAIRS)
+    torch.testing.assert_close(
+        torch.stack([scores.chosen, scores.rejected], 1), torch.tensor(expected), atol=1e-5, rtol=1e-5
+    )
+    assert not rm.splits  # its head is its own: hooks and whole forwards
 
 
 # Adapters

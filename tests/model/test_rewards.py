@@ -318,6 +318,7 @@ def test_one_of_several_outputs_or_a_weighting_of_them_is_the_reward() -> None:
     ]:
         rm = RewardModel(model, tokenizer(), rendering, "three", output)
         assert float(rm.score(PAIRS[:1]).chosen[0]) == pytest.approx(float(expected), abs=1e-5)
+        assert rm.output == torch.eye(3)[output].tolist() if isinstance(output, int) else list(output)
     with pytest.raises(InputError, match="3 outputs"):
         RewardModel(model, tokenizer(), rendering, "three")
     with pytest.raises(InputError, match="3 outputs"):
@@ -335,6 +336,14 @@ def test_the_identity_follows_weights_and_rendering() -> None:
         with torch.no_grad():
             changed.model.model.layers[block].mlp.up_proj.weight[row, column] *= 1 + 1e-6
         assert changed.identity != identity
+
+
+def test_the_identity_follows_the_choice_of_an_output() -> None:
+    model, rendering = small_model("llama", num_labels=3), shared_pm("llama").rendering
+    identities = {RewardModel(model, tokenizer(), rendering, "three", o).identity for o in (0, 1, [0.5, 0.5, 0.0])}
+    assert len(identities) == 3
+    one = small_model("llama")
+    assert RewardModel(one, tokenizer(), rendering, "one", 0).identity == small_pm("llama").identity
 
 
 def test_d_model_and_sites_are_the_models() -> None:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from rmscope.errors import InputError
 from rmscope.terminal import Bars, console
-
-if TYPE_CHECKING:
-    from rmscope.model.reward_model import RewardModel
 
 app = typer.Typer(
     name="rmscope",
@@ -60,15 +57,12 @@ def output_of(text: str | None) -> int | list[float] | None:
         raise InputError(f"--output {text} is neither the number of an output nor weights; write 2, or 0.5,0,1.") from None
 
 
-def load_pm(
-    model: str, dtype: str, device: str, adapter: str | None, output: str | None, trust_remote_code: bool
-) -> RewardModel:
-    """The PM that the options name."""
-    from rmscope.model.reward_model import RewardModel
-
-    return RewardModel.load(
-        model, dtype, device, adapter=adapter, output=output_of(output), trust_remote_code=trust_remote_code
-    )
+def pm_options(dtype: str, device: str, adapter: str | None, output: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """How a PM is loaded: what RewardModel.load and the settings of a run call by these names."""
+    return {
+        "dtype": dtype, "device": device, "adapter": adapter, "output": output_of(output),
+        "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
 
 
 def open_job(folder: Path) -> Any:

@@ -25,7 +25,7 @@ from rmscope.cli.base import (
     app,
     columns_of,
     emit,
-    load_pm,
+    pm_options,
     print_rows,
 )
 from rmscope.terminal import Bars, console
@@ -56,11 +56,12 @@ def score(
     import polars as pl
 
     from rmscope.files import write_table
+    from rmscope.model.reward_model import RewardModel
     from rmscope.pairs.readers import load_pairs
     from rmscope.report.build import score_data
 
     pairs = load_pairs(data, limit=limit, columns=columns_of(columns), on_bad_row=on_bad_row or "error")  # type: ignore[arg-type]
-    rm = load_pm(model, dtype, device, adapter, output, trust_remote_code)
+    rm = RewardModel.load(model, **pm_options(dtype, device, adapter, output, trust_remote_code))
     tokens = rm.tokenize_all(pairs)
     kept = [i for i, t in enumerate(tokens) if rm.fits(t)]
     with Bars().stage("score") as progress:
@@ -98,11 +99,13 @@ def doctor(
 ) -> None:
     """Preflight of a PM: a row a check with ok, warn or fail, and the mend."""
     from rmscope.model.doctor import examine
+    from rmscope.model.reward_model import RewardModel
     from rmscope.pairs.readers import load_pairs
 
     pairs = load_pairs(data, limit=PAIRS)
-    rm = load_pm(model, dtype, device, adapter, output, trust_remote_code)
-    other = load_pm(model, OTHER[dtype], device, adapter, output, trust_remote_code)
+    options = pm_options(dtype, device, adapter, output, trust_remote_code)
+    rm = RewardModel.load(model, **options)
+    other = RewardModel.load(model, **{**options, "dtype": OTHER[dtype]})
     with Bars().stage("doctor") as progress:
         found = examine(rm, pairs, other, progress)
     table = Table(title=f"{model}: {len(rm.blocks)} blocks, d_model {rm.d_model}", title_justify="left")
