@@ -48,7 +48,8 @@ class TokenDifference(nn.Module):
 
     @torch.no_grad()
     def _check(self, lm: Any, rows: Tensor) -> None:
-        """The difference is the model's own, on one text."""
+        """The difference is the model's own, on one text, without dropout."""
+        lm.eval()
         ids = rows.to(lm.device)[None]
         own = lm(ids).logits[0, -1, ids[0]].float()
         mine = self(lm.base_model(ids).last_hidden_state[:, -1]).float()[0]
