@@ -29,6 +29,8 @@ class RunConfig(BaseModel):
     """At most this many pairs, from the start of the data."""
     columns: dict[str, str] | None = None
     """Own column names for prompt, chosen, rejected."""
+    format: str | None = None
+    """The shape of the data, such as "best of n"; left out, its columns tell."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Whether a row that gives no pair ends the run or is counted, listed and left out."""
     adapter: str | None = None

@@ -39,10 +39,11 @@ class Run(Results):
 
     def go(self) -> dict[str, Any]:
         """All stages; returns the closing summary."""
-        with self.shown.stage("load") as progress:
-            _ = self.all_pairs  # bad data is told before the PM is loaded
-            self.preflight = preflight(self.rm, self.tokens, progress)
         c = self.config
+        with self.shown.stage("load") as progress:
+            pairs = self.all_pairs  # bad data is told before the PM is loaded
+            self.shown.note(f"{c.data}: {len(pairs)} pairs, read as {self.read_report.format} (--format overrules)")
+            self.preflight = preflight(self.rm, self.tokens, progress)
         identity = {"model": self.rm.identity, "data": data_identity(self.pairs)}
         self.on_disk.open(identity, c.model_dump(mode="json"))
         self.on_disk.stage("score", c.dtype, [Path("scores.parquet")], self._score)

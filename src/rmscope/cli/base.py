@@ -37,6 +37,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 BadRow = Annotated[str | None, typer.Option("--on-bad-row", help="error, or skip: counted, listed, left out.")]
 Columns = Annotated[str | None, typer.Option(help="Own column names: prompt=question,chosen=a,rejected=b.")]
 
+Format = Annotated[str | None, typer.Option("--format", help="The data's shape, such as 'best of n', if not as found.")]
+
 
 def columns_of(text: str | None) -> dict[str, str] | None:
     if text is None:

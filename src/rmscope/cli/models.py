@@ -17,6 +17,7 @@ from rmscope.cli.base import (
     Debug,
     Device,
     Dtype,
+    Format,
     Json,
     Limit,
     Model,
@@ -44,6 +45,7 @@ def score(
     out: Annotated[Path | None, typer.Option(help="Write a row a pair to this Parquet file.")] = None,
     on_bad_row: BadRow = None,
     columns: Columns = None,
+    form: Format = None,
     adapter: Adapter = None,
     output: Output = None,
     trust_remote_code: Trust = False,
@@ -57,10 +59,18 @@ def score(
 
     from rmscope.files import write_table
     from rmscope.model.reward_model import RewardModel
-    from rmscope.pairs.readers import load_pairs
+    from rmscope.pairs.readers import ReadReport, load_pairs
     from rmscope.report.build import score_data
 
-    pairs = load_pairs(data, limit=limit, columns=columns_of(columns), on_bad_row=on_bad_row or "error")  # type: ignore[arg-type]
+    report = ReadReport()
+    pairs = load_pairs(
+        data,
+        limit=limit,
+        columns=columns_of(columns),
+        form=form,
+        on_bad_row=on_bad_row or "error",  # type: ignore[arg-type]
+        report=report,
+    )
     rm = RewardModel.load(model, **pm_options(dtype, device, adapter, output, trust_remote_code))
     tokens = rm.tokenize_all(pairs)
     kept = [i for i, t in enumerate(tokens) if rm.fits(t)]
@@ -80,7 +90,7 @@ def score(
         write_table(out, table)
     prompts = {p.id: str(p.meta.get("group", p.first_human_turn())) for p in pairs}
     figures = {k: v for k, v in score_data(table, prompts).items() if k != "histogram"}
-    figures |= {"pairs": len(kept), "too_long": len(pairs) - len(kept)}
+    figures |= {"format": report.format, "pairs": len(kept), "too_long": len(pairs) - len(kept)}
     print_rows(f"{model} on {data}", figures)
     emit(figures, as_json)
 
@@ -89,6 +99,8 @@ def score(
 def doctor(
     model: Annotated[str, typer.Argument(help="Hub id, folder, or zoo:hh / zoo:planted.")],
     data: Annotated[str, typer.Option(help="Pairs to check it on, best as it was trained on.")] = "demo:plain",
+    columns: Columns = None,
+    form: Format = None,
     adapter: Adapter = None,
     output: Output = None,
     trust_remote_code: Trust = False,
@@ -102,7 +114,7 @@ def doctor(
     from rmscope.model.reward_model import RewardModel
     from rmscope.pairs.readers import load_pairs
 
-    pairs = load_pairs(data, limit=PAIRS)
+    pairs = load_pairs(data, limit=PAIRS, columns=columns_of(columns), form=form)
     options = pm_options(dtype, device, adapter, output, trust_remote_code)
     rm = RewardModel.load(model, **options)
     other = RewardModel.load(model, **{**options, "dtype": OTHER[dtype]})

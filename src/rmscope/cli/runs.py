@@ -14,6 +14,7 @@ from rmscope.cli.base import (
     Debug,
     Device,
     Dtype,
+    Format,
     Json,
     Limit,
     Output,
@@ -70,6 +71,7 @@ def run(
     trust_remote_code: Trust = False,
     on_bad_row: BadRow = None,
     columns: Columns = None,
+    form: Format = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done, and about how long it takes.")
     ] = False,
@@ -85,7 +87,7 @@ def run(
         "model": model, "data": data, "out": out, "limit": limit, "split": split, "adapter": adapter, "device": device,
         "dtype": dtype, "seed": seed, "on_bad_row": on_bad_row, "sae_dir": sae, "columns": columns_of(columns),
         "sites": sites.split(",") if sites else None, "output": output_of(output),
-        "trust_remote_code": trust_remote_code or None,
+        "format": form, "trust_remote_code": trust_remote_code or None,
         "sae": {key: value for key, value in sae_flags.items() if value is not None},
     }  # fmt: skip
     _run(config, flags, as_json, dry_run)

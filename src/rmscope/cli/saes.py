@@ -20,6 +20,7 @@ from rmscope.cli.base import (
     Debug,
     Device,
     Dtype,
+    Format,
     Json,
     Limit,
     Model,
@@ -58,6 +59,7 @@ def harvest(
     all_pairs: AllPairs = False,
     on_bad_row: BadRow = None,
     columns: Columns = None,
+    form: Format = None,
     adapter: Adapter = None,
     output: Output = None,
     trust_remote_code: Trust = False,
@@ -69,7 +71,7 @@ def harvest(
     """The residual stream at some sites, written to disk for training SAEs."""
     from rmscope.activations.harvest import harvest as run_harvest
 
-    pairs = _load_pairs(data, limit, on_bad_row, columns, all_pairs)
+    pairs = _load_pairs(data, limit, on_bad_row, columns, form, all_pairs)
     rm, pairs = _load(model, pairs, pm_options(dtype, device, adapter, output, trust_remote_code))
     with Bars().stage("harvest") as progress:
         store = run_harvest(rm, pairs, _sites(rm, sites), out, progress)
@@ -116,6 +118,7 @@ def train(
     all_pairs: AllPairs = False,
     on_bad_row: BadRow = None,
     columns: Columns = None,
+    form: Format = None,
     adapter: Adapter = None,
     output: Output = None,
     trust_remote_code: Trust = False,
@@ -136,7 +139,7 @@ def train(
     source: Any = None
     if model and data:
         options = pm_options(dtype, device, adapter, output, trust_remote_code)
-        rm, pairs = _load(model, _load_pairs(data, limit, on_bad_row, columns, all_pairs), options)
+        rm, pairs = _load(model, _load_pairs(data, limit, on_bad_row, columns, form, all_pairs), options)
         source = stream(rm, pairs, _sites(rm, sites)) if store is None else None
     source = source or ActivationStore.open(store)  # type: ignore[arg-type]
     chosen = sites.split(",") if sites else source.sites
@@ -178,12 +181,20 @@ def _sites(rm: RewardModel, sites: str | None) -> list[str]:
     return sites.split(",") if sites else rm.default_sites
 
 
-def _load_pairs(data: str, limit: int | None, on_bad_row: str | None, columns: str | None, every: bool) -> list[Pair]:
+def _load_pairs(
+    data: str, limit: int | None, on_bad_row: str | None, columns: str | None, form: str | None, every: bool
+) -> list[Pair]:
     """The pairs of the fit split, or all."""
     from rmscope.pairs.pair import split_of
     from rmscope.pairs.readers import load_pairs
 
-    pairs = load_pairs(data, limit=limit, columns=columns_of(columns), on_bad_row=on_bad_row or "error")  # type: ignore[arg-type]
+    pairs = load_pairs(
+        data,
+        limit=limit,
+        columns=columns_of(columns),
+        form=form,
+        on_bad_row=on_bad_row or "error",  # type: ignore[arg-type]
+    )
     return [p for p in pairs if every or split_of(p) == "fit"]
 
 
