@@ -99,6 +99,40 @@ def test_score_gives_one_json_line_of_the_models_own_rewards(pm: str, tmp_path: 
     assert figures["pairs"] == 4
 
 
+def test_one_of_several_outputs_or_weights_are_named_on_the_command_line_and_kept_by_a_run(tmp_path: Path) -> None:
+    from rmscope.config import read_config
+    from rmscope.study import Study
+
+    small_model("llama", num_labels=3).save_pretrained(tmp_path / "pm")
+    tokenizer().save_pretrained(tmp_path / "pm")
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"prompt": "Is 2 even?", "chosen": "Yes, it is.", "rejected": "No."}\n')
+    given = ("--model", str(tmp_path / "pm"), "--data", str(data), "--json")
+    assert "3 outputs, not one; pick one with --output 0 .. 2" in one_sentence(rmscope_command("score", *given))
+    assert "neither the number of an output nor weights" in one_sentence(rmscope_command("score", *given, "--output", "x"))
+    rewards = [
+        json.loads(rmscope_command("score", *given, "--output", o).stdout)["mean_chosen"] for o in ("0", "2", "0.5,0,1")
+    ]
+    assert rewards[2] == pytest.approx(0.5 * rewards[0] + rewards[1], abs=1e-5)
+    stored = {"model": str(tmp_path / "pm"), "data": str(data), "out": tmp_path, "output": [0.5, 0.0, 1.0]}
+    config = read_config(None, stored)
+    again = read_config(None, json.loads(config.model_dump_json()))  # as run.yaml keeps it
+    assert again == config
+    assert Study(again).rm.score(rmscope.load_pairs(data)).chosen[0] == pytest.approx(rewards[2], abs=1e-5)
+    before = {k: v for k, v in config.model_dump().items() if k not in ("output", "trust_remote_code")}
+    assert read_config(None, before).output is None  # a run.yaml from before these settings
+
+
+def test_every_command_that_loads_a_pm_takes_its_options() -> None:
+    from typer.main import get_command
+
+    from rmscope.cli import app
+
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    for name in ("run", "score", "doctor", "harvest", "train", "attribute", "evaluate", "experiment"):
+        assert {"adapter", "output", "trust_remote_code"} <= {p.name for p in commands[name].params}, name
+
+
 def test_doctor_says_what_it_checked(pm: str) -> None:
     done = rmscope_command("doctor", pm, "--json")
     assert done.returncode == 0

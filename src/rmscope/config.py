@@ -29,10 +29,16 @@ class RunConfig(BaseModel):
     """At most this many pairs, from the start of the data."""
     columns: dict[str, str] | None = None
     """Own column names for prompt, chosen, rejected."""
+    format: str | None = None
+    """The shape of the data, such as "best of n"; left out, its columns tell."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Whether a row that gives no pair ends the run or is counted, listed and left out."""
     adapter: str | None = None
     """A PEFT adapter to put on the PM."""
+    output: int | list[float] | None = None
+    """Of several outputs: the number of one (0 is the first), or a weight for each."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the PM's checkpoint may run."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of rewards, gradients and removals; anything but float32 is labelled."""
     device: str = "auto"

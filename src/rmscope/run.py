@@ -5,7 +5,6 @@ pairs -> scores -> activations -> SAEs -> estimates -> exact removals -> ranking
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from rmscope.effects.ranking import (
 )
 from rmscope.effects.trust import trust
 from rmscope.files import Progress, write_json, write_table
+from rmscope.model import cost
 from rmscope.model.preflight import preflight
 from rmscope.model.rendering import PairTokens
 from rmscope.report.build import write_report
@@ -39,10 +39,11 @@ class Run(Results):
 
     def go(self) -> dict[str, Any]:
         """All stages; returns the closing summary."""
-        with self.shown.stage("load") as progress:
-            _ = self.all_pairs  # bad data is told before the PM is loaded
-            self.preflight = preflight(self.rm, self.tokens, progress)
         c = self.config
+        with self.shown.stage("load") as progress:
+            pairs = self.all_pairs  # bad data is told before the PM is loaded
+            self.shown.note(f"{c.data}: {len(pairs)} pairs, read as {self.read_report.format} (--format overrules)")
+            self.preflight = preflight(self.rm, self.tokens, progress)
         identity = {"model": self.rm.identity, "data": data_identity(self.pairs)}
         self.on_disk.open(identity, c.model_dump(mode="json"))
         self.on_disk.stage("score", c.dtype, [Path("scores.parquet")], self._score)
@@ -82,20 +83,15 @@ class Run(Results):
 
     def plan(self) -> dict[str, Any]:
         """What ``go`` would do: counts, and time and memory estimated from one timed unit of pairs."""
-        tokens = sum(t.chosen.numel() + t.rejected.numel() - t.divergence for t in self.tokens)
-        sample = self.tokens[:8]
-        started = time.time()
-        self.rm.score_tokens(sample)
-        rate = sum(t.chosen.numel() + t.rejected.numel() - t.divergence for t in sample) / (time.time() - started)
-        weights = sum(p.numel() * p.element_size() for p in self.rm.model.parameters())
+        rate = cost.tokens_a_second(self.rm, self.tokens)
         fit = sum(self.tokens[i].chosen.numel() + self.tokens[i].rejected.numel() for i in self.of_split("fit"))
         return {
             "pairs": len(self.pairs),
-            "tokens (shared prefixes once)": tokens,
+            "tokens (shared prefixes once)": cost.run_tokens(self.tokens),
             "sites": ", ".join(self.sites),
             "tokens per second, forward": round(rate),
-            "minutes, about": round(tokens / rate * 5 / 60, 1),
-            "GB of memory, about": round((2 * weights + 2e9) / 1e9, 1),
+            "minutes, about": round(cost.run_minutes(self.rm, self.tokens, rate, len(self.tokens)), 1),
+            "GB of memory, about": round(cost.run_bytes(self.rm) / 1e9, 1),
             "GB on disk, about": round(fit * self.rm.d_model * 2 * len(self.sites) / 1e9, 2),
         }
 

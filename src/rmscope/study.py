@@ -25,7 +25,9 @@ class Study:
     @cached_property
     def rm(self) -> RewardModel:
         c = self.config
-        return RewardModel.load(c.model, c.dtype, c.device, adapter=c.adapter)
+        return RewardModel.load(
+            c.model, c.dtype, c.device, adapter=c.adapter, output=c.output, trust_remote_code=c.trust_remote_code
+        )
 
     @cached_property
     def read_report(self) -> ReadReport:
@@ -39,6 +41,7 @@ class Study:
             split=c.split,
             limit=c.limit,
             columns=c.columns,
+            form=c.format,
             on_bad_row=c.on_bad_row,
             report=self.read_report,
         )

@@ -13,7 +13,7 @@ from rmscope.model.packing import padded
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
 from rmscope.sae.base import Sae
-from tests.model.small import DECODERS, ENCODER, EOS, OTHERS, PAIRS, shared_pm, small_pm, small_sae
+from tests.model.small import DECODERS, ENCODER, ENCODERS, EOS, OTHERS, PAIRS, shared_pm, small_pm, small_sae
 
 SITES = ["embed", "resid_post.0", "resid_post.2"]
 
@@ -35,7 +35,7 @@ def all_estimates(rm: RewardModel, saes: dict[str, Sae], pairs: int = len(PAIRS)
     return list(estimate(rm, saes, tokens, range(pairs)))
 
 
-@pytest.mark.parametrize("architecture", [*DECODERS, *OTHERS, ENCODER])
+@pytest.mark.parametrize("architecture", [*DECODERS, *OTHERS, *ENCODERS])
 def test_estimates_are_those_of_each_text_alone(architecture: str) -> None:
     rm = shared_pm(architecture, torch.float64)
     saes = {site: small_sae(seed=i) for i, site in enumerate(SITES)}

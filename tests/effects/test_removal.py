@@ -12,7 +12,7 @@ from rmscope.model import branches
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES, Pair
 from rmscope.sae.base import Sae
-from tests.model.small import DECODERS, ENCODER, EOS, OTHERS, PAIRS, shared_pm, small_pm, small_sae, user
+from tests.model.small import DECODERS, ENCODER, ENCODERS, EOS, OTHERS, PAIRS, shared_pm, small_pm, small_sae, user
 
 SITES = ["embed", "resid_post.0", "resid_post.2", "resid_post.3"]
 
@@ -54,7 +54,7 @@ def naive_effect(rm: RewardModel, sae: Sae, ids: Tensor, site: str, start: int, 
 
 @pytest.mark.parametrize(
     ("architecture", "kind"),
-    [*((a, "topk") for a in [*DECODERS, *OTHERS, ENCODER]), *((a, "gated") for a in ("llama", "gemma2", ENCODER))],
+    [*((a, "topk") for a in [*DECODERS, *OTHERS, *ENCODERS]), *((a, "gated") for a in ("llama", "gemma2", *ENCODERS))],
 )
 def test_removing_a_feature_is_the_naive_forward_without_it(architecture: str, kind: str) -> None:
     rm = shared_pm(architecture)
@@ -74,7 +74,7 @@ def test_removing_a_feature_is_the_naive_forward_without_it(architecture: str, k
     assert sorted(sizes)[len(sizes) // 2] > 0.003
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "opt", ENCODER])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "opt", *ENCODERS])
 def test_removing_a_group_is_the_naive_forward_without_all_of_it(architecture: str) -> None:
     rm, sae = shared_pm(architecture), small_sae()
     tokens = rm.tokenize(PAIRS[0])

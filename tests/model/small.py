@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from rmscope.model.rendering import Rendering
 from rmscope.model.reward_model import RewardModel
@@ -53,6 +53,15 @@ OTHERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Decoders that take no 4-D mask, or keep one of their own."""
 BERT = {**COMMON, "intermediate_size": 48, "max_position_embeddings": 256}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": BERT,
+    "roberta": BERT,
+    "deberta-v2": {
+        **BERT, "relative_attention": True, "position_buckets": 32, "pos_att_type": ["p2c", "c2p"], "share_att_key": True,
+        "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0, "pooler_hidden_size": D,
+    },
+}  # fmt: skip
+"""DeBERTa-v3 is deberta-v2 with these settings."""
 DECODERS = list(SETTINGS)
 ENCODER = "bert"
 
@@ -83,7 +92,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def small_model(architecture: str, dtype: torch.dtype = torch.float32, gain: float = 2.0, **changes: Any) -> Any:
     """A random model whose weights are large enough (``gain``) that every block and position matters to its reward."""
-    settings = {**SETTINGS, **OTHERS, ENCODER: BERT}[architecture]
+    settings = {**SETTINGS, **OTHERS, **ENCODERS}[architecture]
     settings = {
         "vocab_size": VOCABULARY,
         "num_labels": 1,
@@ -94,12 +103,21 @@ def small_model(architecture: str, dtype: torch.dtype = torch.float32, gain: flo
     }
     torch.manual_seed(DECODERS.index(architecture) if architecture in DECODERS else 99)
     config = AutoConfig.for_model(architecture, bos_token_id=EOS, **settings)
-    model = AutoModelForSequenceClassification.from_config(config)
+    return _drawn(AutoModelForSequenceClassification.from_config(config), gain).to(dtype)
+
+
+def small_lm(architecture: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """The same trunk as a causal language model."""
+    config = small_model(architecture, **changes).config
+    return _drawn(AutoModelForCausalLM.from_config(config), 2.0).to(dtype)
+
+
+def _drawn(model: Any, gain: float) -> Any:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() > 1:
                 p.normal_(std=1.0 if "emb" in name or "wte" in name or "wpe" in name else gain / p.shape[-1] ** 0.5)
-    return model.to(dtype)
+    return model
 
 
 def small_pm(

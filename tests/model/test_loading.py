@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rmscope.errors import InputError
+from rmscope.model import loading
 from rmscope.model.rendering import Rendering
 from rmscope.model.reward_model import RewardModel
-from tests.model.small import PAIRS, shared_pm, small_model, small_pm, tokenizer
+from tests.model.small import DECODERS, ENCODERS, OTHERS, PAIRS, shared_pm, small_model, small_pm, tokenizer
 
 
 def saved(folder: Path, architecture: str = "llama", **changes: object) -> Path:
@@ -43,7 +45,7 @@ def refusal(*args: object, **options: object) -> str:
     return text
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("architecture", [*DECODERS, *OTHERS, *ENCODERS])
 def test_a_saved_pm_loads_and_scores_as_before(architecture: str, tmp_path: Path) -> None:
     rm = RewardModel.load(str(saved(tmp_path, architecture)), device="cpu")
     expected = small_pm(architecture).score(PAIRS)
@@ -60,6 +62,16 @@ def test_the_rendering_beside_the_pm_is_taken_and_is_part_of_its_identity(copy: 
     rm = RewardModel.load(str(copy), device="cpu")
     assert rm.rendering == Rendering("plain", True)
     assert rm.identity != RewardModel.load(str(folder), device="cpu").identity
+
+
+def test_the_model_card_beside_the_pm_or_the_adapter_is_read(copy: Path, folder: Path, tmp_path: Path) -> None:
+    card = "tags:\n- reward-trainer\n\n- TRL: 0.25.1\n"
+    path, _ = adapter(folder, tmp_path / "adapter")
+    (path / "README.md").write_text(card)
+    assert RewardModel.load(str(folder), device="cpu", adapter=str(path)).rendering == Rendering("hh", append_eos=True)
+    assert RewardModel.load(str(copy), device="cpu").rendering == Rendering("hh")
+    (copy / "README.md").write_text(card)
+    assert RewardModel.load(str(copy), device="cpu").rendering == Rendering("hh", append_eos=True)
 
 
 def test_bfloat16_is_loaded_as_asked(folder: Path) -> None:
@@ -149,6 +161,84 @@ def test_unknown_names_list_the_known_ones(folder: Path) -> None:
     assert "zoo:hh, zoo:planted" in refusal("zoo:nothing")
     assert "base without a scalar head" in refusal("zoo:smollm2")
     assert "own adapter" in refusal("zoo:hh", adapter="somewhere")
+
+
+def test_a_sharded_checkpoint_is_loaded_whole(tmp_path: Path) -> None:
+    small_model("llama").save_pretrained(tmp_path, max_shard_size="30KB")
+    tokenizer().save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert RewardModel.load(str(tmp_path), device="cpu").identity == shared_pm("llama").identity
+
+
+@pytest.mark.parametrize("device", ["cuda:0,cuda:1", "balanced"])
+def test_a_pm_is_not_spread_over_several_devices(folder: Path, device: str) -> None:
+    with pytest.raises(InputError, match=f"--device {device} is no device: a PM is studied on one"):
+        RewardModel.load(str(folder), device=device)
+
+
+def test_bfloat16_of_our_own_folders_leaves_rotary_frequencies_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = small_model("llama")
+    before = made.model.rotary_emb.inv_freq.clone()
+    monkeypatch.setattr(loading, "load_zoo", lambda _name: (made, tokenizer(), Path("nowhere")))
+    rm = RewardModel.load("zoo:any", "bfloat16", "cpu")
+    assert {p.dtype for p in rm.model.parameters()} == {torch.bfloat16}
+    assert torch.equal(rm.model.model.rotary_emb.inv_freq, before)
+
+
+# Code that comes with a checkpoint
+
+GATED = """
+import torch
+from transformers import LlamaModel, LlamaPreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class LlamaForRewardModelWithGating(LlamaPreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = LlamaModel(config)
+        self.regression_layer = torch.nn.Linear(config.hidden_size, 3, bias=False)
+        self.gating = torch.nn.Linear(config.hidden_size, 3)
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        hidden = self.model(input_ids, attention_mask=attention_mask).last_hidden_state
+        last = torch.ones_like(input_ids).sum(1) - 1 if attention_mask is None else attention_mask.sum(1) - 1
+        at = hidden[torch.arange(len(last)), last]
+        score = (self.regression_layer(at) * self.gating(at).softmax(-1)).sum(-1)
+        return SequenceClassifierOutput(logits=score)
+"""
+
+
+@pytest.fixture
+def gated(tmp_path: Path) -> Path:
+    """A PM with a head of its own, as ArmoRM's: three attributes, gated to one reward, logits [texts]."""
+    (tmp_path / "modeling_gated.py").write_text(GATED)
+    namespace: dict[str, Any] = {}
+    exec(GATED, namespace)
+    torch.manual_seed(0)
+    namespace["LlamaForRewardModelWithGating"](small_model("llama").config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForSequenceClassification": "modeling_gated.LlamaForRewardModelWithGating"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_code_that_comes_with_a_checkpoint_runs_only_when_trusted(gated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(gated / "cache"))
+    text = refusal(str(gated))
+    assert "LlamaForRewardModelWithGating, whose code comes with its checkpoint" in text
+    assert "--trust-remote-code" in text
+    rm = RewardModel.load(str(gated), device="cpu", trust_remote_code=True)
+    assert type(rm.model).__name__ == "LlamaForRewardModelWithGating"
+    expected = [[float(rm.model(rm.tokenize(p).side(s)[None]).logits[0]) for s in ("chosen", "rejected")] for p in PAIRS]
+    scores = rm.score(PAIRS)
+    torch.testing.assert_close(
+        torch.stack([scores.chosen, scores.rejected], 1), torch.tensor(expected), atol=1e-5, rtol=1e-5
+    )
+    assert not rm.splits  # its head is its own: hooks and whole forwards
 
 
 # Adapters

@@ -15,6 +15,7 @@ from tests.model.small import (
     BLOCKS,
     DECODERS,
     ENCODER,
+    ENCODERS,
     EOS,
     OTHERS,
     PAD,
@@ -28,7 +29,7 @@ from tests.model.small import (
     user,
 )  # fmt: skip
 
-ALL = [*DECODERS, *OTHERS, ENCODER]
+ALL = [*DECODERS, *OTHERS, *ENCODERS]
 
 
 def by_transformers(rm: RewardModel, ids: Tensor) -> float:
@@ -53,6 +54,35 @@ def test_rewards_are_those_of_transformers_on_each_text_alone(architecture: str)
     assert truth(rm, PAIRS).std() > 0.3
 
 
+LEFT_MATTERS = {"gpt2", "gpt_neo", *ENCODERS}
+"""Positions are learned and counted from the row's left end, or the head of an encoder reads the first token of the row."""
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_transformers_own_batch_of_eight_gives_our_rewards(architecture: str) -> None:
+    """Padded on the right for every architecture; on the left for all but those that look at the row's left end."""
+    rm = shared_pm(architecture)
+    texts = [t.side(side) for t in rm.tokenize_all(PAIRS) for side in SIDES]
+    expected = ours(rm, PAIRS).flatten()
+    assert len(texts) == 8
+    for side in ("right", "left"):
+        with torch.no_grad():
+            rewards = rm.model(**in_a_batch(texts, side)).logits[:, 0]
+        agree = torch.allclose(rewards, expected, atol=1e-4, rtol=1e-4)
+        assert agree == (side == "right" or architecture not in LEFT_MATTERS)
+
+
+def in_a_batch(texts: list[Tensor], side: str) -> dict[str, Tensor]:
+    width = max(t.numel() for t in texts)
+    padding = [(0, width - t.numel()) if side == "right" else (width - t.numel(), 0) for t in texts]
+    ids = torch.stack([torch.nn.functional.pad(t, p, value=PAD) for t, p in zip(texts, padding, strict=True)])
+    ones = [torch.ones_like(t) for t in texts]
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.stack([torch.nn.functional.pad(o, p) for o, p in zip(ones, padding, strict=True)]),
+    }
+
+
 @pytest.mark.parametrize("architecture", DECODERS)
 def test_padded_rows_give_the_same_rewards_as_packed_ones(architecture: str) -> None:
     rm = small_pm(architecture)
@@ -62,7 +92,7 @@ def test_padded_rows_give_the_same_rewards_as_packed_ones(architecture: str) -> 
 
 def test_packing_is_for_models_that_take_4d_masks() -> None:
     assert all(shared_pm(a).packs for a in DECODERS)
-    assert not any(shared_pm(a).packs for a in [*OTHERS, ENCODER])
+    assert not any(shared_pm(a).packs for a in [*OTHERS, *ENCODERS])
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3_text"])
@@ -200,7 +230,7 @@ def test_an_unknown_site_lists_those_that_exist() -> None:
             shared_pm("llama").site_index(site)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gptj", "bloom", ENCODER])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gptj", "bloom", *ENCODERS])
 @pytest.mark.parametrize("site", ["embed", "resid_post.1", "resid_post.3"])
 def test_rewards_from_the_clean_stream_are_the_rewards(architecture: str, site: str) -> None:
     rm = shared_pm(architecture, torch.float64)
@@ -262,6 +292,16 @@ def test_texts_beyond_the_context_are_refused_not_cut() -> None:
         rm.score_texts("What?", ["Paris " * 60])
 
 
+def test_roberta_takes_as_many_tokens_less_as_its_padding_id_says() -> None:
+    rm = small_pm("roberta", max_position_embeddings=66, pad_token_id=1)
+    assert rm.context == 64
+    torch.manual_seed(3)
+    ids = torch.randint(3, 250, (65,))
+    assert rm.reward_alone(ids[:64]).isfinite()
+    with pytest.raises((IndexError, RuntimeError)):
+        rm.reward_alone(ids)
+
+
 # Outputs, identity
 
 
@@ -278,6 +318,7 @@ def test_one_of_several_outputs_or_a_weighting_of_them_is_the_reward() -> None:
     ]:
         rm = RewardModel(model, tokenizer(), rendering, "three", output)
         assert float(rm.score(PAIRS[:1]).chosen[0]) == pytest.approx(float(expected), abs=1e-5)
+        assert rm.output == torch.eye(3)[output].tolist() if isinstance(output, int) else list(output)
     with pytest.raises(InputError, match="3 outputs"):
         RewardModel(model, tokenizer(), rendering, "three")
     with pytest.raises(InputError, match="3 outputs"):
@@ -295,6 +336,14 @@ def test_the_identity_follows_weights_and_rendering() -> None:
         with torch.no_grad():
             changed.model.model.layers[block].mlp.up_proj.weight[row, column] *= 1 + 1e-6
         assert changed.identity != identity
+
+
+def test_the_identity_follows_the_choice_of_an_output() -> None:
+    model, rendering = small_model("llama", num_labels=3), shared_pm("llama").rendering
+    identities = {RewardModel(model, tokenizer(), rendering, "three", o).identity for o in (0, 1, [0.5, 0.5, 0.0])}
+    assert len(identities) == 3
+    one = small_model("llama")
+    assert RewardModel(one, tokenizer(), rendering, "one", 0).identity == small_pm("llama").identity
 
 
 def test_d_model_and_sites_are_the_models() -> None:

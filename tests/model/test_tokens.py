@@ -142,6 +142,51 @@ def test_the_rendering_beside_the_model_wins(tmp_path: Path) -> None:
     assert Rendering.find(tmp_path / "nowhere", tokenizer()) == Rendering("hh", False)
 
 
+CARD = """---
+tags:
+- trl
+- {trainer}
+---
+### Framework versions
+
+- TRL: {version}
+- Transformers: 5.0.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("trainer", "version", "appended"),
+    [("reward-trainer", "0.24.0", True), ("reward-trainer", "1.2.0.dev0", True), ("reward-trainer", "0.23.1", False),
+     ("sft", "1.2.0", False)],
+)  # fmt: skip
+def test_the_eos_that_trls_reward_trainer_appends_to_plain_text_is_followed(
+    trainer: str, version: str, appended: bool
+) -> None:
+    card = CARD.format(trainer=trainer, version=version)
+    assert Rendering.find(None, tokenizer(), card) == Rendering("hh", append_eos=appended)
+    made = type(tokenizer())(tokenizer_object=tokenizer().backend_tokenizer, eos_token="<eos>", pad_token="<pad>")
+    made.chat_template = CHAT
+    assert Rendering.find(None, made, card) == Rendering("chat")  # conversations get the template's own end
+    without = type(tokenizer())(tokenizer_object=tokenizer().backend_tokenizer, pad_token="<pad>")
+    assert Rendering.find(None, without, card) == Rendering("hh")
+
+
+def test_a_chat_template_that_is_asked_for_and_missing_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / "rmscope.json").write_text(json.dumps({"rendering": {"style": "chat"}}))
+    with pytest.raises(InputError, match="asks for the chat template, but the tokenizer has none"):
+        Rendering.find(tmp_path, tokenizer())
+
+
+def test_a_suffix_stands_behind_the_response_and_before_the_eos(tmp_path: Path) -> None:
+    asked = Rendering("plain", append_eos=True, suffix="\nGood?")
+    text = render(asked, tokenizer(), user("Why?"), "Because.")
+    assert text == "Why?\nBecause.\nGood?"
+    assert encode(asked, tokenizer(), [text])[0][-1] == EOS
+    (tmp_path / "rmscope.json").write_text(json.dumps({"rendering": asked.as_dict()}))
+    assert Rendering.find(tmp_path, tokenizer()) == asked
+    assert Rendering("plain").as_dict() == {"style": "plain", "append_eos": False}  # hashes of runs made before hold
+
+
 @pytest.mark.parametrize("text", ['{"rendering": {"stile": "plain"}}', '{"rendering": {"style": "alpaca"}}', "{", "[]"])
 def test_a_rendering_that_cannot_be_read_is_an_input_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "rmscope.json").write_text(text)

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from rmscope.errors import InputError
 from rmscope.pairs.check import check_pairs, describe_pairs
-from rmscope.pairs.formats import NAMES, BadRow, Candidate, convert
+from rmscope.pairs.fields import BadRow
+from rmscope.pairs.formats import NAMES, Candidate, convert
 from rmscope.pairs.pair import Message, Pair, split_of
 from rmscope.pairs.readers import ReadReport, load_pairs
 
@@ -207,6 +208,66 @@ def test_scored_responses_give_every_two_rows_of_a_prompt_with_different_scores(
     assert [(pair.chosen, pair.rejected) for pair in pairs] == [("high", "low"), ("as high", "low")]
     assert [pair.id for pair in pairs] == ["data:1:1-0", "data:1:2-0"]
     assert (pairs[0].meta["score_chosen"], pairs[0].meta["score_rejected"]) == (3.0, 1.0)
+
+
+def test_rewardbench_2_gives_the_best_of_four_against_each_of_the_others(read: Read) -> None:
+    row = {
+        "id": "7", "prompt": "p", "chosen": ["good"], "rejected": ["bad", "worse", "worst"], "num_correct": 1,
+        "num_incorrect": 3, "total_completions": 4, "models": ["a", "b", "c", "d"], "subset": "Factuality",
+        "additional_metadata": None,
+    }  # fmt: skip
+    pairs, report = read(row, name="data.parquet")
+    assert report.format == "best of n"
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [("good", "bad"), ("good", "worse"), ("good", "worst")]
+    assert {pair.first_human_turn() for pair in pairs} == {"p"}
+    assert {pair.meta["subset"] for pair in pairs} == {"Factuality"}
+
+
+def test_helpsteers_attributes_rank_the_responses_of_a_prompt_by_helpfulness(read: Read) -> None:
+    scores = {"correctness": 0, "coherence": 4, "complexity": 2, "verbosity": 1}
+    rows = [{"prompt": "p", "response": f"r{h}", "helpfulness": h, **scores} for h in (2, 4)]
+    (pair,), report = read(*rows)
+    assert report.format == "scored"
+    assert (pair.chosen, pair.rejected, pair.meta["score_chosen"]) == ("r4", "r2", 4.0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "first", "second", "preference"),
+    [
+        ("prompt", "response_1", "response_2", "preference_strength"),
+        ("context", "response1", "response2", "overall_preference"),
+    ],
+)
+def test_helpsteers_preferences_are_signed(read: Read, prompt: str, first: str, second: str, preference: str) -> None:
+    said = [turn("system", "s"), turn("user", "p")] if prompt == "context" else "p"
+    rows = [{prompt: said, first: f"a{s}", second: f"b{s}", preference: s} for s in (-3, 1, 0)]
+    pairs, report = read(*rows, name="data.parquet")
+    assert report.format == "helpsteer preference"
+    assert [(pair.chosen, pair.rejected, pair.meta["preference"]) for pair in pairs] == [
+        ("a-3", "b-3", 3.0),
+        ("b1", "a1", 1.0),
+    ]
+    assert pairs[0].prompt[0]["role"] == ("system" if prompt == "context" else "user")
+    assert report.skipped == [("row 3", "neither response is preferred")]
+
+
+def test_the_format_that_is_named_overrules_the_columns(read: Read) -> None:
+    row = {"prompt": "p", "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"]}
+    assert read(row)[1].format == "rm-bench"
+    pairs, report = read(row, form="best of n")
+    assert (report.format, len(pairs)) == ("best of n", 9)
+    assert "style_chosen" not in pairs[0].meta
+    with pytest.raises(InputError, match="line 1: label is missing"):
+        read(row, form="llmbar")
+    with pytest.raises(InputError, match="'other' is no format of pairs; use hh transcript, "):
+        read(row, form="other")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet"])
+def test_a_huge_row_is_read_whole(read: Read, ending: str) -> None:
+    text = "a line of text, \n" * 400_000
+    (pair,), _ = read({**PLAIN, "chosen": text}, name=f"data.{ending}")
+    assert pair.chosen == text
 
 
 def test_own_columns_are_mapped(read: Read) -> None:
@@ -494,6 +555,12 @@ BROKEN: list[tuple[str, bytes, str, str]] = [
         json.dumps([{"input": "p", "output_1": "a", "output_2": "b", "label": 3}]).encode(),
         "row 1",
         "label is 3 instead of 1 or 2",
+    ),
+    (
+        "preference.jsonl",
+        lines({"prompt": "p", "response_1": "a", "response_2": "b", "preference_strength": "left"}),
+        "line 1",
+        "preference_strength is no finite number",
     ),
     (
         "score.jsonl",

@@ -226,12 +226,13 @@ def sample(planted: bool = True, seed: int = 0) -> dict[str, Any]:
             "identity": "sha256:5f1c0b7e90a64d7c",
             "rendering": "hh transcript, no EOS",
             "preflight": [
-                {"check": "scalar head", "status": "ok", "detail": "score.weight [1, 576], loaded"},
-                {"check": "batch invariance", "status": "ok", "detail": "largest change 2.1e-6 SD(Δr)"},
+                {"check": "head", "status": "ok", "detail": "1 output, loaded from the checkpoint", "mend": ""},
+                {"check": "batches", "status": "ok", "detail": "at most 2.1e-6 apart", "mend": ""},
                 {
-                    "check": "pad and EOS",
+                    "check": "read position",
                     "status": "warn",
                     "detail": "pad = eos; the reward is read from lengths",
+                    "mend": "give it a pad token of its own",
                 },
             ],
         },

@@ -8,7 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
-from rmscope.cli.base import Debug, Device, Dtype, Json, app, emit, open_job, print_rows, print_table
+from rmscope.cli.base import (
+    Adapter,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Output,
+    Trust,
+    app,
+    emit,
+    open_job,
+    pm_options,
+    print_rows,
+    print_table,
+)
 from rmscope.errors import InputError
 from rmscope.terminal import Bars, console
 
@@ -82,6 +96,9 @@ def attribute(
     sae: Annotated[Path | None, typer.Option(help="An SAE's folder or file.")] = None,
     limit: Annotated[int, typer.Option(help="Pairs; of a run, from its measure split.")] = 64,
     out: Annotated[Path | None, typer.Option(help="Write the table to this Parquet file.")] = None,
+    adapter: Adapter = None,
+    output: Output = None,
+    trust_remote_code: Trust = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
     as_json: Json = False,
@@ -102,7 +119,7 @@ def attribute(
         if method == "atp" and (path := folder / "effects" / site / "trust.json").is_file():
             trust = json.loads(path.read_text("utf-8"))
     elif model and data and sae:
-        rm, used, pairs = _brought(model, data, sae, limit, device, dtype)
+        rm, used, pairs = _brought(model, data, sae, limit, pm_options(dtype, device, adapter, output, trust_remote_code))
     else:
         raise InputError("attribute needs a run folder, or --model, --data and --sae; name one or the other.")
     with Bars().stage("attribute") as progress:
@@ -121,13 +138,13 @@ def attribute(
     emit({"method": method, "trust": trust, "features": means.to_dicts()}, as_json)
 
 
-def _brought(model: str, data: str, sae: Path, limit: int, device: str, dtype: str) -> tuple[Any, Any, list[Any]]:
+def _brought(model: str, data: str, sae: Path, limit: int, options: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
     from rmscope.model.reward_model import RewardModel
     from rmscope.pairs.readers import load_pairs
     from rmscope.sae import Sae
 
     pairs = load_pairs(data, limit=limit)
-    rm, used = RewardModel.load(model, dtype, device), Sae.load(sae)
+    rm, used = RewardModel.load(model, **options), Sae.load(sae)
     if used.d != rm.d_model:
         raise InputError(
             f"The SAE at {sae} reads {used.d} dimensions, the PM's stream has {rm.d_model}; name one trained on it."

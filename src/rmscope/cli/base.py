@@ -26,11 +26,18 @@ Data = Annotated[str, typer.Option(help="Pairs: a file, a hub id, or demo:plante
 Limit = Annotated[int | None, typer.Option(help="At most this many pairs, from the start.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")]
 Dtype = Annotated[str, typer.Option(help="float32 (effects need it), bfloat16 or float16.")]
+Adapter = Annotated[str | None, typer.Option(help="A PEFT adapter to put on the PM.")]
+Output = Annotated[
+    str | None, typer.Option(help="Of several outputs: the number of one (0 is the first), or a weight for each: 0.5,0,1.")
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with the PM's checkpoint.")]
 Seed = Annotated[int | None, typer.Option(help="Fixes every draw.")]
 Json = Annotated[bool, typer.Option("--json", help="One machine-readable result on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 BadRow = Annotated[str | None, typer.Option("--on-bad-row", help="error, or skip: counted, listed, left out.")]
 Columns = Annotated[str | None, typer.Option(help="Own column names: prompt=question,chosen=a,rejected=b.")]
+
+Format = Annotated[str | None, typer.Option("--format", help="The data's shape, such as 'best of n', if not as found.")]
 
 
 def columns_of(text: str | None) -> dict[str, str] | None:
@@ -40,6 +47,24 @@ def columns_of(text: str | None) -> dict[str, str] | None:
     if any(len(pair) != 2 for pair in pairs):
         raise InputError(f"--columns {text} is not of the form prompt=question,chosen=a,rejected=b; write it so.")
     return {key.strip(): value.strip() for key, value in pairs}
+
+
+def output_of(text: str | None) -> int | list[float] | None:
+    """``--output``: the number of one output, or a weight for each."""
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")] if "," in text else int(text)
+    except ValueError:
+        raise InputError(f"--output {text} is neither the number of an output nor weights; write 2, or 0.5,0,1.") from None
+
+
+def pm_options(dtype: str, device: str, adapter: str | None, output: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """How a PM is loaded: what RewardModel.load and the settings of a run call by these names."""
+    return {
+        "dtype": dtype, "device": device, "adapter": adapter, "output": output_of(output),
+        "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
 
 
 def open_job(folder: Path) -> Any:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from rmscope.cli.base import Debug, Device, Dtype, Json, app, emit, open_job
+from rmscope.cli.base import Adapter, Debug, Device, Dtype, Json, Output, Trust, app, emit, open_job, pm_options
 from rmscope.errors import InputError
 from rmscope.terminal import Bars, console
 
@@ -26,6 +26,9 @@ def evaluate(
         bool, typer.Option("--curves", help="Of a run: also keep K and remove K with their controls, for its report.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for evaluation.parquet and evaluation.html.")] = None,
+    adapter: Adapter = None,
+    output: Output = None,
+    trust_remote_code: Trust = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
     as_json: Json = False,
@@ -41,7 +44,7 @@ def evaluate(
 
     if curves and folder is None:
         raise InputError("Curves need a run folder, whose fit split chooses the features; name one.")
-    study = _study(folder, model, data, device, dtype)
+    study = _study(folder, model, data, pm_options(dtype, device, adapter, output, trust_remote_code))
     saes = dict(study.saes) if folder is not None else {}
     for at, one in saes.items():
         one.site = at
@@ -87,7 +90,7 @@ def _curves(run: Any, folder: Path, kept: Sequence[int]) -> None:
     console.print(f"The curves stand in effects/; rmscope report {folder} shows them.")
 
 
-def _study(folder: Path | None, model: str | None, data: str | None, device: str, dtype: str) -> Any:
+def _study(folder: Path | None, model: str | None, data: str | None, options: dict[str, Any]) -> Any:
     from rmscope.config import read_config
     from rmscope.study import Study
 
@@ -95,7 +98,7 @@ def _study(folder: Path | None, model: str | None, data: str | None, device: str
         return open_job(folder)
     if model is None or data is None:
         raise InputError("There is nothing to measure on; name a run folder, or both --model and --data.")
-    return Study(read_config(None, {"model": model, "data": data, "out": Path(), "device": device, "dtype": dtype}))
+    return Study(read_config(None, {"model": model, "data": data, "out": Path(), **options}))
 
 
 def _opened(folders: Sequence[Path], site: str | None) -> dict[str, Any]:

@@ -9,7 +9,21 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from rmscope.cli.base import Debug, Device, Dtype, Json, app, emit, open_job, print_rows, reported_features
+from rmscope.cli.base import (
+    Adapter,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Output,
+    Trust,
+    app,
+    emit,
+    open_job,
+    pm_options,
+    print_rows,
+    reported_features,
+)
 from rmscope.errors import InputError
 from rmscope.terminal import Bars, console
 
@@ -26,6 +40,9 @@ def experiment(
     ] = None,
     data: Annotated[str, typer.Option(help="Without a run: pairs that give SD(Δr), and prompts.")] = "demo:planted",
     out: Annotated[Path | None, typer.Option(help="Folder of the result; of a run, its evidence/experiments.")] = None,
+    adapter: Adapter = None,
+    output: Output = None,
+    trust_remote_code: Trust = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
     as_json: Json = False,
@@ -38,7 +55,7 @@ def experiment(
     from rmscope.report.experiment import render_experiment
 
     asked, started = read_experiment(file), time.time()
-    study = _study(run, model, data, device, dtype)
+    study = _study(run, model, data, pm_options(dtype, device, adapter, output, trust_remote_code))
     saes, reported = (study.saes, reported_features(study)) if run is not None and asked.remove else ({}, {})
     _check_sites(asked, run, saes)
     bases = bases_of(asked, [study.pairs[i] for i in study.of_split("measure")])
@@ -59,7 +76,7 @@ def experiment(
     emit(found, as_json)
 
 
-def _study(run: Path | None, model: str | None, data: str, device: str, dtype: str) -> Any:
+def _study(run: Path | None, model: str | None, data: str, options: dict[str, Any]) -> Any:
     from rmscope.config import read_config
     from rmscope.study import Study
 
@@ -67,7 +84,7 @@ def _study(run: Path | None, model: str | None, data: str, device: str, dtype: s
         return open_job(run)
     if model is None:
         raise InputError("There is nothing to measure on; name a run folder with --run, or a PM with --model.")
-    return Study(read_config(None, {"model": model, "data": data, "out": Path(), "device": device, "dtype": dtype}))
+    return Study(read_config(None, {"model": model, "data": data, "out": Path(), **options}))
 
 
 def _sd(study: Any) -> float:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rmscope.cli.base import Debug, Device, Dtype, Json, app, emit, print_table
+from rmscope.cli.base import Debug, Device, Dtype, Json, Output, Trust, app, emit, pm_options, print_table
 from rmscope.errors import InputError
 from rmscope.terminal import Bars, console
 
@@ -24,6 +24,8 @@ def gate(
     data: Annotated[str | None, typer.Option(help="Pairs whose responses carry the concepts; left out, the demo's.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many of them, from the start.")] = None,
     seed: Annotated[int, typer.Option(help="Fixes every draw.")] = 0,
+    output: Output = None,
+    trust_remote_code: Trust = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
     as_json: Json = False,
@@ -38,13 +40,13 @@ def gate(
     from rmscope.pairs.demo import plain_demo_pairs
     from rmscope.pairs.readers import load_pairs
 
-    started = time.time()
+    started, options = time.time(), pm_options(dtype, device, None, output, trust_remote_code)
     if not bound >= 0:
         raise InputError(f"--bound {bound} is no bound; give a number of SD(Δr), 0 or more.")
     named, pairs = read_concepts(concepts), load_pairs(data, limit=limit) if data else plain_demo_pairs()[:limit]
 
     def measured(name: str, patch: str | None) -> dict[str, Any]:
-        rm = RewardModel.load(name, dtype, device)
+        rm = RewardModel.load(name, **options)
         if patch is not None:
             load_edited(rm, patch)
         with Bars().stage(patch or name) as progress:

@@ -6,24 +6,35 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from rmscope.cli.base import (
+    Adapter,
     BadRow,
     Columns,
     Data,
     Debug,
     Device,
     Dtype,
+    Format,
     Json,
     Limit,
     Model,
+    Output,
+    Trust,
     app,
     columns_of,
     emit,
+    pm_options,
     print_rows,
 )
 from rmscope.terminal import Bars, console
+
+PAIRS = 64
+"""Pairs that doctor looks at."""
+OTHER = {"float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
+"""The precision that doctor sets beside the one asked for."""
 
 
 @app.command()
@@ -34,6 +45,10 @@ def score(
     out: Annotated[Path | None, typer.Option(help="Write a row a pair to this Parquet file.")] = None,
     on_bad_row: BadRow = None,
     columns: Columns = None,
+    form: Format = None,
+    adapter: Adapter = None,
+    output: Output = None,
+    trust_remote_code: Trust = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
     as_json: Json = False,
@@ -44,11 +59,19 @@ def score(
 
     from rmscope.files import write_table
     from rmscope.model.reward_model import RewardModel
-    from rmscope.pairs.readers import load_pairs
+    from rmscope.pairs.readers import ReadReport, load_pairs
     from rmscope.report.build import score_data
 
-    pairs = load_pairs(data, limit=limit, columns=columns_of(columns), on_bad_row=on_bad_row or "error")  # type: ignore[arg-type]
-    rm = RewardModel.load(model, dtype, device)
+    report = ReadReport()
+    pairs = load_pairs(
+        data,
+        limit=limit,
+        columns=columns_of(columns),
+        form=form,
+        on_bad_row=on_bad_row or "error",  # type: ignore[arg-type]
+        report=report,
+    )
+    rm = RewardModel.load(model, **pm_options(dtype, device, adapter, output, trust_remote_code))
     tokens = rm.tokenize_all(pairs)
     kept = [i for i, t in enumerate(tokens) if rm.fits(t)]
     with Bars().stage("score") as progress:
@@ -67,7 +90,7 @@ def score(
         write_table(out, table)
     prompts = {p.id: str(p.meta.get("group", p.first_human_turn())) for p in pairs}
     figures = {k: v for k, v in score_data(table, prompts).items() if k != "histogram"}
-    figures |= {"pairs": len(kept), "too_long": len(pairs) - len(kept)}
+    figures |= {"format": report.format, "pairs": len(kept), "too_long": len(pairs) - len(kept)}
     print_rows(f"{model} on {data}", figures)
     emit(figures, as_json)
 
@@ -75,31 +98,34 @@ def score(
 @app.command()
 def doctor(
     model: Annotated[str, typer.Argument(help="Hub id, folder, or zoo:hh / zoo:planted.")],
-    data: Annotated[str, typer.Option(help="Pairs to check it on.")] = "demo:planted",
+    data: Annotated[str, typer.Option(help="Pairs to check it on, best as it was trained on.")] = "demo:plain",
+    columns: Columns = None,
+    form: Format = None,
+    adapter: Adapter = None,
+    output: Output = None,
+    trust_remote_code: Trust = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Preflight of a PM: head, rendering, read position, batch dependence, precision, sites."""
-    from rmscope.model.preflight import preflight
+    """Preflight of a PM: a row a check with ok, warn or fail, and the mend."""
+    from rmscope.model.doctor import examine
     from rmscope.model.reward_model import RewardModel
     from rmscope.pairs.readers import load_pairs
 
-    rm = RewardModel.load(model, dtype, device)
-    pairs = load_pairs(data, limit=64)
-    found = preflight(rm, [t for t in rm.tokenize_all(pairs) if rm.fits(t)])
+    pairs = load_pairs(data, limit=PAIRS, columns=columns_of(columns), form=form)
+    options = pm_options(dtype, device, adapter, output, trust_remote_code)
+    rm = RewardModel.load(model, **options)
+    other = RewardModel.load(model, **{**options, "dtype": OTHER[dtype]})
+    with Bars().stage("doctor") as progress:
+        found = examine(rm, pairs, other, progress)
     table = Table(title=f"{model}: {len(rm.blocks)} blocks, d_model {rm.d_model}", title_justify="left")
-    for name in ("check", "status", "detail"):
+    for name in ("check", "status", "detail", "mend"):
         table.add_column(name)
     colour = {"ok": "green", "warn": "yellow", "fail": "red"}
     for row in found.rows():
-        table.add_row(row["check"], f"[{colour[row['status']]}]{row['status']}", row["detail"])
-    table.add_row(
-        "sites",
-        "[green]ok",
-        f"embed, resid_post.0 .. resid_post.{len(rm.blocks) - 1}; default {', '.join(rm.default_sites)}",
-    )
+        table.add_row(row["check"], f"[{colour[row['status']]}]{row['status']}", escape(row["detail"]), escape(row["mend"]))
     console.print(table)
     emit(
         {"model": model, "identity": rm.identity, "noise_floor": found.noise_floor, "checks": found.rows()},

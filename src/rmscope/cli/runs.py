@@ -8,18 +8,23 @@ from typing import Annotated, Any
 import typer
 
 from rmscope.cli.base import (
+    Adapter,
     BadRow,
     Columns,
     Debug,
     Device,
     Dtype,
+    Format,
     Json,
     Limit,
+    Output,
     Seed,
+    Trust,
     app,
     columns_of,
     emit,
     open_job,
+    output_of,
     print_rows,
 )
 from rmscope.terminal import Bars, closing
@@ -61,9 +66,12 @@ def run(
     k: Annotated[int | None, typer.Option(help="Features that fire on a token (topk).")] = None,
     sae_tokens: Annotated[int | None, typer.Option(help="Training tokens of an SAE.")] = None,
     sae: Annotated[Path | None, typer.Option(help="Bring your own SAEs: a folder with one subfolder a site.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to put on the PM.")] = None,
+    adapter: Adapter = None,
+    output: Output = None,
+    trust_remote_code: Trust = False,
     on_bad_row: BadRow = None,
     columns: Columns = None,
+    form: Format = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done, and about how long it takes.")
     ] = False,
@@ -78,7 +86,8 @@ def run(
     flags = {
         "model": model, "data": data, "out": out, "limit": limit, "split": split, "adapter": adapter, "device": device,
         "dtype": dtype, "seed": seed, "on_bad_row": on_bad_row, "sae_dir": sae, "columns": columns_of(columns),
-        "sites": sites.split(",") if sites else None,
+        "sites": sites.split(",") if sites else None, "output": output_of(output),
+        "format": form, "trust_remote_code": trust_remote_code or None,
         "sae": {key: value for key, value in sae_flags.items() if value is not None},
     }  # fmt: skip
     _run(config, flags, as_json, dry_run)

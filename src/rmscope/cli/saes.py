@@ -13,18 +13,23 @@ import typer
 from pydantic import ValidationError
 
 from rmscope.cli.base import (
+    Adapter,
     BadRow,
     Columns,
     Data,
     Debug,
     Device,
     Dtype,
+    Format,
     Json,
     Limit,
     Model,
+    Output,
+    Trust,
     app,
     columns_of,
     emit,
+    pm_options,
     print_rows,
     print_table,
 )
@@ -54,6 +59,10 @@ def harvest(
     all_pairs: AllPairs = False,
     on_bad_row: BadRow = None,
     columns: Columns = None,
+    form: Format = None,
+    adapter: Adapter = None,
+    output: Output = None,
+    trust_remote_code: Trust = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
     as_json: Json = False,
@@ -62,8 +71,8 @@ def harvest(
     """The residual stream at some sites, written to disk for training SAEs."""
     from rmscope.activations.harvest import harvest as run_harvest
 
-    pairs = _load_pairs(data, limit, on_bad_row, columns, all_pairs)
-    rm, pairs = _load(model, pairs, device, dtype)
+    pairs = _load_pairs(data, limit, on_bad_row, columns, form, all_pairs)
+    rm, pairs = _load(model, pairs, pm_options(dtype, device, adapter, output, trust_remote_code))
     with Bars().stage("harvest") as progress:
         store = run_harvest(rm, pairs, _sites(rm, sites), out, progress)
     tokens = {site: store.tokens(site) for site in store.sites}
@@ -109,6 +118,10 @@ def train(
     all_pairs: AllPairs = False,
     on_bad_row: BadRow = None,
     columns: Columns = None,
+    form: Format = None,
+    adapter: Adapter = None,
+    output: Output = None,
+    trust_remote_code: Trust = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
     as_json: Json = False,
@@ -125,7 +138,8 @@ def train(
         raise InputError(f"{what} needs the PM and pairs; give --model and --data.")
     source: Any = None
     if model and data:
-        rm, pairs = _load(model, _load_pairs(data, limit, on_bad_row, columns, all_pairs), device, dtype)
+        options = pm_options(dtype, device, adapter, output, trust_remote_code)
+        rm, pairs = _load(model, _load_pairs(data, limit, on_bad_row, columns, form, all_pairs), options)
         source = stream(rm, pairs, _sites(rm, sites)) if store is None else None
     source = source or ActivationStore.open(store)  # type: ignore[arg-type]
     chosen = sites.split(",") if sites else source.sites
@@ -167,20 +181,28 @@ def _sites(rm: RewardModel, sites: str | None) -> list[str]:
     return sites.split(",") if sites else rm.default_sites
 
 
-def _load_pairs(data: str, limit: int | None, on_bad_row: str | None, columns: str | None, every: bool) -> list[Pair]:
+def _load_pairs(
+    data: str, limit: int | None, on_bad_row: str | None, columns: str | None, form: str | None, every: bool
+) -> list[Pair]:
     """The pairs of the fit split, or all."""
     from rmscope.pairs.pair import split_of
     from rmscope.pairs.readers import load_pairs
 
-    pairs = load_pairs(data, limit=limit, columns=columns_of(columns), on_bad_row=on_bad_row or "error")  # type: ignore[arg-type]
+    pairs = load_pairs(
+        data,
+        limit=limit,
+        columns=columns_of(columns),
+        form=form,
+        on_bad_row=on_bad_row or "error",  # type: ignore[arg-type]
+    )
     return [p for p in pairs if every or split_of(p) == "fit"]
 
 
-def _load(model: str, pairs: list[Pair], device: str, dtype: str) -> tuple[RewardModel, list[Pair]]:
+def _load(model: str, pairs: list[Pair], options: dict[str, Any]) -> tuple[RewardModel, list[Pair]]:
     """The PM, and those pairs that its context takes."""
     from rmscope.model.reward_model import RewardModel
 
-    rm = RewardModel.load(model, dtype, device)
+    rm = RewardModel.load(model, **options)
     kept = [p for p, t in zip(pairs, rm.tokenize_all(pairs), strict=True) if rm.fits(t)]
     if not kept:
         raise InputError(

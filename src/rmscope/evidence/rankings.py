@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from rmscope.effects.ledger import Path, baseline, parts_along
 from rmscope.effects.statistics import Array
@@ -40,14 +41,21 @@ def rankings(
             for parts in parts_along(path, [path.panel(0.0, 1.0)], sae, start):
                 np.add.at(total, parts.feature.numpy(), parts.effect.double().numpy())
         progress(unit.stop, len(tokens), "other rankings")
-    head = rm.model.score.weight[0].detach().double().cpu().numpy()
     return {
-        "head": sae.W_dec.double().numpy() @ head,
+        "head": sae.W_dec.double().numpy() @ _head_direction(rm),
         "difference": (sums["chosen"] - sums["rejected"]) / len(tokens),
         "integrated": total / np.maximum(fires, 1),
         "firing": fires / (2 * len(tokens)),
         "random": np.random.default_rng(seed).permutation(sae.m) + 1.0,
     }
+
+
+def _head_direction(rm: RewardModel) -> Array:
+    """w_r [d]: the gradient of the head's reward by the final hidden state, the same everywhere where it is linear."""
+    hidden = torch.zeros(1, rm.d_model, dtype=rm.dtype, device=rm.device, requires_grad=True)
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(rm.read_out(hidden).sum(), hidden)
+    return gradient[0].double().cpu().numpy()
 
 
 def best(scores: Array, k: int) -> list[int]:

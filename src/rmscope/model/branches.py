@@ -176,7 +176,7 @@ def resume_branches(
         hidden = _run(rm, text.ids[reads.cpu()], reads, max(upto, last - 1), entering[row.reads])
     if not set(range(upto + 1, last + 1)) <= row.seen:
         raise ValueError("a block's attention does not go through transformers' attention interface")
-    return rm._reward(rm.model.score(hidden[0]))
+    return rm.read_out(hidden[0])
 
 
 def _up_to_last(rm: RewardModel, text: Prefilled, row: _Row, upto: int, stream: Tensor) -> Float[Tensor, "tokens d"]:

@@ -69,7 +69,7 @@ def _run(rm: RewardModel, clean: Prefilled, texts: Sequence[Tensor], start: int)
         use_cache=True,
     ).last_hidden_state
     at = hidden[torch.arange(len(texts), device=rm.device), reads]
-    return rm._reward(rm.model.score(at)).cpu()
+    return rm.read_out(at).cpu()
 
 
 def _batches(shared: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -20,9 +20,10 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def load(
-    source: str, dtype: str, adapter: str | None, revision: str | None, trust_remote_code: bool
-) -> tuple[Any, Any, Path | None]:
-    """The model, its tokenizer, and its folder where it has one on disk."""
+    source: str, dtype: str, place: str, adapter: str | None, revision: str | None, trust_remote_code: bool
+) -> tuple[Any, Any, Rendering]:
+    """The model on its device, its tokenizer, and how it reads a conversation."""
+    _check_place(place)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"--dtype {dtype} is not known; use float32, bfloat16 or float16.")
     if source == BASE:
@@ -33,9 +34,42 @@ def load(
         raise InputError(f"{source} holds its own adapter; --adapter is for PMs and bases in transformers' format.")
     if ours:
         model, tokenizer, folder = load_zoo(source[4:]) if source.startswith("zoo:") else load_adapted(path)
-        return model.to(getattr(torch, dtype)), tokenizer, folder
-    model, tokenizer = _from_transformers(source, dtype, adapter, revision, trust_remote_code)
-    return model, tokenizer, path if path.is_dir() else None
+        return _cast(model, getattr(torch, dtype)).to(place), tokenizer, Rendering.find(folder, tokenizer)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    model, tokenizer = _from_transformers(source, dtype, place, adapter, options)
+    card = _card(source, revision) + ("" if adapter is None else _card(adapter, None))
+    return model, tokenizer, Rendering.find(path if path.is_dir() else None, tokenizer, card)
+
+
+def _check_place(place: str) -> None:
+    """One device: hooks, caches and SAEs of a PM that lies on several would each have to follow it about."""
+    try:
+        torch.device(place)
+    except RuntimeError as error:
+        raise InputError(
+            f"--device {place} is no device: a PM is studied on one (cpu, cuda, cuda:1), not spread over several; name one "
+            "that holds it, or halve it with --dtype bfloat16."
+        ) from error
+
+
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    """The parameters alone, as transformers loads them: rotary frequencies in bfloat16 would be wrong at later tokens."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _card(source: str, revision: str | None) -> str:
+    """The model card beside a PM or an adapter, on disk or on the hub; empty without one."""
+    from transformers.utils.hub import cached_file
+
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = path / "README.md"
+        return found.read_text("utf-8", errors="replace") if found.is_file() else ""
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
+    cached = cached_file(source, "README.md", revision=revision, **quiet)
+    return Path(cached).read_text("utf-8", errors="replace") if cached else ""
 
 
 def is_base(source: str) -> bool:
@@ -53,37 +87,62 @@ def _is_ours(path: Path) -> bool:
     return "base" in stored_settings(path)
 
 
-def _from_transformers(
-    source: str, dtype: str, adapter: str | None, revision: str | None, trust_remote_code: bool
-) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+def _from_transformers(source: str, dtype: str, place: str, adapter: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
     path = Path(source).expanduser()
     if (source.startswith((".", "/", "~")) or path.exists()) and not (path / "config.json").is_file():
         raise InputError(f"{source} is no model folder: it holds no config.json; name a folder that transformers can load.")
-    place = str(path) if path.is_dir() else source
+    name = str(path) if path.is_dir() else source
     brought = {} if adapter is None else _adapter_weights(adapter)
+    config = _config(source, name, brought, options)
     with _readable(f"The PM {source}"):
-        config = AutoConfig.from_pretrained(place, **options)
-        if not _has_head(config):
-            heads = [shape[0] for name, shape in brought.items() if name.endswith("score.weight")]
-            if not heads:
-                raise InputError(
-                    f"{source} is a {(config.architectures or ['model'])[0]}, without a scalar head: its score.weight "
-                    "would be newly initialised; name a sequence-classification PM, or an --adapter that brings the head."
-                )
-            config.num_labels = heads[0]
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            place,
+            name,
             config=config,
             dtype=getattr(torch, dtype),
+            device_map={"": place},
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told apart below
             **options,
         )
     with _readable(f"The tokenizer of {source}"):
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    _check_whole(source, info, brought)
+    if adapter is not None:
+        from peft import PeftModel
+
+        with _readable(f"The adapter {adapter}"):
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return model, tokenizer
+
+
+def _config(source: str, name: str, brought: dict[str, list[int]], options: dict[str, Any]) -> Any:
+    """The config of a PM; InputError where it is none, or needs code that is not trusted."""
+    import transformers
+
+    with _readable(f"The PM {source}"):
+        stored, _ = transformers.PreTrainedConfig.get_config_dict(name, revision=options["revision"])
+        made_as = (stored.get("architectures") or ["model"])[0]
+        if stored.get("auto_map") and not hasattr(transformers, made_as) and not options["trust_remote_code"]:
+            raise InputError(
+                f"{source} is a {made_as}, whose code comes with its checkpoint and would run on this machine; read that "
+                "code, then say --trust-remote-code, or name another PM."
+            )
+        config = transformers.AutoConfig.from_pretrained(name, **options)
+    if not _has_head(config):
+        heads = [shape[0] for key, shape in brought.items() if key.endswith("score.weight")]
+        if not heads:
+            raise InputError(
+                f"{source} is a {made_as}, without a scalar head: its score.weight would be newly initialised; name a "
+                "sequence-classification PM, or an --adapter that brings the head."
+            )
+        config.num_labels = heads[0]
+    return config
+
+
+def _check_whole(source: str, info: dict[str, Any], brought: dict[str, list[int]]) -> None:
+    """InputError where a weight would be newly initialised, or has another shape than the config says."""
     if mismatched := sorted(info.get("mismatched_keys", [])):
         name, stored, wanted = mismatched[0]
         raise InputError(
@@ -96,12 +155,6 @@ def _from_transformers(
             f"{source} lacks {', '.join(missing[:3])}: they would be newly initialised and the rewards would be noise; "
             "name a PM whose checkpoint holds its head."
         )
-    if adapter is not None:
-        from peft import PeftModel
-
-        with _readable(f"The adapter {adapter}"):
-            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    return model, tokenizer
 
 
 def _adapter_weights(adapter: str) -> dict[str, list[int]]:
@@ -128,35 +181,44 @@ def _has_head(config: Any) -> bool:
     return not architectures or any("SequenceClassification" in a or "Reward" in a for a in architectures)
 
 
-def output_weights(model: Any, output: int | Sequence[float] | None) -> Tensor:
-    """How the model's outputs make one reward, [outputs]."""
-    n = int(model.config.num_labels)
+def output_weights(model: Any, output: int | Sequence[float] | None, head: Any = None) -> Tensor:
+    """How the model's outputs make one reward, [outputs]; a head from outside has one."""
+    if head is not None and output is not None:
+        raise InputError("A head of its own has one output; leave out output=, or weight inside the head.")
+    n = 1 if head is not None else int(model.config.num_labels)
     if output is None:
         if n != 1:
-            raise InputError(f"The PM has {n} outputs, not one; pick one with output=0 .. {n - 1}, or give {n} weights.")
+            raise InputError(f"The PM has {n} outputs, not one; pick one with --output 0 .. {n - 1}, or give {n} weights.")
         return torch.ones(1)
-    weights = torch.zeros(n)
     if isinstance(output, int):
         if not 0 <= output < n:
-            raise InputError(f"output={output} is not there: the PM has {n} outputs, 0 .. {n - 1}.")
-        weights[output] = 1.0
-        return weights
+            raise InputError(f"--output {output} is not there: the PM has {n} outputs, 0 .. {n - 1}.")
+        return torch.eye(n)[output]
     if len(output) != n:
-        raise InputError(f"output= holds {len(output)} weights, but the PM has {n} outputs.")
-    return torch.tensor(list(output))
+        raise InputError(f"--output holds {len(output)} weights, but the PM has {n} outputs; give one for each.")
+    return torch.tensor(list(output), dtype=torch.float32)
 
 
-def identity(model: Any, tokenizer: Any, rendering: Rendering) -> str:
+def identity(model: Any, tokenizer: Any, rendering: Rendering, weights: Tensor, head: Any = None) -> str:
     """A content hash that reads every tensor once: name, shape, sum, and 64 entries at even distance.
 
     The sum is that of the entries' bits as whole numbers: unlike a sum of floats it does not depend on the order in
-    which a device adds.
+    which a device adds. The weights of several outputs count, and a head from outside.
     """
+    probe = tokenizer("A probe of the tokenizer: 12,345 words.").input_ids
+    parts = [_fingerprint(model), probe, getattr(tokenizer, "chat_template", None), rendering.as_dict()]
+    if weights.tolist() != [1.0]:
+        parts.append(weights.tolist())
+    if head is not None:
+        parts.append([type(head).__name__, _fingerprint(head)])
+    return content_hash(*parts)
+
+
+def _fingerprint(module: Any) -> list[Any]:
     rows = []
-    for name, tensor in model.state_dict().items():
+    for name, tensor in module.state_dict().items():
         flat = tensor.detach().reshape(-1)
         bits = flat.view(BITS[flat.element_size()])
         step = max(1, flat.numel() // 64)
         rows.append((name, list(tensor.shape), int(bits.sum(dtype=torch.int64)), bits[::step][:64].tolist()))
-    probe = tokenizer("A probe of the tokenizer: 12,345 words.").input_ids
-    return content_hash(rows, probe, getattr(tokenizer, "chat_template", None), rendering.as_dict())
+    return rows

@@ -1,17 +1,27 @@
-"""Preflight: what can be wrong with a PM before a single figure is made with it."""
+"""Preflight: what can be wrong with a PM before a single figure is made with it. Each run begins with it.
+
+``rmscope doctor`` asks more (``model/doctor.py``).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from rmscope.errors import InputError
 from rmscope.files import Progress, silent
-from rmscope.model.rendering import PairTokens
+from rmscope.model.abilities import PROBE, REFUSALS
+from rmscope.model.packing import padded
+from rmscope.model.rendering import SETTINGS_FILE, PairTokens, render
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
+
+Status = Literal["ok", "warn", "fail"]
 
 PROBES = 8
 """Pairs that are scored alone and in a batch."""
@@ -21,9 +31,17 @@ LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
 
 @dataclass(frozen=True, slots=True)
 class Check:
+    """One thing looked at. ``mend`` says what to do where it is not ok."""
+
     check: str
-    status: Literal["ok", "warn", "fail"]
+    status: Status
     detail: str
+    mend: str = ""
+
+
+def verdict(check: str, ok: bool, detail: str, mend: str, otherwise: Status = "warn") -> Check:
+    """ok, and then nothing to mend; or warn (fail), and how to mend it."""
+    return Check(check, "ok", detail) if ok else Check(check, otherwise, detail, mend)
 
 
 @dataclass(slots=True)
@@ -33,60 +51,177 @@ class Preflight:
     checks: list[Check] = field(default_factory=list)
     noise_floor: float = 0.0
 
-    def add(self, check: str, ok: bool, detail: str, status: Literal["warn", "fail"] = "warn") -> None:
-        self.checks.append(Check(check, "ok" if ok else status, detail))
-
     def rows(self) -> list[dict[str, str]]:
         return [asdict(c) for c in self.checks]
 
 
 def preflight(rm: RewardModel, tokens: Sequence[PairTokens], progress: Progress = silent) -> Preflight:
-    """Checks a PM on the tokens of some pairs: head, rendering, read position, packing, batch dependence, precision."""
-    found = Preflight()
-    config = rm.model.config.get_text_config()
-    n = int(rm.model.config.num_labels)
-    found.add("head", True, f"{n} output{'s' if n > 1 else ''}, loaded from the checkpoint")
-    found.add("rendering", True, f"{rm.rendering.style}, eos {'appended' if rm.rendering.append_eos else 'not appended'}")
-    pad = config.pad_token_id
-    same = pad is not None and pad == rm.tokenizer.eos_token_id and rm.rendering.append_eos
-    if pad is None:
-        detail = "no pad id: the last token (transformers itself refuses batches)"
-    elif same:
-        detail = "pad = eos: transformers reads the token before the appended eos, and so do we"
-    else:
-        detail = f"the last token that is not padding (id {pad})"
-    found.add("read position", pad is not None and not same, detail)
+    """Checks a PM on the tokens of some pairs, all within its context."""
+    probes = list(tokens[:PROBES])
+    alone = rewards_alone(rm, probes, progress)
+    together = rm.score_tokens(probes)
+    apart = float((alone - torch.stack([together.chosen, together.rejected], dim=1)).abs().max())
+    checks = [
+        head(rm),
+        rendering(rm),
+        read_position(rm, tokens),
+        attention(rm),
+        forward(rm),
+        *packing(rm),
+        precision(rm),
+        sites(rm, probes[0].chosen),
+        rewards(alone),
+        batches(rm, alone, apart),
+    ]
+    return Preflight(checks, apart)
+
+
+def rewards_alone(rm: RewardModel, tokens: Sequence[PairTokens], progress: Progress = silent) -> Float[Tensor, "pairs 2"]:
+    """r of both sides by the model's own forward, one text at a time."""
+    out = torch.zeros(len(tokens), len(SIDES))
+    for i, t in enumerate(tokens):
+        out[i] = torch.stack([rm.reward_alone(t.side(side)) for side in SIDES])
+        progress(i + 1, len(tokens), "texts scored alone")
+    return out
+
+
+def head(rm: RewardModel) -> Check:
+    """That there is one was made sure when the PM was loaded; here, that it is no row of zeros and holds numbers."""
+    name = "head"
+    weights = list(_head_weights(rm))
+    told = f"{len(rm.output)} outputs, weighted {rm.output}" if len(rm.output) > 1 else "1 output"
+    detail = f"{told}, loaded from the checkpoint" if rm.own_head is None else "a head from outside the checkpoint"
+    if not all(bool(w.isfinite().all()) for w in weights):
+        return Check(name, "fail", "holds numbers that are not finite", "load it in float32, or fetch the checkpoint again")
+    if weights and not any(bool((w != 0).any()) for w in weights):
+        return Check(name, "fail", "is all zeros, as before any training", "name the checkpoint that was trained")
+    return Check(name, "ok", detail)
+
+
+def _head_weights(rm: RewardModel) -> Iterator[Tensor]:
+    """The floating weights outside the trunk (encoders: with their pooler's dense maps)."""
+    trunk = {id(p) for p in rm.model.base_model.parameters()}
+    given = rm.model.parameters() if rm.own_head is None else rm.own_head.state_dict().values()
+    return (p for p in given if id(p) not in trunk and p.is_floating_point() and p.dim() > 1)
+
+
+def rendering(rm: RewardModel) -> Check:
+    """Whether the rendering can be done, keeps the response as it is, and takes the roles that data hold."""
+    name, style = "rendering", rm.rendering.style
+    detail = f"{style}, eos {'appended' if rm.rendering.append_eos else 'not appended'}"
+    if PROBE.chosen not in render(rm.rendering, rm.tokenizer, PROBE.prompt, PROBE.chosen):
+        mend = f"mend the template, or name another style in {SETTINGS_FILE} beside the PM"
+        return Check(name, "fail", "the chat template drops the response or changes it", mend)
+    try:
+        render(rm.rendering, rm.tokenizer, [{"role": "system", "content": "Be brief."}, *PROBE.prompt], PROBE.chosen)
+    except InputError:
+        return Check(name, "warn", f"{detail}; the template refuses system prompts", "leave out pairs that hold one")
+    return Check(name, "ok", detail)
+
+
+def read_position(rm: RewardModel, tokens: Sequence[PairTokens]) -> Check:
+    """Which token is read, measured on the texts: pad = eos lets transformers read the one before an eos at the end."""
+    name = "read position"
+    if not rm.causal:
+        return Check(name, "ok", "an encoder: its head reads the first token, or all; spans run to the last token")
+    side = f"rmscope pads on the right (the tokenizer: {getattr(rm.tokenizer, 'padding_side', 'right')})"
+    pad = rm.model.config.get_text_config().pad_token_id
+    if pad is None and rm.own_head is None:
+        mend = "set pad_token_id in its config.json before you batch it elsewhere"
+        return Check(name, "warn", f"no pad id: the last token (transformers itself refuses batches); {side}", mend)
+    texts = [t.side(s) for t in tokens for s in SIDES]
+    before = sum(rm.read_position(ids) < ids.numel() - 1 for ids in texts)
+    if before:
+        eos = " the appended eos" if rm.rendering.append_eos else " it"
+        return Check(
+            name,
+            "warn",
+            f"pad = eos: in {before} of {len(texts)} texts transformers reads the token before{eos}, and so do we; {side}",
+            "nothing, where it was trained so; else give it a pad token of its own and train again",
+        )
+    return Check(name, "ok", f"the last token that is not padding (id {pad}); {side}")
+
+
+def attention(rm: RewardModel) -> Check:
+    """Flash attention takes no 4-D masks and no float32: then no row is shared."""
+    kind = str(getattr(rm.model.config.get_text_config(), "_attn_implementation", None) or "its own")
+    window = f", windows of {rm.reach} tokens: longer texts run alone" if rm.reach < 1 << 30 else ""
+    flash = "flash" in kind
+    return verdict(
+        "attention",
+        not flash,
+        f"{kind}{window}{': no packed rows, no float32' if flash else ''}",
+        'load it with attn_implementation="sdpa"',
+    )
+
+
+def forward(rm: RewardModel) -> Check:
     if rm.splits:
         detail = f"split at any site, removals {'in one row' if rm.branches else 'in rectangles: its attention is its own'}"
-    else:
-        detail = f"{'cannot be split' if rm.causal else 'an encoder'}: hooks and full forwards, slower"
-    found.add("forward", rm.splits, detail)
-    if rm.causal:
-        detail = "a pair's shared prefix runs once" if rm.packs else "4-D masks change the reward: each text has its own row"
-        found.add("packing", rm.packs, detail)
-    found.add(
-        "precision",
-        rm.dtype == torch.float32,
-        f"{str(rm.dtype)[6:]}{'' if rm.dtype == torch.float32 else ': effects are noisy'}",
-    )
-    _batches(rm, list(tokens[:PROBES]), found, progress)
-    return found
+        return Check("forward", "ok", detail)
+    detail = f"{'cannot be split' if rm.causal else 'an encoder'}: hooks, and a whole forward for each removal"
+    return Check("forward", "warn", detail, "allow for the time (row cost of rmscope doctor), or lower --limit")
 
 
-def _batches(rm: RewardModel, tokens: list[PairTokens], found: Preflight, progress: Progress) -> None:
-    together = rm.score_tokens(tokens)
-    alone = []
-    with torch.no_grad():
-        for i, t in enumerate(tokens):
-            alone.append([float(rm.reward_alone(t.side(side))) for side in SIDES])
-            progress(i + 1, len(tokens), "texts scored alone")
-    single = torch.tensor(alone)
-    batched = torch.stack([together.chosen, together.rejected], dim=1)
-    found.noise_floor = float((single - batched).abs().max())
-    spread = float(single.std())
-    share = found.noise_floor / spread if spread > 0 else 0.0
-    found.add(
+def packing(rm: RewardModel) -> list[Check]:
+    """Decoders alone: in an encoder no prefix is shared."""
+    if not rm.causal:
+        return []
+    detail = "a pair's shared prefix runs once" if rm.packs else "4-D masks change the reward: each text has its own row"
+    return [verdict("packing", rm.packs, detail, "allow for half as many tokens more, or load it with sdpa attention")]
+
+
+def precision(rm: RewardModel) -> Check:
+    name = str(rm.dtype)[6:]
+    if getattr(rm.model, "is_quantized", False):
+        detail = f"quantised, {name} beside it: effects are those of the quantised PM, and noisy"
+        return Check("precision", "warn", detail, "study the checkpoint that is not quantised where it fits")
+    if rm.dtype != torch.float32:
+        return Check("precision", "warn", f"{name}: effects are noisy", "use --dtype float32")
+    return Check("precision", "ok", name)
+
+
+def sites(rm: RewardModel, ids: Tensor) -> Check:
+    """Whether the stream at each site is transformers' hidden state there (not the last, which is before the final norm)."""
+    told = f"embed, resid_post.0 .. resid_post.{len(rm.blocks) - 1}; default {', '.join(rm.default_sites)}"
+    try:
+        with torch.no_grad():
+            states = rm.model.base_model(ids[None].to(rm.device), output_hidden_states=True).hidden_states
+    except REFUSALS:
+        states = None
+    if not states or len(states) != len(rm.sites):
+        mend = "look whether rm.blocks are its blocks"
+        return Check("sites", "warn", f"{told}; transformers tells {len(states or [])} hidden states", mend)
+    streams = rm.streams(padded([(0, "chosen", ids, 1, 0)], 0), rm.sites[:-1])
+    other = [site for site, state in zip(rm.sites[:-1], states, strict=False) if not _same(streams[site], state)]
+    if other:
+        return Check("sites", "warn", f"{told}; not transformers' hidden states: {', '.join(other)}", "study other sites")
+    return Check("sites", "ok", told)
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    tolerance = 1e-4 if x.dtype in (torch.float32, torch.float64) else 1e-2
+    return x.shape == y.shape and bool((x - y).abs().max() <= tolerance * y.abs().max())
+
+
+def rewards(alone: Float[Tensor, "pairs 2"]) -> Check:
+    if not bool(alone.isfinite().all()):
+        return Check("rewards", "fail", "some are not finite", "load it in float32")
+    spread = float(alone.std())
+    mend = "name a checkpoint that was trained, and mind the head"
+    return verdict("rewards", spread > 0, f"mean {float(alone.mean()):.3g}, SD {spread:.3g}", mend, "fail")
+
+
+def batches(rm: RewardModel, alone: Float[Tensor, "pairs 2"], apart: float) -> Check:
+    return verdict(
         "batches",
-        share <= LIMITS[rm.dtype],
-        f"a text alone or in a batch: at most {found.noise_floor:.1e} apart ({share:.1e} SD of r)",
+        in_sd(apart, alone) <= LIMITS.get(rm.dtype, 1e-4),
+        f"a text alone or in a batch: at most {apart:.1e} apart ({in_sd(apart, alone):.1e} SD of r)",
+        "read effects below that as 0, and use float32; a PM whose forward looks at the batch cannot be mended here",
     )
+
+
+def in_sd(difference: float, alone: Tensor) -> float:
+    """A difference of rewards in SD of the rewards."""
+    spread = float(alone.std())
+    return difference / spread if spread > 0 else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,24 +32,43 @@ class Rendering:
     style: Style = "hh"
     append_eos: bool = False
     """Whether the eos token follows the text (TRL appends it to plain text in training)."""
+    suffix: str = ""
+    """What stands after the response, such as the question that a judge is asked."""
 
     @classmethod
-    def find(cls, folder: Path | None, tokenizer: Any) -> Rendering:
-        """What ``rmscope.json`` beside the PM says; without one the chat template where there is one, else ``hh``."""
+    def find(cls, folder: Path | None, tokenizer: Any, card: str = "") -> Rendering:
+        """What ``rmscope.json`` beside the PM says; without one the chat template where there is one, else ``hh``.
+
+        A model ``card`` of TRL's then says whether plain text ends with eos.
+        """
         if folder is not None and (stored := stored_settings(folder)):
             given = stored.get("rendering", {})
-            known = given.keys() <= {"style", "append_eos"} if isinstance(given, dict) else False
+            known = given.keys() <= {"style", "append_eos", "suffix"} if isinstance(given, dict) else False
             if not known or given.get("style", "hh") not in STYLES:
                 raise InputError(
                     f"{folder / SETTINGS_FILE} names no rendering that rmscope knows ({given}); "
                     f"give a style ({', '.join(STYLES)}) "
                     "and append_eos."
                 )
-            return cls(**given)
-        return cls(style="chat" if getattr(tokenizer, "chat_template", None) else "hh")
+            found = cls(**given)
+            if found.style == "chat" and not getattr(tokenizer, "chat_template", None):
+                raise InputError(
+                    f"{folder / SETTINGS_FILE} asks for the chat template, but the tokenizer has none; add it "
+                    "(chat_template.jinja), or name another style."
+                )
+            return found
+        if getattr(tokenizer, "chat_template", None):
+            return cls("chat")
+        return cls("hh", append_eos=trl_appended_eos(card) and tokenizer.eos_token_id is not None)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "suffix" or value}
+
+
+def trl_appended_eos(card: str) -> bool:
+    """Whether TRL's reward trainer wrote a model card, in a version that appends eos to plain text (0.24 and later)."""
+    version = re.search(r"^- TRL: (\d+)\.(\d+)", card, re.MULTILINE)
+    return "reward-trainer" in card and version is not None and (int(version[1]), int(version[2])) >= (0, 24)
 
 
 def stored_settings(folder: Path) -> dict[str, Any]:
@@ -67,6 +87,10 @@ def stored_settings(folder: Path) -> dict[str, Any]:
 
 def render(rendering: Rendering, tokenizer: Any, prompt: Sequence[Message], response: str) -> str:
     """The whole text of one side, without the appended eos."""
+    return _text(rendering, tokenizer, prompt, response) + rendering.suffix
+
+
+def _text(rendering: Rendering, tokenizer: Any, prompt: Sequence[Message], response: str) -> str:
     if rendering.style == "chat":
         messages = [*prompt, {"role": "assistant", "content": response}]
         try:

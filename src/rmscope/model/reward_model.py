@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from rmscope.errors import InputError
 from rmscope.files import Progress, silent
-from rmscope.model import loading
-from rmscope.model.branches import resume_branches
+from rmscope.model import abilities, loading
 from rmscope.model.linear import speed_up
-from rmscope.model.packing import Batch, by_budget, packed, packed_length, padded, units
+from rmscope.model.packing import Batch, by_budget, last_hidden_reads, packed, packed_length, padded, units
 from rmscope.model.prefill import Prefilled, cache_of
 from rmscope.model.rendering import PairTokens, Rendering, encode, pair_tokens, render
 from rmscope.model.sites import (
@@ -36,16 +35,6 @@ TOKEN_BUDGET = 1024
 2,300 at 4,096)."""
 
 
-PROBE = Pair(
-    "probe",
-    [{"role": "user", "content": "What is the capital of France?"}],
-    "It is Paris, on the Seine.",
-    "The capital of France is a large city.",
-)
-REFUSALS = (ValueError, RuntimeError, TypeError, IndexError, AttributeError)
-"""What a model's own forward raises where it does not take a mask, positions or a cache; it is then run without."""
-
-
 @dataclass(frozen=True, slots=True)
 class Scores:
     """Rewards of both sides, [pairs] float32."""
@@ -61,16 +50,26 @@ class Scores:
 class RewardModel:
     """A preference model. ``model`` is the transformers module itself, ``tokenizer`` its tokenizer."""
 
-    def __init__(self, model: Any, tokenizer: Any, rendering: Rendering, name: str, output: Any = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        rendering: Rendering,
+        name: str,
+        output: int | Sequence[float] | None = None,
+        head: nn.Module | None = None,
+    ) -> None:
+        """``head`` makes rewards [texts] of final hidden states [texts, d] in place of the PM's own (``model/heads.py``)."""
         self.model = model.eval().requires_grad_(False)
         speed_up(self.model)
         self.tokenizer = tokenizer
         self.rendering = rendering
         self.name = name
         self._words: dict[int, bool] = {}
-        self._weights = loading.output_weights(model, output)
+        self._weights = loading.output_weights(model, output, head)
+        self.own_head = None if head is None else head.to(self.device, self.dtype).eval().requires_grad_(False)
         self.blocks: nn.ModuleList = find_blocks(model)
-        self.causal = isinstance(getattr(model, "score", None), nn.Linear)
+        self.causal = head is not None or isinstance(getattr(model, "score", None), nn.Linear)
 
     @classmethod
     def load(
@@ -89,13 +88,16 @@ class RewardModel:
         ``adapter`` is a PEFT adapter put on top and merged; ``output`` picks one of several outputs, or weights them.
         Raises :class:`InputError` where there is no scalar head, or where the head would be newly initialised.
         """
-        model, tokenizer, folder = loading.load(source, dtype, adapter, revision, trust_remote_code)
         place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        if place != "cpu":
-            model = model.to(place)
-        return cls(model, tokenizer, Rendering.find(folder, tokenizer), source, output)
+        model, tokenizer, rendering = loading.load(source, dtype, place, adapter, revision, trust_remote_code)
+        return cls(model, tokenizer, rendering, source, output)
 
     # What the model is
+
+    @property
+    def output(self) -> list[float]:
+        """How its outputs are weighted to one reward."""
+        return list(self._weights.tolist())
 
     @property
     def d_model(self) -> int:
@@ -123,13 +125,19 @@ class RewardModel:
 
     @property
     def context(self) -> int:
-        """The longest text in tokens; a huge number where the model states none."""
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
+        """The longest text in tokens; a huge number where the model states none.
+
+        RoBERTa counts its positions from the one after the padding id, so that many less.
+        """
+        longest = int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
+        embeddings = getattr(getattr(self.model.base_model, "embeddings", None), "position_embeddings", None)
+        padding = getattr(embeddings, "padding_idx", None)
+        return longest if padding is None else longest - int(padding) - 1
 
     @cached_property
     def identity(self) -> str:
-        """Content hash of weights (name, shape, sum and samples of each), rendering and tokenizer."""
-        return loading.identity(self.model, self.tokenizer, self.rendering)
+        """Content hash of weights (name, shape, sum and samples of each), rendering, tokenizer, and a choice of outputs."""
+        return loading.identity(self.model, self.tokenizer, self.rendering, self._weights, self.own_head)
 
     # Text to tokens
 
@@ -149,9 +157,12 @@ class RewardModel:
         )
 
     def read_position(self, ids: Tensor) -> int:
-        """Where the model's own forward reads the score of this text alone: the rightmost token that is not padding."""
+        """Where the model's own forward reads the score of this text alone: the rightmost token that is not padding.
+
+        A ``head`` from outside reads the last token.
+        """
         pad = self.model.config.get_text_config().pad_token_id
-        if not self.causal or pad is None:
+        if not self.causal or pad is None or self.own_head is not None:
             return ids.numel() - 1
         kept = (ids != pad).nonzero()
         return int(kept[-1]) if kept.numel() else 0
@@ -172,49 +183,18 @@ class RewardModel:
 
     @cached_property
     def packs(self) -> bool:
-        """Whether packed rows give the rewards of each text alone; measured once, on two short texts."""
-        if not self.causal:
-            return False
-        tokens = self.tokenize(PROBE)
-        alone = torch.stack([self.reward_alone(tokens.chosen), self.reward_alone(tokens.rejected)])
-        try:
-            together = self.rewards(packed([(0, tokens, self._reads(tokens))])).cpu()
-        except REFUSALS:
-            return False
-        return self._agree(alone, together)
+        """Whether packed rows give the rewards of each text alone; measured once."""
+        return abilities.packs(self)
 
     @cached_property
     def splits(self) -> bool:
-        """Whether a clean run resumed after block 0 gives the reward of the whole text; measured once, on a short text."""
-        if not self.causal:
-            return False
-        ids = self.tokenize(PROBE).chosen
-        start = ids.numel() // 2
-        try:
-            clean = self.prefill(ids, ["resid_post.0"])
-            resumed = self.resume(clean, "resid_post.0", start, clean.streams["resid_post.0"][None, start:]).cpu()
-        except REFUSALS:
-            return False
-        return self._agree(self.reward_alone(ids), resumed)
+        """Whether a clean run can be resumed after a site; measured once."""
+        return abilities.splits(self)
 
     @cached_property
     def branches(self) -> bool:
         """Whether branches laid end to end in one row give what resuming each alone gives; measured once."""
-        if not self.splits:
-            return False
-        clean = self.prefill(self.tokenize(PROBE).chosen, ["embed"])
-        starts = [clean.ids.numel() - n for n in (12, 5)]
-        halves = [0.5 * clean.streams["embed"][start:] for start in starts]
-        try:
-            together = resume_branches(self, clean, "embed", starts, torch.cat(halves)).cpu()
-        except REFUSALS:
-            return False
-        alone = [self.resume(clean, "embed", s, x[None]).cpu() for s, x in zip(starts, halves, strict=True)]
-        return self._agree(torch.cat(alone), together)
-
-    def _agree(self, alone: Tensor, other: Tensor) -> bool:
-        tolerance = 5e-2 if self.dtype in (torch.bfloat16, torch.float16) else 1e-4
-        return bool(((alone - other).abs() <= tolerance * (1 + alone.abs())).all())
+        return abilities.branches(self)
 
     @cached_property
     def reach(self) -> int:
@@ -228,8 +208,11 @@ class RewardModel:
 
     def reward_alone(self, ids: Tensor) -> Tensor:
         """r of one text [T] by the model's own forward: the truth that every faster way is held to."""
+        ids = ids[None].to(self.device)
         with torch.no_grad():
-            return self._reward(self.model(ids[None].to(self.device)).logits)[0].cpu()
+            if self.own_head is not None:
+                return self.read_out(self.model.base_model(ids).last_hidden_state[:, -1])[0].cpu()
+            return self._reward(self.model(ids).logits)[0].cpu()
 
     def batches(self, tokens: Sequence[PairTokens], budget: int = TOKEN_BUDGET) -> Iterator[Batch]:
         """Batches over units of 64 pairs in file order; ``Text.pair`` is the index into ``tokens``."""
@@ -272,13 +255,16 @@ class RewardModel:
         return self.head(hidden, batch)
 
     def head(self, hidden: Float[Tensor, "rows width d"], batch: Batch) -> Float[Tensor, " texts"]:
-        rows, columns = batch.reads
-        at = hidden[rows.to(hidden.device), columns.to(hidden.device)]
-        return self._reward(self.model.score(at))
+        return self.read_out(last_hidden_reads(hidden, batch))
 
-    def _reward(self, logits: Float[Tensor, "texts outputs"]) -> Float[Tensor, " texts"]:
+    def read_out(self, hidden: Float[Tensor, "texts d"]) -> Float[Tensor, " texts"]:
+        """r of final hidden states at the read position, float32. Decoder PMs only."""
+        return self._reward((self.model.score if self.own_head is None else self.own_head)(hidden))
+
+    def _reward(self, logits: Tensor) -> Float[Tensor, " texts"]:
+        """r of logits [texts, outputs], or [texts] as some models with code of their own give them."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits @ self._weights.to(logits)
+        return logits.reshape(len(logits), -1) @ self._weights.to(logits)
 
     @torch.no_grad()
     def streams(self, batch: Batch, sites: Sequence[str]) -> dict[str, Float[Tensor, "rows width d"]]:
@@ -333,7 +319,7 @@ class RewardModel:
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
-        reward = float(self._reward(self.model.score(hidden[:, -1]))[0])
+        reward = float(self.read_out(hidden[:, -1])[0])
         return Prefilled(ids, kept, [(layer.keys, layer.values) for layer in cache.layers], reward)
 
     @torch.no_grad()
@@ -362,7 +348,7 @@ class RewardModel:
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
-        return self._reward(self.model.score(hidden[:, -1]))
+        return self.read_out(hidden[:, -1])
 
     # Scores
 

@@ -6,21 +6,29 @@ in one clause what is wrong with it; only ``scored`` sees all rows, because ther
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, combinations, islice, product
-from typing import Any, Literal, cast
+from typing import Any
 
+from rmscope.pairs.fields import (
+    SCORES,
+    BadRow,
+    Row,
+    as_messages,
+    as_number,
+    as_prompt,
+    as_score,
+    as_text,
+    as_texts,
+    shape_of,
+    spoken,
+)
 from rmscope.pairs.pair import SIDES, Message
-
-Row = Mapping[str, Any]
 
 STYLES = ("concise", "detailed plain", "detailed markdown")
 """RM-Bench: the order of the three answers on each side."""
-SCORES = ("overall", "score", "helpfulness")
-"""The column that decides in scored data: the first of these that the data has."""
 KEPT = ("subset", "domain", "style", "label", "group")
 """Columns that go into ``Pair.meta`` where they exist; ``group`` stands for the prompt in splits."""
 LOOKAHEAD = 100
@@ -28,14 +36,6 @@ LOOKAHEAD = 100
 
 _TURN = re.compile(r"\n\n(Human|Assistant):(?: |\s*\Z)")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
-
-
-class BadRow(Exception):  # noqa: N818 - a verdict on data; the error that people see is InputError
-    """Why a row gives no pair. ``always`` overrules what the caller asked to be done with bad rows."""
-
-    def __init__(self, reason: str, always: Literal["raise", "skip"] | None = None, part: str = "") -> None:
-        super().__init__(reason)
-        self.reason, self.always, self.part = reason, always, part
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +76,15 @@ def _guess(row: Row) -> str | None:
         return _guess_sides(row)
     if {"input", "output_1", "output_2", "label"} <= row.keys():
         return "llmbar"
+    if _two_responses(row) is not None:
+        return "helpsteer preference"
     if {"prompt", "response"} <= row.keys() and any(name in row for name in SCORES):
         return "scored"
     return None
 
 
 def _guess_sides(row: Row) -> str | None:
-    shapes = {_shape(row[side]) for side in SIDES}
+    shapes = {shape_of(row[side]) for side in SIDES}
     has_prompt = row.get("prompt") is not None
     if shapes == {"text"}:
         return _guess_text(row)
@@ -104,17 +106,6 @@ def _guess_text(row: Row) -> str | None:
     if isinstance(prompt, str) and prompt.lstrip().startswith("Human:") and _opens_response(prompt):
         return "hh prompt"
     return "rewardbench" if "subset" in row else "trl plain"
-
-
-def _shape(value: Any) -> str:
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, list) and value:
-        if all(isinstance(item, str) for item in value):
-            return "texts"
-        if all(isinstance(item, Mapping) for item in value):
-            return "messages"
-    return "unknown"
 
 
 def _fallback(rows: list[Row]) -> str | None:
@@ -191,7 +182,7 @@ def _transcripts(row: Row) -> Iterator[Candidate]:
     In 17 of the 7,415 pairs of three hh-rlhf test splits a response so holds more than one turn. The data also hold
     identical and empty responses (34 and 8 there): such rows are always skipped and listed.
     """
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    chosen, rejected = as_text(row, "chosen"), as_text(row, "rejected")
     if chosen == rejected:
         raise BadRow("chosen and rejected are identical", always="skip")
     chosen, left = _turns(chosen, "chosen")
@@ -203,7 +194,7 @@ def _transcripts(row: Row) -> Iterator[Candidate]:
     if common == 0 or left[common - 1].role != "user" or {left[common].role, right[common].role} != {"assistant"}:
         raise BadRow("the dialogues do not part at the beginning of an assistant turn")
     prompt = [turn.message() for turn in left[:common]]
-    candidate = Candidate(_spoken(prompt), chosen[left[common].start :], rejected[right[common].start :])
+    candidate = Candidate(spoken(prompt), chosen[left[common].start :], rejected[right[common].start :])
     for side in SIDES:
         if not getattr(candidate, side).strip():
             raise BadRow(f"{side} is empty", always="skip")
@@ -222,55 +213,80 @@ def _opens_response(prompt: str) -> bool:
 
 def _prompt_transcript(row: Row) -> Iterator[Candidate]:
     """A transcript that ends where the assistant is to speak, and two responses (as in Dahoas/rm-static)."""
-    chosen, rejected, prompt = _text(row, "chosen"), _text(row, "rejected"), _text(row, "prompt")
+    chosen, rejected, prompt = as_text(row, "chosen"), as_text(row, "rejected"), as_text(row, "prompt")
     if not _opens_response(prompt):
         raise BadRow('the prompt does not end with "\\n\\nAssistant:" as those before it do')
     _, turns = _turns(prompt.rstrip(), "prompt")
-    messages = _spoken([turn.message() for turn in turns[:-1]])
+    messages = spoken([turn.message() for turn in turns[:-1]])
     yield Candidate(messages, chosen.removeprefix(" "), rejected.removeprefix(" "))
 
 
 def _plain(row: Row) -> Iterator[Candidate]:
-    yield Candidate(_prompt(row), _text(row, "chosen"), _text(row, "rejected"))
+    yield Candidate(as_prompt(row), as_text(row, "chosen"), as_text(row, "rejected"))
 
 
 def _combinations(row: Row) -> Iterator[Candidate]:
-    prompt = _prompt(row)
-    chosen, rejected = _texts(row, "chosen"), _texts(row, "rejected")
+    prompt = as_prompt(row)
+    chosen, rejected = as_texts(row, "chosen"), as_texts(row, "rejected")
     for (c, better), (r, worse) in product(enumerate(chosen), enumerate(rejected)):
         yield Candidate(prompt, better, worse, part=f"{c}-{r}")
 
 
 def _rm_bench(row: Row) -> Iterator[Candidate]:
     for side in SIDES:
-        if len(_texts(row, side)) != len(STYLES):
+        if len(as_texts(row, side)) != len(STYLES):
             raise BadRow(f"{side} holds {len(row[side])} texts where those before it hold {len(STYLES)}")
     for candidate, (c, r) in zip(_combinations(row), product(STYLES, STYLES), strict=True):
         yield replace(candidate, meta={"style_chosen": c, "style_rejected": r})
 
 
 def _llmbar(row: Row) -> Iterator[Candidate]:
-    label, outputs = _number(row, "label"), (_text(row, "output_1"), _text(row, "output_2"))
+    label, outputs = as_number(row, "label"), (as_text(row, "output_1"), as_text(row, "output_2"))
     if label not in (1, 2):
         raise BadRow(f"label is {row['label']!r} instead of 1 or 2")
     chosen, rejected = outputs if label == 1 else reversed(outputs)
-    yield Candidate(_prompt(row, "input"), chosen, rejected, meta={"label": int(label)})
+    yield Candidate(as_prompt(row, "input"), chosen, rejected, meta={"label": int(label)})
+
+
+TWO_RESPONSES = (
+    ("prompt", "response_1", "response_2", "preference_strength"),
+    ("context", "response1", "response2", "overall_preference"),
+)
+"""HelpSteer2-preference's columns, and HelpSteer3's."""
+
+
+def _two_responses(row: Row) -> tuple[str, str, str, str] | None:
+    return next((names for names in TWO_RESPONSES if set(names) <= row.keys()), None)
+
+
+def _preference(row: Row) -> Iterator[Candidate]:
+    """Below 0 the first response is preferred, above 0 the second; rows without a preference are skipped and listed."""
+    names = _two_responses(row)
+    if names is None:
+        raise BadRow(f"it lacks a column of {', '.join(TWO_RESPONSES[0])}")
+    prompt, first, second, preference = names
+    strength = as_number(row, preference)
+    if strength == 0:
+        raise BadRow("neither response is preferred", always="skip")
+    sides = as_text(row, first), as_text(row, second)
+    chosen, rejected = sides if strength < 0 else reversed(sides)
+    yield Candidate(as_prompt(row, prompt), chosen, rejected, meta={"preference": abs(strength)})
 
 
 def _explicit(row: Row) -> Iterator[Candidate]:
-    sides = [_messages(row, side) for side in SIDES]
+    sides = [as_messages(row, side) for side in SIDES]
     for side, turns in zip(SIDES, sides, strict=True):
         if len(turns) != 1 or turns[0]["role"] != "assistant":
             raise BadRow(f"{side} is not one assistant message")
-    yield Candidate(_prompt(row), sides[0][0]["content"], sides[1][0]["content"])
+    yield Candidate(as_prompt(row), sides[0][0]["content"], sides[1][0]["content"])
 
 
 def _implicit(row: Row) -> Iterator[Candidate]:
-    left, right = _messages(row, "chosen"), _messages(row, "rejected")
+    left, right = as_messages(row, "chosen"), as_messages(row, "rejected")
     common = _common(left, right)
     if any(len(turns) != common + 1 or turns[-1]["role"] != "assistant" for turns in (left, right)):
         raise BadRow("chosen and rejected do not differ in their last assistant message alone")
-    yield Candidate(_spoken(left[:common]), left[-1]["content"], right[-1]["content"])
+    yield Candidate(spoken(left[:common]), left[-1]["content"], right[-1]["content"])
 
 
 def _scored(records: Iterable[Record]) -> Iterator[Outcome]:
@@ -280,7 +296,7 @@ def _scored(records: Iterable[Record]) -> Iterator[Outcome]:
         try:
             if isinstance(row, BadRow):
                 raise row
-            prompt, response, score = _prompt(row), _text(row, "response"), _score(row)
+            prompt, response, score = as_prompt(row), as_text(row, "response"), as_score(row)
             if not response.strip():
                 raise BadRow("response is empty")
         except BadRow as bad:
@@ -312,85 +328,7 @@ _FORMATS: dict[str, Callable[[Row], Iterator[Candidate]]] = {
     "best of n": _combinations,
     "rm-bench": _rm_bench,
     "llmbar": _llmbar,
+    "helpsteer preference": _preference,
 }
 NAMES = (*_FORMATS, "scored")
 """Every format by the name that ``ReadReport.format`` gives it."""
-
-
-def _present(row: Row, name: str) -> Any:
-    if name not in row:
-        raise BadRow(f"{name} is missing")
-    if row[name] is None:
-        raise BadRow(f"{name} is null")
-    return row[name]
-
-
-def _text(row: Row, name: str) -> str:
-    value = _present(row, name)
-    if not isinstance(value, str):
-        raise BadRow(f"{name} is {_kind(value)} instead of a text")
-    return value
-
-
-def _texts(row: Row, name: str) -> list[str]:
-    value = _present(row, name)
-    texts = [value] if isinstance(value, str) else value
-    if _shape(texts) != "texts":
-        raise BadRow(f"{name} is {_kind(value)} instead of a list of texts")
-    return cast(list[str], texts)
-
-
-def _messages(row: Row, name: str) -> list[Message]:
-    value = _present(row, name)
-    if _shape(value) != "messages":
-        raise BadRow(f"{name} is {_kind(value)} instead of a list of messages")
-    for message in value:
-        if not all(isinstance(message.get(part), str) for part in ("role", "content")):
-            raise BadRow(f"a message of {name} lacks a role or a content that is a text")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
-
-
-def _prompt(row: Row, name: str = "prompt") -> list[Message]:
-    """The prompt as messages, whether it is published as such or as a text."""
-    if row.get(name) is None:
-        raise BadRow("there is no prompt")
-    if isinstance(row[name], str):
-        return _spoken([{"role": "user", "content": row[name]}])
-    return _spoken(_messages(row, name))
-
-
-def _spoken(prompt: list[Message]) -> list[Message]:
-    if not any(turn["content"].strip() for turn in prompt):
-        raise BadRow("there is no prompt")
-    if prompt[-1]["role"] != "user":
-        raise BadRow("the prompt does not end with a user turn")
-    return prompt
-
-
-def _score(row: Row) -> float:
-    named = next((name for name in SCORES if row.get(name) is not None), None)
-    if named is None:
-        raise BadRow(f"there is no score (a column {', '.join(SCORES[:-1])} or {SCORES[-1]})")
-    return _number(row, named)
-
-
-def _number(row: Row, name: str) -> float:
-    """A number, or the text of one as in CSV."""
-    value = _present(row, name)
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise BadRow(f"{name} is no finite number")
-    return number
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, int | float):
-        return "a number"
-    if isinstance(value, list):
-        return "an empty list" if not value else "a list"
-    return "a text" if isinstance(value, str) else "an object" if isinstance(value, Mapping) else "something else"

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rmscope.errors import InputError
-from rmscope.pairs.formats import NAMES, BadRow, Candidate, Outcome, Record, Row, convert, recognise
+from rmscope.pairs.fields import BadRow, Row
+from rmscope.pairs.formats import NAMES, Candidate, Outcome, Record, convert, recognise
 from rmscope.pairs.pair import Pair
 
 OnBadRow = Literal["error", "skip"]
@@ -57,6 +58,7 @@ def load_pairs(
     split: str = "train",
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
+    form: str | None = None,
     on_bad_row: OnBadRow = "error",
     report: ReadReport | None = None,
 ) -> list[Pair]:
@@ -66,9 +68,10 @@ def load_pairs(
     A file is ``.jsonl``, ``.json`` (a list), ``.csv`` or ``.tsv`` (each also ``.gz``), or ``.parquet``;
     ``split`` is for the hub alone. The format is found from the columns: transcripts as in hh-rlhf (or a
     transcript as prompt, as in Dahoas/rm-static), TRL plain and conversational (prompt explicit or implicit),
-    RewardBench, best of N (RewardBench 2: every chosen with every rejected), RM-Bench (likewise, with
-    styles), LLMBar, and scored responses (``prompt, response, overall | score | helpfulness``: every two rows
-    of a prompt whose scores differ).
+    RewardBench, best of N (RewardBench 2: every chosen with every rejected), RM-Bench (likewise, with styles),
+    LLMBar, HelpSteer's preferences (two responses and a number from -3 to 3), and scored responses (``prompt,
+    response, overall | score | helpfulness``: every two rows of a prompt whose scores differ). ``form``, one of
+    ``rmscope.pairs.formats.NAMES``, overrules what the columns say.
 
     ``limit`` is the number of pairs, in file order; JSONL is read no further than that. ``columns`` maps
     ``prompt``, ``chosen``, ``rejected`` (or ``response``, ``score``) to their names in the source.
@@ -86,14 +89,16 @@ def load_pairs(
     Raises:
         InputError: one sentence with the place and the mend; also where no pair is left.
     """
-    _check(limit, columns, on_bad_row)
+    _check(limit, columns, form, on_bad_row)
     report = ReadReport() if report is None else report
     vars(report).update(vars(ReadReport()))
     name = os.fspath(source)
     if name.startswith("demo:"):
         return _demo(name, limit, report)
     opened = _open(name, split, streaming=limit is not None)
-    form, records = recognise(_normalised(opened, columns))
+    records = _normalised(opened, columns)
+    if form is None:
+        form, records = recognise(records)
     if form is None:
         raise _unknown(opened, records)
     report.format = form
@@ -103,7 +108,9 @@ def load_pairs(
     return pairs
 
 
-def _check(limit: int | None, columns: Mapping[str, str] | None, on_bad_row: str) -> None:
+def _check(limit: int | None, columns: Mapping[str, str] | None, form: str | None, on_bad_row: str) -> None:
+    if form is not None and form not in NAMES:
+        raise InputError(f"--format {form!r} is no format of pairs; use {', '.join(NAMES)}.")
     if limit is not None and limit < 1:
         raise InputError(f"A limit of {limit} pairs leaves nothing to read; give 1 or more.")
     if on_bad_row not in ("error", "skip"):
