@@ -73,6 +73,7 @@ def _other(job: Any, other: str) -> tuple[Version, list[Any]]:
     from rmscope.evidence.edits.edit import is_patch, load_edited
     from rmscope.model.loading import is_base
     from rmscope.model.reward_model import RewardModel
+    from rmscope.study import Study
 
     c = job.config
     if (Path(other) / "run.yaml").is_file():
@@ -81,7 +82,7 @@ def _other(job: Any, other: str) -> tuple[Version, list[Any]]:
     if is_base(other):
         return open_base(other, job.rm), []
     if is_patch(other):
-        rm = load_edited(RewardModel.load(c.model, c.dtype, c.device, adapter=c.adapter), other)
+        rm = load_edited(Study(c).rm, other)
     else:
         rm = RewardModel.load(other, c.dtype, c.device)
     return Version(rm, rm.name, rm.identity), []
