@@ -34,7 +34,8 @@ def test_every_row_is_the_stream_of_its_text_alone(tmp_path: Path) -> None:
         for row, token, pair, position, region in zip(rows, *columns.values(), strict=True):
             side = "rejected" if region == REJECTED else "chosen"
             assert ids[pair, side][position] == token
-            assert torch.allclose(row, expected[pair, side][site][position], rtol=2e-2, atol=2e-2)
+            truth = expected[pair, side][site][position]
+            assert (row - truth).norm() <= 0.02 * truth.norm()  # products run in bfloat16 where that is fast
     regions = {(p, r) for p, r in zip(columns["pair"], columns["region"], strict=True)}
     assert regions == {(i, r) for i in range(len(PAIRS)) for r in (PROMPT, CHOSEN, REJECTED)}
     for i, pair in enumerate(PAIRS):
