@@ -20,7 +20,7 @@ install_import_hook(CHECKED, "beartype.beartype").__enter__()
 
 @pytest.fixture(scope="session", autouse=True)
 def harvested_in_float32() -> Iterator[None]:
-    """Small random PMs amplify rounding, so what is harvested of them is compared in float32 whatever the machine is fast in."""
+    """Small random PMs amplify rounding: what is harvested of them is compared in float32 on every machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rmscope.activations.harvest.has_fast_bfloat16", lambda _device: False)
         yield
