@@ -35,6 +35,8 @@ SPOIL = 0.02
 """How much F1 on the fitting half a further member of a group may cost."""
 CONTROLS = 16
 """Matched groups that a hit's mediated share must beat."""
+TIE = 1e-3
+"""By more than this: shares that differ by rounding alone are the same."""
 COSINE, JACCARD = 0.7, 0.5
 """Features with decoders or firings as alike as this count as one in a rank."""
 LEARNED, NULL = 0.25, 0.10
@@ -172,7 +174,7 @@ def _single(rm: RewardModel, at: _AtSite, plant: Plant) -> dict[str, Any]:
         local = localises(at.measuring, best) if plant.kind in LEXICAL else None
         row = _measured(rm, at, [best]) | {"localises": local}
         enough = row["f1"] >= F1 and row["mediated"]["low"] >= MEDIATED and (local is None or local >= MASS)
-        if enough and (matched := _matched(rm, at, [best])) < row["mediated"]["value"]:
+        if enough and (matched := _matched(rm, at, [best])) < row["mediated"]["value"] - TIE:
             return row | {"found": True, "hit": "single", "matched": matched}
     return {"found": False, "hit": "none", "mediated": None}
 
@@ -189,7 +191,7 @@ def _group(rm: RewardModel, at: _AtSite) -> dict[str, Any]:
         return row | {"why": "no reported feature detects it"}
     if share < GROUP_MEDIATED:
         return row | {"why": f"the features that detect it carry {round(share, 2) + 0.0:.0%} of its effect"}
-    if (matched := _matched(rm, at, group)) >= share:
+    if (matched := _matched(rm, at, group)) >= share - TIE:
         return row | {"why": "matched features carry as much of its effect", "matched": matched}
     return row | {"found": True, "hit": "group", "matched": matched}
 
