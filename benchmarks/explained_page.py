@@ -26,6 +26,10 @@ position; delta_r2 = 1 − Σ(Δr − Δr^)² / Σ Δr². All intervals are 95 %
   [reward_aware.md](reward_aware.md).
 - A list orders features by forward selection on integrated gradients of the fit pairs, and is then frozen.
 
+## In short
+
+{short}
+
 ## Splice
 
 {splice}
@@ -131,6 +135,7 @@ def write_page(docs: Path, sites: Sequence[dict[str, Any]], aware: Sequence[dict
         shift_site=SHIFT_SITE,
         steps=TUNING.steps,
         batch=TUNING.pairs,
+        short=_short(sites, aware),
         splice=_splice(sites, aware),
         controls=_controls(sites),
         keep=_keep(sites),
@@ -142,6 +147,34 @@ def write_page(docs: Path, sites: Sequence[dict[str, Any]], aware: Sequence[dict
         figures=listed,
     )
     write_text(docs / "explained.md", text)
+
+
+def _short(sites: Sequence[dict[str, Any]], aware: Sequence[dict[str, Any]]) -> str:
+    """What a reader should take along, from the figures themselves."""
+
+    def span(values: Sequence[float]) -> str:
+        return f"{min(values):.2f} to {max(values):.2f}".replace("-", "−")
+
+    def of(rows: Sequence[dict[str, Any]], name: str) -> str:
+        return span([s["evaluation"][name]["value"] for s in rows])
+
+    top = max(aware, key=lambda s: float(s["evaluation"]["delta_r2"]["value"]))
+    nine = [s["site"] for s in aware if s["evaluation"]["delta_r2"]["value"] >= 0.9]
+    kept = [(p["k"], s["site"]) for s in aware for p in s["curves"]["keep"] if p["donors"]["value"] >= 0.8]
+    least = f"the first {min(kept)[0]} features at `{min(kept)[1]}`, aware" if kept else "more than any list has"
+    gone = [p for s in sites for p in s["removed"] if p["k"] == 16]
+    lost = {name: span([p[name]["value"] for p in gone]) for name in ("list", "matched")}
+    return "\n".join(
+        [
+            f"- Under splice a plain SAE keeps {of(sites, 'delta_r2')} of Σ Δr² (delta_r2), an aware one "
+            f"{of(aware, 'delta_r2')}, most at `{top['site']}`, and .9 or more at {' and '.join(nine) or 'no site'}.",
+            f"- An aware SAE keeps the *difference*, not each reward: *recovered* is {of(sites, 'reward_recovered')} before "
+            f"and {of(aware, 'reward_recovered')} after. Its loss looks at pairs, so both sides may drift together.",
+            f"- With everything else from donors, delta_r2 .8 first takes {least}.",
+            f"- Taking the first 16 features of a list away costs {lost['list']} of Δr, as many matched ones "
+            f"{lost['matched']}.",
+        ]
+    )
 
 
 def both(sites: Sequence[dict[str, Any]], aware: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
@@ -180,7 +213,7 @@ def _keep(sites: Sequence[dict[str, Any]]) -> str:
         reach = [reached(c["keep"]), reached(c["keep"], "mean")]
         reach += [reached(c[n]) for n in ("unflagged", "keep_pca", "keep_coordinates")]
         k = [figure(at(c["keep"], 64)), figure(at(c["keep"], 512)), f"{figure(top['donors'])} (K {top['k']})"]
-        rows.append([s["site"], *reach, *k, f"{c['keep'][-1]['single']:.2f}", s["flagged_of_64"]])
+        rows.append([s["site"], *reach, *k, f"{c['keep'][-1]['single']:.2f}".replace("-", "−"), s["flagged_of_64"]])
     return table(head, rows)
 
 
@@ -189,7 +222,7 @@ def _keep_aware(aware: Sequence[dict[str, Any]]) -> str:
     for s in aware:
         curve, top = s["curves"]["keep"], best(s["curves"]["keep"])
         k = [figure(at(curve, 64)), figure(at(curve, 512)), f"{figure(top['donors'])} (K {top['k']})"]
-        rows.append([s["site"], reached(curve), reached(curve, "mean"), *k, f"{curve[-1]['single']:.2f}"])
+        rows.append([s["site"], reached(curve), reached(curve, "mean"), *k, f"{curve[-1]['single']:.2f}".replace("-", "−")])
     return table(["site", "K_50 / K_80 / K_90", "from the mean", "K 64", "K 512", "best K", "one donor"], rows)
 
 
@@ -222,6 +255,6 @@ def _remains(sites: Sequence[dict[str, Any]], aware: Sequence[dict[str, Any]]) -
         lines.append(
             f"- {name}: the reconstruction leaves {1 - splice:.1%} of Σ Δr² unexplained, and with the error of other "
             f"responses in place of its own the features leave {1 - keep['donors']['value']:.0%}; the error carries "
-            f"{error:.1%} of Var(Δr)."
+            f"{error:.1%} of Var(Δr).".replace("-", "−")
         )
     return "\n".join(lines)
