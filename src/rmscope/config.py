@@ -64,7 +64,7 @@ class RunConfig(BaseModel):
     ledger_pairs: int = Field(24, gt=0)
     """Pairs of the measure split that get a ledger, one a prompt while prompts last."""
     ledger_halvings: int = Field(6, ge=0)
-    """How often a stretch of a ledger's path is halved at most where its gap is too large; at 6 all close but kinks, at 1 a third do at early sites."""
+    """How often a stretch of a ledger's path is halved at most where its gap is too large; at 1 many stay open."""
     seed: int = Field(0, ge=0)
     """Fixes every draw of the run."""
 
