@@ -64,8 +64,9 @@ def test_up_to_the_first_adapted_block_the_stream_of_zoo_planted_is_the_bases_ow
     with torch.no_grad():
         ours, own = (m.base_model(ids, output_hidden_states=True).hidden_states for m in (planted.model, base))
     first = settings["first_block"]
-    assert torch.equal(ours[first], own[first])
-    assert not torch.allclose(ours[first + 1], own[first + 1], atol=1e-3)
+    apart = [float((a - b).norm() / b.norm()) for a, b in zip(ours, own, strict=True)]
+    assert max(apart[: first + 1]) < 1e-5  # rounding: the PM's products may run through oneDNN
+    assert apart[first + 1] > 1e-3
 
 
 def test_an_unknown_zoo_pm_lists_the_zoo() -> None:
