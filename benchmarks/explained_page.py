@@ -162,7 +162,7 @@ def _short(sites: Sequence[dict[str, Any]], aware: Sequence[dict[str, Any]]) -> 
     nine = [s["site"] for s in aware if s["evaluation"]["delta_r2"]["value"] >= 0.9]
     kept = [(p["k"], s["site"]) for s in aware for p in s["curves"]["keep"] if p["donors"]["value"] >= 0.8]
     least = f"the first {min(kept)[0]} features at `{min(kept)[1]}`, aware" if kept else "more than any list has"
-    curves = {n: span([at(s["curves"][n], 512)["value"] for s in sites]) for n in ("keep", "keep_pca", "keep_coordinates")}
+    curves = {n: span([at(s["curves"][n], 128)["value"] for s in sites]) for n in ("keep", "keep_pca", "keep_coordinates")}
     gone = [p for s in sites for p in s["removed"] if p["k"] == 16]
     lost = {name: span([p[name]["value"] for p in gone]) for name in ("list", "matched")}
     return "\n".join(
@@ -171,9 +171,9 @@ def _short(sites: Sequence[dict[str, Any]], aware: Sequence[dict[str, Any]]) -> 
             f"{of(aware, 'delta_r2')}, most at `{top['site']}`, and .9 or more at {' and '.join(nine) or 'no site'}.",
             f"- An aware SAE keeps the *difference*, not each reward: *recovered* is {of(sites, 'reward_recovered')} before "
             f"and {of(aware, 'reward_recovered')} after. Its loss looks at pairs, so both sides may drift together.",
-            f"- With everything else from donors, delta_r2 .8 first takes {least}. Of plain SAEs 512 features keep "
-            f"{curves['keep']}; as many principal components {curves['keep_pca']}, coordinates {curves['keep_coordinates']}: "
-            "of what the SAE leaves in its error a feature list has nothing.",
+            f"- With everything else from donors, delta_r2 .8 first takes {least}.",
+            f"- 128 features of a plain SAE keep {curves['keep']}, 128 principal components {curves['keep_pca']}, 128 "
+            f"coordinates {curves['keep_coordinates']}: what the SAE leaves in its error, no list of features has.",
             f"- Taking the first 16 features of a list away costs {lost['list']} of Δr, as many matched ones "
             f"{lost['matched']}.",
         ]
