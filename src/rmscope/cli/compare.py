@@ -93,7 +93,7 @@ def _print(found: dict[str, Any], page: Path) -> None:
 
     table = Table(title=f"the same SAEs in A and in B, {found['prompts']} fresh prompts", title_justify="left")
     for column in ("SAE", "L0 A", "L0 B", "FVU A", "FVU B", "dead A", "dead B", "rates", "reported", "there in both"):
-        table.add_column(column, justify="left" if column == "SAE" else "right")
+        table.add_column(column, justify="left" if column == "SAE" else "right", no_wrap=column == "SAE")
     for row in found["sites"]:
         l0, fvu = ([estimate(*row[v][name].values())[0] for v in "ab"] for name in ("l0", "fvu"))
         there = " ".join(share(*list(row["there"].values())[:3])) if row["reported"] else ""
