@@ -7,16 +7,17 @@ import pytest
 import torch
 
 from rmscope.errors import InputError
-from rmscope.evidence.edits import choosing
+from rmscope.evidence.edits import checking, choosing
 from rmscope.evidence.edits.choosing import choose, fitting_twins, joined, losses
 from rmscope.evidence.edits.edit import FeatureEdit, edit_at
 from rmscope.evidence.edits.mending import bias, by_style, deltas, elsewhere, mean_difference, rewards_under
 from rmscope.evidence.twins import prepare
+from rmscope.files import silent
 from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
-from rmscope.pairs.pair import split_of
+from rmscope.pairs.pair import Pair, split_of
 from rmscope.pairs.plants import Plant
 from tests.evidence.test_matching import CUE, SITE, embeddings, sae, twin_pairs
-from tests.model.small import shared_pm, small_pm, small_sae
+from tests.model.small import shared_pm, small_pm, small_sae, user
 
 PLANT = Plant(name="z", kind="phrase", sign=1, texts=(CUE,))
 
@@ -112,3 +113,17 @@ def test_a_cell_of_rm_bench_is_made_of_the_rewards_of_its_two_styles() -> None:
     assert cells == {("a", "a"): 1.0, ("a", "b"): 1.0, ("b", "a"): 0.0, ("b", "b"): 0.0}
     assert rows[0]["edit"]["fall"]["value"] == 1.0
     assert rows[0]["pairs"] == 2
+
+
+def test_a_prompt_without_answers_in_every_style_is_left_out_of_rm_bench() -> None:
+    def pair(row: str, style: str) -> Pair:
+        meta = {"style_chosen": style, "style_rejected": style}
+        return Pair(f"{row}:{style}", user(f"What is {row}?"), f"It is {style}.", f"No, {style}.", meta)
+
+    whole, half = [pair(row, style) for row in "pq" for style in "ab"], pair("r", "a")
+    found = [
+        checking._styles(shared_pm("llama"), {"edit": {SITE: lambda x: 0.5 * x}}, bench, silent)
+        for bench in (whole, [half, *whole])
+    ]
+    assert found[0] == found[1]
+    assert [row["pairs"] for row in found[0]] == [2, 2, 2, 2]

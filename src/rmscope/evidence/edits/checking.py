@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,14 +97,17 @@ def before_after(
 def _styles(
     rm: RewardModel, variants: Mapping[str, Variant], bench: Sequence[Pair], progress: Progress
 ) -> list[dict[str, Any]]:
-    """RM-Bench over the prompts whose answers all fit the PM's context."""
+    """RM-Bench over the prompts that have answers in every style, all within the PM's context."""
     alike = [p for p in bench if p.meta["style_chosen"] == p.meta["style_rejected"]]
     if not alike:
         return []
     tokens = rm.tokenize_all(alike)
     rows = [p.id.rpartition(":")[0] for p in alike]
-    long = {row for row, t in zip(rows, tokens, strict=True) if not rm.fits(t)}
-    kept = [i for i, row in enumerate(rows) if row not in long]
+    styles = len({p.meta["style_chosen"] for p in alike})
+    whole = {
+        row for row, n in Counter(row for row, t in zip(rows, tokens, strict=True) if rm.fits(t)).items() if n == styles
+    }
+    kept = [i for i, row in enumerate(rows) if row in whole]
     found = rewards_under(rm, variants, [tokens[i] for i in kept], progress)
     return by_style(found, [alike[i].meta["style_chosen"] for i in kept], [rows[i] for i in kept])
 
