@@ -14,13 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rmscope.activations.harvest import harvest
 from rmscope.activations.store import ActivationStore
 from rmscope.effects.explained import GRID
 from rmscope.effects.reward_aware import RewardAwareConfig, fine_tune
-from rmscope.model.reward_model import RewardModel
+from rmscope.model.reward_model import RewardModel, Scores
 from rmscope.model.train import human_pairs, read_recipe
 from rmscope.pairs.pair import Pair, split_of
 from rmscope.sae import Sae, SaeConfig, train_saes
@@ -55,15 +54,16 @@ class Setting:
     def aware(self, site: str) -> Sae:
         """The site's SAE after reward-aware fine-tuning."""
         out = self.folder / "aware"
-        return fine_tune(self.rm, self.saes[site], self.fit[:TUNED], TUNING, out=out, progress=bar, delta=self.delta)
+        return fine_tune(self.rm, self.saes[site], self.fit[:TUNED], TUNING, out=out, progress=bar, scores=self.scores)
 
     @cached_property
-    def delta(self) -> Tensor:
-        """Δr of the pairs of the fine-tuning, scored once."""
-        path = self.folder / "delta.pt"
+    def scores(self) -> Scores:
+        """Rewards of the pairs of the fine-tuning, scored once."""
+        path = self.folder / "scores.pt"
         if not path.is_file():
-            torch.save(self.rm.score_tokens(self.rm.tokenize_all(self.fit[:TUNED]), bar).delta, path)
-        return torch.load(path)
+            found = self.rm.score_tokens(self.rm.tokenize_all(self.fit[:TUNED]), bar)
+            torch.save([found.chosen, found.rejected], path)
+        return Scores(*torch.load(path))
 
     def narrow(self) -> Sae:
         """Trained on helpful-base alone, for the shift."""

@@ -113,7 +113,7 @@ def train(
     reward_aware: Annotated[
         int | None, typer.Option(help="Then fine-tune for so many steps on what the SAE does to the reward difference.")
     ] = None,
-    weight: Annotated[float, typer.Option(help="Weight of the reward difference in that.")] = 1.0,
+    weight: Annotated[float, typer.Option(help="Weight of the rewards in that.")] = 1.0,
     limit: Limit = None,
     all_pairs: AllPairs = False,
     on_bad_row: BadRow = None,

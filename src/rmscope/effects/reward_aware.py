@@ -1,15 +1,18 @@
 """Reward-aware fine-tuning: a second phase of SAE training that also minds what the splice does to the reward difference.
 
-    L = λ d E (Δr^ - Δr)² / SD(Δr)²  +  the family's own loss on the tokens of the same pairs
+    L = λ d E [(Δr^ - Δr)² + μ (s^ - s)²] / SD(Δr)²  +  the family's own loss on the tokens of the same pairs
 
-Δr^ is the reward difference with x replaced by x^ on the span of both sides. In the units of training E|x|² = d
-(d_model), so both terms are a relative error times d. The first is backpropagated through the PM's blocks above the
-site (PM frozen, float32) to x^, and from there through the SAE's own equations: to W_dec and b_dec, and to the encoder at
-the entries that fire. What fires is chosen as ever, and thresholds move by the family's own loss alone.
+Δr^ and s^ are the difference and the sum of a pair's two rewards with x replaced by x^ on the span of both sides. Only
+differences mean anything, but a loss of differences alone lets both rewards of a pair drift as far as they like together,
+off what the blocks above were trained on; at μ = 1 each reward is minded by itself, as (a - b)² + (a + b)² = 2 (a² + b²).
+In the units of training E|x|² = d (d_model), so the terms are relative errors times d. The first is backpropagated
+through the PM's blocks above the site (PM frozen, float32) to x^, and from there through the SAE's own equations: to
+W_dec and b_dec, and to the encoder at the entries that fire. What fires is chosen as ever, and thresholds move by the
+family's own loss alone.
 
 After Karvonen 2025 (arXiv 2503.17272), who fine-tunes with the language model's KL divergence for a short while at the
-end; here the output is a reward, of which only differences within a pair mean anything. What it gains may be features
-that carry the reward better, or the reward written into the code: ``benchmarks/reward_aware.py`` holds the two apart.
+end; here the output is a reward. What it gains may be features that carry the reward better, or the reward written into
+the code: ``benchmarks/reward_aware.py`` holds the two apart.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,8 +36,8 @@ from rmscope.errors import InputError
 from rmscope.files import Progress, content_hash, silent
 from rmscope.model.packing import UNIT, Batch, by_budget, packed_length
 from rmscope.model.rendering import PairTokens
-from rmscope.model.reward_model import TOKEN_BUDGET, RewardModel
-from rmscope.pairs.pair import Pair
+from rmscope.model.reward_model import TOKEN_BUDGET, RewardModel, Scores
+from rmscope.pairs.pair import SIDES, Pair
 from rmscope.sae.base import Sae
 from rmscope.sae.config import SaeConfig
 from rmscope.sae.registry import training_class
@@ -53,13 +57,31 @@ class RewardAwareConfig(BaseModel):
     pairs: int = Field(16, gt=0)
     """Pairs a step."""
     weight: float = Field(1.0, ge=0)
-    """Weight λ of the damage to the reward difference; at 0 the SAE is only trained on."""
+    """Weight λ of the damage to the rewards; at 0 the SAE is only trained on."""
+    level: float = Field(1.0, ge=0)
+    """Weight μ of the damage to the sum of a pair's rewards beside that to their difference; at 0 the sum may drift."""
     lr: float | None = Field(None, gt=0)
     """Adam's learning rate; left out, a quarter of the family's own."""
     checkpoint_steps: int = Field(50, gt=0)
     """Steps between two checkpoints."""
     seed: int = Field(0, ge=0)
     """Fixes the order of the pairs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """What a splice does to the rewards of pairs, and what it counts for."""
+
+    scores: Scores
+    level: float = 0.0
+    weight: float = 1.0
+
+    def of(self, batch: Batch, rewards: Float[Tensor, " texts"]) -> Float[Tensor, ""]:
+        """Σ (Δr^ - Δr)² + level (s^ - s)² over the pairs of a batch whose spliced rewards are given; differentiable."""
+        pair, spliced = by_pair(batch, rewards)
+        clean = torch.stack([self.scores.chosen, self.scores.rejected], dim=1)[pair].to(rewards)
+        off = spliced - clean
+        return (off[:, 0] - off[:, 1]).square().sum() + self.level * off.sum(dim=1).square().sum()
 
 
 def fine_tune(
@@ -70,7 +92,7 @@ def fine_tune(
     own: SaeConfig | None = None,
     out: Path | str | None = None,
     progress: Progress = silent,
-    delta: Float[Tensor, " pairs"] | None = None,
+    scores: Scores | None = None,
 ) -> Sae:
     """A fine-tuned copy of ``sae``: the same family, size, k and site, decoder rows of unit norm.
 
@@ -83,11 +105,11 @@ def fine_tune(
         out: where ``<site>/cfg.json``, ``sae_weights.safetensors`` and ``training.parquet`` go, and checkpoints until then;
             a fine-tuning that is finished there is loaded, a checkpoint is gone on from.
         progress: called as (step, steps, figures in words).
-        delta: the PM's Δr of each pair where it is known (several SAEs of one PM, say); else the pairs are scored.
+        scores: the PM's rewards of the pairs where they are known (several SAEs of one PM, say); else the pairs are scored.
 
     Raises:
-        InputError: no site, another width than the PM's, pairs that are too long or whose rewards do not differ, a
-            checkpoint of other settings, or a loss that is no longer finite.
+        InputError: no site, another width than the PM's, pairs that are too long or whose rewards do not differ, scores of
+            other pairs, a checkpoint of other settings, or a loss that is no longer finite.
     """
     config = config or RewardAwareConfig()
     tokens = rm.tokenize_all(pairs)
@@ -98,18 +120,22 @@ def fine_tune(
     if done := finished(folder, key):
         return done
 
-    delta = rm.score_tokens(tokens, progress).delta if delta is None else delta
-    spread = float(delta.std())
+    scores = scores or rm.score_tokens(tokens, progress)
+    if len(scores.delta) != len(pairs):
+        raise InputError(
+            f"The scores are of {len(scores.delta)} pairs, not of these {len(pairs)}; give those of the same pairs."
+        )
+    spread = float(scores.delta.std())
     if not spread > 0:
         raise InputError("The rewards of these pairs do not differ, so there is no damage to mind; give other pairs.")
     run = _begin(rm, sae, tokens, family, config.steps, key, folder)
 
-    weight, began, seen = config.weight * rm.d_model / spread**2, time.perf_counter(), 0
+    damage, began, seen = Damage(scores, config.level, config.weight * rm.d_model / spread**2), time.perf_counter(), 0
     size = min(config.pairs, len(pairs))
     epochs = -(-config.steps // (len(pairs) // size))
     order = shuffled(torch.arange(len(pairs)), size, epochs, config.seed, run.step)
     for picked in islice(order, config.steps - run.step):
-        x, added = _losses(rm, run, tokens, picked, delta, weight)
+        x, added = _losses(rm, run, tokens, picked, damage)
         seen += len(x)
         with torch.no_grad():
             note = learn(run, x, seen / (time.perf_counter() - began), added if config.weight else None)
@@ -185,23 +211,22 @@ def _losses(
     run: Run,
     tokens: Sequence[PairTokens],
     picked: Int[Tensor, " pairs"],
-    delta: Float[Tensor, " all_pairs"],
-    weight: float,
+    damage: Damage,
 ) -> tuple[Float[Tensor, "tokens d"], Added]:
     """One step's tokens, in the units of training, and the splice's damage with its gradients."""
-    rows, loss = [], 0.0
-    total = {name: torch.zeros_like(p) for name, p in run.parameters.items()} if weight else {}
+    rows, loss, share = [], 0.0, damage.weight / len(picked)
+    total = {name: torch.zeros_like(p) for name, p in run.parameters.items()} if share else {}
     lengths = [packed_length(tokens[i]) for i in picked.tolist()]
     for group in by_budget(lengths, TOKEN_BUDGET):
         unit = picked[group].tolist()
         for batch in rm.unit_batches(tokens, unit, budget=1 << 30):  # whole pairs, however long
             stream = rm.streams(batch, [run.site])[run.site]
             rows.append(training_rows(batch, stream))
-            if weight:
-                part, gradients = splice_gradients(rm, run.sae, run.site, batch, stream, delta, run.scale)
-                loss += weight / len(picked) * part
+            if share:
+                part, gradients = splice_gradients(rm, run.sae, run.site, batch, stream, damage, run.scale)
+                loss += share * part
                 for name, gradient in gradients.items():
-                    total[name].add_(gradient, alpha=weight / len(picked))
+                    total[name].add_(gradient, alpha=share)
     return torch.cat(rows) * run.scale, Added("damage", loss, total)
 
 
@@ -211,12 +236,12 @@ def splice_gradients(
     site: str,
     batch: Batch,
     stream: Float[Tensor, "rows width d"],
-    delta: Float[Tensor, " all_pairs"],
+    damage: Damage,
     scale: float = 1.0,
 ) -> tuple[float, dict[str, Tensor]]:
-    """Σ (Δr^ - Δr)² over the pairs of a batch and its gradients (keys of ``storage``), for an SAE of scale·x.
+    """The damage to the pairs of a batch and its gradients (keys of ``storage``), for an SAE of scale·x.
 
-    Only blocks above the site run. ``batch`` holds both sides of its pairs; ``delta`` is indexed by ``Text.pair``.
+    Only blocks above the site run. ``batch`` holds both sides of its pairs.
     """
     leaves = {name: p.detach().requires_grad_(True) for name, p in sae.named_parameters()}
 
@@ -225,13 +250,12 @@ def splice_gradients(
 
     with torch.enable_grad():
         rewards = rm.rewards_from(batch, site, on_spans(batch, stream, reconstruct))
-        pair, spliced_delta = differences(batch, rewards)
-        damage = (spliced_delta - delta[pair].to(rewards)).square().sum()
-        found = torch.autograd.grad(damage, list(leaves.values()), allow_unused=True)
+        lost = damage.of(batch, rewards)
+        found = torch.autograd.grad(lost, list(leaves.values()), allow_unused=True)
     gradients = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
     if "W_enc" in gradients:
         gradients["W_enc.T"] = gradients.pop("W_enc").t()
-    return float(damage.detach()), gradients
+    return float(lost.detach()), gradients
 
 
 def on_spans(
@@ -245,8 +269,9 @@ def on_spans(
     return stream.index_put((rows, columns), replace(stream[rows, columns]).to(stream.dtype))
 
 
-def differences(batch: Batch, rewards: Float[Tensor, " texts"]) -> tuple[Int[Tensor, " pairs"], Float[Tensor, " pairs"]]:
-    """(pairs, r(chosen) - r(rejected)) of a batch that holds both sides of each of its pairs."""
+def by_pair(batch: Batch, rewards: Float[Tensor, " texts"]) -> tuple[Int[Tensor, " pairs"], Float[Tensor, "pairs 2"]]:
+    """(pairs, rewards of chosen and rejected) of a batch that holds both sides of each of its pairs."""
     pair, place = torch.unique(torch.tensor([t.pair for t in batch.texts]), return_inverse=True)
-    sign = torch.tensor([1.0 if t.side == "chosen" else -1.0 for t in batch.texts]).to(rewards)
-    return pair, rewards.new_zeros(len(pair)).index_add(0, place.to(rewards.device), rewards * sign)
+    side = torch.tensor([SIDES.index(t.side) for t in batch.texts])
+    empty = rewards.new_zeros(len(pair), len(SIDES))
+    return pair, empty.index_put((place.to(rewards.device), side.to(rewards.device)), rewards)
