@@ -29,6 +29,8 @@ from rmscope.run import Run
 
 FRESH_SEED = 7919
 """Added to the audit's seed where held-out prompts are planted: pairs that neither the PM nor the run saw."""
+LEDGER_PAIRS = 8
+"""Ledgers are for people who read the run: nothing here is scored by them, and each takes ten seconds."""
 
 
 class AuditConfig(BaseModel):
@@ -127,7 +129,8 @@ def _recipe(config: AuditConfig, seed: int) -> Recipe:
 def _run_config(config: AuditConfig, pm: Path, pairs: Path, out: Path, seed: int) -> RunConfig:
     changes = _yaml(config.run)
     sae = {"seed": seed, **changes.pop("sae", {})}
-    return read_config(None, {"model": str(pm), "data": str(pairs), "out": out, "seed": seed, **changes, "sae": _sae(sae)})
+    told = {"model": str(pm), "data": str(pairs), "out": out, "seed": seed, "ledger_pairs": LEDGER_PAIRS, "sae": _sae(sae)}
+    return read_config(None, {**told, **changes})
 
 
 def _sae(given: dict[str, Any]) -> dict[str, Any]:
