@@ -33,6 +33,8 @@ OFTEN = 0.2
 """A feature that fires in fewer of a cue's windows than this is not tried."""
 ERROR = 0.5
 """The share of a cue's effect that, at every site, must run through the error to be called carried by it."""
+LEDGERS, HALVINGS = 16, 1
+"""Twins whose ledgers say so, and how finely: it is a share to one digit."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,9 @@ class Missed:
 
     def error_share(self, site: str) -> float:
         """How much of the cue's effect runs through the SAE's error: Σ error / Σ Δr over the twins' ledgers."""
-        unit = range(len(self.tokens))
-        start = self.baselines[site]
-        rows = [row for _, row, _ in ledger_rows(self.rm, self.saes[site], site, self.tokens, unit, start, self.sd)]
+        tokens, start = self.tokens[:LEDGERS], self.baselines[site]
+        made = ledger_rows(self.rm, self.saes[site], site, tokens, range(len(tokens)), start, self.sd, halvings=HALVINGS)
+        rows = [row for _, row, _ in made]
         return sum(row["error"] for row in rows) / sum(row["delta_r"] for row in rows)
 
 
