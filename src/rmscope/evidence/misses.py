@@ -9,7 +9,7 @@ twins); else *no feature*.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from rmscope.effects.ledger import Baseline, ledger_rows
 from rmscope.effects.ranking import BOUND
 from rmscope.effects.statistics import bootstrap
-from rmscope.evidence.matching import F1, MASS, f1_score, match_plant, threshold
+from rmscope.evidence.matching import F1, MASS, Shares, f1_score, match_plant, threshold
 from rmscope.evidence.twins import Twin, all_peaks, halves, largest, localises, mediation, peaks
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
@@ -33,8 +33,8 @@ OFTEN = 0.2
 """A feature that fires in fewer of a cue's windows than this is not tried."""
 ERROR = 0.5
 """The share of a cue's effect that, at every site, must run through the error to be called carried by it."""
-LEDGERS, HALVINGS = 16, 1
-"""Twins whose ledgers say so, and how finely: it is a share to one digit."""
+LEDGERS = 16
+"""Twins whose ledgers say so: it is a share to one digit."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Missed:
     """All that were reported."""
     baselines: Mapping[str, Baseline]
     sd: float
+    known: Shares = field(default_factory=dict)
+    """As in :func:`match_plant`."""
 
     def reason(self) -> Reason:
         turned = {
@@ -65,7 +67,7 @@ class Missed:
         return "no feature"
 
     def _matches(self, rows: Rows) -> bool:
-        return bool(match_plant(self.rm, self.saes, self.plant, self.prepared, rows, self.sd)["found"])
+        return bool(match_plant(self.rm, self.saes, self.plant, self.prepared, rows, self.sd, self.known)["found"])
 
     def _detectors(self, site: str) -> list[dict[str, Any]]:
         """The features that detect the cue best on the fitting half, whatever the ranking says of them."""
@@ -80,7 +82,7 @@ class Missed:
     def error_share(self, site: str) -> float:
         """How much of the cue's effect runs through the SAE's error: Σ error / Σ Δr over the twins' ledgers."""
         tokens, start = self.tokens[:LEDGERS], self.baselines[site]
-        made = ledger_rows(self.rm, self.saes[site], site, tokens, range(len(tokens)), start, self.sd, halvings=HALVINGS)
+        made = ledger_rows(self.rm, self.saes[site], site, tokens, range(len(tokens)), start, self.sd)
         rows = [row for _, row, _ in made]
         return sum(row["error"] for row in rows) / sum(row["delta_r"] for row in rows)
 
