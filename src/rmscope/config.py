@@ -45,7 +45,7 @@ class RunConfig(BaseModel):
     """cpu, cuda, cuda:1, or auto."""
     sites: list[str] | None = None
     """Sites such as resid_post.6; left out, about one and two thirds of the depth."""
-    sae: SaeConfig = SaeConfig(tokens=600_000)
+    sae: SaeConfig = SaeConfig()
     """How the SAEs are trained."""
     sae_dir: Path | None = None
     """Folder of SAEs to use instead of training, one subfolder a site."""

@@ -35,13 +35,13 @@ class BatchTopKTraining(TopKTraining):
 
     @classmethod
     def start(cls, d: int, m: int, config: SaeConfig) -> Sae:
-        if config.k > m:
-            raise InputError(f"An SAE with {m} features cannot keep k = {config.k}; choose k up to {m}.")
+        if (k := config.firing(m, d)) > m:
+            raise InputError(f"An SAE with {m} features cannot keep k = {k}; choose k up to {m}.")
         return JumpReluSae(d, m)
 
     def begin(self, x: Float[Tensor, "sample d"]) -> None:
         sae = self.sae
-        typical = exceeded(x - sae.b_dec, sae.W_enc.data.t(), self.config.k / sae.m) + sae.b_enc
+        typical = exceeded(x - sae.b_dec, sae.W_enc.data.t(), self.config.firing(sae.m, sae.d) / sae.m) + sae.b_enc
         sae.threshold.fill_(float(typical.median()))
 
     def step(self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
@@ -52,7 +52,7 @@ class BatchTopKTraining(TopKTraining):
     def _entries(self, xc: Float[Tensor, "batch d"]) -> tuple[Sparse, Float[Tensor, " nnz"]]:
         """The batch's entries; also moves the threshold, which no gradient does."""
         sae = self.sae
-        count, guess = self.config.k * len(xc), GUESS * float(sae.threshold[0])
+        count, guess = self.config.firing(sae.m, sae.d) * len(xc), GUESS * float(sae.threshold[0])
         token, feature, h = batch_top_entries(xc, sae.W_enc.data.t(), sae.b_enc, count, guess, self.fast(xc))
         if len(h):
             sae.threshold.lerp_(h.min().expand(sae.m), THRESHOLD_RATE)

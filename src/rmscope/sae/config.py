@@ -6,6 +6,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+WIDEST, WIDEST_K = 8, 32
+"""Where neither is said: at most so many times d_model features, of which so many fire on a token."""
+NARROWEST, LEAST_K = 3, 4
+"""At least so many halves of d_model, and k."""
+TOKENS_A_FEATURE = 80
+
 
 class SaeConfig(BaseModel):
     """How the SAEs of a run are trained. Unknown keys are refused."""
@@ -15,9 +21,10 @@ class SaeConfig(BaseModel):
     architecture: str = "topk"
     """Family: topk, batchtopk, matryoshka, jumprelu, gated or standard."""
     d_sae: int | None = Field(None, gt=0)
-    """Features; left out, 8 times d_model."""
-    k: int = Field(32, gt=0)
-    """Features that fire on a token (topk), or on average (batchtopk, matryoshka)."""
+    """Features; left out, one for every 80 tokens of the store, but 1.5 to 8 times d_model."""
+    k: int | None = Field(None, gt=0)
+    """Features that fire on a token (topk), or on average (batchtopk, matryoshka); left out, 32 at d_sae = 8 d_model, and
+    in proportion, at least 4."""
     l1: float = Field(2.0, ge=0)
     """Weight of the L1 penalty on gates (gated) or features (standard), beside a summed squared error."""
     l0: float = Field(1.0, ge=0)
@@ -55,8 +62,17 @@ class SaeConfig(BaseModel):
     checkpoint_steps: int = Field(500, gt=0)
     """Steps between two checkpoints."""
 
-    def features(self, d: int) -> int:
-        return self.d_sae or 8 * d
+    def features(self, d: int, tokens: int) -> int:
+        """d_sae for a stream of width d and a store of so many tokens.
+
+        A dictionary that is large for its text gives every wording features of its own: what one direction of the stream does
+        to the reward is then split over dozens of them, and none is found.
+        """
+        return self.d_sae or min(WIDEST * d, max(NARROWEST * d // 2, tokens // TOKENS_A_FEATURE))
+
+    def firing(self, m: int, d: int) -> int:
+        """k for m features on a stream of width d."""
+        return self.k or max(LEAST_K, round(WIDEST_K * m / (WIDEST * d)))
 
     def rate(self, m: int) -> float:
         return self.lr or 4e-4 * (16384 / m) ** 0.5

@@ -63,7 +63,7 @@ class TopKTraining(Training):
 
     @classmethod
     def start(cls, d: int, m: int, config: SaeConfig) -> Sae:
-        return TopKSae(d, m, k=config.k)
+        return TopKSae(d, m, k=config.firing(m, d))
 
     def step(self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
         sae, grad, n = self.sae, self.gradients, len(x)

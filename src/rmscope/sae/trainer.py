@@ -144,7 +144,7 @@ def _train(
             if done := finished(folder, key):
                 saes[site, name] = done
                 continue
-            run = _begin(store, site, name, config, steps, key, folder, device)
+            run = _begin(store, tokens, site, name, config, steps, key, folder, device)
             resume(run)
             running.setdefault(site, []).append(run)
 
@@ -169,6 +169,7 @@ def _train(
 
 def _begin(
     store: Activations,
+    tokens: int,
     site: str,
     name: str,
     config: SaeConfig,
@@ -181,7 +182,7 @@ def _begin(
     scale = store.norm_scale(site) if config.scale == "mean_norm" else 1.0
     generator = torch.Generator().manual_seed(config.seed)
     x = store.sample(site, MEDIAN_ROWS, generator) * scale
-    sae = trained_by.start(d, config.features(d), config)
+    sae = trained_by.start(d, config.features(d, tokens), config)
     draw(sae, geometric_median(x), generator)
     sae = sae.to(device)
     training = trained_by(sae, config)
