@@ -35,9 +35,15 @@ FULL = (*GRID, D_SAE)
 SAE = SaeConfig(k=32, d_sae=D_SAE, tokens=2_500_000)
 TUNED = 1600
 """The first of the fit pairs, each of which the fine-tuning sees once."""
-TUNING = RewardAwareConfig(steps=200, pairs=8, lr=SAE.rate(D_SAE) / 2)
-"""On the confirm split, after 100 steps: at a quarter of the rate delta_r2 was .855 at resid_post.11 and .898 at .8, at the
-whole rate .912 and .891, with twice the FVU at .8."""
+TUNING = RewardAwareConfig(steps=200, pairs=8)
+RATES = {"resid_post.2": 1 / 8, "resid_post.5": 1 / 4, "resid_post.8": 1 / 4, "resid_post.11": 1.0}
+"""Learning rates beside the family's own."""
+LEVELS = {"resid_post.2": 0.01, "resid_post.5": 0.01, "resid_post.8": 0.01, "resid_post.11": 0.001}
+"""Rates and levels were chosen on the confirm split."""
+
+
+def tuning(site: str) -> RewardAwareConfig:
+    return TUNING.model_copy(update={"lr": RATES[site] * SAE.rate(D_SAE), "level": LEVELS[site]})
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Setting:
     def aware(self, site: str) -> Sae:
         """The site's SAE after reward-aware fine-tuning."""
         out = self.folder / "aware"
-        return fine_tune(self.rm, self.saes[site], self.fit[:TUNED], TUNING, out=out, progress=bar, scores=self.scores)
+        return fine_tune(self.rm, self.saes[site], self.fit[:TUNED], tuning(site), out=out, progress=bar, scores=self.scores)
 
     @cached_property
     def scores(self) -> Scores:

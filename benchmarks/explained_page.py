@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from explained_data import D_SAE, FIT, FULL, LONGEST, SAE, SHIFT_SITE, TUNING
+from explained_data import D_SAE, FIT, FULL, LEVELS, LONGEST, RATES, SAE, SHIFT_SITE, TUNING
 
 from rmscope.effects.explain import COARSE
 from rmscope.effects.explained import THRESHOLDS, smallest
@@ -22,8 +22,9 @@ position; delta_r2 = 1 − Σ(Δr − Δr^)² / Σ Δr². All intervals are 95 %
 - **Measured** on {pairs} pairs ({prompts} prompts) of at most {longest} tokens a side, from the rows that the PM was not
   trained on. **Selected** on other prompts: SAEs ({architecture}, k {k}, {m} features, {tokens:,} training tokens), means,
   donors and lists come from {fit:,} pairs of the fit split. *Aware*: the same after reward-aware fine-tuning, {steps} steps
-  of {batch} pairs, which adds the splice's damage to Δr to its loss; what that does and does not prove stands in
-  [reward_aware.md](reward_aware.md).
+  of {batch} pairs, which adds the splice's damage to Δr and, {levels}, to the sum of a pair's
+  rewards to its loss (learning rates {rates} of the family's own, chosen like the weights on the confirm split); what that
+  does and does not prove stands in [reward_aware.md](reward_aware.md).
 - A list orders features by forward selection on integrated gradients of the fit pairs, and is then frozen.
 
 ## In short
@@ -135,6 +136,8 @@ def write_page(docs: Path, sites: Sequence[dict[str, Any]], aware: Sequence[dict
         shift_site=SHIFT_SITE,
         steps=TUNING.steps,
         batch=TUNING.pairs,
+        levels=", ".join(f"with weight {level:g} at {site}" for site, level in LEVELS.items()),
+        rates=", ".join(f"{rate:g}" for rate in RATES.values()),
         short=_short(sites, aware),
         splice=_splice(sites, aware),
         controls=_controls(sites),
@@ -169,8 +172,8 @@ def _short(sites: Sequence[dict[str, Any]], aware: Sequence[dict[str, Any]]) -> 
         [
             f"- Under splice a plain SAE keeps {of(sites, 'delta_r2')} of Σ Δr² (delta_r2), an aware one "
             f"{of(aware, 'delta_r2')}, most at `{top['site']}`, and .9 or more at {' and '.join(nine) or 'no site'}.",
-            f"- An aware SAE keeps the *difference*, not each reward: *recovered* is {of(sites, 'reward_recovered')} before "
-            f"and {of(aware, 'reward_recovered')} after. Its loss looks at pairs, so both sides may drift together.",
+            f"- Each reward by itself (*recovered*): {of(sites, 'reward_recovered')} plain, {of(aware, 'reward_recovered')} "
+            "aware. The aware loss minds the difference of a pair's rewards and, with a small weight, their sum.",
             f"- With everything else from donors, delta_r2 .8 first takes {least}.",
             f"- 128 features of a plain SAE keep {curves['keep']}, 128 principal components {curves['keep_pca']}, 128 "
             f"coordinates {curves['keep_coordinates']}: what the SAE leaves in its error, no list of features has.",

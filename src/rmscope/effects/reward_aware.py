@@ -58,8 +58,9 @@ class RewardAwareConfig(BaseModel):
     """Pairs a step."""
     weight: float = Field(1.0, ge=0)
     """Weight λ of the damage to the rewards; at 0 the SAE is only trained on."""
-    level: float = Field(1.0, ge=0)
-    """Weight μ of the damage to the sum of a pair's rewards beside that to their difference; at 0 the sum may drift."""
+    level: float = Field(0.01, ge=0)
+    """Weight μ of the damage to the sum of a pair's rewards beside that to their difference; at 0 the sum may drift, and a
+    little holds it."""
     lr: float | None = Field(None, gt=0)
     """Adam's learning rate; left out, a quarter of the family's own."""
     checkpoint_steps: int = Field(50, gt=0)

@@ -65,8 +65,8 @@ class SaeConfig(BaseModel):
     def features(self, d: int, tokens: int) -> int:
         """d_sae for a stream of width d and a store of so many tokens.
 
-        A dictionary that is large for its text gives every wording features of its own: what one direction of the stream does
-        to the reward is then split over dozens of them, and none is found.
+        A dictionary that is large for its text gives every wording features of its own: what one direction of the stream
+        does to the reward is then split over dozens of them, and none is found.
         """
         return self.d_sae or min(WIDEST * d, max(NARROWEST * d // 2, tokens // TOKENS_A_FEATURE))
 
