@@ -98,7 +98,7 @@ def with_dictionary(config: AuditConfig, run: Run, name: str) -> Run:
         made = random_dictionary(x, run.saes[site].m, k) if name != "pca" else signed(principal_components(x), x.mean(0), k)
         made.site = site
         made.save(folder / site)
-    return opened(config, f"{name}/run", sae_dir=folder)
+    return opened(config, f"{name}/run", sae_dir=str(folder))
 
 
 def skylines(run: Run, plants: Sequence[Plant], held_out: Sequence[Pair], seed: int) -> Iterator[dict[str, Any]]:

@@ -217,7 +217,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_folder_as_it_was(
 
 def test_own_saes_are_used_and_kept_beside_the_run(done: Path, pm: str, tmp_path: Path) -> None:
     out = tmp_path / "own"
-    run = Run(settings(pm, out, sae_dir=done / "saes"))
+    run = Run(settings(pm, out, sae_dir=str(done / "saes")))
     run.go()
     for site in run.sites:
         assert Sae.load(out / "saes" / site).identity() == Sae.load(done / "saes" / site).identity()

@@ -31,6 +31,12 @@ class RunConfig(BaseModel):
     """Own column names for prompt, chosen, rejected."""
     format: str | None = None
     """The shape of the data, such as "best of n"; left out, its columns tell."""
+    max_tokens: int | None = Field(None, gt=0)
+    """Only pairs whose sides have at most this many tokens each."""
+    top_share: float | None = Field(None, gt=0, le=1)
+    """Of the scored pairs, only this share is studied further: those of largest |Δr|."""
+    top_pairs: int | None = Field(None, gt=0)
+    """Of the scored pairs, at most so many are studied further: those of largest |Δr|."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Whether a row that gives no pair ends the run or is counted, listed and left out."""
     adapter: str | None = None
@@ -47,8 +53,12 @@ class RunConfig(BaseModel):
     """Sites such as resid_post.6; left out, about one and two thirds of the depth."""
     sae: SaeConfig = SaeConfig()
     """How the SAEs are trained."""
-    sae_dir: Path | None = None
-    """Folder of SAEs to use instead of training, one subfolder a site."""
+    sae_dir: str | None = None
+    """SAEs to use instead of training: a folder (or hub:owner/repo) with one subfolder a site, or a pattern with {site} or
+    {L}, the block's number, such as hub:owner/repo/ae_layer{L}.pt."""
+    estimate: Literal["atp", "midpoint", "ig"] = "atp"
+    """How the screen estimates removal effects: atp (clean point), midpoint, or ig (along the path from zero on which all
+    features move together)."""
     screen: int = Field(100, gt=0)
     """Features proposed up, and as many down, by the estimate; each is then removed exactly."""
     others: int = Field(100, ge=0)
@@ -63,6 +73,8 @@ class RunConfig(BaseModel):
     """Confirm prompts on which a frozen feature is removed, one pair each."""
     ledger_pairs: int = Field(24, gt=0)
     """Pairs of the measure split that get a ledger, one a prompt while prompts last."""
+    baseline: Literal["mean", "zero"] = "mean"
+    """Where a ledger's path starts: the dataset means of features and error, or zero (the SAE's b_dec)."""
     ledger_halvings: int = Field(6, ge=0)
     """How often a stretch of a ledger's path is halved at most where its gap is too large; at 1 many stay open."""
     seed: int = Field(0, ge=0)

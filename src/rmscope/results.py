@@ -14,7 +14,11 @@ from rmscope.effects.ledger import Baseline, baseline
 from rmscope.errors import InputError
 from rmscope.folder import Quiet, RunFolder, Shown
 from rmscope.model.preflight import Preflight
+from rmscope.model.rendering import PairTokens
+from rmscope.pairs.filters import largest
+from rmscope.pairs.pair import Pair
 from rmscope.sae import Sae
+from rmscope.sae.formats import sae_source
 from rmscope.study import Study
 
 
@@ -35,8 +39,15 @@ class Results(Study):
         return pl.read_parquet(self.folder / "scores.parquet")
 
     @cached_property
+    def studied(self) -> list[tuple[Pair, PairTokens]]:
+        share, most = self.config.top_share, self.config.top_pairs
+        if share is None and most is None:
+            return self.scored
+        return [self.scored[i] for i in largest(self.scores["delta"].to_numpy(), share, most)]
+
+    @cached_property
     def sd(self) -> float:
-        """SD(Δr) over the dataset."""
+        """SD(Δr) over the dataset: all scored pairs, also those that a filter on |Δr| leaves out afterwards."""
         return float(self.scores["delta"].std())  # type: ignore[arg-type]
 
     @cached_property
@@ -45,14 +56,15 @@ class Results(Study):
 
     @cached_property
     def saes(self) -> dict[str, Sae]:
-        folder = self.config.sae_dir or self.folder / "saes"
-        saes = {site: Sae.load(folder / site) for site in self.sites}
+        sources = {site: sae_source(self.config.sae_dir or self.folder / "saes", site) for site in self.sites}
+        saes = {site: Sae.load(source) for site, source in sources.items()}
         for site, sae in saes.items():
             if sae.d != self.rm.d_model:
                 raise InputError(
-                    f"The SAE at {folder / site} reads {sae.d} dimensions, the PM's stream has {self.rm.d_model}; "
+                    f"The SAE at {sources[site]} reads {sae.d} dimensions, the PM's stream has {self.rm.d_model}; "
                     "name an SAE that was trained on this PM."
                 )
+            sae.site = sae.site or site  # bare weights do not say where they belong
         return saes
 
     @cached_property
@@ -78,4 +90,4 @@ class Results(Study):
         return float(self.preflight.noise_floor)
 
     def baseline(self, site: str) -> Baseline:
-        return baseline(self.saes[site], "mean", self.census[site].f_mean, self.census[site].x_mean)
+        return baseline(self.saes[site], self.config.baseline, self.census[site].f_mean, self.census[site].x_mean)

@@ -29,6 +29,8 @@ from rmscope.files import Progress, write_json, write_table
 from rmscope.model import cost
 from rmscope.model.preflight import preflight
 from rmscope.model.rendering import PairTokens
+from rmscope.pairs.filters import kept
+from rmscope.pairs.pair import split_of
 from rmscope.report.build import write_report
 from rmscope.results import Results
 from rmscope.sae import train_saes
@@ -42,29 +44,27 @@ class Run(Results):
         c = self.config
         with self.shown.stage("load") as progress:
             pairs = self.all_pairs  # bad data is told before the PM is loaded
+            tokens = [t for _, t in self.scored]
             self.shown.note(f"{c.data}: {len(pairs)} pairs, read as {self.read_report.format} (--format overrules)")
-            self.preflight = preflight(self.rm, self.tokens, progress)
-        identity = {"model": self.rm.identity, "data": data_identity(self.pairs)}
+            self.preflight = preflight(self.rm, tokens, progress)
+            if c.sae_dir is not None:
+                _ = self.saes  # what is wrong with them is told before anything is scored
+        identity = {"model": self.rm.identity, "data": data_identity([p for p, _ in self.scored])}
         self.on_disk.open(identity, c.model_dump(mode="json"))
         self.on_disk.stage("score", c.dtype, [Path("scores.parquet")], self._score)
+        self.on_disk.stage(
+            "harvest",
+            [*self.sites, *self._changed("top_share", "top_pairs")],
+            [Path("activations") / s / "manifest.json" for s in self.sites],
+            self._harvest,
+        )
         if c.sae_dir is None:
-            self.on_disk.stage(
-                "harvest",
-                self.sites,
-                [Path("activations") / s / "manifest.json" for s in self.sites],
-                self._harvest,
-            )
             self.on_disk.stage("train", c.sae.model_dump(), [Path("saes") / s / "cfg.json" for s in self.sites], self._train)
         else:
-            self.on_disk.stage(
-                "harvest",
-                self.sites,
-                [Path("activations") / s / "manifest.json" for s in self.sites],
-                self._harvest,
-            )
             self.on_disk.stage("train", [s.identity() for s in self.saes.values()], [], lambda _p, _k: self._keep_saes())
         effects = [Path("effects") / s for s in self.sites]
-        self.on_disk.stage("estimate", c.seed, [e / "estimated.parquet" for e in effects], self._estimate)
+        how = [c.seed, c.estimate] if self._changed("estimate") else c.seed
+        self.on_disk.stage("estimate", how, [e / "estimated.parquet" for e in effects], self._estimate)
         self.on_disk.stage(
             "remove",
             [c.screen, c.others, c.responses, c.trust_responses, c.frozen, c.confirm_prompts],
@@ -74,47 +74,55 @@ class Run(Results):
         self.on_disk.stage("rank", None, [Path("features") / f"{s}.parquet" for s in self.sites], self._rank)
         self.on_disk.stage(
             "ledger",
-            [c.ledger_pairs, c.ledger_halvings],
+            [c.ledger_pairs, c.ledger_halvings, *self._changed("baseline")],
             [Path("ledger") / f"{s}.parquet" for s in self.sites],
             self._ledger,
         )
         with self.shown.stage("report") as progress:
             return write_report(self, progress)
 
+    def _changed(self, *names: str) -> list[Any]:
+        """Those of these settings that are not at their default; a default that is new leaves older runs done."""
+        return sorted(self.config.model_dump(include=set(names), exclude_defaults=True).items())
+
     def plan(self) -> dict[str, Any]:
         """What ``go`` would do: counts, and time and memory estimated from one timed unit of pairs."""
-        rate = cost.tokens_a_second(self.rm, self.tokens)
-        fit = sum(self.tokens[i].chosen.numel() + self.tokens[i].rejected.numel() for i in self.of_split("fit"))
+        tokens = [t for _, t in self.scored]
+        studied = kept(len(tokens), self.config.top_share, self.config.top_pairs)
+        rate = cost.tokens_a_second(self.rm, tokens)
+        scoring = 0.0 if studied == len(tokens) else cost.run_tokens(tokens) / rate / 60
+        fit = sum(t.chosen.numel() + t.rejected.numel() for p, t in self.scored if split_of(p) == "fit")
         return {
-            "pairs": len(self.pairs),
-            "tokens (shared prefixes once)": cost.run_tokens(self.tokens),
+            "pairs": len(tokens),
+            **({"of largest |Δr|, studied": studied} if scoring else {}),
+            "tokens (shared prefixes once)": cost.run_tokens(tokens),
             "sites": ", ".join(self.sites),
             "tokens per second, forward": round(rate),
-            "minutes, about": round(cost.run_minutes(self.rm, self.tokens, rate, len(self.tokens)), 1),
+            "minutes, about": round(scoring + cost.run_minutes(self.rm, tokens, rate, studied), 1),
             "GB of memory, about": round(cost.run_bytes(self.rm) / 1e9, 1),
-            "GB on disk, about": round(fit * self.rm.d_model * 2 * len(self.sites) / 1e9, 2),
+            "GB on disk, about": round(fit * studied / len(tokens) * self.rm.d_model * 2 * len(self.sites) / 1e9, 2),
         }
 
     def _score(self, progress: Progress, key: str) -> None:
         def make(unit: list[int], within: Progress) -> dict[str, pl.DataFrame]:
-            scores = self.rm.score_tokens([self.tokens[i] for i in unit], within)
-            t = [self.tokens[i] for i in unit]
+            p, t = zip(*(self.scored[i] for i in unit), strict=True)
+            scores = self.rm.score_tokens(t, within)
             return {
                 "scores": pl.DataFrame(
                     {
-                        "pair": [self.ids[i] for i in unit],
+                        "pair": [x.id for x in p],
                         "chosen": scores.chosen.numpy(),
                         "rejected": scores.rejected.numpy(),
                         "delta": scores.delta.numpy(),
                         "n_chosen": np.array([x.chosen.numel() for x in t], dtype=np.int32),
                         "n_rejected": np.array([x.rejected.numel() for x in t], dtype=np.int32),
                         "divergence": np.array([x.divergence for x in t], dtype=np.int32),
-                        "split": [self.splits[i] for i in unit],
+                        "split": [split_of(x) for x in p],
                     }
                 )
             }
 
-        table = self.on_disk.in_units("score", key, range(len(self.pairs)), progress, make)["scores"]
+        table = self.on_disk.in_units("score", key, range(len(self.scored)), progress, make)["scores"]
         write_table(self.folder / "scores.parquet", table)
         self.on_disk.drop_parts("score", key)
 
@@ -141,7 +149,9 @@ class Run(Results):
             key,
             self.of_split("fit"),
             progress,
-            lambda unit, within: tables.estimate_table(self.rm, self.saes, self.tokens, self.ids, unit, within),
+            lambda unit, within: tables.estimate_table(
+                self.rm, self.saes, self.tokens, self.ids, unit, within, self.config.estimate
+            ),
             lambda site: self.folder / "effects" / site / "estimated.parquet",
         )
         self.on_disk.drop_parts("estimate", key)

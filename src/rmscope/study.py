@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -49,28 +50,36 @@ class Study:
         return pairs
 
     @cached_property
-    def _fitting(self) -> list[tuple[Pair, PairTokens]]:
-        """Pairs within the PM's context whose sides differ in tokens."""
-        tokens = self.rm.tokenize_all(self.all_pairs)
+    def scored(self) -> list[tuple[Pair, PairTokens]]:
+        """Pairs within the PM's context and ``max_tokens`` whose sides differ in tokens: those that are scored."""
+        tokens, most = self.rm.tokenize_all(self.all_pairs), self.config.max_tokens or sys.maxsize
         kept = [
             (p, t)
             for p, t in zip(self.all_pairs, tokens, strict=True)
-            if self.rm.fits(t) and not torch.equal(t.chosen, t.rejected)
+            if self.rm.fits(t) and max(len(t.chosen), len(t.rejected)) <= most and not torch.equal(t.chosen, t.rejected)
         ]
         if not kept:
-            raise InputError(
-                f"Every pair of {self.config.data} is longer than the PM's context of {self.rm.context} tokens; "
-                "use shorter texts."
-            )
+            raise InputError(f"Every pair of {self.config.data} is longer than {self.longest}; use shorter texts.")
         return kept
 
     @property
+    def longest(self) -> str:
+        """How long a side may be, in words."""
+        most, context = self.config.max_tokens, self.rm.context
+        return f"max_tokens = {most}" if most and most < context else f"the PM's context of {context} tokens"
+
+    @cached_property
+    def studied(self) -> list[tuple[Pair, PairTokens]]:
+        """The scored pairs; in a run, those of them that its filter on |Δr| keeps."""
+        return self.scored
+
+    @property
     def pairs(self) -> list[Pair]:
-        return [p for p, _ in self._fitting]
+        return [p for p, _ in self.studied]
 
     @cached_property
     def tokens(self) -> list[PairTokens]:
-        return [t for _, t in self._fitting]
+        return [t for _, t in self.studied]
 
     @cached_property
     def ids(self) -> list[str]:
@@ -82,7 +91,8 @@ class Study:
 
     @cached_property
     def prompts(self) -> dict[str, str]:
-        return {p.id: str(p.meta.get("group", p.first_human_turn())) for p in self.pairs}
+        """The prompt of every scored pair."""
+        return {p.id: str(p.meta.get("group", p.first_human_turn())) for p, _ in self.scored}
 
     @cached_property
     def splits(self) -> list[str]:

@@ -296,3 +296,19 @@ def test_an_adapter_without_a_head_does_not(folder: Path, tmp_path: Path) -> Non
 
 def test_an_adapter_that_is_not_there_is_named(folder: Path, tmp_path: Path) -> None:
     assert str(tmp_path / "none") in refusal(str(folder), adapter=str(tmp_path / "none"))
+
+
+def test_a_gptj_checkpoint_of_2023_with_its_mask_buffers_is_loaded(tmp_path: Path) -> None:
+    """pytorch_model.bin with ``attn.bias`` and ``attn.masked_bias``, which GPT-J kept in its weights then."""
+    model = small_model("gptj")
+    saved(tmp_path, "gptj")
+    (tmp_path / "model.safetensors").unlink()
+    buffers: dict[str, torch.Tensor] = {}
+    for i in range(len(model.transformer.h)):
+        buffers[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 256, 256, dtype=torch.bool).tril()
+        buffers[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e9)
+    torch.save({**model.state_dict(), **buffers}, tmp_path / "pytorch_model.bin")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        loaded, made = RewardModel.load(str(tmp_path)).model(ids).logits, model.eval()(ids).logits
+    assert torch.allclose(loaded, made, atol=1e-5)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from rmscope.api import attribute
 from rmscope.errors import InputError
 from rmscope.sae import Sae
-from rmscope.sae.formats import hook_name, site_of
+from rmscope.sae.formats import hook_name, sae_source, site_of
 from tests.model.small import PAIRS, shared_pm
 from tests.sae.test_sae import KINDS, D, M, made
 
@@ -227,3 +227,29 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "sae" / "cfg.json").unlink()
     with pytest.raises(InputError, match=r"cfg\.json is missing"):
         Sae.load(tmp_path / "sae")
+
+
+@pytest.mark.parametrize(
+    ("saes", "site", "source"),
+    [
+        ("runs/a/saes", "resid_post.6", "runs/a/saes/resid_post.6"),
+        ("hub:owner/repo", "embed", "hub:owner/repo/embed"),
+        ("hub:owner/repo/ae_layer{L}.pt", "resid_post.12", "hub:owner/repo/ae_layer12.pt"),
+        ("saes/{site}/trained", "embed", "saes/embed/trained"),
+        ("{site}/{L}.pt", "resid_post.0", "resid_post.0/0.pt"),
+    ],
+)
+def test_the_sae_of_a_site_lies_where_its_pattern_says(saes: str, site: str, source: str) -> None:
+    assert sae_source(saes, site) == source
+
+
+@pytest.mark.parametrize(
+    ("saes", "site", "told"),
+    [
+        ("ae_{layer}.pt", "resid_post.6", r"name \{layer\}, which is not known; use \{site\} or \{L\}"),
+        ("ae_{L}.pt", "embed", r"the site embed is none; use \{site\}"),
+    ],
+)
+def test_a_pattern_that_names_no_sae_is_refused(saes: str, site: str, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        sae_source(saes, site)

@@ -116,7 +116,7 @@ def attribute(
         site = site or job.sites[0]
         _need(folder, site, job.sites)
         rm, used, pairs = job.rm, job.saes[site], [job.pairs[i] for i in job.of_split("measure")[:limit]]
-        if method == "atp" and (path := folder / "effects" / site / "trust.json").is_file():
+        if method == job.config.estimate and (path := folder / "effects" / site / "trust.json").is_file():
             trust = json.loads(path.read_text("utf-8"))
     elif model and data and sae:
         rm, used, pairs = _brought(model, data, sae, limit, pm_options(dtype, device, adapter, output, trust_remote_code))

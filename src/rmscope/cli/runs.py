@@ -65,7 +65,10 @@ def run(
     d_sae: Annotated[int | None, typer.Option(help="Features of an SAE.")] = None,
     k: Annotated[int | None, typer.Option(help="Features that fire on a token (topk).")] = None,
     sae_tokens: Annotated[int | None, typer.Option(help="Training tokens of an SAE.")] = None,
-    sae: Annotated[Path | None, typer.Option(help="Bring your own SAEs: a folder with one subfolder a site.")] = None,
+    sae: Annotated[
+        str | None,
+        typer.Option(help="Bring your own SAEs: a folder, one subfolder a site, or a pattern with {site} or {L}."),
+    ] = None,
     adapter: Adapter = None,
     output: Output = None,
     trust_remote_code: Trust = False,

@@ -6,13 +6,14 @@ Columns: pair, side, feature, effect, kind, as DESIGN.md lays them out, and here
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import polars as pl
 import torch
 
 from rmscope.effects.gradients import Estimates, Method, estimate, sum_by_feature
-from rmscope.effects.ledger import SILENT, SideParts
+from rmscope.effects.ledger import SILENT, SideParts, estimate_along_path
 from rmscope.effects.removal import Removals, removals
 from rmscope.effects.trust import PER_RESPONSE, sample
 from rmscope.files import Progress, silent
@@ -57,11 +58,15 @@ def estimate_table(
     ids: Sequence[str],
     unit: Sequence[int],
     progress: Progress = silent,
-    method: Method = "atp",
+    method: Method | Literal["ig"] = "atp",
 ) -> dict[str, pl.DataFrame]:
     """Per site, the estimated removal effects of all active features of the pairs in ``unit`` (kind removal_estimate)."""
     found: dict[str, list[Estimates]] = {site: [] for site in saes}
-    for site, one in estimate(rm, saes, tokens, unit, progress, method):
+    if method == "ig":
+        estimates = estimate_along_path(rm, saes, tokens, unit, progress)
+    else:
+        estimates = estimate(rm, saes, tokens, unit, progress, method)
+    for site, one in estimates:
         found[site].append(one)
     return {
         site: _frame(

@@ -88,12 +88,14 @@ def pairs_data(run: Results) -> dict[str, Any]:
     left_out = [{"why": why, "count": n} for why, n in _counted([reason for _, reason in report.skipped]).items()]
     if report.duplicates:
         left_out.append({"why": "stands twice", "count": report.duplicates})
-    if beyond := len(run.all_pairs) - len(run.pairs):
-        left_out.append({"why": f"longer than the PM's context of {run.rm.context} tokens", "count": beyond})
+    if beyond := len(run.all_pairs) - len(run.scored):
+        left_out.append({"why": f"longer than {run.longest}", "count": beyond})
+    if smaller := len(run.scored) - len(run.pairs):
+        left_out.append({"why": "scored, but not among the largest |Δr|", "count": smaller})
     return {
         "name": run.config.data,
         "pairs": len(run.pairs),
-        "prompts": len(set(run.prompts.values())),
+        "prompts": len({run.prompts[id_] for id_ in run.ids}),
         "splits": _counted(run.splits),
         "left_out": left_out,
     }
@@ -116,6 +118,7 @@ def score_data(scores: pl.DataFrame, prompts: Mapping[str, str]) -> dict[str, An
         "length_only": max(longer_wins, 1 - longer_wins),
         "mean_chosen": float(scores["chosen"].mean()),  # type: ignore[arg-type]
         "mean_rejected": float(scores["rejected"].mean()),  # type: ignore[arg-type]
+        "mean_abs_delta": float(np.abs(delta).mean()),
         "sd_delta": float(delta.std(ddof=1)),
         "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
     }

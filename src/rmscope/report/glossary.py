@@ -57,7 +57,8 @@ GLOSSARY = [
     ),
     (
         "Estimate, trust",
-        "A first-order estimate (gradient times activation) chooses which features to remove exactly. "
+        "An estimate (gradient times activation, unless the run's settings say otherwise) chooses which features to "
+        "remove exactly. "
         "Trust is how well it ranks features within a response against exact removal, on a sample "
         "weighted back to all active features.",
     ),

@@ -98,6 +98,24 @@ def load_sae(source: Path | str) -> Sae:
     )
 
 
+def sae_source(saes: Path | str, site: str) -> str:
+    """Where the SAE of a site lies: what ``saes`` names with {site} and {L}, the block's number, filled in; without either
+    a folder (or hub:owner/repo) with one subfolder a site.
+
+    Raises:
+        InputError: another name stands in braces, or {L} is to name a site that is no block's.
+    """
+    pattern, layer = str(saes), site.partition(".")[2]
+    names = set(re.findall(r"\{([^}]*)\}", pattern))
+    if unknown := sorted(names - {"site", "L"}):
+        raise InputError(
+            f"The SAEs {pattern} name {{{unknown[0]}}}, which is not known; use {{site}} or {{L}}, the block's number."
+        )
+    if "L" in names and not layer:
+        raise InputError(f"The SAEs {pattern} are named by their block, but the site {site} is none; use {{site}}.")
+    return pattern.replace("{site}", site).replace("{L}", layer) if names else f"{pattern}/{site}"
+
+
 def _from_hub(source: str) -> Path:
     """``hub:owner/repo/path``, the path a folder, a file, or nothing; of a folder, only what an SAE is made of."""
     from huggingface_hub import snapshot_download
