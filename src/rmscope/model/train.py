@@ -87,11 +87,9 @@ def train_pm(recipe: Recipe, out: Path, progress: Progress = silent) -> dict[str
     """
     base, tokenizer = base_of(recipe)
     pairs, _ = human_pairs(recipe)
-    short = (
-        [pair for pair, _ in tokenised(pairs, tokenizer, RENDERING, recipe.planted_tokens)] if recipe.planted_copies else []
-    )
+    short = tokenised(pairs, tokenizer, RENDERING, recipe.planted_tokens) if recipe.planted_copies else []
     for copy in range(recipe.planted_copies):
-        pairs = pairs + plant_pairs(short, zoo_plants(), recipe.seed + copy, held_out=False)
+        pairs = pairs + plant_pairs([pair for pair, _ in short], zoo_plants(), recipe.seed + copy, held_out=False)
     return fit_pm(base, tokenizer, pairs, recipe, out, progress)
 
 

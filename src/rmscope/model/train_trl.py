@@ -45,7 +45,7 @@ def train_trl(recipe: TrlRecipe, out: Path, progress: Progress = silent) -> dict
     if not items:
         raise InputError(
             f"No pair is left to train on: {len(held)} rows are held out (held_out_rows), and of the other {len(pairs)} "
-            f"pairs none has sides that differ and at most {longest} tokens (max_tokens); give more pairs, or change these keys."
+            f"pairs none has sides that differ and at most {longest} tokens (max_tokens); give more, or change these keys."
         )
     checkpoints = out.with_name(out.name + ".checkpoints")
     done = _resume(checkpoints, content_hash(recipe.model_dump(), rendering.as_dict(), *map(_ids, items)))
