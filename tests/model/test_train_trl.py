@@ -15,7 +15,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
+from typer.testing import CliRunner
 
+from rmscope.cli import app
 from rmscope.errors import InputError
 from rmscope.evidence.held_out import measure
 from rmscope.files import silent
@@ -132,6 +134,21 @@ def test_it_learns_and_is_read_as_trl_reads_it(
     scores = rm.score(held)
     expected = read_by_trl(trainers[0], held, chat)
     torch.testing.assert_close(torch.stack([scores.chosen, scores.rejected]), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_command_tells_what_it_measured(tmp_path: Path, trl: Any) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"trainer": "trl", **recipe(tmp_path, epochs=0.5).model_dump()}))
+    done = CliRunner().invoke(app, ["train-pm", str(path), "--out", str(tmp_path / "pm"), "--json"])
+    figures = json.loads(done.stdout)
+    measured = json.loads((tmp_path / "pm" / "measured.json").read_text())
+    assert measured.keys() == {"held_out_pairs", "held_out_accuracy", "length_only"}
+    assert measured.items() <= figures.items()
+    assert figures["steps"] == 2
+    assert (
+        read_recipe(path).model_dump().items()
+        <= json.loads((tmp_path / "pm" / "rmscope.json").read_text())["recipe"].items()
+    )
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from rmscope.effects.statistics import accuracy
 from rmscope.files import Progress, silent, write_json, write_text
@@ -28,6 +30,8 @@ def measure(folder: Path, recipe: Recipe | TrlRecipe, progress: Progress = silen
     Writes them to ``measured.json`` and ``README.md`` beside the PM. Where no pair is held out, the count 0 stands alone.
     """
     _, held = human_pairs(recipe)
+    gc.collect()  # what was trained, if it still lies on the device
+    torch.cuda.empty_cache()
     rm = RewardModel.load(str(folder))
     tokens = [(p, t) for p, t in zip(held, rm.tokenize_all(held), strict=True) if rm.fits(t)]
     tokens = [(p, t) for p, t in tokens if max(t.chosen.numel(), t.rejected.numel()) <= recipe.max_tokens]

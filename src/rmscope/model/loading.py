@@ -55,7 +55,7 @@ def _adapted_base(folder: Path) -> str | None:
     base = str(stored_json(path).get("base_model_name_or_path") or "")
     if not base:
         raise InputError(
-            f"{path} names no base_model_name_or_path; name the base with --model and the adapter with --adapter."
+            f"{path} names no base; put its base_model_name_or_path in, or name it with --model beside --adapter."
         )
     return str(base_folder()) if base == BASE else base
 

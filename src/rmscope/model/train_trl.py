@@ -6,6 +6,7 @@ what the PM is trained on is what ``RewardModel`` reads, token for token. Loss, 
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,7 +82,7 @@ def _check(recipe: TrlRecipe) -> None:
             f"A batch of {recipe.batch_pairs} pairs is not made of passes of {recipe.micro_pairs}; choose micro_pairs "
             "so that it divides batch_pairs."
         )
-    if torch.cuda.device_count() > 1 or torch.distributed.is_torchelastic_launched():
+    if torch.cuda.device_count() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
             "rmscope trains in one process on one device; start it without torchrun, with CUDA_VISIBLE_DEVICES=0, or train "
             "with TRL itself and load what it saves."
