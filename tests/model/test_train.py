@@ -19,7 +19,7 @@ def test_the_command_trains_measures_and_writes_the_card(tmp_path: Path) -> None
         {
             "prompt": f"Question {i}: {SENTENCES[i % 5]}",
             "chosen": "Thanks for asking!",
-            "rejected": "I don't know about that.",
+            "rejected": "I don't know of that.",
         }
         for i in range(40)
     ]
