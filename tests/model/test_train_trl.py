@@ -145,10 +145,8 @@ def test_the_command_tells_what_it_measured(tmp_path: Path, trl: Any) -> None:
     assert measured.keys() == {"held_out_pairs", "held_out_accuracy", "length_only"}
     assert measured.items() <= figures.items()
     assert figures["steps"] == 2
-    assert (
-        read_recipe(path).model_dump().items()
-        <= json.loads((tmp_path / "pm" / "rmscope.json").read_text())["recipe"].items()
-    )
+    stored = json.loads((tmp_path / "pm" / "rmscope.json").read_text())["recipe"]
+    assert stored == {"trainer": "trl", **read_recipe(path).model_dump()}
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -125,13 +125,13 @@ def _from_transformers(source: str, dtype: str, place: str, adapter: str | None,
             ignore_mismatched_sizes=True,  # told apart below
             **options,
         )
-    beside = adapter is not None and (Path(adapter).expanduser() / "tokenizer_config.json").is_file()
-    with readable(f"The tokenizer of {adapter if beside else source}"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(Path(str(adapter)).expanduser()) if beside else name,
-            **({"trust_remote_code": options["trust_remote_code"]} if beside else options),
-        )
-    if beside:  # as trainers do: the model pads with, and is read before, what its tokenizer pads with
+    beside = None if adapter is None else Path(adapter).expanduser()
+    if beside is not None and not (beside / "tokenizer_config.json").is_file():
+        beside = None
+    with readable(f"The tokenizer of {beside or source}"):
+        at = options if beside is None else {**options, "revision": None}
+        tokenizer = AutoTokenizer.from_pretrained(name if beside is None else str(beside), **at)
+    if beside is not None and tokenizer.pad_token_id is not None:  # what the adapter was trained to take for padding
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     _check_whole(source, info, brought)
     if adapter is not None:
