@@ -41,7 +41,10 @@ def base(folder: Path, architecture: str, chat: bool = False) -> Path:
     """A base that was never a PM: a causal LM without a padding token, or a masked LM without a pooler."""
     words = deepcopy(tokenizer())
     if architecture == "bert":
-        AutoModelForMaskedLM.from_config(small_model("bert").config).save_pretrained(folder)
+        pm = small_model("bert")
+        lm = AutoModelForMaskedLM.from_config(pm.config)
+        lm.bert.load_state_dict(pm.bert.state_dict(), strict=False)  # all but the pooler
+        lm.save_pretrained(folder)
     else:
         small_lm(architecture).save_pretrained(folder)
         words.pad_token = None
