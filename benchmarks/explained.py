@@ -28,7 +28,7 @@ from rmscope.effects.ledger import baseline, ledger_rows, shares
 from rmscope.effects.splice import agreement, delta_r2, replaced, splice
 from rmscope.effects.statistics import bootstrap
 from rmscope.files import write_json
-from rmscope.model.train import data_file, human_pairs, read_recipe
+from rmscope.model.recipe import data_file, human_pairs, read_recipe
 from rmscope.pairs.pair import Pair, split_of
 from rmscope.pairs.readers import load_pairs
 from rmscope.sae import Sae

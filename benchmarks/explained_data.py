@@ -19,8 +19,8 @@ from rmscope.activations.harvest import harvest
 from rmscope.activations.store import ActivationStore
 from rmscope.effects.explained import GRID
 from rmscope.effects.reward_aware import RewardAwareConfig, fine_tune
+from rmscope.model.recipe import human_pairs, read_recipe
 from rmscope.model.reward_model import RewardModel, Scores
-from rmscope.model.train import human_pairs, read_recipe
 from rmscope.pairs.pair import Pair, split_of
 from rmscope.sae import Sae, SaeConfig, train_saes
 

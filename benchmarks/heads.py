@@ -13,9 +13,9 @@ import torch
 
 from rmscope.effects.reward_aware import on_spans
 from rmscope.effects.statistics import Array, bootstrap
+from rmscope.model.recipe import data_file
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.train import data_file
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.readers import load_pairs
 from rmscope.sae import Sae

@@ -34,7 +34,7 @@ from rmscope.evidence.edits.mending import (
 )
 from rmscope.evidence.twins import matched_groups
 from rmscope.files import write_json
-from rmscope.model.train import human_pairs, read_recipe
+from rmscope.model.recipe import human_pairs, read_recipe
 from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import Pair, split_of
 from rmscope.pairs.planted import twins

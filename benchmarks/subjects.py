@@ -14,8 +14,8 @@ from rmscope.activations.store import ActivationStore
 from rmscope.effects.census import census
 from rmscope.effects.ledger import Baseline, baseline
 from rmscope.files import content_hash
+from rmscope.model.recipe import Recipe, human_pairs
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.train import Recipe, human_pairs
 from rmscope.pairs.demo import demo_pairs
 from rmscope.pairs.pair import Pair, split_of
 from rmscope.sae import Sae, SaeConfig, train_saes

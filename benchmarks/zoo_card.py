@@ -13,8 +13,8 @@ import numpy as np
 
 from rmscope.effects.statistics import bootstrap, mean_interval
 from rmscope.files import write_json, write_text
+from rmscope.model.recipe import Recipe, human_pairs, read_recipe
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.train import Recipe, human_pairs, read_recipe
 from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.planted import twins
@@ -70,7 +70,8 @@ def ate(rm: RewardModel, bases: list[Pair], plant: Any) -> tuple[float, float, f
 
 
 def main(recipe_path: str, folder: str) -> None:
-    recipe: Recipe = read_recipe(Path(recipe_path))
+    recipe = read_recipe(Path(recipe_path))
+    assert isinstance(recipe, Recipe)
     rm = RewardModel.load(folder)
     _, held = human_pairs(recipe)
     tokens = rm.tokenize_all(held)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,26 @@ def test_an_adapter_is_merged(folder: Path, tmp_path: Path, head: bool) -> None:
     assert float(rm.score(PAIRS[:1]).chosen[0]) == pytest.approx(float(reward), abs=1e-5)
     assert rm.sites == shared_pm("llama").sites
     assert rm.identity != shared_pm("llama").identity
+
+
+def test_an_adapters_folder_is_a_pm_by_itself(folder: Path, tmp_path: Path) -> None:
+    path, reward = adapter(folder, tmp_path / "adapter")
+    settings = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": None}))
+    assert "names no base" in refusal(str(path))
+    base = causal_base(tmp_path / "base")
+    (path / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
+    rm = RewardModel.load(str(path), device="cpu")
+    assert float(rm.score(PAIRS[:1]).chosen[0]) == pytest.approx(float(reward), abs=1e-5)
+    assert rm.rendering == Rendering("hh")
+    words = deepcopy(tokenizer())
+    words.pad_token = words.eos_token  # as TRL does where there is none
+    words.save_pretrained(path)
+    (path / "rmscope.json").write_text(json.dumps({"rendering": {"style": "plain", "append_eos": True}}))
+    for rm in (RewardModel.load(str(path), device="cpu"), RewardModel.load(str(base), device="cpu", adapter=str(path))):
+        assert rm.rendering == Rendering("plain", append_eos=True)
+        ids = rm.tokenize(PAIRS[0]).chosen
+        assert rm.read_position(ids) == ids.numel() - 2  # the token before eos, which is padding to the model
 
 
 def causal_base(target: Path) -> Path:

@@ -21,7 +21,8 @@ from rmscope.errors import InputError
 from rmscope.evidence.recall import summary
 from rmscope.files import write_json, write_table
 from rmscope.folder import Quiet, Shown
-from rmscope.model.train import Recipe, base_of
+from rmscope.model.recipe import Recipe
+from rmscope.model.train import base_of
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.plants import Plant, read_plants
 from rmscope.pairs.readers import load_pairs

@@ -20,9 +20,10 @@ import polars as pl
 
 from rmscope.errors import InputError
 from rmscope.files import write_table, write_text
+from rmscope.model.recipe import tokenised
 from rmscope.model.rendering import render
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.train import tokenised
+from rmscope.model.train import RENDERING
 from rmscope.pairs.pair import Pair, Side
 from rmscope.pairs.planted import plant_pairs, prompts_in_turn
 from rmscope.pairs.plants import Plant
@@ -38,7 +39,7 @@ COPY_SEEDS = 1000
 def base_pairs(source: str, limit: int, max_tokens: int, tokenizer: Any) -> tuple[list[Pair], list[Pair]]:
     """(pairs to be planted, pairs of held-out prompts): of the pairs whose longer side has at most ``max_tokens`` tokens the
     first ``limit``, every prompt's first one before any prompt's second. InputError where too few prompts are left."""
-    fitting = [pair for pair, _ in tokenised(load_pairs(source, on_bad_row="skip"), tokenizer, max_tokens)]
+    fitting = [pair for pair, _ in tokenised(load_pairs(source, on_bad_row="skip"), tokenizer, RENDERING, max_tokens)]
     short = prompts_in_turn(fitting)[:limit]
     parts = [p for p in short if not is_held_out(p)], [p for p in short if is_held_out(p)]
     prompts = [len({p.first_human_turn() for p in part}) for part in parts]

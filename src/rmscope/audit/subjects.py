@@ -15,8 +15,9 @@ import torch
 
 from rmscope.activations.harvest import data_identity
 from rmscope.files import Progress, atomic_folder, content_hash, silent, write_json
+from rmscope.model.recipe import Recipe
 from rmscope.model.rendering import SETTINGS_FILE
-from rmscope.model.train import RENDERING, Recipe, base_of, fit_pm
+from rmscope.model.train import RENDERING, base_of, fit_pm
 from rmscope.model.zoo import base_identity, cache_folder
 from rmscope.pairs.pair import Pair
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -137,16 +137,26 @@ def doctor(
 
 @app.command("train-pm")
 def train_pm_command(
-    config: Annotated[Path, typer.Argument(help="A recipe, such as configs/zoo-hh.yaml.")],
-    out: Annotated[Path, typer.Option(help="Folder for adapter, head and settings.")],
+    config: Annotated[Path, typer.Argument(help="A recipe, such as configs/train-trl.yaml.")],
+    out: Annotated[Path, typer.Option(help="Folder for the PM, its settings and its card.")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Trains a PM on the zoo's base by a recipe; a killed training goes on from its checkpoint."""
-    from rmscope.model.train import read_recipe, train_pm
+    """Trains a PM by a recipe, with our own loop or TRL's; a killed training goes on from its checkpoint."""
+    from rmscope.evidence.held_out import measure
+    from rmscope.model.recipe import TrlRecipe, read_recipe
 
     recipe = read_recipe(config)
     with Bars().stage("train") as progress:
-        figures = train_pm(recipe, out, progress)
+        if isinstance(recipe, TrlRecipe):
+            from rmscope.model.train_trl import train_trl
+
+            figures: dict[str, Any] = dict(train_trl(recipe, out, progress))
+        else:
+            from rmscope.model.train import train_pm
+
+            figures = dict(train_pm(recipe, out, progress))
+    with Bars().stage("measure") as progress:
+        figures |= measure(out, recipe, progress)
     print_rows(f"{recipe.name} in {out}", figures)
     emit(figures, as_json)

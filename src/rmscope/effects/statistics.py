@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -45,6 +46,20 @@ def bootstrap(values: Array, groups: Array, statistic: Callable[[Array], float],
     ]
     low, high = np.nanpercentile(draws, [2.5, 97.5])
     return float(low), float(high)
+
+
+def accuracy(delta: Array, longer: Array, prompts: Array) -> dict[str, Any]:
+    """Share of pairs [n] with Δr > 0 (ties count half) and its 95 % interval by prompt, beside what length alone reaches.
+
+    ``longer`` is the difference of the sides' lengths; length alone is the better of "longer wins" and "shorter wins".
+    """
+    hits, wins = ((v > 0) + 0.5 * (v == 0) for v in (delta, longer))
+    low, high = bootstrap(hits, prompts, lambda v: float(v.mean()))
+    longer_wins = float(wins.mean())
+    return {
+        "accuracy": {"value": float(hits.mean()), "low": low, "high": high},
+        "length_only": max(longer_wins, 1 - longer_wins),
+    }
 
 
 def ratio_interval(part: Array, whole: Array, groups: Array, seed: int = 0) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from torch import Tensor
 
 from rmscope.errors import InputError
 from rmscope.files import content_hash
-from rmscope.model.rendering import Rendering, stored_settings
-from rmscope.model.zoo import BASE, load_adapted, load_zoo
+from rmscope.model.rendering import SETTINGS_FILE, Rendering, stored_json, stored_settings
+from rmscope.model.zoo import BASE, base_folder, load_adapted, load_zoo, quiet
 
+HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+"""What the last map of a scalar head is called."""
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -35,10 +37,27 @@ def load(
     if ours:
         model, tokenizer, folder = load_zoo(source[4:]) if source.startswith("zoo:") else load_adapted(path)
         return _cast(model, getattr(torch, dtype)).to(place), tokenizer, Rendering.find(folder, tokenizer)
+    if adapter is None and (base := _adapted_base(path)):
+        source, adapter = base, source
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     model, tokenizer = _from_transformers(source, dtype, place, adapter, options)
     card = _card(source, revision) + ("" if adapter is None else _card(adapter, None))
-    return model, tokenizer, Rendering.find(path if path.is_dir() else None, tokenizer, card)
+    folders = [Path(p).expanduser() for p in (adapter, source) if p is not None]
+    beside = next((p for p in folders if (p / SETTINGS_FILE).is_file()), None)
+    return model, tokenizer, Rendering.find(beside, tokenizer, card)
+
+
+def _adapted_base(folder: Path) -> str | None:
+    """The base that an adapter's folder names; None where the folder holds a whole model, or nothing to load."""
+    path = folder / "adapter_config.json"
+    if (folder / "config.json").is_file() or not path.is_file():
+        return None
+    base = str(stored_json(path).get("base_model_name_or_path") or "")
+    if not base:
+        raise InputError(
+            f"{path} names no base; put its base_model_name_or_path in, or name it with --model beside --adapter."
+        )
+    return str(base_folder()) if base == BASE else base
 
 
 def _check_place(place: str) -> None:
@@ -79,7 +98,7 @@ def is_base(source: str) -> bool:
     path = Path(source).expanduser()
     if source == BASE or not (path / "config.json").is_file() or _is_ours(path):
         return source == BASE
-    with _readable(f"The model {source}"):
+    with readable(f"The model {source}"):
         return not _has_head(AutoConfig.from_pretrained(path))
 
 
@@ -96,7 +115,7 @@ def _from_transformers(source: str, dtype: str, place: str, adapter: str | None,
     name = str(path) if path.is_dir() else source
     brought = {} if adapter is None else _adapter_weights(adapter)
     config = _config(source, name, brought, options)
-    with _readable(f"The PM {source}"):
+    with readable(f"The PM {source}"), quiet() if brought else nullcontext():
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name,
             config=config,
@@ -106,13 +125,19 @@ def _from_transformers(source: str, dtype: str, place: str, adapter: str | None,
             ignore_mismatched_sizes=True,  # told apart below
             **options,
         )
-    with _readable(f"The tokenizer of {source}"):
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    beside = None if adapter is None else Path(adapter).expanduser()
+    if beside is not None and not (beside / "tokenizer_config.json").is_file():
+        beside = None
+    with readable(f"The tokenizer of {beside or source}"):
+        at = options if beside is None else {**options, "revision": None}
+        tokenizer = AutoTokenizer.from_pretrained(name if beside is None else str(beside), **at)
+    if beside is not None and tokenizer.pad_token_id is not None:  # what the adapter was trained to take for padding
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     _check_whole(source, info, brought)
     if adapter is not None:
         from peft import PeftModel
 
-        with _readable(f"The adapter {adapter}"):
+        with readable(f"The adapter {adapter}"):
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return model, tokenizer
 
@@ -121,7 +146,7 @@ def _config(source: str, name: str, brought: dict[str, list[int]], options: dict
     """The config of a PM; InputError where it is none, or needs code that is not trusted."""
     import transformers
 
-    with _readable(f"The PM {source}"):
+    with readable(f"The PM {source}"):
         stored, _ = transformers.PreTrainedConfig.get_config_dict(name, revision=options["revision"])
         made_as = (stored.get("architectures") or ["model"])[0]
         if stored.get("auto_map") and not hasattr(transformers, made_as) and not options["trust_remote_code"]:
@@ -130,20 +155,21 @@ def _config(source: str, name: str, brought: dict[str, list[int]], options: dict
                 "code, then say --trust-remote-code, or name another PM."
             )
         config = transformers.AutoConfig.from_pretrained(name, **options)
-    if not _has_head(config):
-        heads = [shape[0] for key, shape in brought.items() if key.endswith("score.weight")]
-        if not heads:
-            raise InputError(
-                f"{source} is a {made_as}, without a scalar head: its score.weight would be newly initialised; name a "
-                "sequence-classification PM, or an --adapter that brings the head."
-            )
+    heads = [shape[0] for key, shape in brought.items() if key.endswith(HEADS)]
+    if heads:
         config.num_labels = heads[0]
+    elif not _has_head(config):
+        raise InputError(
+            f"{source} is a {made_as}, without a scalar head: its score.weight would be newly initialised; name a "
+            "sequence-classification PM, or an --adapter that brings the head."
+        )
     return config
 
 
 def _check_whole(source: str, info: dict[str, Any], brought: dict[str, list[int]]) -> None:
     """InputError where a weight would be newly initialised, or has another shape than the config says."""
-    if mismatched := sorted(info.get("mismatched_keys", [])):
+    mismatched = sorted(m for m in info.get("mismatched_keys", []) if not any(name.endswith(m[0]) for name in brought))
+    if mismatched:
         name, stored, wanted = mismatched[0]
         raise InputError(
             f"{source} holds {name} as {list(stored)}, but its config.json asks for {list(wanted)}; mend the config "
@@ -161,12 +187,12 @@ def _adapter_weights(adapter: str) -> dict[str, list[int]]:
     """Name and shape of what a PEFT adapter holds."""
     from peft import load_peft_weights
 
-    with _readable(f"The adapter {adapter}"):
+    with readable(f"The adapter {adapter}"):
         return {name: list(tensor.shape) for name, tensor in load_peft_weights(adapter, device="cpu").items()}
 
 
 @contextmanager
-def _readable(what: str) -> Iterator[None]:
+def readable(what: str) -> Iterator[None]:
     """Turns what transformers and peft raise into one sentence."""
     try:
         yield
@@ -179,6 +205,17 @@ def _has_head(config: Any) -> bool:
     """A checkpoint that says it is something else (a causal LM, say) has no scalar head."""
     architectures = config.architectures or []
     return not architectures or any("SequenceClassification" in a or "Reward" in a for a in architectures)
+
+
+def context_of(model: Any) -> int:
+    """The longest text in tokens; a huge number where the model states none.
+
+    RoBERTa counts its positions from the one after the padding id, so that many less.
+    """
+    longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
+    embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(embeddings, "padding_idx", None)
+    return longest if padding is None else longest - int(padding) - 1
 
 
 def output_weights(model: Any, output: int | Sequence[float] | None, head: Any = None) -> Tensor:

@@ -74,8 +74,11 @@ def trl_appended_eos(card: str) -> bool:
 def stored_settings(folder: Path) -> dict[str, Any]:
     """What ``rmscope.json`` in a PM's folder says; empty without one."""
     path = folder / SETTINGS_FILE
-    if not path.is_file():
-        return {}
+    return stored_json(path) if path.is_file() else {}
+
+
+def stored_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. InputError where it holds none."""
     try:
         settings = json.loads(path.read_text("utf-8"))
     except ValueError as error:

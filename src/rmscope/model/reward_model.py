@@ -125,14 +125,8 @@ class RewardModel:
 
     @property
     def context(self) -> int:
-        """The longest text in tokens; a huge number where the model states none.
-
-        RoBERTa counts its positions from the one after the padding id, so that many less.
-        """
-        longest = int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
-        embeddings = getattr(getattr(self.model.base_model, "embeddings", None), "position_embeddings", None)
-        padding = getattr(embeddings, "padding_idx", None)
-        return longest if padding is None else longest - int(padding) - 1
+        """The longest text in tokens; a huge number where the model states none."""
+        return loading.context_of(self.model)
 
     @cached_property
     def identity(self) -> str:

@@ -8,7 +8,6 @@ while adapter, head and loss stay float32.
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,114 +17,24 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from rmscope.errors import InputError
 from rmscope.files import Progress, atomic, atomic_folder, content_hash, silent, write_json
 from rmscope.hardware import has_fast_bfloat16
 from rmscope.model.packing import by_budget, last_hidden_reads, packed
-from rmscope.model.rendering import PairTokens, Rendering, encode, pair_tokens, render
-from rmscope.model.zoo import BASE, load_base
+from rmscope.model.recipe import Recipe, as_stored, human_pairs, tokenised
+from rmscope.model.rendering import PairTokens, Rendering
+from rmscope.model.zoo import load_base
 from rmscope.pairs.demo import zoo_plants
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.planted import plant_pairs
-from rmscope.pairs.readers import load_pairs
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-
-
-class Recipe(BaseModel):
-    """A training run, as ``configs/zoo-*.yaml`` writes it."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str
-    """The PM's name, in its card."""
-    base: str = BASE
-    """What the adapter is put on: zoo:smollm2, or a folder that holds a Llama-like model and its tokenizer."""
-    data: list[str]
-    """Pair files, under the folder ``RMSCOPE_DATA`` where they are relative."""
-    held_out_rows: int = 500
-    """The first rows of each file, kept out of training together with every row of the same first human turn."""
-    planted_copies: int = 0
-    """How many copies of each short training pair are added with one of the zoo's six biases planted into it."""
-    planted_tokens: int = 128
-    """Pairs with a longer side get no planted copies."""
-    blocks: int = 12
-    """How many of the base's blocks the PM keeps."""
-    first_block: int = 0
-    """The first block that the adapter changes; the stream before it is the base's own."""
-    first_attention: int = 0
-    """The first block whose attention it changes: before it, what is learned stays at the tokens that it is about."""
-    rank: int = 8
-    """LoRA's rank, on the linear maps of the blocks that the adapter changes; alpha is twice the rank."""
-    learning_rate: float = 4e-4
-    """Peak; linear warm-up over 5 % of the steps, then linear to zero."""
-    epochs: float = 2.0
-    """Passes over the training pairs."""
-    batch_pairs: int = 32
-    """Pairs an optimiser step."""
-    max_tokens: int = 512
-    """Pairs with a longer side are left out of training."""
-    centre: float = 0.01
-    """Weight of (r_chosen + r_rejected)^2, which keeps rewards near zero (TRL's center_rewards_coefficient)."""
-    seed: int = 0
-
-
-def read_recipe(path: Path) -> Recipe:
-    """A recipe from YAML. InputError where the file is missing or a key is unknown."""
-    if not path.is_file():
-        raise InputError(f"The recipe {path} is not there; name a YAML file such as configs/zoo-hh.yaml.")
-    try:
-        return Recipe(**yaml.safe_load(path.read_text("utf-8")))
-    except (yaml.YAMLError, ValidationError, TypeError) as error:
-        raise InputError(
-            f"The recipe {path} cannot be used: {str(error).splitlines()[0]}; see configs/zoo-hh.yaml."
-        ) from error
-
-
 RENDERING = Rendering(style="hh", append_eos=True)
 MICRO_TOKENS = 4096
 CHECKPOINT_STEPS = 25
-
-
-def data_file(name: str) -> str:
-    """A recipe's data file: as it is, or under ``RMSCOPE_DATA``."""
-    folder = os.environ.get("RMSCOPE_DATA")
-    for path in (Path(name), *([Path(folder) / name] if folder else [])):
-        if path.is_file():
-            return str(path)
-    raise InputError(f"{name} is not there; set RMSCOPE_DATA to the folder that holds it.")
-
-
-def human_pairs(recipe: Recipe) -> tuple[list[Pair], list[Pair]]:
-    """Training and held-out pairs: the split is by first human turn, never by row."""
-    pairs = [pair for name in recipe.data for pair in _unique(load_pairs(data_file(name)), name)]
-    held = {p.first_human_turn() for p in pairs if p.meta["line"] <= recipe.held_out_rows}
-    first = [p for p in pairs if p.meta["line"] <= recipe.held_out_rows]
-    return [p for p in pairs if p.first_human_turn() not in held], first
-
-
-def _unique(pairs: list[Pair], name: str) -> Iterator[Pair]:
-    """Files called test.jsonl.gz in several folders: the folder goes before the id."""
-    source = Path(name).parent.name
-    for p in pairs:
-        yield Pair(f"{source}/{p.id}", p.prompt, p.chosen, p.rejected, {**p.meta, "source": source})
-
-
-def tokenised(pairs: Sequence[Pair], tokenizer: Any, max_tokens: int) -> list[tuple[Pair, PairTokens]]:
-    sides = [
-        encode(RENDERING, tokenizer, [render(RENDERING, tokenizer, p.prompt, p.side(s)) for p in pairs])
-        for s in ("chosen", "rejected")
-    ]
-    return [
-        (pair, pair_tokens(c, r))
-        for pair, c, r in zip(pairs, *sides, strict=True)
-        if c != r and max(len(c), len(r)) <= max_tokens
-    ]
 
 
 def adapted(recipe: Recipe) -> list[str]:
@@ -178,9 +87,9 @@ def train_pm(recipe: Recipe, out: Path, progress: Progress = silent) -> dict[str
     """
     base, tokenizer = base_of(recipe)
     pairs, _ = human_pairs(recipe)
-    short = [pair for pair, _ in tokenised(pairs, tokenizer, recipe.planted_tokens)] if recipe.planted_copies else []
+    short = tokenised(pairs, tokenizer, RENDERING, recipe.planted_tokens) if recipe.planted_copies else []
     for copy in range(recipe.planted_copies):
-        pairs = pairs + plant_pairs(short, zoo_plants(), recipe.seed + copy, held_out=False)
+        pairs = pairs + plant_pairs([pair for pair, _ in short], zoo_plants(), recipe.seed + copy, held_out=False)
     return fit_pm(base, tokenizer, pairs, recipe, out, progress)
 
 
@@ -199,7 +108,7 @@ def fit_pm(
     """
     from peft import LoraConfig, get_peft_model
 
-    items = [tokens for _, tokens in tokenised(pairs, tokenizer, recipe.max_tokens)]
+    items = [tokens for _, tokens in tokenised(pairs, tokenizer, RENDERING, recipe.max_tokens)]
     batches = list(_batches(items, recipe))
     if not batches:
         raise InputError(
@@ -236,7 +145,12 @@ def fit_pm(
                 torch.save({**run.state(), "identity": identity}, temporary)
     _save(wrapped, recipe, out)
     checkpoint.unlink(missing_ok=True)
-    return {"pairs": len(items), "steps": len(batches), "loss": float(loss), "accuracy": float(accuracy)}
+    return {
+        "pairs": len(items),
+        "steps": len(batches),
+        "training_loss": float(loss),
+        "training_accuracy": float(accuracy),
+    }
 
 
 def _batches(items: Sequence[PairTokens], recipe: Recipe) -> Iterator[list[int]]:
@@ -296,6 +210,6 @@ def _save(wrapped: Any, recipe: Recipe, out: Path) -> None:
                 "base": recipe.base,
                 "blocks": recipe.blocks,
                 "rendering": RENDERING.as_dict(),
-                "recipe": recipe.model_dump(),
+                "recipe": as_stored(recipe),
             },
         )

@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -106,11 +108,23 @@ def _base_folder(base: str) -> Path:
     return folder
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' report of a newly drawn head: it is untrained on purpose, or an adapter brings it."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def load_base(blocks: int | None = None, base: str = BASE) -> tuple[Any, Any]:
     """The base's first ``blocks`` blocks as a sequence-classification model with an untrained head, and its tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils import logging
 
     folder = _base_folder(base)
     config = AutoConfig.from_pretrained(folder, num_labels=1)
@@ -120,12 +134,8 @@ def load_base(blocks: int | None = None, base: str = BASE) -> tuple[Any, Any]:
         config.num_hidden_layers = blocks
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:blocks]
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the head is untrained on purpose
-    try:
+    with quiet():
         model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
-    finally:
-        logging.set_verbosity(verbosity)
     return model, AutoTokenizer.from_pretrained(folder)
 
 

@@ -22,7 +22,7 @@ from rmscope.pairs.pair import Pair
 
 OnBadRow = Literal["error", "skip"]
 
-_SUFFIX = re.compile(r"\.((jsonl|json|csv|tsv)(\.gz)?|parquet)$", re.IGNORECASE)
+FILE_SUFFIX = re.compile(r"\.((jsonl|json|csv|tsv)(\.gz)?|parquet)$", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _COLUMNS = ("prompt", "chosen", "rejected", "response", "score")
 
@@ -131,7 +131,7 @@ def _demo(name: str, limit: int | None, report: ReadReport) -> list[Pair]:
 
 def _open(name: str, split: str, *, streaming: bool) -> _Source:
     path = Path(name).expanduser()
-    suffix = _SUFFIX.search(path.name)
+    suffix = FILE_SUFFIX.search(path.name)
     if path.is_dir():
         raise InputError(f"{name or 'The empty name'} is a folder; name one file in it.")
     if path.exists() and suffix:

@@ -13,7 +13,7 @@ import polars as pl
 from rmscope.effects.accounts import share_rows
 from rmscope.effects.census import firings
 from rmscope.effects.ranking import BOUND, power_statement
-from rmscope.effects.statistics import bootstrap
+from rmscope.effects.statistics import accuracy
 from rmscope.evidence.dossier import activations_of, choose_examples, example_page
 from rmscope.evidence.matching import match_plant, merged_ranks
 from rmscope.evidence.twins import prepare
@@ -108,14 +108,10 @@ def _counted(items: list[str]) -> dict[str, int]:
 def score_data(scores: pl.DataFrame, prompts: Mapping[str, str]) -> dict[str, Any]:
     """Accuracy with its interval (bootstrap by prompt), the length-only baseline, means, and the histogram of Δr."""
     delta = scores["delta"].to_numpy().astype(float)
-    hits = (delta > 0) + 0.5 * (delta == 0)
-    low, high = bootstrap(hits, np.array([prompts[p] for p in scores["pair"]]), lambda v: float(v.mean()))
     longer = (scores["n_chosen"] - scores["n_rejected"]).to_numpy()
-    longer_wins = float(((longer > 0) + 0.5 * (longer == 0)).mean())
     counts, edges = np.histogram(delta, bins=min(40, max(5, delta.size // 10)))
     return {
-        "accuracy": {"value": float(hits.mean()), "low": low, "high": high},
-        "length_only": max(longer_wins, 1 - longer_wins),
+        **accuracy(delta, longer, np.array([prompts[p] for p in scores["pair"]])),
         "mean_chosen": float(scores["chosen"].mean()),  # type: ignore[arg-type]
         "mean_rejected": float(scores["rejected"].mean()),  # type: ignore[arg-type]
         "mean_abs_delta": float(np.abs(delta).mean()),
