@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 WIDEST, WIDEST_K = 8, 32
 """Where neither is said: at most so many times d_model features, of which so many fire on a token."""
-NARROWEST, LEAST_K = 3, 4
-"""At least so many halves of d_model, and k."""
-TOKENS_A_FEATURE = 80
+NARROWEST, LEAST_K = 1, 4
+"""At least so many times d_model, and k."""
+TOKENS_A_FEATURE = 200
 
 
 class SaeConfig(BaseModel):
@@ -21,7 +21,7 @@ class SaeConfig(BaseModel):
     architecture: str = "topk"
     """Family: topk, batchtopk, matryoshka, jumprelu, gated or standard."""
     d_sae: int | None = Field(None, gt=0)
-    """Features; left out, one for every 80 tokens of the store, but 1.5 to 8 times d_model."""
+    """Features; left out, one for every 200 tokens of the store, but 1 to 8 times d_model."""
     k: int | None = Field(None, gt=0)
     """Features that fire on a token (topk), or on average (batchtopk, matryoshka); left out, 32 at d_sae = 8 d_model, and
     in proportion, at least 4."""
@@ -68,7 +68,7 @@ class SaeConfig(BaseModel):
         A dictionary that is large for its text gives every wording features of its own: what one direction of the stream
         does to the reward is then split over dozens of them, and none is found.
         """
-        return self.d_sae or min(WIDEST * d, max(NARROWEST * d // 2, tokens // TOKENS_A_FEATURE))
+        return self.d_sae or min(WIDEST * d, max(NARROWEST * d, tokens // TOKENS_A_FEATURE))
 
     def firing(self, m: int, d: int) -> int:
         """k for m features on a stream of width d."""
