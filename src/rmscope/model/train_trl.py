@@ -165,7 +165,7 @@ def _trainer(
 ) -> Any:
     from datasets import Dataset
     from transformers import PrinterCallback
-    from trl import RewardConfig, RewardTrainer
+    from trl import RewardConfig, RewardTrainer  # type: ignore[attr-defined]
 
     place = "cuda" if torch.cuda.is_available() else "cpu"
     args = RewardConfig(
