@@ -33,17 +33,15 @@ HELD, FIT, MEASURED = 1000, 2400, 64
 D_SAE = 4608
 FULL = (*GRID, D_SAE)
 SAE = SaeConfig(k=32, d_sae=D_SAE, tokens=2_500_000)
-TUNED = 1600
-"""The first of the fit pairs, each of which the fine-tuning sees once."""
-TUNING = RewardAwareConfig(steps=200, pairs=8)
-RATES = {"resid_post.2": 1 / 8, "resid_post.5": 1 / 4, "resid_post.8": 1 / 4, "resid_post.11": 1.0}
-"""Learning rates beside the family's own."""
-LEVELS = {"resid_post.2": 0.01, "resid_post.5": 0.01, "resid_post.8": 0.01, "resid_post.11": 0.001}
-"""Rates and levels were chosen on the confirm split."""
-
-
-def tuning(site: str) -> RewardAwareConfig:
-    return TUNING.model_copy(update={"lr": RATES[site] * SAE.rate(D_SAE), "level": LEVELS[site]})
+BATCH = 8
+TUNING = {
+    "resid_post.2": RewardAwareConfig(pairs=BATCH, steps=200, level=0.01, lr=SAE.rate(D_SAE) / 8),
+    "resid_post.5": RewardAwareConfig(pairs=BATCH, steps=300, level=0.01, lr=SAE.rate(D_SAE) / 4),
+    "resid_post.8": RewardAwareConfig(pairs=BATCH, steps=400, level=0.01, lr=SAE.rate(D_SAE) / 4),
+    "resid_post.11": RewardAwareConfig(pairs=BATCH, steps=600, level=0.001, lr=SAE.rate(D_SAE)),
+}
+"""Reward-aware fine-tuning, on as many of the first fit pairs as its steps take. Rates and levels were chosen on the confirm
+split, steps by what a step costs: above resid_post.2 run ten blocks, above .11 none."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +57,17 @@ class Setting:
 
     def aware(self, site: str) -> Sae:
         """The site's SAE after reward-aware fine-tuning."""
-        out = self.folder / "aware"
-        return fine_tune(self.rm, self.saes[site], self.fit[:TUNED], tuning(site), out=out, progress=bar, scores=self.scores)
+        config, out = TUNING[site], self.folder / "aware"
+        n = min(len(self.fit), config.steps * BATCH)
+        known = Scores(self.scores.chosen[:n], self.scores.rejected[:n])
+        return fine_tune(self.rm, self.saes[site], self.fit[:n], config, out=out, progress=bar, scores=known)
 
     @cached_property
     def scores(self) -> Scores:
-        """Rewards of the pairs of the fine-tuning, scored once."""
+        """Rewards of the fit pairs, scored once."""
         path = self.folder / "scores.pt"
         if not path.is_file():
-            found = self.rm.score_tokens(self.rm.tokenize_all(self.fit[:TUNED]), bar)
+            found = self.rm.score_tokens(self.rm.tokenize_all(self.fit), bar)
             torch.save([found.chosen, found.rejected], path)
         return Scores(*torch.load(path))
 

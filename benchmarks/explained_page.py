@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from explained_data import D_SAE, FIT, FULL, LEVELS, LONGEST, RATES, SAE, SHIFT_SITE, TUNING
+from explained_data import D_SAE, FIT, FULL, LONGEST, SAE, SHIFT_SITE, TUNING
 
 from rmscope.effects.explain import COARSE
 from rmscope.effects.explained import THRESHOLDS, smallest
+from rmscope.effects.reward_aware import RewardAwareConfig
 from rmscope.files import write_text
 from rmscope.report.figures import as_file, keep_curves
 
@@ -21,10 +22,10 @@ position; delta_r2 = 1 − Σ(Δr − Δr^)² / Σ Δr². All intervals are 95 %
 
 - **Measured** on {pairs} pairs ({prompts} prompts) of at most {longest} tokens a side, from the rows that the PM was not
   trained on. **Selected** on other prompts: SAEs ({architecture}, k {k}, {m} features, {tokens:,} training tokens), means,
-  donors and lists come from {fit:,} pairs of the fit split. *Aware*: the same after reward-aware fine-tuning, {steps} steps
-  of {batch} pairs, which adds the splice's damage to Δr and, {levels}, to the sum of a pair's
-  rewards to its loss (learning rates {rates} of the family's own, chosen like the weights on the confirm split); what that
-  does and does not prove stands in [reward_aware.md](reward_aware.md).
+  donors and lists come from {fit:,} pairs of the fit split. *Aware*: the same after reward-aware fine-tuning, which adds the
+  splice's damage to Δr and, by a small weight (level), that to the sum of a pair's rewards to its loss; what that does and
+  does not prove stands in [reward_aware.md](reward_aware.md). Rates and levels were chosen on the confirm split:
+  {tuning}.
 - A list orders features by forward selection on integrated gradients of the fit pairs, and is then frozen.
 
 ## In short
@@ -134,10 +135,7 @@ def write_page(docs: Path, sites: Sequence[dict[str, Any]], aware: Sequence[dict
         grid=", ".join(map(str, FULL)),
         coarse=", ".join(map(str, COARSE)),
         shift_site=SHIFT_SITE,
-        steps=TUNING.steps,
-        batch=TUNING.pairs,
-        levels=", ".join(f"with weight {level:g} at {site}" for site, level in LEVELS.items()),
-        rates=", ".join(f"{rate:g}" for rate in RATES.values()),
+        tuning="; ".join(f"{site} {_tuned(config)}" for site, config in TUNING.items()),
         short=_short(sites, aware),
         splice=_splice(sites, aware),
         controls=_controls(sites),
@@ -150,6 +148,11 @@ def write_page(docs: Path, sites: Sequence[dict[str, Any]], aware: Sequence[dict
         figures=listed,
     )
     write_text(docs / "explained.md", text)
+
+
+def _tuned(c: RewardAwareConfig) -> str:
+    share = (c.lr or 0.0) / SAE.rate(D_SAE)
+    return f"{c.steps} steps of {c.pairs} pairs, rate {share:g} of the family's own, level {c.level:g}"
 
 
 def _short(sites: Sequence[dict[str, Any]], aware: Sequence[dict[str, Any]]) -> str:
