@@ -38,7 +38,8 @@ def settings(pm: str, out: Path, **changes: Any) -> RunConfig:
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return RunConfig(
         model=pm, data=str(data), out=out, limit=300, sae=SaeConfig(d_sae=96, k=6, tokens=8192, batch_size=512),
-        screen=12, others=8, responses=4, trust_responses=6, frozen=16, confirm_prompts=8, ledger_pairs=6, **changes
+        screen=12, others=8, responses=4, trust_responses=6, frozen=16, confirm_prompts=8, ledger_pairs=6,
+        ledger_halvings=1, **changes
     )  # fmt: skip
 
 
