@@ -135,7 +135,7 @@ def write_page(docs: Path, sites: Sequence[dict[str, Any]], aware: Sequence[dict
         grid=", ".join(map(str, FULL)),
         coarse=", ".join(map(str, COARSE)),
         shift_site=SHIFT_SITE,
-        tuning="; ".join(f"{site} {_tuned(config)}" for site, config in TUNING.items()),
+        tuning=";\n  ".join(f"{site} {_tuned(config)}" for site, config in TUNING.items()),
         short=_short(sites, aware),
         splice=_splice(sites, aware),
         controls=_controls(sites),
@@ -166,8 +166,10 @@ def _short(sites: Sequence[dict[str, Any]], aware: Sequence[dict[str, Any]]) -> 
 
     top = max(aware, key=lambda s: float(s["evaluation"]["delta_r2"]["value"]))
     nine = [s["site"] for s in aware if s["evaluation"]["delta_r2"]["value"] >= 0.9]
-    kept = [(p["k"], s["site"]) for s in aware for p in s["curves"]["keep"] if p["donors"]["value"] >= 0.8]
+    kept = [(p["k"], s["site"]) for s in aware for p in s["curves"]["keep"] if p["donors"]["value"] >= 0.9]
     least = f"the first {min(kept)[0]} features at `{min(kept)[1]}`, aware" if kept else "more than any list has"
+    where = sorted({site for _, site in kept})
+    least += f"; no list reaches it elsewhere than at {' and '.join(where)}" if kept else ""
     curves = {n: span([at(s["curves"][n], 128)["value"] for s in sites]) for n in ("keep", "keep_pca", "keep_coordinates")}
     gone = [p for s in sites for p in s["removed"] if p["k"] == 16]
     lost = {name: span([p[name]["value"] for p in gone]) for name in ("list", "matched")}
@@ -177,7 +179,7 @@ def _short(sites: Sequence[dict[str, Any]], aware: Sequence[dict[str, Any]]) -> 
             f"{of(aware, 'delta_r2')}, most at `{top['site']}`, and .9 or more at {' and '.join(nine) or 'no site'}.",
             f"- Each reward by itself (*recovered*): {of(sites, 'reward_recovered')} plain, {of(aware, 'reward_recovered')} "
             "aware. The aware loss minds the difference of a pair's rewards and, with a small weight, their sum.",
-            f"- With everything else from donors, delta_r2 .8 first takes {least}.",
+            f"- With everything else from donors, delta_r2 .9 first takes {least}.",
             f"- 128 features of a plain SAE keep {curves['keep']}, 128 principal components {curves['keep_pca']}, 128 "
             f"coordinates {curves['keep_coordinates']}: what the SAE leaves in its error, no list of features has.",
             f"- Taking the first 16 features of a list away costs {lost['list']} of Δr, as many matched ones "
