@@ -264,8 +264,8 @@ def _remains(sites: Sequence[dict[str, Any]], aware: Sequence[dict[str, Any]]) -
         splice, keep = s["evaluation"]["delta_r2"]["value"], best(s["curves"]["keep"])
         error = s["ledger"]["error"]["value"]
         lines.append(
-            f"- {name}: the reconstruction leaves {1 - splice:.1%} of Σ Δr² unexplained, and with the error of other "
+            f"{name}: the reconstruction leaves {1 - splice:.1%} of Σ Δr² unexplained, and with the error of other "
             f"responses in place of its own the features leave {1 - keep['donors']['value']:.0%}; the error carries "
             f"{error:.1%} of Var(Δr).".replace("-", "−")
         )
-    return "\n".join(lines)
+    return "\n".join(f"- {line}" for line in lines)
