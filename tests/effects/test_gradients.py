@@ -167,7 +167,7 @@ def test_features_that_begin_at_one_token_have_different_colours() -> None:
     rm, site = shared_pm("llama"), "resid_post.1"
     ids = rm.tokenize(PAIRS[0]).chosen
     active = small_sae().active(rm.prefill(ids, [site]).streams[site])
-    colours, begun = colours_of(active), set()
+    (colours, signs), begun = colours_of(active), set()
     for t in range(active.n_tokens):
         at = active.token == t
         new = {int(j): int(c) for j, c in zip(active.feature[at], colours[at], strict=True) if int(j) not in begun}
@@ -175,3 +175,9 @@ def test_features_that_begin_at_one_token_have_different_colours() -> None:
         begun |= set(new)
     by_feature = {int(j): set(colours[active.feature == j].tolist()) for j in active.feature.unique()}
     assert all(len(c) == 1 for c in by_feature.values())
+    first = {int(j): int(active.token[active.feature == j].min()) for j in active.feature.unique()}
+    for colour in set(colours.tolist()):
+        mine = {int(j): int(s) for j, s in zip(active.feature[colours == colour], signs[colours == colour], strict=True)}
+        assert [mine[j] for j in sorted(mine, key=lambda j: (first[j], j))] == [1, -1] * (len(mine) // 2) + [1] * (
+            len(mine) % 2
+        )

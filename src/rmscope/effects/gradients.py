@@ -5,8 +5,10 @@
 backward pass gives dr/dx at every site at once and serves every feature; effects live at active entries only.
 
 ``midpoint``: the gradient halfway to the removal, <dr/dx at x - v_j/2, v_j> with v_j the feature's part of the stream,
-is right to second order, but costs as much as the removal. Features are therefore put into a few colours, the ones that
-begin at a token into different ones, and those of a colour are halved together: a backward pass a colour serves all.
+is right to second order, but costs as much as the removal. Features are therefore put into colours, the ones that begin at
+a token into different ones, and those of a colour are moved together, by half and with alternating signs s_j, so that what
+they do to one another's gradients cancels: R_j is about <g, v_j> + s_j <g' - g, v_j>, g clean and g' at x - Σ s_k v_k / 2 (a
+probed diagonal of the Hessian; Bekas, Kokiopoulou and Saad 2007). A backward pass a colour serves all.
 
 Not exact: shown with a trust score (``trust.py``), claimed only after exact removal (``removal.py``).
 """
@@ -29,7 +31,7 @@ from rmscope.sae.base import Active, Sae
 
 Method = Literal["atp", "midpoint"]
 METHODS: tuple[Method, ...] = ("atp", "midpoint")
-COLOURS = 8
+COLOURS = 32
 """Backward passes of ``midpoint``."""
 
 
@@ -88,32 +90,45 @@ def midpoints(
     rm: RewardModel, sae: Sae, site: str, batch: Batch, x: Float[Tensor, "rows width d"], actives: Sequence[Active]
 ) -> Iterator[Estimates]:
     """Every text's estimates by coloured midpoints; ``x`` is the clean stream, ``actives`` holds each text's features."""
-    colours = [colours_of(active) for active in actives]
-    products = [torch.zeros_like(active.value) for active in actives]
+    coloured = [colours_of(active) for active in actives]
+    clean = _products(rm, sae, site, batch, x, actives)
+    products = [p.clone() for p in clean]
     for colour in range(COLOURS):
         point = x.clone()
-        for text, active, mine in zip(batch.texts, actives, colours, strict=True):
+        for text, active, (mine, sign) in zip(batch.texts, actives, coloured, strict=True):
             at = mine == colour
-            halves = -0.5 * active.value[at, None] * sae.W_dec[active.feature[at]]
+            halves = -0.5 * (sign * active.value)[at, None] * sae.W_dec[active.feature[at]]
             point[text.row].index_add_(0, text.span[active.token[at]].to(x.device), halves.to(x))
-        point.requires_grad_(True)
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(rm.rewards_from(batch, site, point).sum(), point)
-        for text, active, mine, product in zip(batch.texts, actives, colours, products, strict=True):
+        moved = _products(rm, sae, site, batch, point, actives)
+        for product, before, after, (mine, sign) in zip(products, clean, moved, coloured, strict=True):
             at = mine == colour
-            g = gradient[text.row, text.span.to(x.device)].float().cpu()
-            product[at] = (g[active.token[at]] * sae.W_dec[active.feature[at]]).sum(-1)
+            product[at] += (sign * (after - before))[at]
     for text, active, product in zip(batch.texts, actives, products, strict=True):
         yield _estimates(sae, active, product, text)
 
 
-def colours_of(active: Active) -> Int[Tensor, " nnz"]:
-    """The colour of each active entry's feature: features take turns in the order of their first firing."""
+def _products(
+    rm: RewardModel, sae: Sae, site: str, batch: Batch, point: Float[Tensor, "rows width d"], actives: Sequence[Active]
+) -> list[Float[Tensor, " nnz"]]:
+    """<dr/dx at a point of the stream, d_j> at each text's active entries."""
+    point = point.detach().requires_grad_(True)
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(rm.rewards_from(batch, site, point).sum(), point)
+    found = []
+    for text, active in zip(batch.texts, actives, strict=True):
+        g = gradient[text.row, text.span.to(point.device)].float().cpu()
+        found.append((g[active.token] * sae.W_dec[active.feature]).sum(-1))
+    return found
+
+
+def colours_of(active: Active) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"]]:
+    """(colour, sign) of each active entry's feature: features take turns in the order of their first firing, and those of a
+    colour alternate in sign, the first at +1."""
     feature, place = torch.unique(active.feature, return_inverse=True)
     first = torch.full_like(feature, active.n_tokens).scatter_reduce_(0, place, active.token, "amin")
     rank = torch.empty_like(feature)
     rank[first.argsort(stable=True)] = torch.arange(feature.numel())
-    return (rank % COLOURS)[place]
+    return (rank % COLOURS)[place], (1 - 2 * (rank // COLOURS % 2))[place]
 
 
 def sum_by_feature(active: Active, values: Float[Tensor, " nnz"]) -> tuple[Tensor, Tensor]:
