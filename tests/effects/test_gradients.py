@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -161,6 +163,44 @@ def test_a_midpoint_with_a_colour_a_feature_is_the_gradient_halfway_to_its_remov
             with torch.enable_grad():
                 (g,) = torch.autograd.grad(rm.rewards(batch, {site: lambda _x, p=point: p}).sum(), point)
             assert float(one.effect[place]) == pytest.approx(float((g * part).sum()), abs=2e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", ENCODER])
+def test_features_of_a_colour_are_moved_together_with_their_signs(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against g.v + s (g' - g).v by whole forwards on each text alone, where most features share their colour."""
+    rm, sae, site = shared_pm(architecture, torch.float64), small_sae(), "resid_post.1"
+    monkeypatch.setattr(gradients, "COLOURS", 3)
+    tokens = rm.tokenize_all(PAIRS[:2])
+    for _, one in estimate(rm, {site: sae}, tokens, range(2), method="midpoint"):
+        t = tokens[one.pair]
+        ids = t.side(one.side)
+        span = slice(t.divergence, rm.read_position(ids) + 1)
+        batch = padded([(0, "chosen", ids, 1, rm.read_position(ids))], 0)
+        x = rm.streams(batch, [site])[site]
+        f = sae.encode(x[0, span].float())
+        first = (f > 0).int().argmax(0)
+        turn = sorted(one.feature.tolist(), key=lambda j: (int(first[j]), j))
+
+        def gradient(point: torch.Tensor, batch: Any = batch) -> torch.Tensor:
+            point = point.clone().requires_grad_(True)
+            with torch.enable_grad():
+                (g,) = torch.autograd.grad(rm.rewards(batch, {site: lambda _x: point}).sum(), point)
+            return g[0]
+
+        clean = gradient(x)[span]
+        for colour in range(3):
+            mine = turn[colour::3]
+            signs = [(-1) ** i for i in range(len(mine))]
+            point = x.clone()
+            for j, sign in zip(mine, signs, strict=True):
+                point[0, span] -= 0.5 * sign * f[:, j, None] * sae.W_dec[j]
+            moved = gradient(point)[span]
+            for j, sign in zip(mine, signs, strict=True):
+                part = f[:, j, None] * sae.W_dec[j]
+                expected = float(((clean + sign * (moved - clean)) * part).sum())
+                assert float(one.effect[one.feature == j]) == pytest.approx(expected, abs=2e-5)
 
 
 def test_features_that_begin_at_one_token_have_different_colours() -> None:
