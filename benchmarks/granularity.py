@@ -1,6 +1,7 @@
 """How large may a dictionary be before what was planted is split over too many features to be found?
 
-usage: granularity.py AUDIT SITE D_SAE:K:TOKENS ... [--plants FILE] [--pairs demo:plain]    (AUDIT: folder of rmscope audit)
+usage: granularity.py AUDIT SITE D_SAE:K:TOKENS[:FAMILY] ... [--plants FILE] [--pairs demo:plain]
+(AUDIT: folder of rmscope audit; FAMILY: as in SaeConfig, topk where it is left out)
 
 SAEs of several sizes are trained on the audit's text at one site of its PM, and each learned cue is matched (METHOD,
 "Planted bias") against the features that detect it best, whatever a ranking would say of them: what no ranking can find
@@ -81,9 +82,11 @@ def main() -> None:
     _, held_out = base_pairs(args.pairs, LIMIT, LONGEST, rm.tokenizer)
     lines = []
     for size in args.sizes:
-        m, k, tokens = map(int, size.split(":"))
-        config = SaeConfig(d_sae=m, k=k, tokens=tokens)
-        sae = train_saes(store, config, out / f"{m}-{k}-{tokens}", [args.site], bar)[args.site]
+        numbers, family = size.split(":")[:3], (size.split(":")[3:] or ["topk"])[0]
+        m, k, tokens = map(int, numbers)
+        config = SaeConfig(architecture=family, d_sae=m, k=k, tokens=tokens)
+        name = "-".join([*numbers, *size.split(":")[3:]])
+        sae = train_saes(store, config, out / name, [args.site], bar)[args.site]
         fvu = measure(sae, [store.sample(args.site, SAMPLE, torch.Generator().manual_seed(0))]).fvu
         rows = []
         for plant in read_plants(args.plants).plants:
@@ -91,12 +94,13 @@ def main() -> None:
             row = row_of(rm, sae, plant, made, sd)
             if row["learned"]:
                 rows.append(row)
-                print(json.dumps({"d_sae": m, "k": k, "tokens": tokens, "fvu": fvu, **row}), flush=True)
+                print(json.dumps({"family": family, "d_sae": m, "k": k, "tokens": tokens, "fvu": fvu, **row}), flush=True)
         hits = ", ".join(f"{r['plant']} {r['mediated'] or 0:.2f}{'' if r['found'] else ' (no hit)'}" for r in rows)
         shares = [float(np.mean([r[name] for r in rows])) for name in ("all", "detectors")]
-        lines.append(f"| {m:,} / {k} / {tokens:,} | {fvu:.3f} | {shares[0]:.2f} | {shares[1]:.2f} | "
+        lines.append(f"| {family} {m:,} / {k} / {tokens:,} | {fvu:.3f} | {shares[0]:.2f} | {shares[1]:.2f} | "
                      f"{sum(r['found'] for r in rows)} of {len(rows)} | {hits} |")  # fmt: skip
-    print("\n| d_sae / k / tokens | FVU | all features | detectors | found | mediated share |\n|---|---|---|---|---|---|")
+    print("\n| family, d_sae / k / tokens | FVU | all features | detectors | found | mediated share |")
+    print("|---|---|---|---|---|---|")
     print("\n".join(lines))
 
 
