@@ -7,7 +7,20 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rmscope.report.figures import HEIGHT, LEFT, RIGHT, TOP, WIDTH, Frame, _chart, _known, _round_marks, _text, empty, extent
+from rmscope.report.figures import (
+    LEFT,
+    RIGHT,
+    WIDTH,
+    Frame,
+    _chart,
+    _known,
+    _round_marks,
+    _text,
+    above,
+    empty,
+    entry,
+    extent,
+)
 
 Series = tuple[str, int, Sequence[Sequence[Any]]]
 """A name, the number of its colour in style.css, points (x, y) or (x, y, low, high)."""
@@ -30,10 +43,8 @@ def banded(
     if not drawn:
         return empty()
     points = [p for _, _, curve in drawn for p in curve]
-    room = 16.0 * -(-len(drawn) // 2)
     ys = extent((v for p in points for v in p[1:]), include=[0.0, *([bound, -bound] if bound else [])], pad=0.04)
-    share = room / (HEIGHT - TOP)
-    frame = Frame(extent(p[0] for p in points), (ys[0], ys[1] + (ys[1] - ys[0]) * share))
+    frame = Frame(extent(p[0] for p in points), above(ys, len(drawn)))
     parts = [_shade(frame, bound)] if bound else []
     for _, colour, curve in drawn:
         if all(len(p) == 4 for p in curve):
@@ -41,9 +52,7 @@ def banded(
             parts.append(Markup('<path class="band band-{}" d="M{}Z"/>').format(colour, _path(frame, rim)))
     for i, (label, colour, curve) in enumerate(drawn):
         parts.append(Markup('<path class="curve curve-{}" d="M{}"/>').format(colour, _path(frame, [p[:2] for p in curve])))
-        x, y = LEFT + 8 + (i % 2) * (WIDTH - LEFT - RIGHT) / 2, TOP + 6 + 16 * (i // 2)
-        parts.append(Markup(f'<path class="curve curve-{colour}" d="M{x:g} {y:g}h22"/>'))
-        parts.append(_text(x + 28, y + 4, label, "start", f"label curve-name-{colour}"))
+        parts.append(entry(i, label, colour))
     parts.append(_zero(frame))
     x_marks = list(marks) if marks is not None else _round_marks(frame.xs, 5)
     y_marks = [mark for mark in _round_marks(frame.ys, 5) if mark[0] <= ys[1]]

@@ -208,7 +208,7 @@ def line(points: Sequence[Sequence[Any]], x_title: str, y_title: str, name: str)
 def curves(
     series: Sequence[tuple[str, Sequence[Sequence[Any]]]], marks: Sequence[int], x_title: str, y_title: str, name: str
 ) -> Markup:
-    """Several curves over a count on a logarithmic scale (from 0), named at the top left; y from -.25 to 1, cut off there.
+    """Several curves over a count on a logarithmic scale (from 0), named above the plot; y from -.25 to 1, cut off there.
 
     A point is (x, y) or (x, y, low, high); the first series' interval is drawn as a band.
     """
@@ -216,7 +216,7 @@ def curves(
     if not any(points for _, points in drawn):
         return empty()
     last = max(x for _, points in drawn for x, *_ in points)
-    frame = Frame((0.0, math.log2(1 + max(last, 1)) * 1.001), (-0.25, 1.0))
+    frame = Frame((0.0, math.log2(1 + max(last, 1)) * 1.001), above((-0.25, 1.0), len(drawn)))
 
     def at(x: float, y: float) -> tuple[float, float]:
         return frame.x(math.log2(1 + x)), frame.y(min(1.0, max(-0.25, y)))
@@ -230,12 +230,27 @@ def curves(
             parts.append(Markup('<path class="band" d="M{}Z"/>').format(" L".join(f"{x:g} {y:g}" for x, y in outline)))
         d = " L".join("{:g} {:g}".format(*at(p[0], p[1])) for p in points)
         parts.append(Markup('<path class="curve curve-{}" d="M{}"/>').format(i, d))
-        y = TOP + 12 + 15 * i
-        parts.append(Markup(f'<path class="curve curve-{i}" d="M{LEFT + 8} {y - 4}h22"/>'))
-        parts.append(_text(LEFT + 36, y, label, "start", f"label curve-name-{i}"))
+        parts.append(entry(i, label, i))
     x_marks = [(math.log2(1 + k), str(k)) for k in marks if k <= last]
     y_marks = [(v, f"{v:g}".replace("-", "\u2212")) for v in (0.0, 0.25, 0.5, 0.75, 1.0)]
     return _chart(name, frame.y_axis(y_marks, y_title), *parts, frame.x_axis(x_marks, x_title))
+
+
+LINE = 16
+"""Height of a line of names above a plot."""
+
+
+def above(ys: Range, names: int) -> Range:
+    """A y axis with room above it for the names of so many curves, two a line."""
+    room = LINE * -(-names // 2)
+    return ys[0], ys[1] + (ys[1] - ys[0]) * room / (HEIGHT - TOP - BOTTOM - room)
+
+
+def entry(i: int, label: str, colour: int) -> Markup:
+    """The name of the i-th curve above the plot, behind a piece of its line."""
+    x, y = LEFT + 8 + (i % 2) * (WIDTH - LEFT - RIGHT) / 2, TOP + 6 + LINE * (i // 2)
+    line = Markup(f'<path class="curve curve-{colour}" d="M{x:g} {y:g}h22"/>')
+    return line + _text(x + 28, y + 4, label, "start", f"label curve-name-{colour}")
 
 
 KEPT = {"keep": "features", "unflagged": "without flagged ones", "keep_pca": "PCA", "keep_coordinates": "coordinates"}
