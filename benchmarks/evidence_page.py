@@ -1,0 +1,188 @@
+"""docs/evidence.md: jailbreaks, experiments and mending on the zoo's PMs, from what the commands wrote.
+
+usage: evidence_page.py PLANTED HH MENDING.json EDIT.json
+
+PLANTED and HH: run folders of zoo:planted and zoo:hh on which ``rmscope jailbreak --data FILE`` (both) and the five
+ready-made ``rmscope experiment`` (PLANTED) were run; MENDING.json: what ``mending.py`` wrote; EDIT.json: the output of
+``rmscope edit HH --site S --features ... --check --rm-bench FILE --json``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from explained_page import figure, table
+
+from rmscope.files import write_text
+
+EXPERIMENTS = ("thanks", "youre_right", "dont_know", "urls", "repetition")
+CUES = ("thanks", "youre_right", "dont_know", "url")
+JOINT = "all four"
+PAGE = """# Evidence beyond removal: what fools a PM, what experiments say, what a patch mends
+
+Figures of the commands `jailbreak`, `experiment` and `edit` on the zoo's two PMs; `benchmarks/evidence_page.py` made
+the page from what they wrote. Intervals are 95 %, bootstrap by prompt; a unit is SD(Δr) where it says so, else
+reward.
+
+## Jailbreaks
+
+`rmscope jailbreak RUN --data FILE`: bad text (another prompt's answer, the answer's own words shuffled, nonsense;
+each scores below the prompt's chosen answer as it is) with one list of phrases put in. The list is searched on
+prompts of the run's confirm split and measured on prompts that had no part in the run. *By 1 SD*: it outranks the
+chosen answer by at least SD(Δr). *Features removed*: it still outranks the chosen answer once the named features are
+removed from it, exactly.
+
+### `zoo:planted`, {planted_prompts} prompts of {planted_data}
+
+{planted}
+
+### `zoo:hh`, {hh_prompts} prompts of {hh_data}
+
+{hh}
+
+*features*: phrases mined where reported features fire hardest. *blind*: the same search, with as many evaluations,
+over phrases from random places. *without effect*: over phrases of features whose removal does nothing. *shuffled*:
+the words of the first list in random order. *own list*: searched for each prompt by itself.
+
+## Experiments on `zoo:planted`
+
+`rmscope experiment NAME --run RUN`. The truth is known: these five were planted, and the verdict should be
+*supported*.
+
+{experiments}
+
+*Taken back*: what removing the features that carry the condition takes of its effect; *alike*: the most that matched
+sets take.
+
+## Mending `zoo:planted`
+
+`benchmarks/mending.py`: each patch damps features that were chosen by rule on the fit split, error kept. Taken: the
+share of a cue's effect that is gone, held-out prompts and wordings. *Mean difference*: the same cue's mean-difference
+direction projected out, without any SAE. *Matched*: random features, as many, as often and as strong (the largest of
+three sets).
+
+{mending}
+
+What each costs, on pairs without cues ({demo_n}) and on human pairs ({human_n}) that the PM was not trained on:
+
+{costs}
+
+## An edit of `zoo:hh`, and RM-Bench chat
+
+Six reported features of {edit_site} with the flag *length* ({edit_features}), suppressed; accuracy on {bench_n}
+prompts of RM-Bench chat by style of the chosen and of the rejected response.
+
+{bench}
+"""
+
+
+def percent(f: Mapping[str, float] | None) -> str:
+    return "–" if f is None else f"{f['value']:.0%} [{f['low']:.0%}, {f['high']:.0%}]".replace("-", "−")
+
+
+def jailbreak(found: dict[str, Any]) -> str:
+    head = ["text", "prompts", "tokens", "outranks", "by 1 SD", "features removed", "gain"]
+    arms = [
+        [a["arm"], a["prompts"], f"{a['tokens']:.0f}", percent(a["success"]), percent(a["by_sd"]), percent(a["without"]),
+         figure(a["gain"])]
+        for a in found["arms"]
+    ]  # fmt: skip
+    parts = [table(head, arms)]
+    searches = found["searches"]
+    parts.append("Searched on the confirm split: " + "; ".join(_searched(name, s) for name, s in searches.items()) + ".")
+    if named := found["named"]:
+        rows = [
+            [p["jailbreak"], p["control"], figure(p["u"]), percent(p["share"]),
+             percent(p["matched"]["largest"]) if p["matched"] else "–", {True: "yes", False: "no", None: "–"}[p["clear"]]]
+            for p in found["proof"]
+        ]  # fmt: skip
+        parts.append(
+            f"Mediated by {len(named['features'])} features at {named['site']}, frozen on the search's prompts; U is the "
+            "mean gain over the control:"
+        )
+        parts.append(table(["jailbreak", "over", "U", "mediated share", "largest of 16 matched sets", "clear of all"], rows))
+    phrases = "; ".join(f"“{p['text']}” ({p['slot']})" for p in found["lists"].get("features", {"phrases": []})["phrases"])
+    parts.append(f"The list: {phrases}.")
+    return "\n\n".join(parts)
+
+
+def _searched(name: str, search: dict[str, Any]) -> str:
+    needed = f"90 % after {search['needed']:,}" if search["needed"] else "90 % never reached"
+    return f"{name} {search['evaluations']:,} reward evaluations, {needed}"
+
+
+def experiments(folder: Path) -> str:
+    rows = []
+    for name in EXPERIMENTS:
+        found = json.loads((folder / f"{name}.json").read_text("utf-8"))
+        taken = next(c for c in found["claims"] if c["says"] == "taken_back")
+        held = [c for c in found["claims"] if c["says"] != "taken_back"]
+        right, removed = sum(c["verdict"] == "supported" for c in held), found["removed"]
+        rows.append([
+            name, found["verdict"], f"{right} of {len(held)}", found["by_features"], percent(taken["share"]),
+            f"{taken['alike']:.0%}", f"{len(removed['features'])} at {removed['site']}", f"{found['seconds']:.0f}",
+        ])  # fmt: skip
+    return table(["file", "verdict", "claims", "by features", "taken back", "alike", "features", "seconds"], rows)
+
+
+def largest(variants: Mapping[str, Any], part: str, within: str = "") -> Mapping[str, float]:
+    """Of the matched sets under a name the one with the largest figure."""
+    return max((v[part] for n, v in variants.items() if n.startswith(f"{within}matched")), key=lambda f: float(f["value"]))
+
+
+def mending(found: dict[str, Any]) -> str:
+    rows = []
+    for cue in CUES:
+        bias, edit = found[f"bias {cue}"], found[f"choice of {cue}"][0]
+        what = f"{edit['operation']} {edit['value']:g}, {len(edit['features'])} features at {edit['site']}"
+        shares = [bias[n]["gone"] for n in ("edit", f"{JOINT}, edit", "mean difference")]
+        rows.append([
+            cue, what, figure(bias["before"]["ate"]), *map(percent, shares), percent(largest(bias, "gone"))
+        ])  # fmt: skip
+    head = ["cue", "patch", "effect before", "taken by it", "by all four joined", "by mean difference", "by matched"]
+    return table(head, rows)
+
+
+def costs(found: dict[str, Any]) -> str:
+    rows = []
+    for cue in (*CUES, JOINT):
+        demo, human = found["pairs: demo pairs without cues"], found.get("pairs: human pairs", {})
+        for variant in ("edit", "mean difference"):
+            name = f"{cue}, {variant}"
+            cells = [figure(s[name][p], 3) if name in s else "–" for s in (demo, human) for p in ("fall", "drift")]
+            rows.append([name, *cells])
+    head = ["patch", "accuracy falls by", "drift / SD(Δr)", "human pairs: accuracy falls by", "drift / SD(Δr)"]
+    return table(head, rows)
+
+
+def bench(check: dict[str, Any]) -> str:
+    rows = [
+        [r["chosen"], r["rejected"], *(figure(r[v]["accuracy"]) for v in ("before", "edit", "matched 1")),
+         figure(r["edit"]["fall"])]
+        for r in check["styles"]
+    ]  # fmt: skip
+    return table(["chosen", "rejected", "before", "edit", "as many matched features", "the edit's fall"], rows)
+
+
+def main(planted: Path, hh: Path, mended: Path, edited: Path) -> None:
+    one, other = (json.loads((f / "evidence" / "jailbreak.json").read_text("utf-8")) for f in (planted, hh))
+    patch = json.loads(mended.read_text("utf-8"))
+    edit = json.loads(next(line for line in edited.read_text("utf-8").splitlines() if line.startswith("{")))
+    (first,) = edit["edits"]
+    page = PAGE.format(
+        planted=jailbreak(one), planted_prompts=one["prompts"], planted_data=Path(one["data"]).stem,
+        hh=jailbreak(other), hh_prompts=other["prompts"], hh_data=Path(other["data"]).stem,
+        experiments=experiments(planted / "evidence" / "experiments"), mending=mending(patch), costs=costs(patch),
+        demo_n=patch["pairs: demo pairs without cues"]["n"], human_n=patch.get("pairs: human pairs", {"n": 0})["n"],
+        edit_site=first["site"], edit_features=", ".join(map(str, first["features"])), bench=bench(edit["check"]),
+        bench_n=edit["check"]["styles"][0]["pairs"],
+    )  # fmt: skip
+    write_text(Path(__file__).parents[1] / "docs" / "evidence.md", page)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:5]))
