@@ -166,6 +166,7 @@ def _short(sites: Sequence[dict[str, Any]], aware: Sequence[dict[str, Any]]) -> 
 
     top = max(aware, key=lambda s: float(s["evaluation"]["delta_r2"]["value"]))
     nine = [s["site"] for s in aware if s["evaluation"]["delta_r2"]["value"] >= 0.9]
+    where_nine = "every site" if len(nine) == len(aware) else " and ".join(nine) or "no site"
     kept = [(p["k"], s["site"]) for s in aware for p in s["curves"]["keep"] if p["donors"]["value"] >= 0.9]
     least = f"the first {min(kept)[0]} features at `{min(kept)[1]}`, aware" if kept else "more than any list has"
     where = sorted({site for _, site in kept})
@@ -176,7 +177,7 @@ def _short(sites: Sequence[dict[str, Any]], aware: Sequence[dict[str, Any]]) -> 
     return "\n".join(
         [
             f"- Under splice a plain SAE keeps {of(sites, 'delta_r2')} of Σ Δr² (delta_r2), an aware one "
-            f"{of(aware, 'delta_r2')}, most at `{top['site']}`, and .9 or more at {' and '.join(nine) or 'no site'}.",
+            f"{of(aware, 'delta_r2')}, most at `{top['site']}`, and .9 or more at {where_nine}.",
             f"- Each reward by itself (*recovered*): {of(sites, 'reward_recovered')} plain, {of(aware, 'reward_recovered')} "
             "aware. The aware loss minds the difference of a pair's rewards and, with a small weight, their sum.",
             f"- With everything else from donors, delta_r2 .9 first takes {least}.",
