@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rmscope.effects import removal
 from rmscope.effects.removal import at_site, prefill_pair, removals, remove_groups, remove_naively
@@ -12,6 +12,7 @@ from rmscope.model import branches
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES, Pair
 from rmscope.sae.base import Sae
+from tests.effects.naive import reward_with
 from tests.model.small import DECODERS, ENCODER, ENCODERS, EOS, OTHERS, PAIRS, shared_pm, small_pm, small_sae, user
 
 SITES = ["embed", "resid_post.0", "resid_post.2", "resid_post.3"]
@@ -19,7 +20,6 @@ SITES = ["embed", "resid_post.0", "resid_post.2", "resid_post.3"]
 
 def naive_reward(rm: RewardModel, sae: Sae, ids: Tensor, site: str, start: int, group: list[int]) -> float:
     """r of one text by the transformers module's own forward, f_tj := 0 for the group's features from ``start`` on."""
-    layers = max((m for m in rm.model.modules() if isinstance(m, nn.ModuleList)), key=len)
 
     def without(x: Tensor) -> Tensor:
         f = sae.encode(x[0].float())
@@ -29,23 +29,7 @@ def naive_reward(rm: RewardModel, sae: Sae, ids: Tensor, site: str, start: int, 
         y[0] += (sae.decode(kept) - sae.decode(f)).to(x)
         return y
 
-    def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple:
-        if args:
-            return (without(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": without(kwargs["hidden_states"])}
-
-    def after(_module: nn.Module, _args: tuple, out: Tensor | tuple) -> Tensor | tuple:
-        return (without(out[0]), *out[1:]) if isinstance(out, tuple) else without(out)
-
-    if site == "embed":
-        handle = layers[0].register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = layers[int(site.rsplit(".", 1)[1])].register_forward_hook(after)
-    try:
-        with torch.no_grad():
-            return float(rm.model(ids[None]).logits[0, 0])
-    finally:
-        handle.remove()
+    return reward_with(rm, ids, site, without)
 
 
 def naive_effect(rm: RewardModel, sae: Sae, ids: Tensor, site: str, start: int, group: list[int]) -> float:

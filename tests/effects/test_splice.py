@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rmscope.effects import splice as splices
 from rmscope.effects.splice import (
@@ -24,6 +24,7 @@ from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
 from rmscope.sae.base import Sae
 from rmscope.sae.standard import StandardSae
+from tests.effects.naive import reward_with
 from tests.model.small import ENCODER, EOS, PAIRS, D, shared_pm, small_pm, small_sae
 
 SITES = ["embed", "resid_post.0", "resid_post.2", "resid_post.3"]
@@ -38,30 +39,13 @@ def perfect() -> Sae:
 
 def naive(rm: RewardModel, ids: Tensor, site: str, start: int, stop: int, change: object) -> float:
     """r by the transformers module's own forward, the stream on start .. stop - 1 passed through ``change``."""
-    layers = max((m for m in rm.model.modules() if isinstance(m, nn.ModuleList)), key=len)
 
     def within(x: Tensor) -> Tensor:
         y = x.clone()
         y[0, start:stop] = change(x[0, start:stop])  # type: ignore[operator]
         return y
 
-    def before(_m: nn.Module, args: tuple, kwargs: dict) -> tuple:
-        if args:
-            return (within(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": within(kwargs["hidden_states"])}
-
-    def after(_m: nn.Module, _args: tuple, out: Tensor | tuple) -> Tensor | tuple:
-        return (within(out[0]), *out[1:]) if isinstance(out, tuple) else within(out)
-
-    if site == "embed":
-        handle = layers[0].register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = layers[int(site.rsplit(".", 1)[1])].register_forward_hook(after)
-    try:
-        with torch.no_grad():
-            return float(rm.model(ids[None]).logits[0, 0])
-    finally:
-        handle.remove()
+    return reward_with(rm, ids, site, within)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gptj", "gpt2", "bloom", ENCODER])

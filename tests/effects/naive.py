@@ -1,0 +1,33 @@
+"""The slow exact twin: the transformers module's own forward of one text, with a hook on a site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from rmscope.model.reward_model import RewardModel
+
+
+def reward_with(rm: RewardModel, ids: Tensor, site: str, change: Callable[[Tensor], Tensor]) -> float:
+    """r of one text with the stream [1, T, d] at the site passed through ``change``."""
+    layers = max((m for m in rm.model.modules() if isinstance(m, nn.ModuleList)), key=len)
+
+    def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+    def after(_module: nn.Module, _args: tuple, out: Tensor | tuple) -> Tensor | tuple:
+        return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+
+    if site == "embed":
+        handle = layers[0].register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = layers[int(site.rsplit(".", 1)[1])].register_forward_hook(after)
+    try:
+        with torch.no_grad():
+            return float(rm.model(ids[None]).logits[0, 0])
+    finally:
+        handle.remove()
