@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from rmscope.evidence.jailbreaks import badtexts, lab, search
+from rmscope.evidence.jailbreaks import proof as proofs
 from rmscope.evidence.jailbreaks.badtexts import DRAWS, LeftOut, make_targets, nonsense, shuffled_words
 from rmscope.evidence.jailbreaks.lab import FEATURE, FLIPPED, NONE, SHUFFLED, WEAK, Made, Subject
 from rmscope.evidence.jailbreaks.phrases import Phrase, count_tokens
@@ -219,6 +220,13 @@ def test_the_share_of_a_feature_that_is_the_phrase_is_one() -> None:
     row = proof(lab.measure(subject, made, some, 0, 8, 0), FEATURE, WEAK)
     assert row["u"]["low"] > 0
     assert row["share"]["value"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_feature_is_named_for_what_it_takes_back_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Feature 1 alone takes back more than 2, but does the same work as 0; 3 undoes."""
+    known = {(0,): 0.4, (1,): 0.35, (2,): 0.1, (3,): -0.2, (0, 1): 0.41, (0, 2): 0.6, (0, 3): 0.1, (0, 1, 2): 0.602}
+    monkeypatch.setattr(proofs, "_shares", lambda *given: [known.get(tuple(sorted(g)), 0.0) for g in given[-1]])
+    assert proofs._grown(None, None, SITE, [], [3, 1, 2, 0]) == ([0, 2], 0.6)  # type: ignore[arg-type]
 
 
 def test_features_that_carry_nothing_are_not_named_and_removing_none_gives_no_share() -> None:

@@ -47,7 +47,7 @@ FLIPPED = ", tokens flipped"
 """What is added to an arm's name after the token-level pass."""
 MADE_FROM = (FEATURE, BLIND, WEAK)
 """The lists that are searched, each with and without the token-level pass."""
-VERSION = 2
+VERSION = 3
 """Bumped when the lab computes something else from the same settings."""
 SHOWN = 8
 """Measured prompts that the page shows whole, the first ones."""

@@ -26,8 +26,10 @@ from rmscope.sae.base import Sae
 
 NAMED = 10
 """Features that G holds at most."""
-LEAST = 0.01
-"""The share of the gain that a named feature alone takes back at least, on the search's prompts."""
+LEAST = 0.005
+"""The share of the gain that each named feature takes back at least beside those named before it, on the search's prompts."""
+CANDIDATES = 16
+"""Features of a site that are tried beside one another: those whose own removal takes back most."""
 SETS = 16
 """Matched random sets beside G."""
 
@@ -50,8 +52,9 @@ def name_features(
     control: Layout,
     reported: Mapping[str, Sequence[int]],
 ) -> Named | None:
-    """G: at each site the reported features whose removal alone takes back most of the gain over the control; of the sites
-    the one where G together takes back most. None where no reported feature takes back any."""
+    """G: at each site reported features one by one, each the one that, removed beside those before it, takes back most of the
+    gain over the control (they share work, and some undo one another); of the sites the one where G takes back most. None
+    where no reported feature takes back any."""
     at: dict[str, list[Twin]] = {site: [] for site in saes}
     for target in targets:
         clean = rm.prefill(target.ids(rm), list(saes))
@@ -63,12 +66,25 @@ def name_features(
             at[site].append(Twin(target.key, arms, {}, None))  # type: ignore[arg-type]
     found: list[Named] = []
     for site, sae in saes.items():
-        singles = _shares(rm, sae, site, at[site], [[j] for j in reported[site]])
-        order = [j for share, j in sorted(zip(singles, reported[site], strict=True), reverse=True) if share >= LEAST][:NAMED]
-        if order:
-            (share,) = _shares(rm, sae, site, at[site], [order])
-            found.append(Named(site, order, matched_groups(sae, at[site], order, SETS), share))
+        group, share = _grown(rm, sae, site, at[site], reported[site])
+        if group:
+            found.append(Named(site, group, matched_groups(sae, at[site], group, SETS), share))
     return max(found, key=lambda n: n.share, default=None)
+
+
+def _grown(rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], features: Sequence[int]) -> tuple[list[int], float]:
+    """G at a site, and what it takes back."""
+    group, taken = list[int](), 0.0
+    able = list(features)
+    while able and len(group) < NAMED:
+        shares = _shares(rm, sae, site, twins, [[*group, j] for j in able])
+        order = sorted(range(len(able)), key=lambda i: -shares[i])
+        best, share = able[order[0]], shares[order[0]]
+        if share < taken + LEAST:
+            break
+        group, taken = [*group, best], share
+        able = [able[i] for i in order[1:CANDIDATES]]
+    return group, taken
 
 
 def _shares(rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], groups: Sequence[Sequence[int]]) -> list[float]:
