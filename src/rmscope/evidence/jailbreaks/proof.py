@@ -27,7 +27,7 @@ from rmscope.sae.base import Sae
 NAMED = 10
 """Features that G holds at most."""
 LEAST = 0.005
-"""The share of the gain that each named feature takes back at least beside those named before it, on the search's prompts."""
+"""What each named feature takes back of the gain at least, beside those named before it, on the search's prompts."""
 CANDIDATES = 16
 """Features of a site that are tried beside one another: those whose own removal takes back most."""
 SETS = 16
@@ -52,9 +52,9 @@ def name_features(
     control: Layout,
     reported: Mapping[str, Sequence[int]],
 ) -> Named | None:
-    """G: at each site reported features one by one, each the one that, removed beside those before it, takes back most of the
-    gain over the control (they share work, and some undo one another); of the sites the one where G takes back most. None
-    where no reported feature takes back any."""
+    """G: at each site reported features one by one, each the one that, removed beside those before it, takes back most of
+    the gain over the control (they share work, and some undo one another); of the sites the one where G takes back most.
+    None where no reported feature takes back any."""
     at: dict[str, list[Twin]] = {site: [] for site in saes}
     for target in targets:
         clean = rm.prefill(target.ids(rm), list(saes))
