@@ -1,10 +1,10 @@
 """docs/evidence.md: jailbreaks, experiments and mending on the zoo's PMs, from what the commands wrote.
 
-usage: evidence_page.py PLANTED HH MENDING.json EDIT.json
+usage: evidence_page.py MENDING.json EDIT.json RUN RUN ...
 
-PLANTED and HH: run folders of zoo:planted and zoo:hh on which ``rmscope jailbreak --data FILE`` (both) and the five
-ready-made ``rmscope experiment`` (PLANTED) were run; MENDING.json: what ``mending.py`` wrote; EDIT.json: the output of
-``rmscope edit HH --site S --features ... --check --rm-bench FILE --json``.
+RUN: run folders in which ``rmscope jailbreak`` was run, in the first also the five ready-made ``rmscope experiment``;
+MENDING.json: what ``mending.py`` wrote; EDIT.json: the output of ``rmscope edit RUN --site S --features ... --check
+--rm-bench FILE --json`` on a run of zoo:hh.
 """
 
 from __future__ import annotations
@@ -32,17 +32,11 @@ reward.
 
 `rmscope jailbreak RUN --data FILE`: bad text (another prompt's answer, the answer's own words shuffled, nonsense;
 each scores below the prompt's chosen answer as it is) with one list of phrases put in. The list is searched on
-prompts of the run's confirm split and measured on prompts that had no part in the run. *By 1 SD*: it outranks the
+prompts of the run's confirm split and measured on prompts that had no part in it. *By 1 SD*: it outranks the
 chosen answer by at least SD(Δr). *Features removed*: it still outranks the chosen answer once the named features are
 removed from it, exactly.
 
-### `zoo:planted`, {planted_prompts} prompts of {planted_data}
-
-{planted}
-
-### `zoo:hh`, {hh_prompts} prompts of {hh_data}
-
-{hh}
+{jailbreaks}
 
 *features*: phrases mined where reported features fire hardest. *blind*: the same search, with as many evaluations,
 over phrases from random places. *without effect*: over phrases of features whose removal does nothing. *shuffled*:
@@ -168,21 +162,27 @@ def bench(check: dict[str, Any]) -> str:
     return table(["chosen", "rejected", "before", "edit", "as many matched features", "the edit's fall"], rows)
 
 
-def main(planted: Path, hh: Path, mended: Path, edited: Path) -> None:
-    one, other = (json.loads((f / "evidence" / "jailbreak.json").read_text("utf-8")) for f in (planted, hh))
+def section(run: Path) -> str:
+    found = json.loads((run / "evidence" / "jailbreak.json").read_text("utf-8"))
+    data = found["data"].replace(", measure split", "")
+    name = f"`{data}`" if data.startswith("demo:") else Path(data).stem
+    fresh = "that the run kept for measuring" if found["data"].endswith("measure split") else "that the run never saw"
+    return f"### `{found['model']}`: {found['prompts']} prompts of {name} {fresh}\n\n{jailbreak(found)}"
+
+
+def main(mended: Path, edited: Path, *runs: Path) -> None:
     patch = json.loads(mended.read_text("utf-8"))
     edit = json.loads(next(line for line in edited.read_text("utf-8").splitlines() if line.startswith("{")))
     (first,) = edit["edits"]
     page = PAGE.format(
-        planted=jailbreak(one), planted_prompts=one["prompts"], planted_data=Path(one["data"]).stem,
-        hh=jailbreak(other), hh_prompts=other["prompts"], hh_data=Path(other["data"]).stem,
-        experiments=experiments(planted / "evidence" / "experiments"), mending=mending(patch), costs=costs(patch),
-        demo_n=patch["pairs: demo pairs without cues"]["n"], human_n=patch.get("pairs: human pairs", {"n": 0})["n"],
-        edit_site=first["site"], edit_features=", ".join(map(str, first["features"])), bench=bench(edit["check"]),
+        jailbreaks="\n\n".join(map(section, runs)), experiments=experiments(runs[0] / "evidence" / "experiments"),
+        mending=mending(patch), costs=costs(patch), demo_n=patch["pairs: demo pairs without cues"]["n"],
+        human_n=patch.get("pairs: human pairs", {"n": 0})["n"], edit_site=first["site"],
+        edit_features=", ".join(map(str, first["features"])), bench=bench(edit["check"]),
         bench_n=edit["check"]["styles"][0]["pairs"],
     )  # fmt: skip
     write_text(Path(__file__).parents[1] / "docs" / "evidence.md", page)
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:5]))
+    main(*map(Path, sys.argv[1:]))
