@@ -30,7 +30,7 @@ from rmscope.run import Run
 
 FRESH_SEED = 7919
 """Added to the audit's seed where held-out prompts are planted: pairs that neither the PM nor the run saw."""
-LEDGER_PAIRS = 8
+LEDGER_PAIRS = 4
 """Ledgers are for people who read the run: nothing here is scored by them, and each takes ten seconds."""
 
 
