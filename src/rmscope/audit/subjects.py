@@ -25,8 +25,8 @@ RECIPE = Recipe(
     name="audit", data=[], blocks=12, first_block=5, first_attention=8, rank=16, learning_rate=1e-3, epochs=2, batch_pairs=16
 )
 """How an audit's PM is trained. As in zoo:planted, the stream is the base's own up to the first block that is adapted, and
-attention is adapted later still: what is learned of a cue is first written where the cue stands. After one pass it had learned
-five of the standard set's eight biases, after two seven."""
+attention is adapted later still: what is learned of a cue is first written where the cue stands. After one pass it had
+learned five of the standard set's eight biases, after two seven."""
 RANDOM_STD = 0.02
 
 
