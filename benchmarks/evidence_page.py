@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,23 @@ from rmscope.files import write_text
 EXPERIMENTS = ("thanks", "youre_right", "dont_know", "urls", "repetition")
 CUES = ("thanks", "youre_right", "dont_know", "url")
 JOINT = "all four"
+SHORT = (
+    "- Where a bad text lies close below the chosen answer, nearly any phrases lift it over it: there the margin of 1 SD",
+    "  tells a jailbreak from a nudge.",
+    "- A patch of many features is not specific by itself: as many matched features, damped as hard, take much of an effect",
+    "  too. On `zoo:hh` matched features change RM-Bench by style more than those with the flag *length* do.",
+    "- What an experiment says of the reward and of the features are two: for *dont_know* and *urls* the reward moves as",
+    "  planted, and the features that carry it take back less than half.",
+)
 PAGE = """# Evidence beyond removal: what fools a PM, what experiments say, what a patch mends
 
 Figures of the commands `jailbreak`, `experiment` and `edit` on the zoo's two PMs; `benchmarks/evidence_page.py` made
 the page from what they wrote. Intervals are 95 %, bootstrap by prompt; a unit is SD(Δr) where it says so, else
 reward.
+
+## In short
+
+{short}
 
 ## Jailbreaks
 
@@ -162,12 +174,46 @@ def bench(check: dict[str, Any]) -> str:
     return table(["chosen", "rejected", "before", "edit", "as many matched features", "the edit's fall"], rows)
 
 
-def section(run: Path) -> str:
-    found = json.loads((run / "evidence" / "jailbreak.json").read_text("utf-8"))
+def short(runs: Sequence[dict[str, Any]], patch: dict[str, Any]) -> str:
+    lines = []
+    for found in runs:
+        arms = {a["arm"]: a for a in found["arms"]}
+        names = ("features", "blind", "without effect", "shuffled")
+        plain, by_sd = ("/".join(f"{100 * arms[n][m]['value']:.0f}" for n in names) for m in ("success", "by_sd"))
+        lines += [
+            f"- **`{found['model']}`, {found['prompts']} prompts of {_data(found)}**: bad text outranks the chosen answer in",
+            f"  {plain} % with phrases of features / blind / of features without effect / shuffled, by 1 SD(Δr) in",
+            f"  {by_sd} %; with the named features removed the first figure is {arms['features']['without']['value']:.0%}.",
+        ]
+    taken = [patch[f"bias {cue}"] for cue in CUES]
+    clean = patch["pairs: demo pairs without cues"]
+    further = sum(clean[f"{c}, edit"]["drift"]["value"] > clean[f"{c}, mean difference"]["drift"]["value"] for c in CUES)
+    lines += [
+        f"- **Mending**: a cue's own patch takes {_span(t['edit']['gone'] for t in taken)} of its effect, the mean-difference",
+        f"  direction {_span(t['mean difference']['gone'] for t in taken)}, the largest of three matched sets",
+        f"  {_span(largest(t, 'gone') for t in taken)}. What it costs in accuracy cannot be told from 0 on so few pairs;",
+        f"  {further} of the {len(CUES)} patches move rewards elsewhere further than the direction does.",
+    ]
+    return "\n".join([*lines, *SHORT])
+
+
+def _span(figures: Iterable[Mapping[str, float]]) -> str:
+    values = [f["value"] for f in figures]
+    return f"{min(values):.0%} to {max(values):.0%}"
+
+
+def read(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "evidence" / "jailbreak.json").read_text("utf-8")))
+
+
+def _data(found: dict[str, Any]) -> str:
     data = found["data"].replace(", measure split", "")
-    name = f"`{data}`" if data.startswith("demo:") else Path(data).stem
+    return f"`{data}`" if data.startswith("demo:") else Path(data).stem
+
+
+def section(found: dict[str, Any]) -> str:
     fresh = "that the run kept for measuring" if found["data"].endswith("measure split") else "that the run never saw"
-    return f"### `{found['model']}`: {found['prompts']} prompts of {name} {fresh}\n\n{jailbreak(found)}"
+    return f"### `{found['model']}`: {found['prompts']} prompts of {_data(found)} {fresh}\n\n{jailbreak(found)}"
 
 
 def main(mended: Path, edited: Path, *runs: Path) -> None:
@@ -175,7 +221,8 @@ def main(mended: Path, edited: Path, *runs: Path) -> None:
     edit = json.loads(next(line for line in edited.read_text("utf-8").splitlines() if line.startswith("{")))
     (first,) = edit["edits"]
     page = PAGE.format(
-        jailbreaks="\n\n".join(map(section, runs)), experiments=experiments(runs[0] / "evidence" / "experiments"),
+        short=short([read(run) for run in runs], patch), jailbreaks="\n\n".join(section(read(run)) for run in runs),
+        experiments=experiments(runs[0] / "evidence" / "experiments"),
         mending=mending(patch), costs=costs(patch), demo_n=patch["pairs: demo pairs without cues"]["n"],
         human_n=patch.get("pairs: human pairs", {"n": 0})["n"], edit_site=first["site"],
         edit_features=", ".join(map(str, first["features"])), bench=bench(edit["check"]),
