@@ -181,16 +181,16 @@ def short(runs: Sequence[dict[str, Any]], patch: dict[str, Any]) -> str:
         names = ("features", "blind", "without effect", "shuffled")
         plain, by_sd = ("/".join(f"{100 * arms[n][m]['value']:.0f}" for n in names) for m in ("success", "by_sd"))
         lines += [
-            f"- **`{found['model']}`, {found['prompts']} prompts of {_data(found)}**: bad text outranks the chosen answer in",
-            f"  {plain} % with phrases of features / blind / of features without effect / shuffled, by 1 SD(Δr) in",
+            f"- **`{found['model']}`, {found['prompts']} prompts of {_data(found)}**: bad text outranks the chosen answer",
+            f"  in {plain} % with phrases of features / blind / of features without effect / shuffled, by 1 SD(Δr) in",
             f"  {by_sd} %; with the named features removed the first figure is {arms['features']['without']['value']:.0%}.",
         ]
     taken = [patch[f"bias {cue}"] for cue in CUES]
     clean = patch["pairs: demo pairs without cues"]
     further = sum(clean[f"{c}, edit"]["drift"]["value"] > clean[f"{c}, mean difference"]["drift"]["value"] for c in CUES)
     lines += [
-        f"- **Mending**: a cue's own patch takes {_span(t['edit']['gone'] for t in taken)} of its effect, the mean-difference",
-        f"  direction {_span(t['mean difference']['gone'] for t in taken)}, the largest of three matched sets",
+        f"- **Mending**: a cue's own patch takes {_span(t['edit']['gone'] for t in taken)} of its effect, the",
+        f"  mean-difference direction {_span(t['mean difference']['gone'] for t in taken)}, the largest of three matched sets",
         f"  {_span(largest(t, 'gone') for t in taken)}. What it costs in accuracy cannot be told from 0 on so few pairs;",
         f"  {further} of the {len(CUES)} patches move rewards elsewhere further than the direction does.",
     ]
