@@ -188,11 +188,12 @@ def short(runs: Sequence[dict[str, Any]], patch: dict[str, Any]) -> str:
     taken = [patch[f"bias {cue}"] for cue in CUES]
     clean = patch["pairs: demo pairs without cues"]
     further = sum(clean[f"{c}, edit"]["drift"]["value"] > clean[f"{c}, mean difference"]["drift"]["value"] for c in CUES)
+    shares = [_span(t[n]["gone"] for t in taken) for n in ("edit", "mean difference")]
     lines += [
-        f"- **Mending**: a cue's own patch takes {_span(t['edit']['gone'] for t in taken)} of its effect, the",
-        f"  mean-difference direction {_span(t['mean difference']['gone'] for t in taken)}, the largest of three matched sets",
-        f"  {_span(largest(t, 'gone') for t in taken)}. What it costs in accuracy cannot be told from 0 on so few pairs;",
-        f"  {further} of the {len(CUES)} patches move rewards elsewhere further than the direction does.",
+        f"- **Mending**: a cue's own patch takes {shares[0]} of its effect, the mean-difference direction {shares[1]}, the",
+        f"  largest of three matched sets {_span(largest(t, 'gone') for t in taken)}.",
+        f"  What it costs in accuracy cannot be told from 0 on so few pairs; {further} of the {len(CUES)} patches move",
+        "  rewards elsewhere further than the direction does.",
     ]
     return "\n".join([*lines, *SHORT])
 
