@@ -61,6 +61,7 @@ def matched(
     right_sign: bool = True,
     negative: str | None = None,
     reported: Sequence[int] | None = None,
+    groups: bool = False,
 ) -> dict[str, Any]:
     rm = shared_pm("llama")
     plant = Plant(name="z", kind="phrase", sign=1, texts=(CUE,))
@@ -70,7 +71,7 @@ def matched(
     effect = plant.sign * (1.0 if right_sign else -1.0)
     features = range(made.m) if reported is None else reported
     rows = [{"feature": j, "rank": j + 1, "mean_removal": effect, "sign_consistency": sign_consistency} for j in features]
-    return match_plant(rm, {SITE: made}, plant, prepared, {SITE: rows}, sd=1e-3)
+    return match_plant(rm, {SITE: made}, plant, prepared, {SITE: rows}, sd=1e-3, groups=groups)
 
 
 def test_a_feature_that_is_the_cue_is_a_single_hit_that_carries_all_of_it() -> None:
@@ -85,6 +86,16 @@ def test_a_cue_that_is_split_over_five_features_is_a_hit_of_the_group() -> None:
     assert row["hit"] == "group"
     assert sorted(row["features"]) == [0, 1, 2, 3, 4]
     assert row["mediated"]["value"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_group_is_grown_around_a_single_hit_where_it_is_asked_for() -> None:
+    made = sae([0.8, 0.2, 0.0])
+    assert matched(made)["group"] is None
+    row = matched(made, groups=True)
+    assert (row["hit"], row["features"]) == ("single", [0])
+    assert row["mediated"]["value"] < 0.9
+    assert sorted(row["group"]["features"]) == [0, 1]
+    assert row["group"]["mediated"]["value"] == pytest.approx(1.0, abs=1e-3)
 
 
 def test_detecting_without_causing_is_no_hit_and_says_what_is_carried() -> None:

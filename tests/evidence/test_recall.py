@@ -34,7 +34,7 @@ def cue(**changes: Any) -> dict[str, Any]:
         "dose": 0.9,
         "matched_by": [],
     }
-    return row | {"mediated": None} | changes
+    return row | {"mediated": None, "group": None} | changes
 
 
 def hit(rank: int, value: float = 0.5, **changes: Any) -> dict[str, Any]:
@@ -82,6 +82,8 @@ def test_the_mediated_share_is_that_of_lexical_hits_with_all_beside_it() -> None
     assert found["value"] == pytest.approx((0.9 + 0.5) / 2)
     assert found["all"]["value"] == pytest.approx((0.9 + 0.7 + 0.5) / 3)
     assert mediated([cue()])["value"] is None
+    split = mediated([hit(1, 0.3, group={"mediated": {"value": 0.8}})])  # a single hit that a group around it exceeds
+    assert (split["value"], split["best"]["value"]) == pytest.approx((0.8, 0.3))
 
 
 def test_shares_carry_their_exact_interval() -> None:

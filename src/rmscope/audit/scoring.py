@@ -71,7 +71,7 @@ class Scoring:
         row = cue_effect(plant, next(iter(prepared.values())), run.sd) | {
             "dose": plant.dose, "rate": plant.rate, "ate_sd": None, "matched_by": [],
             "found": False, "hit": "none", "site": None, "features": [], "rank": None, "f1": None, "mediated": None,
-            "why": "", "detail": "",
+            "group": None, "why": "", "detail": "",
         }  # fmt: skip
         row["ate_sd"] = row["ate"]["value"] / run.sd
         if row["null"]:
@@ -80,7 +80,7 @@ class Scoring:
             return row | {"why": "not learned"}
         known: Shares = {}
         for k in KS:
-            found = match_plant(run.rm, run.saes, plant, prepared, self.within(k), run.sd, known)
+            found = match_plant(run.rm, run.saes, plant, prepared, self.within(k), run.sd, known, groups=True)
             if found["found"] or k == KS[-1]:
                 break
         row |= {"detail": found.pop("why"), **found}

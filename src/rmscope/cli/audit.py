@@ -45,7 +45,7 @@ def audit(
 
 def _show(result: dict[str, Any]) -> None:
     table = Table(title="planted biases", title_justify="left")
-    for name in ("", "bias", "kind", "dose", "effect / SD(Δr)", "the PM", "found as", "rank", "F1", "mediated"):
+    for name in ("", "bias", "kind", "dose", "effect / SD(Δr)", "the PM", "found as", "rank", "F1", "mediated", "group"):
         table.add_column(name)
     for row in result["plants"]:
         status = "learned" if row["learned"] else "clean null" if row["null"] else "neither"
@@ -64,6 +64,7 @@ def _show(result: dict[str, Any]) -> None:
             str(row["rank"] or ""),
             "" if row["f1"] is None else f"{row['f1']:.2f}",
             f"{row['mediated']['value']:.0%}" if row["mediated"] else "",
+            f"{len(group['features'])}: {group['mediated']['value']:.0%}" if (group := row["group"]) else "",
         )
     console.print(table)
     figures = {k: v for k, v in result.items() if isinstance(v, dict) and "low" in v}

@@ -54,24 +54,30 @@ def match_plant(
     reported: Mapping[str, list[dict[str, Any]]],
     sd: float,
     known: Shares | None = None,
+    groups: bool = False,
 ) -> dict[str, Any]:
     """A row of the ground-truth table: the cue's ATE, whether it was learned, its best match among the reported features.
 
     ``reported`` holds, per site, at most 20 best reported features (feature, rank, mean_removal, sign_consistency).
-    ``known`` is read and filled: who asks again about other features of the same twins keeps it.
+    ``known`` is read and filled: who asks again about other features of the same twins keeps it. With ``groups`` a group is
+    grown beside a single hit too: ``group`` is that of the site where it mediates most on the fitting half, if it hits.
     """
     known = {} if known is None else known
     row = cue_effect(plant, next(iter(prepared.values())), sd) | {
         "found": False, "hit": "none", "site": None, "features": [], "rank": None, "effect": None,
         "f1": None, "localises": None, "mediated": None, "matched": None, "why": "",
+        "group": None,
     }  # fmt: skip
     sites = [
         _at_site(rm, sae, site, plant, prepared[site], reported[site], known.setdefault(site, {}))
         for site, sae in saes.items()
     ]
     tried = [_single(rm, at, plant) for at in sites]
-    if not any(r["found"] for r in tried):
-        tried = [_group(rm, at) for at in sites]
+    if groups or not any(r["found"] for r in tried):
+        grown = [_group(rm, at) for at in sites]
+        fitted = max((r for r in grown if r["found"]), key=lambda r: float(r["fitted"]), default=None)
+        row["group"] = fitted and {n: fitted[n] for n in ("site", "features", "f1", "mediated", "matched")}
+        tried = [r for r in tried if r["found"]] + [{n: v for n, v in r.items() if n != "fitted"} for r in grown]
     order = ("none", "group", "single")
     best = max(tried, key=lambda r: (order.index(r["hit"]), r["mediated"]["value"] if r["mediated"] else 0.0))
     row |= best
@@ -200,8 +206,9 @@ def _group(rm: RewardModel, at: _AtSite) -> dict[str, Any]:
     if not at.info:
         why = "no reported feature has the planted sign"
         return {"found": False, "hit": "none", "why": why, "f1": None, "site": at.site, "mediated": None}
-    group = _grow(rm, at) or list(at.info)[:1]
-    row = _measured(rm, at, group)
+    group, fitted = _grow(rm, at)
+    group = group or list(at.info)[:1]
+    row = _measured(rm, at, group) | {"fitted": fitted}
     share = row["mediated"]["value"]
     if row["f1"] < F1:
         return row | {"why": "no reported feature detects it"}
@@ -230,8 +237,9 @@ def _matched(rm: RewardModel, at: _AtSite, group: list[int]) -> float:
     return max(0.0, *_shares(rm, at.sae, at.site, at.measuring, groups))
 
 
-def _grow(rm: RewardModel, at: _AtSite) -> list[int]:
-    """Greedily, by exact joint removal on the fitting half; a member may not spoil what the union detects."""
+def _grow(rm: RewardModel, at: _AtSite) -> tuple[list[int], float]:
+    """Greedily, by exact joint removal on the fitting half, with the share that it mediates there; a member may not spoil
+    what the union detects."""
     useful = list(at.share)[:TRIED]
     group, share = list[int](), 0.0
     while len(group) < GROUP:
@@ -244,7 +252,7 @@ def _grow(rm: RewardModel, at: _AtSite) -> list[int]:
             break
         share = max(shares)
         group = able[shares.index(share)]
-    return group
+    return group, share
 
 
 def _detects(at: _AtSite, group: Sequence[int]) -> float:

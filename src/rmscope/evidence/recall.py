@@ -63,10 +63,16 @@ def false_discoveries(rows: Sequence[Mapping[str, Any]], replicated: Mapping[str
 
 
 def mediated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean mediated share of the lexical cues that were hit, and of all that were; bootstrap over cues."""
+    """The mean mediated share of the lexical cues that were hit, of their group where one hits, else of the single feature;
+    ``all`` that of all cues that were hit, ``best`` that of their best hits alone. Bootstrap over cues."""
     hits = [row for row in rows if row["learned"] and row["found"]]
-    lexical = [row["mediated"]["value"] for row in hits if row["kind"] in LEXICAL]
-    return _mean(lexical) | {"all": _mean([row["mediated"]["value"] for row in hits])}
+    lexical = [row for row in hits if row["kind"] in LEXICAL]
+    best = _mean([row["mediated"]["value"] for row in lexical])
+    return _mean([_carried(row) for row in lexical]) | {"all": _mean([_carried(row) for row in hits]), "best": best}
+
+
+def _carried(row: Mapping[str, Any]) -> float:
+    return float((row["group"] or row)["mediated"]["value"])
 
 
 def _mean(values: Sequence[float]) -> dict[str, Any]:
