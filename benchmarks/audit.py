@@ -1,12 +1,14 @@
 """Does rmscope find what was planted, and would a simpler way? One table from one script (docs/audit.md).
 
 usage: audit.py OUT [--plants configs/audit/standard.yaml] [--pairs demo:plain] [--seeds 0 1 2] [--limit 800] [--calibrate]
+                [--rankings-only]
 
 A seed: one audit (``rmscope audit``), and beside it, on the same PM and matched by the same rule: the SAE's features ranked
 by W_dec · w_r, by mean activation difference, by integrated gradients from zero with 4 nodes, by firing rate, at random; the
 whole pipeline with principal components, with a random dictionary, and with features at ``embed`` in place of the SAEs; and
 two skylines that are told what was planted, which only have to detect it: a mean-difference probe at the site, and logistic
-regression on bags of tokens. Audits that are done are read from OUT. Prints a JSON line a seed and way, then the table.
+regression on bags of tokens. ``--rankings-only`` leaves out the three other pipelines. Audits that are done are read
+from OUT. Prints a JSON line a seed and way, then the table.
 """
 
 from __future__ import annotations
@@ -137,7 +139,7 @@ def words_f1(run: Run, made: Sequence[Pair]) -> float:
     return f1_score(*(counts[s][~fit] @ w for s in SIDES), 0.0)
 
 
-def ways_of(config: AuditConfig, seed: int, calibrate: bool) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def ways_of(config: AuditConfig, seed: int, calibrate: bool, pipelines: bool) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """(way, rows of its plants) of one seed, ours first."""
     done = audited(config.model_copy(update={"calibrate": calibrate}))
     figures = {k: v for k, v in done.items() if k != "plants"}
@@ -148,6 +150,8 @@ def ways_of(config: AuditConfig, seed: int, calibrate: bool) -> Iterator[tuple[s
     yield from by_rankings(run, listed, held_out, seed).items()
     for row in skylines(run, listed, held_out, seed):
         emit(case="skyline", seed=seed, **row)
+    if not pipelines:
+        return
     others = {"PCA": with_dictionary(config, run, "pca"), "random dictionary": with_dictionary(config, run, "random")}
     for way, other in (others | {"embed": opened(config, "embed", sites=["embed"])}).items():
         other.go()
@@ -162,15 +166,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--limit", type=int, default=800)
     parser.add_argument("--calibrate", action="store_true")
+    parser.add_argument("--rankings-only", action="store_true")
     args = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for seed in args.seeds:
         config = AuditConfig(plants=args.plants, pairs=args.pairs, out=args.out / f"seed{seed}", limit=args.limit, seed=seed)
-        for way, rows in ways_of(config, seed, args.calibrate):
+        for way, rows in ways_of(config, seed, args.calibrate, not args.rankings_only):
             found[way].append({k: recall(rows, k) for k in KS})
             emit(case="way", seed=seed, way=way, **{f"recall_at_{k}": found[way][-1][k] for k in KS})
     print(f"\n| ranked by | {' | '.join(f'recall@{k}' for k in KS)} |\n|---|{'---|' * len(KS)}", file=sys.stdout)
-    for way, seeds in found.items():
+    for way, seeds in ((way, seeds) for way, seeds in found.items() if seeds):
         cells = []
         for k in KS:
             hits, n = (sum(s[k][name] for s in seeds) for name in ("hits", "n"))
