@@ -70,7 +70,9 @@ class RunConfig(BaseModel):
     frozen: int = Field(200, gt=0)
     """Features of a run that go to the confirm split, all sites together."""
     confirm_prompts: int = Field(24, gt=0)
-    """Confirm prompts on which a frozen feature is removed, one pair each."""
+    """Confirm prompts on which a frozen feature is removed."""
+    confirm_pairs: int = Field(1, gt=0)
+    """Pairs of each of them on which it is removed, if it fires on so many; their mean counts once."""
     ledger_pairs: int = Field(24, gt=0)
     """Pairs of the measure split that get a ledger, one a prompt while prompts last."""
     baseline: Literal["mean", "zero"] = "mean"

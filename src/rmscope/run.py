@@ -21,7 +21,7 @@ from rmscope.effects.ranking import (
     firing_counts,
     first_responses,
     freeze,
-    one_pair_a_prompt,
+    pairs_a_prompt,
     preference_signs,
 )
 from rmscope.effects.trust import trust
@@ -65,9 +65,10 @@ class Run(Results):
         effects = [Path("effects") / s for s in self.sites]
         how = [c.seed, c.estimate] if self._changed("estimate") else c.seed
         self.on_disk.stage("estimate", how, [e / "estimated.parquet" for e in effects], self._estimate)
+        counts = [c.screen, c.others, c.responses, c.trust_responses, c.frozen, c.confirm_prompts]
         self.on_disk.stage(
             "remove",
-            [c.screen, c.others, c.responses, c.trust_responses, c.frozen, c.confirm_prompts],
+            [*counts, *self._changed("confirm_pairs")],
             [e / "exact.parquet" for e in effects],
             self._remove,
         )
@@ -186,7 +187,7 @@ class Run(Results):
 
     def _confirm(self, frozen: dict[str, pl.DataFrame], progress: Progress, key: str) -> dict[str, pl.DataFrame]:
         """Exact removals of the frozen lists on the confirm split, and the controls; writes each list with its figures."""
-        confirming = self.of_split("confirm")
+        c, confirming = self.config, self.of_split("confirm")
         firing = self.on_disk.in_units(
             "firing",
             key,
@@ -196,7 +197,7 @@ class Run(Results):
         )
         ordered = {site: self._ordered(firing[site]) for site in self.sites}
         asked = {
-            site: one_pair_a_prompt(ordered[site], frozen[site]["feature"].to_list(), self.config.confirm_prompts)
+            site: pairs_a_prompt(ordered[site], frozen[site]["feature"].to_list(), c.confirm_prompts, c.confirm_pairs)
             for site in self.sites
         }
         confirmed = self._removed("confirm", key, asked, progress, endings=True)

@@ -13,7 +13,7 @@ from rmscope.effects.ranking import (
     firing_counts,
     first_responses,
     freeze,
-    one_pair_a_prompt,
+    pairs_a_prompt,
     preference_signs,
 )
 
@@ -71,7 +71,7 @@ def ranked(table: pl.DataFrame, seed: int, bound: float) -> pl.DataFrame:
     list_ = freeze(first_responses(fit, range(FEATURES), 16), range(FEATURES), 20).join(signs, on="feature")
     list_ = list_.join(firing_counts(confirming, CONFIRM), on="feature")
     delta = table.group_by("pair").agg(pl.col("delta").first())["delta"]
-    exact = one_pair_a_prompt(confirming, list_["feature"].to_list(), 24)
+    exact = pairs_a_prompt(confirming, list_["feature"].to_list(), 24)
     return confirm({"s": list_}, {"s": exact}, float(np.sqrt((delta**2).mean())), seed, bound)["s"]  # type: ignore[arg-type]
 
 

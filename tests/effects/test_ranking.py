@@ -20,7 +20,7 @@ from rmscope.effects.ranking import (
     firing_counts,
     first_responses,
     freeze,
-    one_pair_a_prompt,
+    pairs_a_prompt,
     power,
     power_statement,
     preference_signs,
@@ -74,16 +74,21 @@ def test_features_walk_through_the_responses_in_one_order() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 8), st.integers(1, 12), st.integers(1, 3), st.integers(0, 99))
-def test_one_pair_a_prompt_with_both_of_its_sides(limit: int, prompts: int, pairs: int, seed: int) -> None:
+@given(st.integers(1, 8), st.integers(1, 12), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99))
+def test_pairs_a_prompt_with_both_of_their_sides(limit: int, prompts: int, pairs: int, most: int, seed: int) -> None:
     table = firings(np.random.default_rng(seed), 3, prompts, pairs, 0.5)
-    found = one_pair_a_prompt(table, [0, 2], limit)
+    found = pairs_a_prompt(table, [0, 2], limit, most)
     assert set(found["feature"].unique()) <= {0, 2}
     for feature in (0, 2):
         mine, all_ = found.filter(pl.col("feature") == feature), table.filter(pl.col("feature") == feature)
         by_prompt = mine.group_by("prompt").agg(pl.col("pair").n_unique())
         assert by_prompt.height == min(limit, all_["prompt"].n_unique())
-        assert (by_prompt["pair"] == 1).all()
+        there = all_.group_by("prompt").agg(pl.col("pair").n_unique().alias("there"))
+        assert (
+            by_prompt.join(there, on="prompt").filter(pl.col("pair") != pl.min_horizontal("there", pl.lit(most))).is_empty()
+        )
+        one = pairs_a_prompt(table, [feature], limit)
+        assert one.join(mine, on=["pair", "side"], how="anti").is_empty()  # more pairs are added to the first ones
         everything = all_.join(mine.select("pair").unique(), on="pair", how="semi")
         assert mine.height == everything.height  # every side of a chosen pair on which the feature fires
 

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from rmscope.effects import tables
-from rmscope.effects.ranking import BOUND, one_pair_a_prompt
+from rmscope.effects.ranking import BOUND, pairs_a_prompt
 from rmscope.evidence.matching import Shares, cue_effect, match_plant
 from rmscope.evidence.misses import Missed, null_reported
 from rmscope.evidence.recall import KS, found_again, share
@@ -112,7 +112,7 @@ class Scoring:
         asked = {}
         for site, table in firing.items():
             ordered = tables.with_order(table, prompts, self.seed)
-            asked[site] = one_pair_a_prompt(ordered, listed[site]["feature"].to_list(), FRESH_PROMPTS)
+            asked[site] = pairs_a_prompt(ordered, listed[site]["feature"].to_list(), FRESH_PROMPTS)
         wanted = tables.plan(asked, {id_: i for i, id_ in enumerate(ids)})
         removed = tables.removal_table(run.rm, run.saes, tokens, ids, wanted, progress)
         return {site: replication(listed[site], removed[site], prompts, run.sd) for site in run.sites}

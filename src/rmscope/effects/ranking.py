@@ -89,19 +89,16 @@ def first_responses(table: pl.DataFrame, features: Sequence[int], limit: int) ->
     )
 
 
-def one_pair_a_prompt(table: pl.DataFrame, features: Sequence[int], prompts: int) -> pl.DataFrame:
-    """For each feature one pair of each of at most ``prompts`` prompts: both of its sides where it fires on both."""
+def pairs_a_prompt(table: pl.DataFrame, features: Sequence[int], prompts: int, pairs: int = 1) -> pl.DataFrame:
+    """For each feature at most ``pairs`` pairs of each of at most ``prompts`` prompts: both sides where it fires on both."""
     fires = table.filter(pl.col("feature").is_in(list(features)))
-    pairs = (
-        fires.group_by("feature", "prompt", "pair")
-        .agg(pl.col("order").min())
-        .sort("feature", "prompt", "order")
-        .unique(["feature", "prompt"], keep="first", maintain_order=True)
-        .sort("feature", "order")
-        .with_columns(pl.int_range(pl.len()).over("feature").alias("place"))
-        .filter(pl.col("place") < prompts)
-    )
-    return fires.join(pairs.select("feature", "pair"), on=["feature", "pair"], how="semi").sort("feature", "order")
+    turn = pl.int_range(pl.len()).over("feature", "prompt").alias("turn")
+    firing = fires.group_by("feature", "prompt", "pair").agg(pl.col("order").min())
+    firing = firing.sort("feature", "prompt", "order").with_columns(turn).filter(pl.col("turn") < pairs)
+    place = pl.int_range(pl.len()).over("feature").alias("place")
+    first = firing.filter(pl.col("turn") == 0).sort("feature", "order").with_columns(place)
+    kept = firing.join(first.filter(pl.col("place") < prompts), on=["feature", "prompt"], how="semi")
+    return fires.join(kept.select("feature", "pair"), on=["feature", "pair"], how="semi").sort("feature", "order")
 
 
 def freeze(exact: pl.DataFrame, screened: Sequence[int], most: int) -> pl.DataFrame:

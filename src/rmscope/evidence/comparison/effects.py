@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import polars as pl
 
 from rmscope.effects import tables
-from rmscope.effects.ranking import one_pair_a_prompt
+from rmscope.effects.ranking import pairs_a_prompt
 from rmscope.evidence.comparison.reading import FIRING, KEY
 from rmscope.evidence.comparison.versions import Dictionary, Fresh, Version
 from rmscope.files import Progress, silent
@@ -26,7 +26,7 @@ def requested(firing: pl.DataFrame, read: Sequence[Dictionary], fresh: Fresh, pr
     parts = [pl.DataFrame(schema={**FIRING, "prompt": pl.String})]
     for d in read:
         rows = firing.filter((pl.col("of") == d.of) & (pl.col("site") == d.site))
-        picked = one_pair_a_prompt(tables.with_order(rows, fresh.prompt_of, seed), d.reported, prompts)
+        picked = pairs_a_prompt(tables.with_order(rows, fresh.prompt_of, seed), d.reported, prompts)
         parts.append(picked.select(parts[0].columns))
     return pl.concat(parts)
 
