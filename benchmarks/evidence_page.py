@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from explained_page import figure, table
 
 from rmscope.files import write_text
@@ -22,14 +23,6 @@ from rmscope.files import write_text
 EXPERIMENTS = ("thanks", "youre_right", "dont_know", "urls", "repetition")
 CUES = ("thanks", "youre_right", "dont_know", "url")
 JOINT = "all four"
-SHORT = (
-    "- Where a bad text lies close below the chosen answer, nearly any phrases lift it over it: there the margin of 1 SD",
-    "  tells a jailbreak from a nudge.",
-    "- A patch of many features is not specific by itself: as many matched features, damped as hard, take much of an effect",
-    "  too. On `zoo:hh` matched features change RM-Bench by style more than those with the flag *length* do.",
-    "- What an experiment says of the reward and of the features are two: for *dont_know* and *urls* the reward moves as",
-    "  planted, and the features that carry it take back less than half.",
-)
 PAGE = """# Evidence beyond removal: what fools a PM, what experiments say, what a patch mends
 
 Figures of the commands `jailbreak`, `experiment` and `edit` on the zoo's two PMs; `benchmarks/evidence_page.py` made
@@ -121,11 +114,10 @@ def _searched(name: str, search: dict[str, Any]) -> str:
     return f"{name} {search['evaluations']:,} reward evaluations, {needed}"
 
 
-def experiments(folder: Path) -> str:
+def experiments(tried: Mapping[str, Any]) -> str:
     rows = []
-    for name in EXPERIMENTS:
-        found = json.loads((folder / f"{name}.json").read_text("utf-8"))
-        taken = next(c for c in found["claims"] if c["says"] == "taken_back")
+    for name, found in tried.items():
+        taken = _taken(found)
         held = [c for c in found["claims"] if c["says"] != "taken_back"]
         right, removed = sum(c["verdict"] == "supported" for c in held), found["removed"]
         rows.append([
@@ -133,6 +125,11 @@ def experiments(folder: Path) -> str:
             f"{taken['alike']:.0%}", f"{len(removed['features'])} at {removed['site']}", f"{found['seconds']:.0f}",
         ])  # fmt: skip
     return table(["file", "verdict", "claims", "by features", "taken back", "alike", "features", "seconds"], rows)
+
+
+def _taken(found: dict[str, Any]) -> dict[str, Any]:
+    """The claim on what removal takes back."""
+    return next(c for c in found["claims"] if c["says"] == "taken_back")
 
 
 def largest(variants: Mapping[str, Any], part: str, within: str = "") -> Mapping[str, float]:
@@ -174,7 +171,10 @@ def bench(check: dict[str, Any]) -> str:
     return table(["chosen", "rejected", "before", "edit", "as many matched features", "the edit's fall"], rows)
 
 
-def short(runs: Sequence[dict[str, Any]], patch: dict[str, Any]) -> str:
+def short(
+    runs: Sequence[dict[str, Any]], patch: dict[str, Any], tried: Mapping[str, Any], cells: Sequence[dict[str, Any]]
+) -> str:
+    """What the figures say."""
     lines = []
     for found in runs:
         arms = {a["arm"]: a for a in found["arms"]}
@@ -195,7 +195,18 @@ def short(runs: Sequence[dict[str, Any]], patch: dict[str, Any]) -> str:
         f"  What it costs in accuracy cannot be told from 0 on so few pairs; {further} of the {len(CUES)} patches move",
         "  rewards elsewhere further than the direction does.",
     ]
-    return "\n".join([*lines, *SHORT])
+    mine, like = (float(np.mean([abs(r[v]["fall"]["value"]) for r in cells])) for v in ("edit", "matched 1"))
+    lines += [
+        f"- **RM-Bench chat** under an edit of `zoo:hh`: a cell's accuracy moves by {mine:.3f} in the mean; as many matched",
+        f"  features move it by {like:.3f}.",
+    ]
+    half = [name for name, found in tried.items() if _taken(found)["verdict"] != "supported"]
+    right = sum(found["verdict"] == "supported" for found in tried.values())
+    lines.append(
+        f"- **Experiments**: the verdict on the reward is as planted in {right} of {len(tried)}; removal of the features"
+    )
+    lines.append(f"  that carry it does not take back half of {', '.join(half) or 'none'}.")
+    return "\n".join(lines)
 
 
 def _span(figures: Iterable[Mapping[str, float]]) -> str:
@@ -221,9 +232,12 @@ def main(mended: Path, edited: Path, *runs: Path) -> None:
     patch = json.loads(mended.read_text("utf-8"))
     edit = json.loads(next(line for line in edited.read_text("utf-8").splitlines() if line.startswith("{")))
     (first,) = edit["edits"]
+    folder = runs[0] / "evidence" / "experiments"
+    tried = {name: json.loads((folder / f"{name}.json").read_text("utf-8")) for name in EXPERIMENTS}
+    found = [read(run) for run in runs]
     page = PAGE.format(
-        short=short([read(run) for run in runs], patch), jailbreaks="\n\n".join(section(read(run)) for run in runs),
-        experiments=experiments(runs[0] / "evidence" / "experiments"),
+        short=short(found, patch, tried, edit["check"]["styles"]), jailbreaks="\n\n".join(map(section, found)),
+        experiments=experiments(tried),
         mending=mending(patch), costs=costs(patch), demo_n=patch["pairs: demo pairs without cues"]["n"],
         human_n=patch.get("pairs: human pairs", {"n": 0})["n"], edit_site=first["site"],
         edit_features=", ".join(map(str, first["features"])), bench=bench(edit["check"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,30 @@ def test_stages_that_are_done_and_unchanged_are_skipped(
     monkeypatch.setattr("rmscope.run.ledger_rows", never)
     Run(settings(pm, done)).go()
     assert tables(done) == before
+
+
+def test_more_pairs_of_a_confirm_prompt_join_the_first_one_and_its_prompt_counts_once(
+    done: Path, pm: str, tmp_path: Path
+) -> None:
+    out = shutil.copytree(done, tmp_path / "run")
+    Run(settings(pm, out, confirm_pairs=2)).go()
+    for one in sorted((done / "effects").iterdir()):
+        pairs = [confirm_pairs_of(folder, one.name, pm) for folder in (done, out)]
+        assert pairs[0]["n"].max() == 1
+        assert pairs[1]["n"].max() == 2
+        assert pairs[0].join(pairs[1], on=["feature", "prompt"], how="anti").height == 0
+        ranked = [pl.read_parquet(f / "features" / f"{one.name}.parquet").sort("feature") for f in (done, out)]
+        assert ranked[0]["n"].equals(ranked[1]["n"])
+        assert not ranked[0]["mean_removal"].equals(ranked[1]["mean_removal"])
+
+
+def confirm_pairs_of(folder: Path, site: str, pm: str) -> pl.DataFrame:
+    """(feature, prompt, n): on how many pairs of each confirm prompt a feature was removed."""
+    prompts = {p.id: p.first_human_turn() for p in load_pairs(Path(pm) / "pairs.jsonl")}
+    confirm = pl.read_parquet(folder / "scores.parquet").filter(pl.col("split") == "confirm").select("pair")
+    exact = pl.read_parquet(folder / "effects" / site / "exact.parquet").join(confirm, on="pair", how="semi")
+    prompt = pl.col("pair").replace_strict(prompts, return_dtype=pl.String).alias("prompt")
+    return exact.with_columns(prompt).group_by("feature", "prompt").agg(pl.col("pair").n_unique().alias("n"))
 
 
 def test_a_folder_of_another_dataset_or_model_is_refused(done: Path, pm: str, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +10,7 @@ from rmscope.effects import gradients
 from rmscope.effects.gradients import Estimates, colours_of, estimate, streams_and_gradients
 from rmscope.effects.removal import removals
 from rmscope.model.packing import padded
+from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
 from rmscope.sae.base import Sae
@@ -141,6 +140,32 @@ def test_the_model_keeps_no_gradients_and_no_graph() -> None:
     assert not rm.rewards(batch).requires_grad
 
 
+class Alone:
+    """A response by itself in whole forwards: its stream, its features on the span, and dr/dx at a point of the stream."""
+
+    def __init__(self, rm: RewardModel, sae: Sae, site: str, tokens: list[PairTokens], one: Estimates) -> None:
+        t = tokens[one.pair]
+        ids = t.side(one.side)
+        self.rm, self.site, self.sae = rm, site, sae
+        self.span = slice(t.divergence, rm.read_position(ids) + 1)
+        self.batch = padded([(0, "chosen", ids, 1, rm.read_position(ids))], 0)
+        self.x = rm.streams(self.batch, [site])[site]
+        self.f = sae.encode(self.x[0, self.span].float())
+
+    def part(self, j: int) -> Tensor:
+        """v_j on the span."""
+        return self.f[:, j, None] * self.sae.W_dec[j]
+
+    def gradient(self, moved: Tensor | float) -> Tensor:
+        """On the span, at the stream with ``moved`` added there."""
+        point = self.x.clone()
+        point[0, self.span] += moved
+        point.requires_grad_(True)
+        with torch.enable_grad():
+            (g,) = torch.autograd.grad(self.rm.rewards(self.batch, {self.site: lambda _x: point}).sum(), point)
+        return g[0, self.span]
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "bloom", ENCODER])
 def test_a_midpoint_with_a_colour_a_feature_is_the_gradient_halfway_to_its_removal(
     architecture: str, monkeypatch: pytest.MonkeyPatch
@@ -149,20 +174,10 @@ def test_a_midpoint_with_a_colour_a_feature_is_the_gradient_halfway_to_its_remov
     monkeypatch.setattr(gradients, "COLOURS", sae.m)
     tokens = rm.tokenize_all(PAIRS[:2])
     for _, one in estimate(rm, {site: sae}, tokens, range(2), method="midpoint"):
-        t = tokens[one.pair]
-        ids = t.side(one.side)
-        span = slice(t.divergence, rm.read_position(ids) + 1)
-        batch = padded([(0, "chosen", ids, 1, rm.read_position(ids))], 0)
-        x = rm.streams(batch, [site])[site]
-        f = sae.encode(x[0].float())
+        alone = Alone(rm, sae, site, tokens, one)
         for place in range(0, one.feature.numel(), 7):
-            j = int(one.feature[place])
-            part = torch.zeros_like(x)
-            part[0, span] = f[span, j, None] * sae.W_dec[j]
-            point = (x - part / 2).requires_grad_(True)
-            with torch.enable_grad():
-                (g,) = torch.autograd.grad(rm.rewards(batch, {site: lambda _x, p=point: p}).sum(), point)
-            assert float(one.effect[place]) == pytest.approx(float((g * part).sum()), abs=2e-5)
+            part = alone.part(int(one.feature[place]))
+            assert float(one.effect[place]) == pytest.approx(float((alone.gradient(-part / 2) * part).sum()), abs=2e-5)
 
 
 @pytest.mark.parametrize("architecture", ["llama", ENCODER])
@@ -174,32 +189,15 @@ def test_features_of_a_colour_are_moved_together_with_their_signs(
     monkeypatch.setattr(gradients, "COLOURS", 3)
     tokens = rm.tokenize_all(PAIRS[:2])
     for _, one in estimate(rm, {site: sae}, tokens, range(2), method="midpoint"):
-        t = tokens[one.pair]
-        ids = t.side(one.side)
-        span = slice(t.divergence, rm.read_position(ids) + 1)
-        batch = padded([(0, "chosen", ids, 1, rm.read_position(ids))], 0)
-        x = rm.streams(batch, [site])[site]
-        f = sae.encode(x[0, span].float())
-        first = (f > 0).int().argmax(0)
+        alone = Alone(rm, sae, site, tokens, one)
+        first = (alone.f > 0).int().argmax(0)
         turn = sorted(one.feature.tolist(), key=lambda j: (int(first[j]), j))
-
-        def gradient(point: torch.Tensor, batch: Any = batch) -> torch.Tensor:
-            point = point.clone().requires_grad_(True)
-            with torch.enable_grad():
-                (g,) = torch.autograd.grad(rm.rewards(batch, {site: lambda _x: point}).sum(), point)
-            return g[0]
-
-        clean = gradient(x)[span]
+        clean = alone.gradient(0.0)
         for colour in range(3):
-            mine = turn[colour::3]
-            signs = [(-1) ** i for i in range(len(mine))]
-            point = x.clone()
-            for j, sign in zip(mine, signs, strict=True):
-                point[0, span] -= 0.5 * sign * f[:, j, None] * sae.W_dec[j]
-            moved = gradient(point)[span]
-            for j, sign in zip(mine, signs, strict=True):
-                part = f[:, j, None] * sae.W_dec[j]
-                expected = float(((clean + sign * (moved - clean)) * part).sum())
+            mine = [(j, (-1) ** i) for i, j in enumerate(turn[colour::3])]
+            moved = alone.gradient(-sum(sign * alone.part(j) for j, sign in mine) / 2)
+            for j, sign in mine:
+                expected = float(((clean + sign * (moved - clean)) * alone.part(j)).sum())
                 assert float(one.effect[one.feature == j]) == pytest.approx(expected, abs=2e-5)
 
 

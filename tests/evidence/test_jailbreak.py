@@ -282,7 +282,10 @@ def test_what_was_made_survives_its_file() -> None:
 def test_the_page_shows_the_rewards_escapes_texts_and_asks_for_nothing() -> None:
     subject, some, made = cue_case(1.0)
     blank = {"evaluations": 10, "flip_evaluations": 3, "needed": None, "success": 0.5, "trace": []}
-    searches = {"features": {**blank, "trace": [{"evaluations": 10, "gain": 1.0, "success": 0.5}]}, "blind": blank}
+    searches = {
+        "features": {**blank, "needed": 7, "trace": [{"evaluations": 10, "gain": 1.0, "success": 0.5}]},
+        "blind": blank,
+    }
     lists = {**made.lists, "blind": made.lists[WEAK]}
     made = dataclasses.replace(made, lists=lists, searches={**searches, "without effect": blank})
     hostile = [dataclasses.replace(t, pair=dataclasses.replace(t.pair, chosen=HOSTILE)) for t in some]
@@ -294,6 +297,7 @@ def test_the_page_shows_the_rewards_escapes_texts_and_asks_for_nothing() -> None
     assert "img" not in page.tags
     assert "default-src 'none'" in html
     assert f"{abs(some[0].reward):.2f}"[:4] in html
+    assert "after 7, blind to features never" in html
 
 
 def test_features_without_effect_are_weak_alike_and_never_used_twice() -> None:

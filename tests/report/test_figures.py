@@ -109,6 +109,16 @@ def test_curves_hold_finite_coordinates(first: list, second: list) -> None:
         check(Markup(fig.as_file(svg)))
 
 
+def test_names_of_curves_stand_above_every_point() -> None:
+    """A curve that runs along the top and fills the plot, under any number of names."""
+    for n in range(1, 7):
+        svg = fig.curves([(str(i), [(0, 1.0), (64, 1.0)]) for i in range(n)], (0, 64), "K", "share", "curves")
+        heights = [float(y) for y in re.findall(r'<path class="curve[^"]*" d="M[\d.]+ ([\d.]+) L', svg)]
+        names = [float(y) for y in re.findall(r'class="label curve-name-\d" x="[\d.]+" y="([\d.]+)"', svg)]
+        assert len(heights) == len(names) == n
+        assert max(names) < min(heights)
+
+
 def test_curves_are_named_apart() -> None:
     svg = fig.curves([(n, [(0, 0.1), (8, 0.9)]) for n in "abc"], (0, 8), "K", "share", "curves")
     names = [float(y) for y in re.findall(r'curve-name-\d" x="[^"]*" y="([^"]*)"', svg)]

@@ -26,7 +26,7 @@ RECIPE = Recipe(
 )
 """How an audit's PM is trained. As in zoo:planted, the stream is the base's own up to the first block that is adapted, and
 attention is adapted later still: what is learned of a cue is first written where the cue stands. After one pass it had
-learned five of the standard set's eight biases, after two seven."""
+learned five of the standard set's eight biases, after two seven or all (two seeds)."""
 RANDOM_STD = 0.02
 
 
