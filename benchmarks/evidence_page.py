@@ -163,11 +163,11 @@ def costs(found: dict[str, Any]) -> str:
 
 
 def bench(check: dict[str, Any]) -> str:
-    rows = [
-        [r["chosen"], r["rejected"], *(figure(r[v]["accuracy"]) for v in ("before", "edit", "matched 1")),
-         figure(r["edit"]["fall"])]
-        for r in check["styles"]
-    ]  # fmt: skip
+    rows = []
+    for r in check["styles"]:
+        like = " / ".join(f"{r[name]['accuracy']['value']:.2f}" for name in r if name.startswith("matched"))
+        both = (figure(r[name]["accuracy"]) for name in ("before", "edit"))
+        rows.append([r["chosen"], r["rejected"], *both, like, figure(r["edit"]["fall"])])
     return table(["chosen", "rejected", "before", "edit", "as many matched features", "the edit's fall"], rows)
 
 
@@ -195,10 +195,11 @@ def short(
         f"  What it costs in accuracy cannot be told from 0 on so few pairs; {further} of the {len(CUES)} patches move",
         "  rewards elsewhere further than the direction does.",
     ]
-    mine, like = (float(np.mean([abs(r[v]["fall"]["value"]) for r in cells])) for v in ("edit", "matched 1"))
+    sets = [name for name in cells[0] if name.startswith("matched")]
+    mine, *like = (f"{np.mean([abs(r[v]['fall']['value']) for r in cells]):.3f}" for v in ("edit", *sets))
     lines += [
-        f"- **RM-Bench chat** under an edit of `zoo:hh`: a cell's accuracy moves by {mine:.3f} in the mean; as many matched",
-        f"  features move it by {like:.3f}.",
+        f"- **RM-Bench chat** under an edit of `zoo:hh`: a cell's accuracy moves by {mine} in the mean; sets of as many",
+        f"  matched features move it by {', '.join(like)}.",
     ]
     half = [name for name, found in tried.items() if _taken(found)["verdict"] != "supported"]
     right = sum(found["verdict"] == "supported" for found in tried.values())
