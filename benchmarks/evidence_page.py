@@ -221,7 +221,8 @@ def read(run: Path) -> dict[str, Any]:
 
 def _data(found: dict[str, Any]) -> str:
     data = found["data"].replace(", measure split", "")
-    return f"`{data}`" if data.startswith("demo:") else Path(data).stem
+    name = f"`{data}`" if data.startswith("demo:") else Path(data).stem
+    return f"{name} (seed {found['seed']})" if found["seed"] else name
 
 
 def section(found: dict[str, Any]) -> str:
