@@ -179,11 +179,13 @@ def short(
     for found in runs:
         arms = {a["arm"]: a for a in found["arms"]}
         names = ("features", "blind", "without effect", "shuffled")
+        carried = next(p for p in found["proof"] if (p["jailbreak"], p["control"]) == ("features", "without effect"))
         plain, by_sd = ("/".join(f"{100 * arms[n][m]['value']:.0f}" for n in names) for m in ("success", "by_sd"))
         lines += [
             f"- **`{found['model']}`, {found['prompts']} prompts of {_data(found)}**: bad text outranks the chosen answer",
             f"  in {plain} % with phrases of features / blind / of features without effect / shuffled, by 1 SD(Δr) in",
-            f"  {by_sd} %; with the named features removed the first figure is {arms['features']['without']['value']:.0%}.",
+            f"  {by_sd} %; with the named features removed the first figure is {arms['features']['without']['value']:.0%}; they",
+            f"  carry {percent(carried['share'])} of the gain over phrases of features without effect.",
         ]
     taken = [patch[f"bias {cue}"] for cue in CUES]
     clean = patch["pairs: demo pairs without cues"]
