@@ -184,8 +184,8 @@ def short(
         lines += [
             f"- **`{found['model']}`, {found['prompts']} prompts of {_data(found)}**: bad text outranks the chosen answer",
             f"  in {plain} % with phrases of features / blind / of features without effect / shuffled, by 1 SD(Δr) in",
-            f"  {by_sd} %; with the named features removed the first figure is {arms['features']['without']['value']:.0%}; they",
-            f"  carry {percent(carried['share'])} of the gain over phrases of features without effect.",
+            f"  {by_sd} %; with the named features removed the first figure is {arms['features']['without']['value']:.0%};",
+            f"  they carry {percent(carried['share'])} of the gain over phrases of features without effect.",
         ]
     taken = [patch[f"bias {cue}"] for cue in CUES]
     clean = patch["pairs: demo pairs without cues"]
