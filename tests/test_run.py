@@ -95,8 +95,9 @@ def test_exact_removals_of_a_run_are_those_of_a_full_forward_with_a_hook(done: P
     pairs = {p.id: p for p in load_pairs(Path(pm) / "pairs.jsonl")}
     for folder in sorted((done / "effects").iterdir()):
         sae = Sae.load(done / "saes" / folder.name)
-        table = pl.read_parquet(folder / "exact.parquet").sample(10, seed=1)
-        for row in table.iter_rows(named=True):
+        strong = pl.read_parquet(folder / "strong.parquet")
+        rows = [t.sample(10, seed=1).to_dicts() for t in (pl.read_parquet(folder / "exact.parquet"), strong)]
+        for row in [row for part in rows for row in part]:
             tokens = rm.tokenize(pairs[row["pair"]])
             ids = tokens.side(row["side"])
             expected = hooked_removal(rm, sae, ids, int(folder.name[-1]), tokens.divergence, row["feature"])
@@ -178,6 +179,30 @@ def test_more_pairs_of_a_confirm_prompt_join_the_first_one_and_its_prompt_counts
         ranked = [pl.read_parquet(f / "features" / f"{one.name}.parquet").sort("feature") for f in (done, out)]
         assert ranked[0]["n"].equals(ranked[1]["n"])
         assert not ranked[0]["mean_removal"].equals(ranked[1]["mean_removal"])
+
+
+def test_strong_firings_are_the_hardest_of_the_confirm_split(done: Path, pm: str) -> None:
+    run = Run(settings(pm, done))
+    confirming = run.of_split("confirm")
+    for site in run.sites:
+        strong = pl.read_parquet(done / "effects" / site / "strong.parquet")
+        assert strong.height > 0
+        ranked = pl.read_parquet(done / "features" / f"{site}.parquet")
+        count = strong.filter("strong").group_by("feature").len("n_strong")
+        assert dict(count.iter_rows()) == dict(
+            ranked.filter(pl.col("n_strong") > 0).select("feature", "n_strong").iter_rows()
+        )
+        most: dict[int, dict[str, float]] = {j: {} for j in count["feature"]}
+        for batch in run.rm.batches([run.tokens[i] for i in confirming]):
+            streams = run.rm.streams(batch, [site])[site]
+            for text in batch.texts:
+                f = run.saes[site].encode(streams[text.row, text.span]).sum(0)
+                prompt = run.prompts[run.ids[confirming[text.pair]]]
+                for j, prompts in most.items():
+                    prompts[prompt] = max(prompts.get(prompt, 0.0), float(f[j]))
+        for j, pair in strong.filter("strong").select("feature", "pair").iter_rows():
+            above = sum(value > most[j][run.prompts[pair]] + 1e-4 for value in most[j].values())
+            assert above < max(20, sum(value > 0 for value in most[j].values()) / 10)
 
 
 def confirm_pairs_of(folder: Path, site: str, pm: str) -> pl.DataFrame:

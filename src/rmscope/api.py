@@ -144,7 +144,7 @@ def rank(effects: pl.DataFrame, pairs: Sequence[Pair], scores: Scores, frozen: i
         .with_columns(pl.col("prompts", "fire_pairs").fill_null(0))
     )
     ranked = confirm({"all": list_}, {"all": confirming}, float(scores.delta.std()), seed)["all"]
-    return ranked.drop("length_bound")
+    return ranked.select([c for c in ranked.columns if c != "length_bound" and "strong" not in c])
 
 
 @dataclass(frozen=True)

@@ -77,12 +77,13 @@ class Results(Study):
 
         return {site: census(self.store, sae, site, normal_form) for site, sae in self.saes.items()}
 
-    def confirmed(self, site: str) -> pl.DataFrame:
-        """Exact removals on the confirm split, with each pair's prompt, Δr (delta) and length difference in tokens."""
+    def confirmed(self, site: str, name: str = "exact") -> pl.DataFrame:
+        """Exact removals on the confirm split, with each pair's prompt, Δr (delta) and length difference in tokens; with the
+        name ``strong`` those where a feature fires hardest."""
         lengths = (pl.col("n_chosen") - pl.col("n_rejected")).alias("length_difference")
         scores = self.scores.filter(pl.col("split") == "confirm").select("pair", "delta", lengths)
         prompt = pl.col("pair").replace_strict(self.prompts, return_dtype=pl.String).alias("prompt")
-        exact = pl.read_parquet(self.folder / "effects" / site / "exact.parquet")
+        exact = pl.read_parquet(self.folder / "effects" / site / f"{name}.parquet")
         return exact.join(scores, on="pair").with_columns(prompt)
 
     @property

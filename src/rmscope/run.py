@@ -16,6 +16,7 @@ from rmscope.effects import flags, tables
 from rmscope.effects.ledger import Baseline, ledger_rows
 from rmscope.effects.ranking import (
     SCHEMA,
+    Q,
     candidates,
     confirm,
     firing_counts,
@@ -23,6 +24,7 @@ from rmscope.effects.ranking import (
     freeze,
     pairs_a_prompt,
     preference_signs,
+    strongest,
 )
 from rmscope.effects.trust import trust
 from rmscope.files import Progress, write_json, write_table
@@ -69,7 +71,7 @@ class Run(Results):
         self.on_disk.stage(
             "remove",
             [*counts, *self._changed("confirm_pairs")],
-            [e / "exact.parquet" for e in effects],
+            [e / name for e in effects for name in ("exact.parquet", "strong.parquet")],
             self._remove,
         )
         self.on_disk.stage("rank", None, [Path("features") / f"{s}.parquet" for s in self.sites], self._rank)
@@ -182,7 +184,7 @@ class Run(Results):
             columns = ["pair", "side", "feature", "prompt", "estimate", "effect", "weight"]
             write_table(folder / "trust.parquet", joined.select(columns))
             write_table(folder / "exact.parquet", pl.concat([fit[site], confirmed[site].drop("ending")]))
-        for part in ("fit", "firing", "confirm", "unrelated", "mean"):
+        for part in ("fit", "firing", "confirm", "strong", "unrelated", "mean"):
             self.on_disk.drop_parts(part, key)
 
     def _confirm(self, frozen: dict[str, pl.DataFrame], progress: Progress, key: str) -> dict[str, pl.DataFrame]:
@@ -196,11 +198,12 @@ class Run(Results):
             lambda unit, within: tables.firing_table(self.rm, self.saes, self.tokens, self.ids, unit),
         )
         ordered = {site: self._ordered(firing[site]) for site in self.sites}
+        listed = {site: list_["feature"].to_list() for site, list_ in frozen.items()}
         asked = {
-            site: pairs_a_prompt(ordered[site], frozen[site]["feature"].to_list(), c.confirm_prompts, c.confirm_pairs)
-            for site in self.sites
+            site: pairs_a_prompt(ordered[site], listed[site], c.confirm_prompts, c.confirm_pairs) for site in self.sites
         }
         confirmed = self._removed("confirm", key, asked, progress, endings=True)
+        self._strong({s: strongest(ordered[s], listed[s], c.confirm_prompts) for s in self.sites}, key, progress)
         ends = flags.endings(self.rm, self.tokens, self.ids, confirming)
         unrelated = self._unrelated(asked, confirmed, progress, key)
         means = self._to_mean(asked, progress, key)
@@ -216,6 +219,13 @@ class Run(Results):
             )
             write_table(self.folder / "effects" / site / "frozen.parquet", list_)
         return confirmed
+
+    def _strong(self, asked: dict[str, pl.DataFrame], key: str, progress: Progress) -> None:
+        """Exact removals where the frozen features fire hardest."""
+        for site, table in self._removed("strong", key, asked, progress).items():
+            which = asked[site].select("pair", "side", "feature", "strong")
+            joined = table.join(which, on=["pair", "side", "feature"], how="left", maintain_order="left")
+            write_table(self.folder / "effects" / site / "strong.parquet", joined)
 
     def _unrelated(
         self, asked: dict[str, pl.DataFrame], confirmed: dict[str, pl.DataFrame], progress: Progress, key: str
@@ -266,7 +276,8 @@ class Run(Results):
 
     def _rank(self, _progress: Progress, _key: str) -> None:
         frozen = {s: pl.read_parquet(self.folder / "effects" / s / "frozen.parquet") for s in self.sites}
-        ranked = confirm(frozen, {site: self.confirmed(site) for site in self.sites}, self.sd, self.config.seed)
+        confirmed, strong = ({s: self.confirmed(s, name) for s in self.sites} for name in ("exact", "strong"))
+        ranked = confirm(frozen, confirmed, self.sd, self.config.seed, strong=strong)
         for site, table in ranked.items():
             write_table(self.folder / "features" / f"{site}.parquet", self._described(site, table, frozen[site]))
             rows = pl.read_parquet(self.folder / "effects" / site / "trust.parquet").with_columns(
@@ -285,6 +296,7 @@ class Run(Results):
             "length": table["length_bound"],
             "ending": table["ending"],
             "nonspecific": (table["unrelated"] >= flags.NONSPECIFIC).fill_null(False),
+            "strong": table["reported"] & (table["q"] >= Q),
         }
         named = [counted.flags_of(f) + [name for name, has in found.items() if has[i]] for i, f in enumerate(features)]
         rates = ("fire_prompt", "fire_chosen", "fire_rejected")

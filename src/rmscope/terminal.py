@@ -91,6 +91,8 @@ class Bars:
 
 def closing(data: dict[str, Any], report: str) -> None:
     """The closing table of a run: the best reported features up and down, the planted biases, where the report is."""
+    from rmscope.report.headline import told
+
     s = data["scores"]
     a = s["accuracy"]
     console.print(
@@ -107,15 +109,10 @@ def closing(data: dict[str, Any], report: str) -> None:
             table.add_column(name, justify="left" if name == "fires on" else "right")
         for f in [f for f in site["features"] if f["reported"]][:8]:
             tokens = "  ".join(repr(t)[1:-1] for t, _ in f["tokens"][:4])
-            interval = f"[{f['ci_low']:+.3f}, {f['ci_high']:+.3f}]"
-            table.add_row(
-                str(f["rank"]),
-                str(f["feature"]),
-                f"{f['mean_removal']:+.3f}",
-                interval,
-                f"{f['q']:.1g}",
-                tokens,
-            )
+            value, low, high, q = told(f)
+            strong = " (where it fires hardest)" if "strong" in f["flags"] else ""
+            interval = f"[{low:+.3f}, {high:+.3f}]"
+            table.add_row(str(f["rank"]), str(f["feature"]), f"{value:+.3f}", interval, f"{q:.1g}", tokens + strong)
         console.print(table)
         t, shares = site["trust"], {p["part"]: p for p in site["ledger"]["shares"]}
         parts = ", ".join(f"{k} {shares[k]['value']:.0%}" for k in ("features", "error", "remainder"))

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from rmscope.effects import tables
-from rmscope.effects.ranking import BOUND, pairs_a_prompt
+from rmscope.effects.ranking import BOUND, pairs_a_prompt, strongest
 from rmscope.evidence.matching import Shares, cue_effect, match_plant
 from rmscope.evidence.misses import Missed, null_reported
 from rmscope.evidence.recall import KS, found_again, share
@@ -101,21 +101,28 @@ class Scoring:
         """Every reported feature removed again on fresh pairs: feature, mean removal, prompts, and whether it failed.
 
         It fails where its mean removal in the reported sign is not above the bound of a report, .05 SD(Δr); it is not judged
-        (null) where it fires on fewer than :data:`JUDGED` prompts.
+        (null) where it fires on fewer than :data:`JUDGED` prompts. What was reported for its strong firings is held to them.
         """
         run = self.run
         features = {site: pl.read_parquet(run.folder / "features" / f"{site}.parquet") for site in run.sites}
-        listed = {site: table.filter("reported").select("feature", "mean_removal") for site, table in features.items()}
+        strong = pl.col("flags").list.contains("strong")
+        effect = pl.when(strong).then("strong_removal").otherwise("mean_removal").alias("mean_removal")
+        listed = {
+            s: table.filter("reported").select("feature", effect, strong.alias("strong")) for s, table in features.items()
+        }
         tokens, ids = run.rm.tokenize_all(fresh), [p.id for p in fresh]
         prompts = {p.id: str(p.meta["group"]) for p in fresh}
         firing = self._firing(tokens, ids)
         asked = {}
         for site, table in firing.items():
             ordered = tables.with_order(table, prompts, self.seed)
-            asked[site] = pairs_a_prompt(ordered, listed[site]["feature"].to_list(), FRESH_PROMPTS)
+            any_, hard = (listed[site].filter(pl.col("strong") == is_)["feature"].to_list() for is_ in (False, True))
+            often = pairs_a_prompt(ordered, any_, FRESH_PROMPTS)
+            hardest = strongest(ordered, hard, FRESH_PROMPTS, JUDGED).filter("strong")
+            asked[site] = pl.concat([often, hardest.select(often.columns)])
         wanted = tables.plan(asked, {id_: i for i, id_ in enumerate(ids)})
         removed = tables.removal_table(run.rm, run.saes, tokens, ids, wanted, progress)
-        return {site: replication(listed[site], removed[site], prompts, run.sd) for site in run.sites}
+        return {site: replication(listed[site].drop("strong"), removed[site], prompts, run.sd) for site in run.sites}
 
     def _firing(self, tokens: Any, ids: list[str]) -> dict[str, pl.DataFrame]:
         parts = [tables.firing_table(self.run.rm, self.run.saes, tokens, ids, unit) for unit in units(len(ids))]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 SHOWN = {
-    "removal": ("rank", "feature", "reported", "mean_removal", "ci_low", "ci_high", "q", "n"),
+    "removal": ("rank", "feature", "reported", "mean_removal", "ci_low", "ci_high", "q", "n", "strong_removal", "q_strong"),
     "preference": ("feature", "prefers", "mean_diff", "diff_low", "diff_high", "q_diff", "length_corr", "n"),
 }
 
@@ -78,7 +78,8 @@ def _ordered(features: pl.DataFrame, by: str) -> pl.DataFrame:
 def _printed(ordered: pl.DataFrame, by: str, top: int) -> pl.DataFrame:
     import polars as pl
 
-    return ordered.head(top).select(*SHOWN[by], pl.col("flags").list.join(" "))
+    columns = [name for name in SHOWN[by] if name in ordered.columns]  # a run of an earlier version has fewer
+    return ordered.head(top).select(*columns, pl.col("flags").list.join(" "))
 
 
 def _count(ordered: pl.DataFrame, by: str) -> str:

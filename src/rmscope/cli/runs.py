@@ -112,7 +112,7 @@ def _run(config: Path | None, flags: dict[str, Any], as_json: bool, dry_run: boo
 
 def summary(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The machine-readable result of a run: figures and reported features without their texts."""
-    kept = ("feature", "rank", "mean_removal", "ci_low", "ci_high", "q", "n", "flags")
+    kept = ("feature", "rank", "mean_removal", "ci_low", "ci_high", "q", "n", "strong_removal", "q_strong", "flags")
     return {
         "run": str(folder),
         "scores": {k: v for k, v in data["scores"].items() if k != "histogram"},

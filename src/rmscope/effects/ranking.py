@@ -10,6 +10,12 @@ label enters it. *Drives preference*: D_j = R_j chosen - R_j rejected (``mean_di
 is frozen on the fit split from estimates, which cover both sides of every pair. ``mean_diff`` is the mean over all pairs,
 those where the feature is silent with their 0; the test asks it of the pairs where the feature fires, against the same
 bound. Turn the labels over at random and the sign of every D_j is a coin's: then nothing may be found to drive preference.
+
+What drives reward may do so seldom: a feature that fires weakly nearly everywhere, and hard where a sentence is said twice,
+has a small mean. So the first question is also asked where a feature fires hardest: on each prompt's strongest firing, in
+the tenth of the prompts where that is strongest, or 20 of them (``strong_removal``, ``q_strong``). Test, sign and bound are
+the same; activations choose the responses, never effects. A feature is reported by either test, if both means have one
+sign; q runs over both.
 """
 
 from __future__ import annotations
@@ -32,6 +38,8 @@ BOUND = 0.05
 """The effect a reported feature must exceed, in SD(Δr)."""
 ELIGIBLE_PROMPTS = 20
 Q = 0.05
+STRONG = 0.1
+"""Of the prompts on which a feature fires, the share on which it fires hardest, if that makes ELIGIBLE_PROMPTS."""
 
 
 def candidates(table: pl.DataFrame, best: int, others: int, seed: int) -> dict[str, list[int]]:
@@ -101,6 +109,28 @@ def pairs_a_prompt(table: pl.DataFrame, features: Sequence[int], prompts: int, p
     return fires.join(kept.select("feature", "pair"), on=["feature", "pair"], how="semi").sort("feature", "order")
 
 
+def strongest(table: pl.DataFrame, features: Sequence[int], prompts: int, least: int = ELIGIBLE_PROMPTS) -> pl.DataFrame:
+    """For each feature the strongest firing (``strong``) of each of at most ``prompts`` prompts, and the other side of the
+    same pair where it fires there too.
+
+    ``table`` has the columns pair, side, prompt, feature, order and effect, which is Σ_t f_tj. The prompts are a random
+    choice of those whose strongest firing is among the strongest: :data:`STRONG` of all, and at least ``least``. A feature
+    that fires on fewer prompts is left out.
+    """
+    place, n = pl.int_range(pl.len()), pl.len().over("feature")
+    fires = table.filter(pl.col("feature").is_in(list(features)))
+    hardest = (
+        fires.sort("feature", "effect", "order", descending=[False, True, False])
+        .filter(place.over("feature", "prompt") == 0)
+        .filter((n >= least) & (place.over("feature") < pl.max_horizontal(pl.lit(least), STRONG * n)))
+        .sort("feature", "order")
+        .filter(place.over("feature") < prompts)
+        .select("feature", "pair", pl.col("side").alias("hardest"))
+    )
+    both = fires.join(hardest, on=["feature", "pair"]).with_columns((pl.col("side") == pl.col("hardest")).alias("strong"))
+    return both.drop("hardest").sort("feature", "order")
+
+
 def freeze(exact: pl.DataFrame, screened: Sequence[int], most: int) -> pl.DataFrame:
     """The frozen list: feature and sign, by |mean removal| on the fit split."""
     return (
@@ -132,7 +162,12 @@ def firing_counts(firing: pl.DataFrame, pairs: int) -> pl.DataFrame:
 
 
 def confirm(
-    frozen: Mapping[str, pl.DataFrame], exact: Mapping[str, pl.DataFrame], sd: float, seed: int, bound: float = BOUND
+    frozen: Mapping[str, pl.DataFrame],
+    exact: Mapping[str, pl.DataFrame],
+    sd: float,
+    seed: int,
+    bound: float = BOUND,
+    strong: Mapping[str, pl.DataFrame] | None = None,
 ) -> dict[str, pl.DataFrame]:
     """The ranking of each site from exact removals on the confirm split.
 
@@ -142,30 +177,46 @@ def confirm(
         exact: per site, columns pair, prompt, side, feature, effect, delta (Δr), length_difference (chosen - rejected,
             tokens); both sides of a pair where the feature fires on both.
         sd: SD(Δr).
+        strong: per site, columns prompt, feature, effect, strong: exact removals where :func:`strongest` says.
 
     Returns:
         Per site a row a frozen feature, with the columns of ``SCHEMA``; rank by |mean removal|, reported first. q and
-        q_diff run over the frozen lists of all sites together. ``length_corr`` is the correlation of D_j with the length
+        q_strong run together, q_diff by itself, over the frozen lists of all sites. What has no strong firings on enough
+        prompts has null there. ``length_corr`` is the correlation of D_j with the length
         difference given Δr: whether the feature goes with length among pairs that the PM holds equally far apart.
     """
-    prompts = sorted({p for table in exact.values() for p in table["prompt"].unique().to_list()})
+    strong = strong or {}
+    prompts = sorted({p for table in (*exact.values(), *strong.values()) for p in table["prompt"].unique().to_list()})
     place = {p: i for i, p in enumerate(prompts)}
     signs = flip_matrix(len(prompts), seed)
     rows: list[dict[str, object]] = []
     for site, list_ in frozen.items():
-        measured = {int(k[0]): part for k, part in _by_prompt(exact[site]).group_by("feature", maintain_order=True)}  # type: ignore[call-overload]
+        measured = _by_feature(_by_prompt(exact[site]))
+        hardest = _by_feature(strong[site].filter("strong").sort("feature", "prompt")) if site in strong else {}
         for one in list_.iter_rows(named=True):
             kept = {name: one[name] for name in ("feature", "sign", "prompts", "fire_pairs")}
-            rows.append({"site": site, **kept, **_confirmed(measured.get(one["feature"]), one, place, signs, bound * sd)})
+            found = _confirmed(measured.get(one["feature"]), one, place, signs, bound * sd)
+            rows.append(
+                {"site": site, **kept, **found, **_strong(hardest.get(one["feature"]), one, place, signs, bound * sd)}
+            )
     if not rows:
         return {site: pl.DataFrame(schema=SCHEMA) for site in frozen}
-    table = pl.DataFrame(rows, infer_schema_length=None).with_columns(
-        pl.Series("q", benjamini_hochberg(np.array([r["p"] for r in rows], dtype=float))),
+    p, p_strong = (np.array([r[name] for r in rows], dtype=float) for name in ("p", "p_strong"))
+    asked = ~np.isnan(p_strong)
+    q = benjamini_hochberg(np.r_[p, p_strong[asked]])
+    q_strong = np.full(len(rows), np.nan)
+    q_strong[asked] = q[len(rows) :]
+    table = pl.DataFrame(rows, schema_overrides=SCHEMA, infer_schema_length=None).with_columns(
+        pl.Series("q", q[: len(rows)]),
+        pl.Series("q_strong", q_strong).fill_nan(None),
         pl.Series("q_diff", benjamini_hochberg(np.array([r["p_diff"] for r in rows], dtype=float))),
         (pl.col("prompts") >= ELIGIBLE_PROMPTS).alias("eligible"),
     )
+    one_sign = pl.col("strong_removal") * pl.col("mean_removal") > 0
     table = table.with_columns(
-        (pl.col("eligible") & (pl.col("q") < Q)).alias("reported"),
+        (pl.col("eligible") & ((pl.col("q") < Q) | ((pl.col("q_strong") < Q) & one_sign).fill_null(False))).alias(
+            "reported"
+        ),
         (pl.col("eligible") & (pl.col("q_diff") < Q)).alias("prefers"),
     )
     return {site: _ranked(table.filter(pl.col("site") == site)) for site in frozen}
@@ -173,10 +224,11 @@ def confirm(
 
 SCHEMA = {
     "feature": pl.Int32, "rank": pl.Int32, "reported": pl.Boolean, "mean_removal": pl.Float64, "ci_low": pl.Float64,
-    "ci_high": pl.Float64, "q": pl.Float64, "n": pl.Int32, "prefers": pl.Boolean, "mean_diff": pl.Float64,
-    "diff_low": pl.Float64, "diff_high": pl.Float64, "q_diff": pl.Float64, "sign_consistency": pl.Float64,
-    "length_corr": pl.Float64, "length_bound": pl.Boolean, "eligible": pl.Boolean, "prompts": pl.Int32,
-    "fire_pairs": pl.Float64,
+    "ci_high": pl.Float64, "q": pl.Float64, "n": pl.Int32, "strong_removal": pl.Float64, "strong_low": pl.Float64,
+    "strong_high": pl.Float64, "q_strong": pl.Float64, "n_strong": pl.Int32, "strong_consistency": pl.Float64,
+    "prefers": pl.Boolean, "mean_diff": pl.Float64, "diff_low": pl.Float64, "diff_high": pl.Float64, "q_diff": pl.Float64,
+    "sign_consistency": pl.Float64, "length_corr": pl.Float64, "length_bound": pl.Boolean, "eligible": pl.Boolean,
+    "prompts": pl.Int32, "fire_pairs": pl.Float64,
 }  # fmt: skip
 
 
@@ -186,6 +238,10 @@ def _ranked(table: pl.DataFrame) -> pl.DataFrame:
         .with_columns(pl.int_range(1, pl.len() + 1).alias("rank"))
         .select([pl.col(name).cast(kind) for name, kind in SCHEMA.items()])
     )
+
+
+def _by_feature(table: pl.DataFrame) -> dict[int, pl.DataFrame]:
+    return {int(k[0]): part for k, part in table.group_by("feature", maintain_order=True)}  # type: ignore[call-overload]
 
 
 def _by_prompt(exact: pl.DataFrame) -> pl.DataFrame:
@@ -240,6 +296,22 @@ def _confirmed(
         "length_corr": partial_correlation(d, length, delta),
         "length_bound": length_bound(d, length),
     }
+
+
+def _strong(
+    part: pl.DataFrame | None, one: Mapping[str, object], place: Mapping[str, int], signs: np.ndarray, bound: float
+) -> dict[str, object]:
+    """One frozen feature's figures where it fires hardest; null without a measurement."""
+    if part is None:
+        names = ("strong_removal", "strong_low", "strong_high", "strong_consistency", "p_strong")
+        return dict.fromkeys(names) | {"n_strong": 0}
+    removal, sign = part["effect"].cast(pl.Float64).to_numpy(), int(one["sign"])  # type: ignore[call-overload]
+    low, high = mean_interval(removal)
+    return {
+        "strong_removal": float(removal.mean()), "strong_low": low, "strong_high": high, "n_strong": removal.size,
+        "strong_consistency": float((sign * removal > 0).mean()),
+        "p_strong": sign_flip_p(sign * removal - bound, signs[:, [place[p] for p in part["prompt"]]]),
+    }  # fmt: skip
 
 
 def length_bound(d: np.ndarray, length: np.ndarray) -> bool:

@@ -126,6 +126,10 @@ def site_data(run: Results, site: str) -> dict[str, Any]:
     exact = pl.read_parquet(folder / "exact.parquet").join(run.scores.select("pair", "split"), on="pair")
     trust_rows = pl.read_parquet(folder / "trust.parquet")
     confirm = exact.filter(pl.col("split") == "confirm")
+    if (hardest := folder / "strong.parquet").is_file():  # examples of what is reported for its strong firings are those
+        strong = pl.read_parquet(hardest)
+        strong = strong.join(features.filter(pl.col("flags").list.contains("strong")), on="feature", how="semi")
+        confirm = pl.concat([confirm.join(strong, on="feature", how="anti"), strong], how="diagonal")
     return {
         "site": site,
         "sae": sae_data(run, site),
@@ -247,4 +251,9 @@ def candidates_of(run: Results, site: str, most: int | None = SHOWN) -> list[dic
     features = table["feature"].to_list()
     ranks = merged_ranks(features, run.saes[site].W_dec, firings(run.store, run.saes[site], site, features))
     kept = table.filter(~pl.col("flags").list.contains("ending"))
+    if "strong_consistency" in kept.columns:  # a run of an earlier version knows no strong firings
+        consistency = (
+            pl.when(pl.col("flags").list.contains("strong")).then("strong_consistency").otherwise("sign_consistency")
+        )
+        kept = kept.with_columns(consistency.alias("sign_consistency"))
     return [row | {"rank": ranks[row["feature"]]} for row in kept.iter_rows(named=True)]

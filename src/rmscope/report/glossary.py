@@ -8,6 +8,7 @@ FLAGS = {
     "length": "loses half of its preference effect once the length difference is taken out",
     "ending": "80 % or more of its effect comes from final punctuation or template tokens",
     "nonspecific": "moves unrelated completions of the same prompts by half as much or more",
+    "strong": "is reported for the prompts on which it fires hardest: elsewhere it does little",
 }
 
 GLOSSARY = [

@@ -26,6 +26,14 @@ def is_reported(feature: Feature) -> bool:
     return bool(feature.get("reported")) and real(feature.get("mean_removal")) is not None
 
 
+def told(feature: Feature) -> tuple[Any, Any, Any, Any]:
+    """Effect, its interval and q as they are told: of what is reported for its strong firings, those there."""
+    names = ("mean_removal", "ci_low", "ci_high", "q")
+    if "strong" in (feature.get("flags") or []):
+        names = ("strong_removal", "strong_low", "strong_high", "q_strong")
+    return tuple(feature.get(name) for name in names)  # type: ignore[return-value]
+
+
 def by_effect(features: list[Feature]) -> list[Feature]:
     """Largest |mean removal| first."""
     return sorted(features, key=lambda f: -abs(real(f.get("mean_removal")) or 0.0))

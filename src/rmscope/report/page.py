@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from rmscope.report import figures, formatting
 from rmscope.report.glossary import FLAGS, GLOSSARY
-from rmscope.report.headline import by_effect, headline, is_reported, name_of, visible
+from rmscope.report.headline import by_effect, headline, is_reported, name_of, told, visible
 
 SHOWN = 12
 """Features of each list that stand open; the others fold."""
@@ -52,7 +52,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     env.globals.update(fmt=formatting, fig=figures, GLOSSARY=GLOSSARY, FLAGS=FLAGS, SHOWN=SHOWN, STATUS=STATUS)
-    env.globals.update(segments=segments, anchor=anchor, name_of=name_of)
+    env.globals.update(segments=segments, anchor=anchor, name_of=name_of, told=told)
     env.filters.update(
         number=formatting.number, signed=formatting.signed, percent=formatting.percent, count=formatting.count
     )
@@ -86,7 +86,7 @@ def site_view(site: dict[str, Any]) -> dict[str, Any]:
     """The site with its features in three lists, and the x range that all their bars share."""
     features = by_effect(site.get("features") or [])
     reported = [f for f in features if is_reported(f)]
-    ends = [f.get(key) for f in features for key in ("mean_removal", "ci_low", "ci_high")]
+    ends = [value for f in features for value in told(f)[:3]]
     block = re.fullmatch(r"resid_post\.(\d+)", str(site.get("site")))
     return {
         "explained": None,
