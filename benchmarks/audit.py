@@ -7,8 +7,9 @@ A seed: one audit (``rmscope audit``), and beside it, on the same PM and matched
 by W_dec · w_r, by mean activation difference, by integrated gradients from zero with 4 nodes, by firing rate, at random; the
 whole pipeline with principal components, with a random dictionary, and with features at ``embed`` in place of the SAEs; and
 two skylines that are told what was planted, which only have to detect it: a mean-difference probe at the site, and logistic
-regression on bags of tokens. ``--rankings-only`` leaves out the three other pipelines. Audits that are done are read
-from OUT. Prints a JSON line a seed and way, then the table.
+regression on bags of tokens. ``--rankings-only`` leaves out the three other pipelines. With ``--twins N``
+all ways, ours too, are matched on so many twins a cue. Audits that are done are read from OUT. Prints a JSON line a seed and
+way, then the table.
 """
 
 from __future__ import annotations
@@ -66,21 +67,26 @@ def opened(config: AuditConfig, name: str = "run", **changes: Any) -> Run:
     return Run(read_config(None, {**stored, "out": config.out / name, **changes}), Bars())
 
 
-def by_rankings(run: Run, plants: Sequence[Plant], held_out: Sequence[Pair], seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Per way, a row a plant: the matching rule on the best 20 and 50 features of each site by its scores."""
+def by_rankings(
+    run: Run, plants: Sequence[Plant], held_out: Sequence[Pair], seed: int, n: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Per way, ours first, a row a plant: the matching rule on the best 20 and 50 features of each site by its scores."""
     tokens = [run.tokens[i] for i in run.of_split("fit")][:RANKED_PAIRS]
     scores = {site: rankings(run.rm, run.saes[site], site, tokens, seed) for site in run.sites}
-    ways = list(next(iter(scores.values())))
+    ways = ["ours", *next(iter(scores.values()))]
+    ours = Scoring(run, plants, held_out, seed)
     rows: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for plant in plants:
-        prepared = prepare(run.rm, run.saes, twins(held_out, plant, TWINS, seed), plant)
+        prepared = prepare(run.rm, run.saes, twins(held_out, plant, n, seed), plant)
         effect = cue_effect(plant, next(iter(prepared.values())), run.sd)
         known: Shares = {}
         for way in ways:
             row = effect | {"found": False, "rank": None}
             sign = plant.sign if way in UNSIGNED else None
             for k in KS if effect["learned"] else ():
-                reported = {site: as_reported(scores[site][way], k, sign) for site in run.sites}
+                reported: Any = ours.within(k)
+                if way != "ours":
+                    reported = {site: as_reported(scores[site][way], k, sign) for site in run.sites}
                 found = match_plant(run.rm, run.saes, plant, prepared, reported, run.sd, known)
                 if found["found"]:
                     # a hit among the best 50 that is none among the best 20 does not count at 20
@@ -103,10 +109,10 @@ def with_dictionary(config: AuditConfig, run: Run, name: str) -> Run:
     return opened(config, f"{name}/run", sae_dir=str(folder))
 
 
-def skylines(run: Run, plants: Sequence[Plant], held_out: Sequence[Pair], seed: int) -> Iterator[dict[str, Any]]:
+def skylines(run: Run, plants: Sequence[Plant], held_out: Sequence[Pair], seed: int, n: int) -> Iterator[dict[str, Any]]:
     """Per plant, F1 on the measuring half of a probe and of a bag of words that were fitted to the cue on the other half."""
     for plant in plants:
-        made = twins(held_out, plant, TWINS, seed)
+        made = twins(held_out, plant, n, seed)
         prepared = prepare(run.rm, run.saes, made, plant)
         probes = {site: probe_f1(prepared[site]) for site in run.sites}
         yield {"plant": plant.name, "kind": plant.kind, "probe": probes, "bag_of_words": words_f1(run, made)}
@@ -139,23 +145,24 @@ def words_f1(run: Run, made: Sequence[Pair]) -> float:
     return f1_score(*(counts[s][~fit] @ w for s in SIDES), 0.0)
 
 
-def ways_of(config: AuditConfig, seed: int, calibrate: bool, pipelines: bool) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def ways_of(
+    config: AuditConfig, seed: int, calibrate: bool, pipelines: bool, n: int
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """(way, rows of its plants) of one seed, ours first."""
     done = audited(config.model_copy(update={"calibrate": calibrate}))
     figures = {k: v for k, v in done.items() if k != "plants"}
     emit(case="audit", seed=seed, **figures, plants=done["plants"])
-    yield "ours", done["plants"]
     listed, run = read_plants(config.plants).plants, opened(config)
     _, held_out = base_pairs(config.pairs, config.limit, config.max_tokens, run.rm.tokenizer)
-    yield from by_rankings(run, listed, held_out, seed).items()
-    for row in skylines(run, listed, held_out, seed):
+    yield from by_rankings(run, listed, held_out, seed, n).items()
+    for row in skylines(run, listed, held_out, seed, n):
         emit(case="skyline", seed=seed, **row)
     if not pipelines:
         return
     others = {"PCA": with_dictionary(config, run, "pca"), "random dictionary": with_dictionary(config, run, "random")}
     for way, other in (others | {"embed": opened(config, "embed", sites=["embed"])}).items():
         other.go()
-        yield way, Scoring(other, listed, held_out, seed).rows()
+        yield way, Scoring(other, listed, held_out, seed, n).rows()
 
 
 def main() -> None:
@@ -167,11 +174,12 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=800)
     parser.add_argument("--calibrate", action="store_true")
     parser.add_argument("--rankings-only", action="store_true")
+    parser.add_argument("--twins", type=int, default=TWINS)
     args = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for seed in args.seeds:
         config = AuditConfig(plants=args.plants, pairs=args.pairs, out=args.out / f"seed{seed}", limit=args.limit, seed=seed)
-        for way, rows in ways_of(config, seed, args.calibrate, not args.rankings_only):
+        for way, rows in ways_of(config, seed, args.calibrate, not args.rankings_only, args.twins):
             found[way].append({k: recall(rows, k) for k in KS})
             emit(case="way", seed=seed, way=way, **{f"recall_at_{k}": found[way][-1][k] for k in KS})
     print(f"\n| ranked by | {' | '.join(f'recall@{k}' for k in KS)} |\n|---|{'---|' * len(KS)}", file=sys.stdout)
