@@ -15,7 +15,9 @@ from rmscope.activations.harvest import data_identity, harvest
 from rmscope.effects import flags, tables
 from rmscope.effects.ledger import Baseline, ledger_rows
 from rmscope.effects.ranking import (
+    BOUND,
     SCHEMA,
+    STRONG,
     Q,
     candidates,
     confirm,
@@ -74,7 +76,7 @@ class Run(Results):
             [e / name for e in effects for name in ("exact.parquet", "strong.parquet")],
             self._remove,
         )
-        self.on_disk.stage("rank", None, [Path("features") / f"{s}.parquet" for s in self.sites], self._rank)
+        self.on_disk.stage("rank", [BOUND, STRONG], [Path("features") / f"{s}.parquet" for s in self.sites], self._rank)
         self.on_disk.stage(
             "ledger",
             [c.ledger_pairs, c.ledger_halvings, *self._changed("baseline")],
