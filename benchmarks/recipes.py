@@ -30,11 +30,10 @@ from rmscope.effects.statistics import Array, bootstrap
 from rmscope.files import atomic, write_table
 from rmscope.hardware import has_fast_bfloat16
 from rmscope.model.packing import UNIT, by_budget, last_hidden_reads, packed, packed_length
-from rmscope.model.recipe import Recipe, TrlRecipe, human_pairs, read_recipe, tokenised
+from rmscope.model.recipe import Recipe, human_pairs, read_recipe, tokenised
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.train import RENDERING, train_pm
-from rmscope.model.train_trl import train_trl
+from rmscope.model.train import RENDERING, base_of, fit_parameters, train_pm
 from rmscope.model.zoo import load_base
 from rmscope.pairs.pair import Pair
 
@@ -47,8 +46,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "30 blocks": {"blocks": 30, "first_block": 22},
 }
 """The zoo's recipe and changes to it. Deeper PMs adapt their last eight blocks, which costs as much as twelve of twelve."""
-FULL = {"method": "full", "style": "hh", "learning_rate": 2e-5, "micro_pairs": 4}
-BLOCKS = 12
+FULL_RATE = 4e-5
+"""Learning rate where all weights are trained: a tenth of the adapter's."""
 DECAYS = (1e-3, 1e-2, 1e-1, 1.0)
 FOLDS = 5
 MICRO_TOKENS = 4096
@@ -133,23 +132,30 @@ def crossed(z: Array, fold: Array, decay: float) -> float:
 
 
 def trained(data: Data, name: str, out: Path) -> Array:
-    """Δr of the held-out pairs under a PM that is trained whole or by an adapter."""
+    """Δr of the held-out pairs under a PM that is trained by an adapter."""
     folder = out / "pm"
     if not (folder / "rmscope.json").is_file():
-        if name == "full":
-            base, same = out / "base", ("name", "data", "epochs", "batch_pairs", "max_tokens", "seed")
-            model, tokenizer = load_base(BLOCKS)
-            model.save_pretrained(base)
-            tokenizer.save_pretrained(base)
-            train_trl(TrlRecipe(base=str(base), **data.recipe.model_dump(include=set(same)), **FULL), folder, bar)
-        else:
-            train_pm(data.recipe.model_copy(update=CHANGES[name]), folder, bar)
-    rm = RewardModel.load(str(folder))
+        train_pm(data.recipe.model_copy(update=CHANGES[name]), folder, bar)
+    return deltas(RewardModel.load(str(folder)), data)
+
+
+def whole(data: Data, out: Path) -> Array:
+    """The same where all weights are trained, by the same loop."""
+    recipe = data.recipe.model_copy(update={"learning_rate": FULL_RATE})
+    base, tokenizer = base_of(recipe)
+    torch.nn.init.normal_(base.score.weight, std=1 / (base.config.hidden_size + 1) ** 0.5)
+    fit_parameters(base.model, base.score, list(base.parameters()), data.tokens("train"), recipe, out / "checkpoint", bar)
+    return deltas(RewardModel(base.eval().requires_grad_(False), tokenizer, RENDERING, "full"), data)
+
+
+def deltas(rm: RewardModel, data: Data) -> Array:
     return rm.score_tokens(data.tokens("held"), bar).delta.numpy().astype(float)
 
 
 def make(data: Data, name: str, out: Path) -> None:
-    if name == "head":
+    if name == "full":
+        write_table(out / "full.parquet", data.frame(whole(data, out)))
+    elif name == "head":
         for way, delta in head_deltas(data, out).items():
             write_table(out / f"{way}.parquet", data.frame(delta))
     else:

@@ -109,11 +109,6 @@ def fit_pm(
     from peft import LoraConfig, get_peft_model
 
     items = [tokens for _, tokens in tokenised(pairs, tokenizer, RENDERING, recipe.max_tokens)]
-    batches = list(_batches(items, recipe))
-    if not batches:
-        raise InputError(
-            f"{len(items)} pairs of at most {recipe.max_tokens} tokens make no step of {recipe.batch_pairs}; give more."
-        )
     lora = LoraConfig(
         r=recipe.rank,
         lora_alpha=2 * recipe.rank,
@@ -126,10 +121,33 @@ def fit_pm(
     head = inner.score.modules_to_save["default"]
     nn.init.normal_(head.weight, std=1 / (base.config.hidden_size + 1) ** 0.5)
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
-    run = _Run(inner.model, head, parameters, optimiser)
-
     checkpoint = out.with_suffix(".checkpoint")
+    steps, loss, accuracy = fit_parameters(inner.model, head, parameters, items, recipe, checkpoint, progress)
+    _save(wrapped, recipe, out)
+    checkpoint.unlink(missing_ok=True)
+    return {"pairs": len(items), "steps": steps, "training_loss": loss, "training_accuracy": accuracy}
+
+
+def fit_parameters(
+    model: Any,
+    head: nn.Module,
+    parameters: list[nn.Parameter],
+    items: Sequence[PairTokens],
+    recipe: Recipe,
+    checkpoint: Path,
+    progress: Progress = silent,
+) -> tuple[int, float, float]:
+    """The loop itself, on any parameters of a model and its head; goes on from ``checkpoint`` where that is of the same.
+
+    Returns steps, and loss and accuracy of the last 50 of them. Raises :class:`InputError` where the pairs are too few.
+    """
+    batches = list(_batches(items, recipe))
+    if not batches:
+        raise InputError(
+            f"{len(items)} pairs of at most {recipe.max_tokens} tokens make no step of {recipe.batch_pairs}; give more."
+        )
+    optimiser = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
+    run = _Run(model, head, parameters, optimiser)
     identity = content_hash(recipe.model_dump(), len(items))
     if checkpoint.is_file() and (saved := torch.load(checkpoint, weights_only=True))["identity"] == identity:
         run.restore(saved)
@@ -140,17 +158,10 @@ def fit_pm(
         run.step += 1
         loss, accuracy = np.mean(recent[-50:], axis=0)
         progress(run.step, len(batches), f"loss {loss:.3f}  accuracy {accuracy:.3f}")
-        if run.step % CHECKPOINT_STEPS == 0:
+        if run.step % CHECKPOINT_STEPS == 0 and run.step < len(batches):
             with atomic(checkpoint) as temporary:
                 torch.save({**run.state(), "identity": identity}, temporary)
-    _save(wrapped, recipe, out)
-    checkpoint.unlink(missing_ok=True)
-    return {
-        "pairs": len(items),
-        "steps": len(batches),
-        "training_loss": float(loss),
-        "training_accuracy": float(accuracy),
-    }
+    return len(batches), float(loss), float(accuracy)
 
 
 def _batches(items: Sequence[PairTokens], recipe: Recipe) -> Iterator[list[int]]:
