@@ -1,7 +1,7 @@
 """How large may a dictionary be before what was planted is split over too many features to be found?
 
-usage: granularity.py AUDIT SITE D_SAE:K:TOKENS[:FAMILY] ... [--plants FILE] [--pairs demo:plain]
-(AUDIT: folder of rmscope audit; FAMILY: as in SaeConfig, topk where it is left out)
+usage: granularity.py AUDIT SITE D_SAE:K:TOKENS[:FAMILY[:STEPS]] ... [--plants FILE] [--pairs demo:plain]
+(AUDIT: folder of rmscope audit; FAMILY: as in SaeConfig, topk where it is left out; STEPS: of reward-aware fine-tuning)
 
 SAEs of several sizes are trained on the audit's text at one site of its PM, and each learned cue is matched (METHOD,
 "Planted bias") against the features that detect it best, whatever a ranking would say of them: what no ranking can find
@@ -24,6 +24,7 @@ import yaml
 
 from rmscope.activations.harvest import harvest
 from rmscope.audit.planting import base_pairs
+from rmscope.effects.reward_aware import RewardAwareConfig, fine_tune
 from rmscope.evidence.matching import match_plant, threshold
 from rmscope.evidence.twins import Twin, all_peaks, halves, mediation, prepare
 from rmscope.model.reward_model import RewardModel
@@ -86,7 +87,10 @@ def main() -> None:
         m, k, tokens = map(int, numbers)
         config = SaeConfig(architecture=family, d_sae=m, k=k, tokens=tokens)
         name = "-".join([*numbers, *size.split(":")[3:]])
-        sae = train_saes(store, config, out / name, [args.site], bar)[args.site]
+        sae = train_saes(store, config, out / "-".join(size.split(":")[:4]), [args.site], bar)[args.site]
+        if steps := size.split(":")[4:]:
+            family += f", {steps[0]} reward-aware steps"
+            sae = fine_tune(rm, sae, fit, RewardAwareConfig(steps=int(steps[0])), out=out / name, progress=bar)
         fvu = measure(sae, [store.sample(args.site, SAMPLE, torch.Generator().manual_seed(0))]).fvu
         rows = []
         for plant in read_plants(args.plants).plants:
