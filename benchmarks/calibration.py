@@ -71,7 +71,7 @@ def reports(
     rng, found = np.random.default_rng(0), 0
     effects = {s: job.folder / "effects" / s for s in job.sites}
     frozen = {s: pl.read_parquet(f / "frozen.parquet") for s, f in effects.items()}
-    confirmed = {s: job.confirmed(s) for s in job.sites}
+    confirmed, strong = ({s: job.confirmed(s, name) for s in job.sites} for name in ("exact", "strong"))
     estimates, fit = {}, {}
     for site, folder in effects.items():
         mine, columns = frozen[site]["feature"].implode(), ["pair", "side", "feature", "effect"]
@@ -84,7 +84,8 @@ def reports(
     for _ in range(draws):
         drawn = coins(job.scores["pair"], rng)
         lists = {s: signs_again(frozen[s], turn(estimates[s], drawn), turn(fit[s], drawn)) for s in job.sites}
-        ranked = confirm(lists, {s: turn(confirmed[s], drawn) for s in job.sites}, job.sd, job.config.seed, bound)
+        again, hardest = ({s: turn(t, drawn) for s, t in tables.items()} for tables in (confirmed, strong))
+        ranked = confirm(lists, again, job.sd, job.config.seed, bound, hardest)
         found += any(bool(table[column].any()) for table in ranked.values())
     return found
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from heads import fit_head
+from heads import fit_head, told
 
 from rmscope.effects.statistics import Array, bootstrap
 from rmscope.files import atomic, write_table
@@ -175,10 +175,6 @@ def row_of(name: str, table: pl.DataFrame, zoo: Array) -> dict[str, Any]:
     return {"way": name, "n": len(hits), "all": figure(hits, prompts), **by, "more": figure(hits - zoo, prompts)}
 
 
-def told(found: dict[str, float], form: str = "{:.3f}") -> str:
-    return f"{form} [{form}, {form}]".format(found["value"], found["low"], found["high"])
-
-
 def main(out: str, *names: str) -> None:
     data = Data(read_recipe(ZOO))  # type: ignore[arg-type]
     for name in names or ("zoo", "head", *list(CHANGES)[1:], "full"):
@@ -195,7 +191,7 @@ def main(out: str, *names: str) -> None:
     columns = [key for key in rows[0] if key not in ("way", "n", "more")]
     print(f"\n| way | {' | '.join(columns)} | over the zoo's recipe |\n|---|{'---|' * (len(columns) + 1)}")
     for row in rows:
-        print(f"| {row['way']} | {' | '.join(told(row[c]) for c in columns)} | {told(row['more'], '{:+.3f}')} |")
+        print(f"| {row['way']} | {' | '.join(told(row[c]) for c in columns)} | {told(row['more'], signed=True)} |")
 
 
 if __name__ == "__main__":

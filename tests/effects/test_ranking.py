@@ -24,11 +24,11 @@ from rmscope.effects.ranking import (
     power,
     power_statement,
     preference_signs,
-    strongest,
 )  # fmt: skip
 from rmscope.effects.statistics import flip_matrix, sign_flip_p
 from rmscope.model.reward_model import Scores
 from rmscope.pairs.pair import Pair, split_of
+from tests.effects.ranked import frozen, measured, ranked
 
 
 def firings(rng: np.random.Generator, features: int, prompts: int, pairs: int, rate: float) -> pl.DataFrame:
@@ -134,37 +134,6 @@ def test_freezing_keeps_the_largest_with_their_sign() -> None:
     frozen = freeze(exact, [1, 2, 3], 2)
     assert frozen.select("feature", "sign").rows() == [(2, -1), (1, 1)]
     assert frozen["fit_removal"].to_list() == pytest.approx([-1.5, 0.6])
-
-
-def measured(
-    effects: dict[int, np.ndarray],
-    lengths: np.ndarray | None = None,
-    side: str = "chosen",
-    deltas: np.ndarray | None = None,
-) -> pl.DataFrame:
-    n = max(values.size for values in effects.values())
-    lengths = np.arange(n) % 7 - 3 if lengths is None else lengths
-    deltas = np.random.default_rng(5).normal(size=n) if deltas is None else deltas
-    rows = [
-        (f"pair{i}", f"p{i}", side, f, float(e), float(deltas[i]), int(lengths[i]))
-        for f, values in effects.items()
-        for i, e in enumerate(values)
-    ]
-    columns = ["pair", "prompt", "side", "feature", "effect", "delta", "length_difference"]
-    return pl.DataFrame(rows, schema=columns, orient="row")
-
-
-def frozen(
-    signs: dict[int, int], prompts: dict[int, int] | None = None, sign_diff: int = 1, fire_pairs: float = 1.0
-) -> pl.DataFrame:
-    rows = [(f, sign, sign_diff, (prompts or {}).get(f, 40), fire_pairs) for f, sign in signs.items()]
-    kinds = {"feature": pl.Int64, "sign": pl.Int64, "sign_diff": pl.Int64, "prompts": pl.Int64, "fire_pairs": pl.Float64}
-    return pl.DataFrame(rows, schema=kinds, orient="row")
-
-
-def ranked(list_: pl.DataFrame, exact: pl.DataFrame, sd: float = 1.0, seed: int = 0) -> dict[int, dict]:
-    table = confirm({"s": list_}, {"s": exact}, sd, seed)["s"]
-    return {row["feature"]: row for row in table.iter_rows(named=True)}
 
 
 def test_what_is_reported_and_what_is_not() -> None:
@@ -293,74 +262,6 @@ def test_the_length_correlation_is_what_is_left_when_the_reward_difference_is_kn
     rows = ranked(frozen({0: 1, 1: 1}), measured(effects, length, deltas=delta))
     assert abs(rows[0]["length_corr"]) < 0.15 < 0.5 < np.corrcoef(effects[0], length)[0, 1]
     assert rows[1]["length_corr"] == pytest.approx(1.0)
-
-
-def summed(sums: dict[tuple[int, int, str], float], feature: int = 0) -> pl.DataFrame:
-    """Σ_t f_tj by (prompt, pair of the prompt, side), in the order given."""
-    rows = [(f"{p}-{i}", s, f"p{p}", feature, value, n) for n, ((p, i, s), value) in enumerate(sums.items())]
-    return pl.DataFrame(rows, schema=["pair", "side", "prompt", "feature", "effect", "order"], orient="row")
-
-
-@pytest.mark.parametrize(("prompts", "least", "kept"), [(60, 2, 6), (60, 20, 20), (30, 2, 3), (19, 20, 0)])
-def test_the_strongest_firings_are_one_a_prompt_of_the_hardest_prompts(prompts: int, least: int, kept: int) -> None:
-    rng = np.random.default_rng(0)
-    sums = {(p, i, s): float(rng.random()) for p in range(prompts) for i in range(5) for s in ("chosen", "rejected")}
-    del sums[3, 1, "rejected"]
-    sums |= {(3, 1, "chosen"): 9.0, (3, 2, "chosen"): 8.0, (7, 0, "rejected"): 7.0}
-    table = summed(sums)
-    found = strongest(table, [0], prompts=100, least=least)
-    best: dict[int, tuple[int, int, str]] = {}
-    for key in sorted(sums, key=lambda key: -sums[key]):
-        best.setdefault(key[0], key)
-    hardest = list(best.values())[:kept]
-    assert set(found.filter("strong").select("pair", "side").rows()) == {(f"{p}-{i}", s) for p, i, s in hardest}
-    pairs = {(p, i) for p, i, _ in hardest}
-    assert set(found.select("pair", "side").rows()) == {(f"{p}-{i}", s) for p, i, s in sums if (p, i) in pairs}
-    assert strongest(table, [0], prompts=2, least=least).filter("strong").height == min(2, kept)
-    assert strongest(table, [1], prompts=100, least=1).is_empty()
-
-
-def test_what_does_much_where_it_fires_hardest_alone_is_reported_for_that() -> None:
-    """Weak in most responses: 0 lowers the reward where it is strong, 1 does nothing anywhere, 2 turns around where it is
-    strong, 3 has no strong firings on enough prompts, 4 is frozen with the other sign."""
-    rng = np.random.default_rng(0)
-
-    def around(mean: float) -> np.ndarray:
-        return mean + 0.02 * rng.normal(size=30)
-
-    weak = {0: around(-0.04), 1: around(-0.03), 2: around(0.03), 3: around(-0.04), 4: around(-0.04)}
-    hard = {0: around(-0.7), 1: around(-0.03), 2: around(-0.7), 4: around(-0.7)}
-    list_ = frozen({0: -1, 1: -1, 2: -1, 3: -1, 4: 1})
-    strong = measured(hard).with_columns(pl.lit(True).alias("strong"))
-    other_side = measured({0: around(50.0)}, side="rejected").with_columns(pl.lit(False).alias("strong"))
-    table = confirm({"s": list_}, {"s": measured(weak)}, 1.0, 0, strong={"s": pl.concat([strong, other_side])})["s"]
-    rows = {r["feature"]: r for r in table.iter_rows(named=True)}
-    assert {f for f, r in rows.items() if r["reported"]} == {0}
-    assert rows[0]["q"] > 0.5
-    assert rows[0]["q_strong"] < 0.05
-    assert rows[0]["strong_removal"] == pytest.approx(hard[0].mean())
-    assert rows[0]["strong_low"] < hard[0].mean() < rows[0]["strong_high"]
-    assert (rows[0]["n_strong"], rows[0]["strong_consistency"]) == (30, 1.0)
-    assert rows[2]["q_strong"] < 0.05  # but in general it raises the reward
-    assert rows[3]["strong_removal"] is None
-    assert rows[3]["q_strong"] is None
-    assert rows[4]["q_strong"] > 0.9
-    without = confirm({"s": list_}, {"s": measured(weak)}, 1.0, 0)["s"]
-    assert not without["reported"].any()
-    assert without["q_strong"].is_null().all()
-    assert without.columns == table.columns
-
-
-def test_strong_noise_is_seldom_reported() -> None:
-    runs = []
-    for seed in range(12):
-        rng = np.random.default_rng(seed)
-        noise, hard = ({f: rng.normal(size=25) * rng.exponential() for f in range(30)} for _ in range(2))
-        signs = {f: int(rng.choice([-1, 1])) for f in range(30)}
-        strong = measured(hard).with_columns(pl.lit(True).alias("strong"))
-        table = confirm({"s": frozen(signs)}, {"s": measured(noise)}, 1.0, seed, strong={"s": strong})["s"]
-        runs.append(table["reported"].any())
-    assert sum(runs) <= 2
 
 
 def test_nothing_frozen_gives_an_empty_ranking() -> None:

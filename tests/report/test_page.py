@@ -231,6 +231,19 @@ def test_effects_stand_with_their_interval() -> None:
     assert '<b class="num">+0.42</b> <span class="ci">[0.35, 0.50]</span>' in render_report(data)
 
 
+def test_what_is_reported_for_its_strong_firings_stands_with_those_figures() -> None:
+    data = sample()
+    f = data["sites"][0]["features"][0]
+    f |= {"mean_removal": 0.0123, "ci_low": 0.01, "ci_high": 0.02, "q": 0.4, "flags": ["strong"]}
+    f |= {"strong_removal": 0.4213, "strong_low": 0.35, "strong_high": 0.4988, "q_strong": 0.0031}
+    html = render_report(data)
+    row = html[html.index(f'id="{anchor(data["sites"][0]["site"], f["feature"])}"') :]
+    row = row[: row.index("</details>")]
+    assert '<b class="num">+0.42</b> <span class="ci">[0.35, 0.50]</span>' in row
+    assert ".003" in row[: row.index("</summary>")]
+    assert "<dt>on any firing</dt><dd>+0.012</dd>" in row
+
+
 def test_a_preference_that_turns_around_is_named() -> None:
     data = sample()
     data["sites"][0]["features"][0]["examples"][0] |= {"delta_before": 0.5, "delta_after": -0.2}

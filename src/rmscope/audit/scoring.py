@@ -116,10 +116,7 @@ class Scoring:
         asked = {}
         for site, table in firing.items():
             ordered = tables.with_order(table, prompts, self.seed)
-            any_, hard = (listed[site].filter(pl.col("strong") == is_)["feature"].to_list() for is_ in (False, True))
-            often = pairs_a_prompt(ordered, any_, FRESH_PROMPTS)
-            hardest = strongest(ordered, hard, FRESH_PROMPTS, JUDGED).filter("strong")
-            asked[site] = pl.concat([often, hardest.select(often.columns)])
+            asked[site] = removed_again(ordered, listed[site])
         wanted = tables.plan(asked, {id_: i for i, id_ in enumerate(ids)})
         removed = tables.removal_table(run.rm, run.saes, tokens, ids, wanted, progress)
         return {site: replication(listed[site].drop("strong"), removed[site], prompts, run.sd) for site in run.sites}
@@ -139,6 +136,14 @@ class Scoring:
             for hit in found_again(run.saes[site], again[site], [row["feature"] for row in self.reported[site]])
         ]
         return share(sum(found), len(found))
+
+
+def removed_again(ordered: pl.DataFrame, listed: pl.DataFrame) -> pl.DataFrame:
+    """Where listed features (feature, strong) are removed on fresh pairs: as in a run, where they fire or fire hardest."""
+    often, hard = (listed.filter(pl.col("strong") == strong)["feature"].to_list() for strong in (False, True))
+    rows = pairs_a_prompt(ordered, often, FRESH_PROMPTS)
+    hardest = strongest(ordered, hard, FRESH_PROMPTS, JUDGED).filter("strong")
+    return pl.concat([rows, hardest.select(rows.columns)])
 
 
 def replication(listed: pl.DataFrame, removed: pl.DataFrame, prompts: Mapping[str, str], sd: float) -> pl.DataFrame:

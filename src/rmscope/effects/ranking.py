@@ -182,8 +182,8 @@ def confirm(
     Returns:
         Per site a row a frozen feature, with the columns of ``SCHEMA``; rank by |mean removal|, reported first. q and
         q_strong run together, q_diff by itself, over the frozen lists of all sites. What has no strong firings on enough
-        prompts has null there. ``length_corr`` is the correlation of D_j with the length
-        difference given Δr: whether the feature goes with length among pairs that the PM holds equally far apart.
+        prompts has null there. ``length_corr`` is the correlation of D_j with the length difference given Δr: whether the
+        feature goes with length among pairs that the PM holds equally far apart.
     """
     strong = strong or {}
     prompts = sorted({p for table in (*exact.values(), *strong.values()) for p in table["prompt"].unique().to_list()})
