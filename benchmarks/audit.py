@@ -1,15 +1,15 @@
 """Does rmscope find what was planted, and would a simpler way? One table from one script (docs/audit.md).
 
 usage: audit.py OUT [--plants configs/audit/standard.yaml] [--pairs demo:plain] [--seeds 0 1 2] [--limit 800] [--calibrate]
-                [--rankings-only]
+                [--rankings-only] [--twins N]
 
 A seed: one audit (``rmscope audit``), and beside it, on the same PM and matched by the same rule: the SAE's features ranked
 by W_dec · w_r, by mean activation difference, by integrated gradients from zero with 4 nodes, by firing rate, at random; the
 whole pipeline with principal components, with a random dictionary, and with features at ``embed`` in place of the SAEs; and
 two skylines that are told what was planted, which only have to detect it: a mean-difference probe at the site, and logistic
-regression on bags of tokens. ``--rankings-only`` leaves out the three other pipelines. With ``--twins N``
-all ways, ours too, are matched on so many twins a cue. Audits that are done are read from OUT. Prints a JSON line a seed and
-way, then the table.
+regression on bags of tokens. ``--rankings-only`` leaves out the three other pipelines. With ``--twins N`` all ways, ours
+too, are matched on so many twins a cue. Audits that are done are read from OUT. Prints a JSON line a seed and way, then the
+table.
 """
 
 from __future__ import annotations
