@@ -26,7 +26,7 @@ def rows_of(s: Subject, site: str, tokens: list[PairTokens], sd: float) -> tuple
     for batch in s.rm.batches(tokens):
         path = Path(s.rm, site, batch, start.x)
         panels = integrate(path, BOUND * FLOOR * sd / 2)
-        finer = [path.panel(*half) for p in panels for half in p.halves()]
+        finer = [half for p in panels for half in p.halved()]
         for kept, used in zip(sides, (panels, finer), strict=True):
             kept |= {(p.pair, p.side): p for p in parts_along(path, used, sae, start)}
     coarse, fine = ([pair_ledger(*(kept[i, side] for side in SIDES)) for i in range(len(tokens))] for kept in sides)

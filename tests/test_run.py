@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from rmscope.cli.accounts import ledger
 from rmscope.config import RunConfig, read_config
 from rmscope.errors import InputError
 from rmscope.folder import RunFolder
@@ -39,8 +40,8 @@ def settings(pm: str, out: Path, **changes: Any) -> RunConfig:
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return RunConfig(
         model=pm, data=str(data), out=out, limit=300, sae=SaeConfig(d_sae=96, k=6, tokens=8192, batch_size=512),
-        screen=12, others=8, responses=4, trust_responses=6, frozen=16, confirm_prompts=8, ledger_pairs=6,
-        ledger_halvings=1, **changes
+        screen=12, others=8, responses=4, trust_responses=6, frozen=16, confirm_prompts=8,
+        **{"ledger_pairs": 8, "ledger_halvings": 1, **changes},
     )  # fmt: skip
 
 
@@ -164,6 +165,28 @@ def test_stages_that_are_done_and_unchanged_are_skipped(
     monkeypatch.setattr("rmscope.run.ledger_rows", never)
     Run(settings(pm, done)).go()
     assert tables(done) == before
+
+
+def test_a_run_without_ledgers_says_so_and_goes_on_to_them(done: Path, pm: str, tmp_path: Path) -> None:
+    out = shutil.copytree(done, tmp_path / "run")
+    assert "the ledger of 8 pairs" in (out / "report.html").read_text()
+    data = Run(settings(pm, out, ledger_pairs=0)).go()
+    assert [site["ledger"] for site in data["sites"]] == [None] * len(data["sites"])
+    assert "the ledger of" not in (out / "report.html").read_text()
+    with pytest.raises(InputError, match="has no ledgers"):
+        ledger(out, data["sites"][0]["site"])
+    Run(settings(pm, out)).go()
+    assert tables(out) == tables(done)
+
+
+def test_ledgers_of_too_few_pairs_give_no_shares(done: Path, pm: str, tmp_path: Path) -> None:
+    out = shutil.copytree(done, tmp_path / "run")
+    data = Run(settings(pm, out, ledger_pairs=3)).go()
+    site = data["sites"][0]["site"]
+    assert data["sites"][0]["ledger"] is None
+    with pytest.raises(InputError, match="Ledgers of 3 pairs"):
+        ledger(out, site)
+    ledger(out, site, pair=pl.read_parquet(out / "ledger" / f"{site}.parquet")["pair"][0])
 
 
 def test_more_pairs_of_a_confirm_prompt_join_the_first_one_and_its_prompt_counts_once(

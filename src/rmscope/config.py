@@ -73,8 +73,8 @@ class RunConfig(BaseModel):
     """Confirm prompts on which a frozen feature is removed."""
     confirm_pairs: int = Field(1, gt=0)
     """Pairs of each of them on which it is removed, if it fires on so many; their mean counts once."""
-    ledger_pairs: int = Field(24, gt=0)
-    """Pairs of the measure split that get a ledger, one a prompt while prompts last."""
+    ledger_pairs: int = Field(24, ge=0)
+    """Pairs of the measure split that get a ledger, one a prompt while prompts last; each takes many gradients, 0 none."""
     baseline: Literal["mean", "zero"] = "mean"
     """Where a ledger's path starts: the dataset means of features and error, or zero (the SAE's b_dec)."""
     ledger_halvings: int = Field(6, ge=0)

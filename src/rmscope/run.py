@@ -324,6 +324,9 @@ class Run(Results):
                 "ledger": self.folder / "ledger" / f"{site}.parquet",
                 "contribution": self.folder / "effects" / site / "contribution.parquet",
             }
+            if not measured:
+                for name, table in tables.ledger_tables([], self.ids).items():
+                    write_table(paths[name], table)
             self.on_disk.stream_units(f"ledger-{site}", key, measured, progress, make, paths.__getitem__)
         for site in self.sites:
             self.on_disk.drop_parts(f"ledger-{site}", key)

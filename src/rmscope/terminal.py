@@ -114,9 +114,11 @@ def closing(data: dict[str, Any], report: str) -> None:
             interval = f"[{low:+.3f}, {high:+.3f}]"
             table.add_row(str(f["rank"]), str(f["feature"]), f"{value:+.3f}", interval, f"{q:.1g}", tokens + strong)
         console.print(table)
-        t, shares = site["trust"], {p["part"]: p for p in site["ledger"]["shares"]}
-        parts = ", ".join(f"{k} {shares[k]['value']:.0%}" for k in ("features", "error", "remainder"))
-        console.print(f"  screen vs exact: Spearman {t['spearman_median']:.3f} within a response; Δr = {parts}")
+        line = f"  screen vs exact: Spearman {site['trust']['spearman_median']:.3f} within a response"
+        if site["ledger"] is not None:
+            shares = {p["part"]: p for p in site["ledger"]["shares"]}
+            line += "; Δr = " + ", ".join(f"{k} {shares[k]['value']:.0%}" for k in ("features", "error", "remainder"))
+        console.print(line)
     if data["planted"]:
         table = Table(title="planted biases", title_justify="left")
         for name in ("", "bias", "planted", "measured effect", "found as", "rank", "F1", "mediated"):

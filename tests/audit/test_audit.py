@@ -36,7 +36,7 @@ RECIPE_CHANGES = {
 }  # fmt: skip
 RUN_CHANGES = {
     "sites": ["resid_post.1"], "screen": 8, "others": 4, "responses": 4, "trust_responses": 4, "frozen": 8,
-    "confirm_prompts": 20, "ledger_pairs": 4, "sae": {"d_sae": 48, "k": 6, "tokens": 4096, "batch_size": 512},
+    "confirm_prompts": 20, "sae": {"d_sae": 48, "k": 6, "tokens": 4096, "batch_size": 512},
 }  # fmt: skip
 
 

@@ -85,11 +85,24 @@ def test_halving_every_panel_moves_no_part_by_more_than_the_gap_that_was_asked_f
         path = Path(rm, SITE, batch, start.x)
         panels = integrate(path, tolerance)
         coarse = parts_along(path, panels, sae, start)
-        fine = parts_along(path, [path.panel(*half) for p in panels for half in p.halves()], sae, start)
+        fine = parts_along(path, [half for p in panels for half in p.halved()], sae, start)
         for a, b in zip(coarse, fine, strict=True):
             assert b.nodes == 2 * a.nodes
             assert abs(a.features - b.features) < tolerance
             assert abs(a.error - b.error) < tolerance
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "bloom"])
+def test_a_pair_has_the_panels_that_it_needs_whatever_pairs_are_in_its_batch(architecture: str) -> None:
+    rm, sae = shared_pm(architecture, torch.float64, TAME), small_sae(bias=0.5)
+    start = start_of(rm, sae, "mean")
+    beside = {(p.pair, p.side): p for p in parts(rm, sae, start, 1e-5)}
+    alone = {(i, p.side): p for i, pair in enumerate(PAIRS) for p in parts(rm, sae, start, 1e-5, [pair])}
+    assert {key: p.nodes for key, p in beside.items()} == {key: p.nodes for key, p in alone.items()}
+    assert len({p.nodes for p in alone.values()}) > 1
+    for key, p in alone.items():
+        assert p.features == pytest.approx(beside[key].features, abs=1e-6)
+        assert p.error == pytest.approx(beside[key].error, abs=1e-6)
 
 
 def dense(

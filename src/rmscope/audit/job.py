@@ -1,6 +1,7 @@
 """``rmscope audit``: plant, train, run, score.
 
-The run is that of ``rmscope run`` with its own settings: it gets a PM and a file of pairs, and nothing else.
+The run is that of ``rmscope run`` with its own settings, without ledgers, by which nothing here is scored: it gets a PM and
+a file of pairs, and nothing else.
 """
 
 from __future__ import annotations
@@ -30,8 +31,6 @@ from rmscope.run import Run
 
 FRESH_SEED = 7919
 """Added to the audit's seed where held-out prompts are planted: pairs that neither the PM nor the run saw."""
-LEDGER_PAIRS = 4
-"""Ledgers are for people who read the run: nothing here is scored by them, and each takes ten seconds."""
 
 
 class AuditConfig(BaseModel):
@@ -130,7 +129,7 @@ def _recipe(config: AuditConfig, seed: int) -> Recipe:
 def _run_config(config: AuditConfig, pm: Path, pairs: Path, out: Path, seed: int) -> RunConfig:
     changes = _yaml(config.run)
     sae = {"seed": seed, **changes.pop("sae", {})}
-    told = {"model": str(pm), "data": str(pairs), "out": out, "seed": seed, "ledger_pairs": LEDGER_PAIRS, "sae": _sae(sae)}
+    told = {"model": str(pm), "data": str(pairs), "out": out, "seed": seed, "ledger_pairs": 0, "sae": _sae(sae)}
     return read_config(None, {**told, **changes})
 
 

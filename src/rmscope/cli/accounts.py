@@ -47,6 +47,10 @@ def ledger(
     job = open_job(folder)
     _need(folder, site, job.sites)
     table = pl.read_parquet(folder / "ledger" / f"{site}.parquet")
+    if table.is_empty():
+        raise InputError(
+            f"The run in {folder} has no ledgers (ledger_pairs: 0); run it again with more: the rest is read back."
+        )
     if pair is None:
         return _aggregate(job, table, site, as_json)
     if pair not in set(table["pair"]):
@@ -67,8 +71,12 @@ def _aggregate(job: Any, table: Any, site: str, as_json: bool) -> None:
     import numpy as np
     import polars as pl
 
-    from rmscope.effects.accounts import length_groups, share_rows, shares_by
+    from rmscope.effects.accounts import FEWEST, length_groups, share_rows, shares_by
 
+    if table.height < FEWEST:
+        raise InputError(
+            f"Ledgers of {table.height} pairs give no shares; name a --pair, or run again with more ledger_pairs."
+        )
     prompts = [job.prompts[p] for p in table["pair"]]
     lengths = table.select("pair").join(job.scores, on="pair", how="left", maintain_order="left")
     difference = np.asarray((lengths["n_chosen"] - lengths["n_rejected"]).to_list())

@@ -120,7 +120,7 @@ def summary(data: dict[str, Any], folder: Path) -> dict[str, Any]:
             {
                 "site": s["site"],
                 "trust": s["trust"],
-                "shares": s["ledger"]["shares"],
+                "shares": s["ledger"] and s["ledger"]["shares"],
                 "reported": [{k: f[k] for k in kept} for f in s["features"] if f["reported"]],
             }
             for s in data["sites"]

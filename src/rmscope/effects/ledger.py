@@ -19,13 +19,14 @@ is r(x0 chosen) - r(x0 rejected).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rmscope.effects.gradients import Estimates, sum_by_feature
@@ -92,31 +93,30 @@ def baseline(
     return Baseline(kind, f, e, sae.decode(f[None])[0] + e)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Panel:
-    """A stretch of the path: the integral of the gradient along it, and each text's gap on it."""
-
-    low: float
-    high: float
-    gradient: Float[Tensor, "rows width d"]
-    gaps: Float[Tensor, " texts"]
-
-    def halves(self) -> list[tuple[float, float]]:
-        middle = (self.low + self.high) / 2
-        return [(self.low, middle), (middle, self.high)]
-
-
 class Path:
     """The straight path of every text of a batch, all at once: rewards and gradients at any share of it."""
 
     def __init__(self, rm: RewardModel, site: str, batch: Batch, x0: Float[Tensor, " d"]) -> None:
         self.rm, self.site, self.batch = rm, site, batch
         self.x = rm.streams(batch, [site])[site]
-        self.on_span = torch.zeros(self.x.shape[:2], dtype=torch.bool, device=self.x.device)
+        on_span = torch.zeros(self.x.shape[:2], dtype=torch.bool, device=self.x.device)
         for text in batch.texts:
-            self.on_span[text.row, text.span.to(self.x.device)] = True
-        self.step = torch.where(self.on_span[..., None], self.x - x0.to(self.x), 0.0)
+            on_span[text.row, text.span.to(self.x.device)] = True
+        self.step = torch.where(on_span[..., None], self.x - x0.to(self.x), 0.0)
+        self.rows, self.texts = torch.arange(len(batch.ids)), torch.arange(len(batch.texts))
         self._rewards: dict[float, Float[Tensor, " texts"]] = {}
+
+    def only(self, rows: Bool[Tensor, " rows"]) -> Path:
+        """The path of these rows alone; its ``rows`` and ``texts`` are their numbers in the whole batch."""
+        part, texts = copy(self), rows[self.row_of]
+        part.batch = self.batch.only(rows.nonzero().flatten())
+        part.x, part.step, part.rows, part.texts = self.x[rows], self.step[rows], self.rows[rows], self.texts[texts]
+        part._rewards = {share: found[texts] for share, found in self._rewards.items()}
+        return part
+
+    @property
+    def row_of(self) -> Int[Tensor, " texts"]:
+        return torch.tensor([t.row for t in self.batch.texts])
 
     def at(self, share: float) -> Float[Tensor, "rows width d"]:
         return self.x - (1 - share) * self.step
@@ -141,27 +141,51 @@ class Path:
             integral += 0.5 * float(weight) * (high - low) * self.gradient(share)
         along = (integral * self.step).sum(-1).double()
         found = torch.stack([along[t.row, t.span.to(along.device)].sum() for t in self.batch.texts])
-        return Panel(low, high, integral, self.rewards(high).double() - self.rewards(low).double() - found)
+        gaps = self.rewards(high).double() - self.rewards(low).double() - found
+        return Panel(self, low, high, integral, gaps.cpu())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Panel:
+    """A stretch of a path: the integral of the gradient along it, and each text's gap on it."""
+
+    path: Path
+    low: float
+    high: float
+    gradient: Float[Tensor, "rows width d"]
+    gaps: Float[Tensor, " texts"]
+
+    def only(self, rows: Bool[Tensor, " rows"]) -> Panel:
+        return Panel(self.path.only(rows), self.low, self.high, self.gradient[rows], self.gaps[rows[self.path.row_of]])
+
+    def halved(self, rows: Bool[Tensor, " rows"] | None = None) -> list[Panel]:
+        """Both halves anew, of these rows or of all."""
+        path, middle = self.path if rows is None else self.path.only(rows), (self.low + self.high) / 2
+        return [path.panel(self.low, middle), path.panel(middle, self.high)]
 
 
 def integrate(path: Path, tolerance: float, halvings: int = HALVINGS) -> list[Panel]:
     """Panels whose gaps add up to at most ``tolerance`` / 4 for every text of the batch, or that were halved enough.
 
-    The rewards at a panel's ends give its error without a second rule, and panels that are good are not done again.
+    The rewards at a panel's ends give its error without a second rule, and what is good is not done again: each row of the
+    batch has panels of its own, whatever rows are beside it.
     """
     panels = [path.panel(low, high) for low, high in pairwise(CUTS)]
     shortest, tolerance = CUTS[1] * 2.0**-halvings, tolerance / MARGIN
     while True:
-        gaps = torch.stack([p.gaps for p in panels]).abs()  # [panels, texts]
-        late = gaps[:, gaps.sum(0) > tolerance]
-        if late.numel() == 0:
+        gaps, counts = torch.zeros(len(path.texts), dtype=torch.double), torch.zeros(len(path.rows), dtype=torch.long)
+        for p in panels:
+            gaps[p.path.texts] += p.gaps.abs()
+            counts[p.path.rows] += 1
+        bad = [torch.zeros(len(p.path.rows), dtype=torch.bool) for p in panels]
+        for rows, p in zip(bad, panels, strict=True):
+            late = (gaps[p.path.texts] > tolerance) & (p.high - p.low > shortest)
+            row_of = p.path.row_of
+            rows[row_of[late & (p.gaps.abs() > tolerance / counts[p.path.rows][row_of])]] = True
+        if not any(rows.any() for rows in bad):
             return panels
-        share = tolerance / len(panels)
-        bad = [bool(g.max() > share) and p.high - p.low > shortest for p, g in zip(panels, late, strict=True)]
-        if not any(bad):
-            return panels
-        cut = [[path.panel(*half) for half in p.halves()] if is_bad else [p] for p, is_bad in zip(panels, bad, strict=True)]
-        panels = [p for part in cut for p in part]
+        good = [p.only(~rows) for rows, p in zip(bad, panels, strict=True) if not rows.all()]
+        panels = good + [half for rows, p in zip(bad, panels, strict=True) if rows.any() for half in p.halved(rows)]
 
 
 def contributions(
@@ -174,12 +198,15 @@ def contributions(
 
 def parts_along(path: Path, panels: Sequence[Panel], sae: Sae, start: Baseline) -> Iterator[SideParts]:
     """The parts of every response of a path's batch, from the gradients of ``panels``."""
-    mean_gradient = torch.stack([p.gradient for p in panels]).sum(0)
+    mean_gradient, nodes = torch.zeros_like(path.x), torch.zeros(len(path.rows), dtype=torch.long)
+    for panel in panels:
+        mean_gradient[panel.path.rows] += panel.gradient
+        nodes[panel.path.rows] += NODES
     first, end = path.rewards(0.0), path.rewards(1.0)
     for i, text in enumerate(path.batch.texts):
         at = text.span.to(path.x.device)
         x, g = path.x[text.row, at].float().cpu(), mean_gradient[text.row, at].float().cpu()
-        yield _parts(sae, start, text, x, g, float(first[i]), float(end[i]), NODES * len(panels))
+        yield _parts(sae, start, text, x, g, float(first[i]), float(end[i]), int(nodes[text.row]))
 
 
 def _parts(sae: Sae, start: Baseline, text: Text, x: Tensor, g: Tensor, first: float, end: float, nodes: int) -> SideParts:

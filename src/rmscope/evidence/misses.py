@@ -35,6 +35,8 @@ ERROR = 0.5
 """The share of a cue's effect that, at every site, must run through the error to be called carried by it."""
 LEDGERS = 16
 """Twins whose ledgers say so: it is a share to one digit."""
+LOOSER = 10
+"""As many times a ledger's own gap is enough for that: .01 SD(Δr) of a twin, where a learned effect has at least .25."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Missed:
     def error_share(self, site: str) -> float:
         """How much of the cue's effect runs through the SAE's error: Σ error / Σ Δr over the twins' ledgers."""
         tokens, start = self.tokens[:LEDGERS], self.baselines[site]
-        made = ledger_rows(self.rm, self.saes[site], site, tokens, range(len(tokens)), start, self.sd)
+        sd = LOOSER * self.sd
+        made = ledger_rows(self.rm, self.saes[site], site, tokens, range(len(tokens)), start, sd)
         rows = [row for _, row, _ in made]
         return sum(row["error"] for row in rows) / sum(row["delta_r"] for row in rows)
 

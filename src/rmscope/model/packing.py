@@ -9,7 +9,7 @@ text gets a row of its own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,12 @@ class Batch:
             mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, torch.finfo(dtype).min)
             return {"input_ids": self.ids.to(device), "position_ids": self.positions.to(device), "attention_mask": mask}
         return {"input_ids": self.ids.to(device), "attention_mask": mask}
+
+    def only(self, rows: Int[Tensor, " kept"]) -> Batch:
+        """The batch of these rows alone, in ascending order."""
+        place = {int(row): i for i, row in enumerate(rows)}
+        texts = [replace(t, row=place[t.row]) for t in self.texts if t.row in place]
+        return Batch(self.ids[rows], self.positions[rows], self.mask[rows], texts)
 
     @property
     def reads(self) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from rmscope.effects.accounts import share_rows
+from rmscope.effects.accounts import FEWEST, share_rows
 from rmscope.effects.census import firings
 from rmscope.effects.ranking import BOUND, power_statement
 from rmscope.effects.statistics import accuracy
@@ -173,7 +173,10 @@ def sae_data(run: Results, site: str) -> dict[str, Any]:
     }
 
 
-def ledger_data(ledger: pl.DataFrame, run: Results) -> dict[str, Any]:
+def ledger_data(ledger: pl.DataFrame, run: Results) -> dict[str, Any] | None:
+    """None where too few pairs have a ledger for shares with an interval."""
+    if ledger.height < FEWEST:
+        return None
     return {
         "pairs": ledger.height,
         "shares": share_rows(ledger, [run.prompts[p] for p in ledger["pair"]]),
