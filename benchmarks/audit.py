@@ -1,15 +1,15 @@
 """Does rmscope find what was planted, and would a simpler way? One table from one script (docs/audit.md).
 
 usage: audit.py OUT [--plants configs/audit/standard.yaml] [--pairs demo:plain] [--seeds 0 1 2] [--limit 800] [--calibrate]
-                [--rankings-only] [--twins N]
+                [--only rankings|pipelines] [--twins N]
 
 A seed: one audit (``rmscope audit``), and beside it, on the same PM and matched by the same rule: the SAE's features ranked
 by W_dec · w_r, by mean activation difference, by integrated gradients from zero with 4 nodes, by firing rate, at random; the
 whole pipeline with principal components, with a random dictionary, and with features at ``embed`` in place of the SAEs; and
 two skylines that are told what was planted, which only have to detect it: a mean-difference probe at the site, and logistic
-regression on bags of tokens. ``--rankings-only`` leaves out the three other pipelines. With ``--twins N`` all ways, ours
-too, are matched on so many twins a cue. Audits that are done are read from OUT. Prints a JSON line a seed and way, then the
-table.
+regression on bags of tokens. ``--only rankings`` leaves out the three other pipelines, ``--only pipelines`` the rest. With
+``--twins N`` all ways, ours too, are matched on so many twins a cue. Audits that are done are read from OUT. Prints a JSON
+line a seed and way, then the table.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def audited(config: AuditConfig) -> dict[str, Any]:
 def opened(config: AuditConfig, name: str = "run", **changes: Any) -> Run:
     """A run of the audit's PM and pairs, with other SAEs or sites where ``changes`` say so."""
     stored = yaml.safe_load((config.out / "run" / "run.yaml").read_text("utf-8"))["config"]
-    return Run(read_config(None, {**stored, "out": config.out / name, **changes}), Bars())
+    return Run(read_config(None, {**stored, "ledger_pairs": 0, "out": config.out / name, **changes}), Bars())
 
 
 def by_rankings(
@@ -146,7 +146,7 @@ def words_f1(run: Run, made: Sequence[Pair]) -> float:
 
 
 def ways_of(
-    config: AuditConfig, seed: int, calibrate: bool, pipelines: bool, n: int
+    config: AuditConfig, seed: int, calibrate: bool, only: str | None, n: int
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """(way, rows of its plants) of one seed, ours first."""
     done = audited(config.model_copy(update={"calibrate": calibrate}))
@@ -154,10 +154,11 @@ def ways_of(
     emit(case="audit", seed=seed, **figures, plants=done["plants"])
     listed, run = read_plants(config.plants).plants, opened(config)
     _, held_out = base_pairs(config.pairs, config.limit, config.max_tokens, run.rm.tokenizer)
-    yield from by_rankings(run, listed, held_out, seed, n).items()
-    for row in skylines(run, listed, held_out, seed, n):
-        emit(case="skyline", seed=seed, **row)
-    if not pipelines:
+    if only != "pipelines":
+        yield from by_rankings(run, listed, held_out, seed, n).items()
+        for row in skylines(run, listed, held_out, seed, n):
+            emit(case="skyline", seed=seed, **row)
+    if only == "rankings":
         return
     others = {"PCA": with_dictionary(config, run, "pca"), "random dictionary": with_dictionary(config, run, "random")}
     for way, other in (others | {"embed": opened(config, "embed", sites=["embed"])}).items():
@@ -173,13 +174,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--limit", type=int, default=800)
     parser.add_argument("--calibrate", action="store_true")
-    parser.add_argument("--rankings-only", action="store_true")
+    parser.add_argument("--only", choices=["rankings", "pipelines"])
     parser.add_argument("--twins", type=int, default=TWINS)
     args = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for seed in args.seeds:
         config = AuditConfig(plants=args.plants, pairs=args.pairs, out=args.out / f"seed{seed}", limit=args.limit, seed=seed)
-        for way, rows in ways_of(config, seed, args.calibrate, not args.rankings_only, args.twins):
+        for way, rows in ways_of(config, seed, args.calibrate, args.only, args.twins):
             found[way].append({k: recall(rows, k) for k in KS})
             emit(case="way", seed=seed, way=way, **{f"recall_at_{k}": found[way][-1][k] for k in KS})
     print(f"\n| ranked by | {' | '.join(f'recall@{k}' for k in KS)} |\n|---|{'---|' * len(KS)}", file=sys.stdout)
