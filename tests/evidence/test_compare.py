@@ -60,9 +60,11 @@ def version(rm: RewardModel, saes: dict[str, Sae] | None = None, reported: dict[
     return Version(rm, rm.name, rm.identity, saes=saes or {}, reported=reported or {})
 
 
-def compared(a: Version, b: Version, folder: Path, n: int = 24) -> tuple[dict[str, Any], pl.DataFrame]:
-    fresh = meet(a, b, [(p, p.first_human_turn()) for p in TEXTS[:n]])
-    return compare(a, b, fresh, RunFolder(folder, Quiet()), n, 0)
+def compared(
+    a: Version, b: Version, folder: Path, n: int = 24, control: Version | None = None
+) -> tuple[dict[str, Any], pl.DataFrame]:
+    fresh = meet(a, [b, *([control] if control else [])], [(p, p.first_human_turn()) for p in TEXTS[:n]])
+    return compare(a, b, fresh, RunFolder(folder, Quiet()), n, 0, control)
 
 
 def run_of(rm: RewardModel) -> Version:
@@ -102,6 +104,23 @@ def test_a_negated_head_changes_every_sign_and_no_firing(tmp_path: Path) -> None
     assert found["sites"][0]["together"] == 1
 
 
+def test_a_difference_holds_where_the_control_is_like_a_and_not_where_it_is_like_b(tmp_path: Path) -> None:
+    a, b = run_of(linear_pm()), version(linear_pm(-1.0))
+    alone, without = compared(a, b, tmp_path / "alone")
+    assert (alone["control"], alone["delta"]["control"]) == (None, None)
+    for sign, holds in ((1.0, True), (-1.0, False)):
+        found, table = compared(a, b, tmp_path / str(sign), control=version(linear_pm(sign)))
+        assert found["delta"]["control"] == pytest.approx(sign)
+        assert table.select(without.columns).equals(without)
+        np.testing.assert_allclose(table["control"], sign * table["a"], atol=1e-6)
+        changed = table.filter(pl.col("class") == "changed sign")
+        assert set(changed["holds"]) == {holds}
+        assert table.filter(pl.col("class").is_in(["kept", "undecided"]))["holds"].null_count() > 0
+        text = Page(render_comparison(found | {"data": ["x"]})).text
+        n = sum(row["changed"] for row in found["concepts"])
+        assert f"{n if holds else 0} of {n} hold against the control" in text
+
+
 def test_a_suppressed_feature_vanishes_and_those_that_do_not_meet_it_stay(tmp_path: Path) -> None:
     rm, sae = linear_pm(), orthogonal()
     _, before = compared(run_of(rm), version(linear_pm(-1.0)), tmp_path / "before")
@@ -138,7 +157,7 @@ def moved() -> tuple[Version, Version]:
 
 
 def on(a: Version, b: Version, n: int) -> Fresh:
-    return meet(a, b, [(p, p.first_human_turn()) for p in TEXTS[:n]])
+    return meet(a, [b], [(p, p.first_human_turn()) for p in TEXTS[:n]])
 
 
 def test_effects_are_those_of_naive_removal_on_the_same_responses_in_both_pms(moved: tuple[Version, Version]) -> None:

@@ -92,6 +92,18 @@ def test_a_base_is_read_and_not_scored(root: Path, tmp_path: Path) -> None:
     assert found["sites"][0]["there"]["value"] == 1
 
 
+def test_a_control_may_be_a_pm_or_a_run_and_not_a_base(root: Path, tmp_path: Path) -> None:
+    for control in ("pm", "run"):
+        found = compared(
+            root, str(root / "patch"), "--prompts", "4", "--control", str(root / control), "--out", str(tmp_path)
+        )
+        assert found["control"]
+        gone = next(row for row in found["features"] if row["feature"] == 17)
+        assert gone["control"] == pytest.approx(gone["a"], abs=1e-6)
+    assert "no scalar head" in refused(str(root / "run"), str(root / "pm"), "--control", str(root / "base"))
+    assert "no scalar head" in refused(str(root / "run"), str(root / "base"), "--control", str(root / "pm"))
+
+
 def refused(*arguments: str) -> str:
     done = CliRunner().invoke(app, ["compare", *arguments])
     assert isinstance(done.exception, InputError)

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from rmscope.cli.base import Debug, Json, app, emit, open_job, reported_features
+from rmscope.errors import InputError
 from rmscope.terminal import console
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ def compare(
     ],
     prompts: Annotated[int, typer.Option(min=2, help="Fresh prompts on which a feature is removed, at most.")] = 48,
     pairs: Annotated[int, typer.Option(min=2, help="Fresh pairs of a run that are read, at most.")] = 512,
+    control: Annotated[
+        str | None,
+        typer.Option(help="Another PM of A's kind (say, another seed): a difference holds where B differs from it too."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the result; left out, the run's evidence.")] = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -38,8 +43,9 @@ def compare(
     started, job = time.time(), open_job(folder)
     a = _of_run(job)
     b, others = _other(job, other)
-    fresh = meet(a, b, fresh_pairs([job, *others], pairs))
-    found, table = measure(a, b, fresh, job.on_disk, prompts, job.config.seed)
+    beside = _control(job, control, b)
+    fresh = meet(a, [b, *beside], fresh_pairs([job, *others], pairs))
+    found, table = measure(a, b, fresh, job.on_disk, prompts, job.config.seed, *beside)
     found |= {"data": [j.config.data for j in (job, *others)], "seconds": round(time.time() - started, 1)}
     name = "compare-" + re.sub(r"[^A-Za-z0-9._-]+", "-", Path(other).name or other)
     target = out or folder / "evidence"
@@ -88,6 +94,18 @@ def _other(job: Any, other: str) -> tuple[Version, list[Any]]:
     return Version(rm, rm.name, rm.identity), []
 
 
+def _control(job: Any, control: str | None, b: Version) -> list[Version]:
+    """The control, if there is one; only its reward is looked at."""
+    if control is None:
+        return []
+    version, _ = _other(job, control)
+    if version.base or b.base:
+        raise InputError(
+            f"{(version if version.base else b).name} has no scalar head, so no effect can be held against a control."
+        )
+    return [version]
+
+
 def _print(found: dict[str, Any], page: Path) -> None:
     from rmscope.report.formatting import effect, estimate, number, q_value, share
 
@@ -107,12 +125,14 @@ def _print(found: dict[str, Any], page: Path) -> None:
     else:
         counts = ", ".join(f"{row['features']} {row['class']}" for row in found["classes"])
         table = Table(title=f"removal effects in SD(Δr), {counts}", title_justify="left")
-        for column in ("concept", "site", "A", "B", "B - A", "q", "class"):
-            table.add_column(column, justify="right" if column in ("A", "B", "B - A", "q") else "left")
+        beside = ["control"] if found["control"] else []
+        for column in ("concept", "site", "A", "B", "B - A", "q", *beside, "class"):
+            table.add_column(column, justify="left" if column in ("concept", "site", "class") else "right")
         for row in [row for row in found["concepts"] if row["changed"]][:20]:
-            means = (effect(row[m], row[f"{m}_low"], row[f"{m}_high"]) for m in ("a", "b", "difference"))
-            cells = (f"{value} {between}" for value, between in means)
+            means = (effect(row[m], row[f"{m}_low"], row[f"{m}_high"]) for m in ("a", "b", "difference", *beside))
+            cells = [f"{value} {between}" for value, between in means]
+            kind = row["class"] + (", holds" if beside and row["holds"] else "")
             name = f"{row['of'].upper()} {row['feature']} {' '.join(map(repr, row['tokens'][:3]))}"
-            table.add_row(name, row["site"], *cells, q_value(row["difference_q"]), row["class"])
+            table.add_row(name, row["site"], *cells[:3], q_value(row["difference_q"]), *cells[3:], kind)
         console.print(table)
     console.print(f"{found['seconds']} s: {page}", soft_wrap=True)

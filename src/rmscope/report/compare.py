@@ -18,6 +18,7 @@ def render_comparison(found: dict[str, Any]) -> str:
         .render(
             found=found,
             changed=changed,
+            held=sum(bool(row.get("holds")) for row in changed),
             others=[row for row in found["concepts"] if not row["changed"]],
             span=figures.extent(ends, include=[0.0], pad=0.04),
             counts=curves.counts([(row["class"], row["features"]) for row in found["classes"]], "Features by class"),

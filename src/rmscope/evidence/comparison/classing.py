@@ -58,6 +58,20 @@ SCHEMA = {
 }  # fmt: skip
 
 
+def against_control(judged: pl.DataFrame, measured: pl.DataFrame, seed: int) -> pl.DataFrame:
+    """``judged`` with ``control`` (its mean, ``_low``, ``_high``) and ``holds``, from the rows whose ``c`` is a control.
+
+    A control is another PM of A's kind, such as one of the same data with another seed. A difference between A and B holds
+    where B differs beyond the bound from the control too, in the same direction; null where A and B do not differ.
+    """
+    other = judge(measured.with_columns(pl.col("c").alias("a")), seed)
+    differs = other["class"].is_in(CHANGED) & (other["difference"].sign() == judged["difference"].sign())
+    return judged.with_columns(
+        *(other[f"a{end}"].alias(f"control{end}") for end in ("", "_low", "_high")),
+        pl.when(pl.col("class").is_in(CHANGED)).then(differs).alias("holds"),
+    )
+
+
 def _figure(name: str, values: Float[Array, " prompts"], flips: Array) -> dict[str, float]:
     """A mean with its interval; ``_q`` holds p until the correction."""
     low, high = mean_interval(values)

@@ -6,14 +6,14 @@ Long work goes in units that outlive a kill. Of a base without a head only the f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from rmscope.effects.statistics import correlation
-from rmscope.evidence.comparison.classing import CHANGED, class_counts, judge
+from rmscope.evidence.comparison.classing import CHANGED, against_control, class_counts, judge
 from rmscope.evidence.comparison.concepts import concept_class, concepts
 from rmscope.evidence.comparison.effects import paired, removal_unit, requested
 from rmscope.evidence.comparison.reading import KEY, MATCHES, count_features, matches, read_unit, site_row
@@ -28,12 +28,13 @@ VERSION = 1
 
 
 def compare(
-    a: Version, b: Version, fresh: Fresh, on_disk: RunFolder, prompts: int, seed: int
+    a: Version, b: Version, fresh: Fresh, on_disk: RunFolder, prompts: int, seed: int, control: Version | None = None
 ) -> tuple[dict[str, Any], pl.DataFrame]:
     """The figures of a comparison (JSON-able), and a row a reported feature of A and of B.
 
-    ``prompts`` is the most fresh prompts that a feature is removed on. With a base there are no effects, classes and
-    concepts, and ``delta`` is None.
+    ``prompts`` is the most fresh prompts that a feature is removed on. With a ``control``, another PM of A's kind, features
+    are removed in it too, and a difference *holds* where B differs from it as from A (``classing.py``). With a base there
+    are no effects, classes and concepts, and ``delta`` is None.
     """
     read = dictionaries(a, b)
     key = content_hash(VERSION, a.identity, b.identity, [(d.key, d.sae.identity(), d.reported) for d in read], _texts(fresh))
@@ -44,20 +45,25 @@ def compare(
     counts = count_features(seen["counts"])
     table = _listed(a, b, read, counts)
     found: dict[str, Any] = {
-        "a": a.name, "b": b.name, "base": b.base, "b_has_run": bool(b.saes), "pairs": len(fresh.ids),
-        "prompts": len(set(fresh.prompts)), "sites": _sites(table, read, seen["sums"], counts, fresh), "delta": None,
-        "classes": [], "concepts": [],
+        "a": a.name, "b": b.name, "base": b.base, "b_has_run": bool(b.saes), "control": control and control.name,
+        "pairs": len(fresh.ids), "prompts": len(set(fresh.prompts)),
+        "sites": _sites(table, read, seen["sums"], counts, fresh), "delta": None, "classes": [], "concepts": [],
     }  # fmt: skip
     if not b.base:
         delta = {v: (seen["rewards"][f"chosen_{v}"] - seen["rewards"][f"rejected_{v}"]).to_numpy() for v in "ab"}
+        versions, removal_key = {"a": a, "b": b}, content_hash(key, prompts, seed)
+        if control is not None:
+            delta["c"] = control.rm.score_tokens(fresh.tokens).delta.double().numpy()
+            versions["c"], removal_key = control, content_hash(removal_key, control.identity)
         sd = {v: float(values.std(ddof=1)) for v, values in delta.items()}
-        removal_key = content_hash(key, prompts, seed)
         asked = requested(seen["firing"], read, fresh, prompts, seed)
-        removals = _removed(a, b, read, fresh, asked, on_disk, removal_key)
-        table = _with_effects(table, judge(paired(asked, removals, sd), seed))
+        measured = paired(asked, _removed(versions, read, fresh, asked, on_disk, removal_key), sd)
+        judged = judge(measured, seed)
+        table = _with_effects(table, judged if control is None else against_control(judged, measured, seed))
         found |= {
             "delta": {"sd_a": sd["a"], "sd_b": sd["b"], "correlation": correlation(delta["a"], delta["b"]),
-                      "agreement": float((np.sign(delta["a"]) == np.sign(delta["b"])).mean())},
+                      "agreement": float((np.sign(delta["a"]) == np.sign(delta["b"])).mean()),
+                      "control": correlation(delta["a"], delta["c"]) if control else None},
             "classes": class_counts(table["class"].to_list()),
         }  # fmt: skip
         table, found["concepts"] = _concepts(table, read)
@@ -97,10 +103,14 @@ def _sites(
 
 
 def _removed(
-    a: Version, b: Version, read: Sequence[Dictionary], fresh: Fresh, asked: pl.DataFrame, on_disk: RunFolder, key: str
+    versions: Mapping[str, Version],
+    read: Sequence[Dictionary],
+    fresh: Fresh,
+    asked: pl.DataFrame,
+    on_disk: RunFolder,
+    key: str,
 ) -> pl.DataFrame:
     wanted = sorted({fresh.index[pair] for pair in asked["pair"].unique()})
-    versions = {"a": a, "b": b}
     with on_disk.shown.stage("remove") as progress:
         made = on_disk.in_units(
             "compare-removals", key, wanted, progress,

@@ -39,7 +39,7 @@ def removal_unit(
     unit: Sequence[int],
     progress: Progress = silent,
 ) -> dict[str, pl.DataFrame]:
-    """``removals``: the asked removals of some pairs in each PM (``pm``: a, b), a row where the feature fires."""
+    """``removals``: the asked removals of some pairs in each PM (``pm``: its letter), a row where the feature fires."""
     rows = asked.filter(pl.col("pair").is_in([fresh.ids[i] for i in unit]))
     parts = [pl.DataFrame(schema=REMOVALS)]
     for of in sorted({d.of for d in read}):
@@ -54,16 +54,16 @@ def removal_unit(
 
 
 def paired(asked: pl.DataFrame, removals: pl.DataFrame, sd: Mapping[str, float]) -> pl.DataFrame:
-    """A row a feature and prompt (of, site, feature, prompt): the mean removal effect in A (``a``) and in B (``b``) over the
-    same responses, in SD(Δr) of each PM."""
-    rows = asked
-    for pm in ("a", "b"):
+    """A row a feature and prompt (of, site, feature, prompt): the mean removal effect in A (``a``), in B (``b``) and in each
+    other PM of ``sd`` over the same responses, in SD(Δr) of each PM."""
+    rows, pms = asked, pl.col(*sd)
+    for pm in sd:
         effect = (pl.col("effect").cast(pl.Float64) / sd[pm]).alias(pm)
         here = removals.filter(pl.col("pm") == pm).select("of", "site", "pair", "side", "feature", effect)
         rows = rows.join(here, on=["of", "site", "pair", "side", "feature"], how="left")
     return (
-        rows.with_columns(pl.col("a", "b").fill_null(0.0))
+        rows.with_columns(pms.fill_null(0.0))
         .group_by("of", "site", "feature", "prompt")
-        .agg(pl.col("a", "b").mean())
+        .agg(pms.mean())
         .sort("of", "site", "feature", "prompt")
     )

@@ -127,27 +127,29 @@ def fresh_pairs(studies: Sequence[Any], most: int) -> list[tuple[Pair, str]]:
     return list(found.values())
 
 
-def meet(a: Version, b: Version, pairs: Sequence[tuple[Pair, str]]) -> Fresh:
-    """The pairs that both PMs can read, numbered where two runs use one id for two pairs.
+def meet(a: Version, others: Sequence[Version], pairs: Sequence[tuple[Pair, str]]) -> Fresh:
+    """The pairs that all PMs can read, numbered where two runs use one id for two pairs.
 
     Raises:
         InputError: the PMs do not match, read a text as different tokens, or no pair is left.
     """
-    must_match(a, b)
+    for other in others:
+        must_match(a, other)
     ids: list[str] = []
     tokens: list[PairTokens] = []
     prompts: list[str] = []
-    both = (v.rm.tokenize_all([pair for pair, _ in pairs]) for v in (a, b))
-    for (pair, prompt), mine, theirs in zip(pairs, *both, strict=True):
-        if not all(torch.equal(mine.side(s), theirs.side(s)) for s in ("chosen", "rejected")):
-            raise InputError(
-                f"{b.name} reads the pair {pair.id} as other tokens than {a.name}: its tokenizer is another one; name a "
-                "version that kept the tokenizer."
-            )
-        if a.rm.fits(mine) and b.rm.fits(mine) and not torch.equal(mine.chosen, mine.rejected):
+    read = (v.rm.tokenize_all([pair for pair, _ in pairs]) for v in (a, *others))
+    for (pair, prompt), mine, *theirs in zip(pairs, *read, strict=True):
+        for other, its in zip(others, theirs, strict=True):
+            if not all(torch.equal(mine.side(s), its.side(s)) for s in ("chosen", "rejected")):
+                raise InputError(
+                    f"{other.name} reads the pair {pair.id} as other tokens than {a.name}: its tokenizer is another one; "
+                    "name a version that kept the tokenizer."
+                )
+        if all(v.rm.fits(mine) for v in (a, *others)) and not torch.equal(mine.chosen, mine.rejected):
             ids.append(pair.id if pair.id not in ids else f"{pair.id} ({len(ids)})")
             tokens.append(mine)
             prompts.append(prompt)
     if not ids:
-        raise InputError("There is no fresh pair that both PMs can read; make the run with more prompts.")
+        raise InputError("There is no fresh pair that all PMs can read; make the run with more prompts.")
     return Fresh(ids, tokens, prompts)
