@@ -161,10 +161,28 @@ def test_stages_that_are_done_and_unchanged_are_skipped(
 
     for name in ("estimate_table", "removal_table", "firing_table"):
         monkeypatch.setattr(f"rmscope.effects.tables.{name}", never)
-    monkeypatch.setattr("rmscope.run.train_saes", never)
+    monkeypatch.setattr("rmscope.results.train_saes", never)
     monkeypatch.setattr("rmscope.run.ledger_rows", never)
     Run(settings(pm, done)).go()
     assert tables(done) == before
+
+
+def test_reward_aware_saes_stand_where_the_plain_ones_did_and_back(done: Path, pm: str, tmp_path: Path) -> None:
+    out = shutil.copytree(done, tmp_path / "run")
+    Run(settings(pm, out, reward_aware=3)).go()
+    for site in sorted(p.name for p in (done / "features").iterdir()):
+        plain, tuned = (Sae.load(out / "saes" / part / Path(site).stem) for part in ("plain", ""))
+        assert plain.identity() == Sae.load(done / "saes" / Path(site).stem).identity()
+        assert tuned.metadata["rmscope"]["reward_aware"]["steps"] == 3
+        assert tuned.identity() != plain.identity()
+    Run(settings(pm, out)).go()
+    assert {k: v for k, v in tables(out).items() if "plain" not in k} == tables(done)
+
+
+def test_fine_tuning_needs_saes_of_its_own_and_float32(pm: str, tmp_path: Path) -> None:
+    for changes, told in (({"sae_dir": "saes"}, "leave one of them out"), ({"dtype": "bfloat16"}, "float32, not bfloat16")):
+        with pytest.raises(InputError, match=told):
+            read_config(None, {"model": pm, "data": "demo:planted", "out": tmp_path, "reward_aware": 3, **changes})
 
 
 def test_a_run_without_ledgers_says_so_and_goes_on_to_them(done: Path, pm: str, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rmscope.errors import InputError
 from rmscope.sae.config import SaeConfig
@@ -56,6 +56,8 @@ class RunConfig(BaseModel):
     sae_dir: str | None = None
     """SAEs to use instead of training: a folder (or hub:owner/repo) with one subfolder a site, or a pattern with {site} or
     {L}, the block's number, such as hub:owner/repo/ae_layer{L}.pt."""
+    reward_aware: int = Field(0, ge=0)
+    """Steps of reward-aware fine-tuning after the SAEs are trained: less of the reward then runs through their error."""
     estimate: Literal["atp", "midpoint", "ig"] = "atp"
     """How the screen estimates removal effects: atp (clean point), midpoint, or ig (along the path from zero on which all
     features move together)."""
@@ -81,6 +83,16 @@ class RunConfig(BaseModel):
     """How often a stretch of a ledger's path is halved at most where its gap is too large; at 1 many stay open."""
     seed: int = Field(0, ge=0)
     """Fixes every draw of the run."""
+
+    @model_validator(mode="after")
+    def _fine_tuning_has_saes_of_its_own(self) -> RunConfig:
+        if self.reward_aware and self.sae_dir:
+            raise ValueError(
+                "reward_aware fine-tunes SAEs that the run trains, and sae_dir brings others; leave one of them out"
+            )
+        if self.reward_aware and self.dtype != "float32":
+            raise ValueError(f"reward_aware needs rewards in float32, not {self.dtype}")
+        return self
 
 
 def read_config(path: Path | None, overrides: dict[str, Any]) -> RunConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import cached_property
+from pathlib import Path
 
 import polars as pl
 
@@ -11,13 +12,16 @@ from rmscope.activations.store import ActivationStore
 from rmscope.config import RunConfig
 from rmscope.effects.census import Census, census
 from rmscope.effects.ledger import Baseline, baseline
+from rmscope.effects.reward_aware import RewardAwareConfig, fine_tune
 from rmscope.errors import InputError
+from rmscope.files import Progress, silent
 from rmscope.folder import Quiet, RunFolder, Shown
 from rmscope.model.preflight import Preflight
 from rmscope.model.rendering import PairTokens
+from rmscope.model.reward_model import Scores
 from rmscope.pairs.filters import largest
 from rmscope.pairs.pair import Pair
-from rmscope.sae import Sae
+from rmscope.sae import Sae, SaeConfig, train_saes
 from rmscope.sae.formats import sae_source
 from rmscope.study import Study
 
@@ -66,6 +70,19 @@ class Results(Study):
                 )
             sae.site = sae.site or site  # bare weights do not say where they belong
         return saes
+
+    def trained(self, config: SaeConfig, folder: Path, progress: Progress = silent) -> dict[str, Sae]:
+        """SAEs of every site from the run's store, in ``folder``; where the run is reward-aware fine-tuned on its fit split,
+        from those in ``folder/plain``."""
+        steps = self.config.reward_aware
+        saes = train_saes(self.store, config, folder / "plain" if steps else folder, self.sites, progress)
+        if not steps:
+            return saes
+        pairs = [self.pairs[i] for i in self.of_split("fit")]
+        known = pl.DataFrame({"pair": [p.id for p in pairs]}).join(self.scores, on="pair", how="left", maintain_order="left")
+        scores = Scores(known["chosen"].cast(pl.Float32).to_torch(), known["rejected"].cast(pl.Float32).to_torch())
+        tuning = RewardAwareConfig(steps=steps, seed=config.seed)
+        return {s: fine_tune(self.rm, sae, pairs, tuning, config, folder, progress, scores) for s, sae in saes.items()}
 
     @cached_property
     def census(self) -> dict[str, Census]:

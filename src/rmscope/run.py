@@ -37,7 +37,6 @@ from rmscope.pairs.filters import kept
 from rmscope.pairs.pair import split_of
 from rmscope.report.build import write_report
 from rmscope.results import Results
-from rmscope.sae import train_saes
 
 
 class Run(Results):
@@ -63,7 +62,8 @@ class Run(Results):
             self._harvest,
         )
         if c.sae_dir is None:
-            self.on_disk.stage("train", c.sae.model_dump(), [Path("saes") / s / "cfg.json" for s in self.sites], self._train)
+            settings = c.sae.model_dump() | dict(self._changed("reward_aware"))
+            self.on_disk.stage("train", settings, [Path("saes") / s / "cfg.json" for s in self.sites], self._train)
         else:
             self.on_disk.stage("train", [s.identity() for s in self.saes.values()], [], lambda _p, _k: self._keep_saes())
         effects = [Path("effects") / s for s in self.sites]
@@ -142,7 +142,7 @@ class Run(Results):
         )
 
     def _train(self, progress: Progress, _key: str) -> None:
-        self.__dict__["saes"] = train_saes(self.store, self.config.sae, self.folder / "saes", self.sites, progress)
+        self.__dict__["saes"] = self.trained(self.config.sae, self.folder / "saes", progress)
 
     def _keep_saes(self) -> None:
         for site, sae in self.saes.items():

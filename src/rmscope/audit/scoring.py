@@ -26,7 +26,6 @@ from rmscope.pairs.planted import twins
 from rmscope.pairs.plants import Plant
 from rmscope.report.build import TWINS, candidates_of
 from rmscope.results import Results
-from rmscope.sae import train_saes
 
 FRESH_PROMPTS = 24
 """Fresh prompts on which a reported feature is removed again, one pair each."""
@@ -129,7 +128,7 @@ class Scoring:
         """The share of reported features that SAEs of another seed, trained on the same activations, find again."""
         run, config = self.run, self.run.config.sae
         other = config.model_copy(update={"seed": config.seed + SECOND_SEED})
-        again = train_saes(run.store, other, run.folder / "second", run.sites, progress)
+        again = run.trained(other, run.folder / "second", progress)
         found = [
             hit
             for site in run.sites

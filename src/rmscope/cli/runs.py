@@ -69,6 +69,9 @@ def run(
         str | None,
         typer.Option(help="Bring your own SAEs: a folder, one subfolder a site, or a pattern with {site} or {L}."),
     ] = None,
+    reward_aware: Annotated[
+        int | None, typer.Option(help="Steps of reward-aware fine-tuning after the SAEs are trained.")
+    ] = None,
     adapter: Adapter = None,
     output: Output = None,
     trust_remote_code: Trust = False,
@@ -89,7 +92,7 @@ def run(
     flags = {
         "model": model, "data": data, "out": out, "limit": limit, "split": split, "adapter": adapter, "device": device,
         "dtype": dtype, "seed": seed, "on_bad_row": on_bad_row, "sae_dir": sae, "columns": columns_of(columns),
-        "sites": sites.split(",") if sites else None, "output": output_of(output),
+        "reward_aware": reward_aware, "sites": sites.split(",") if sites else None, "output": output_of(output),
         "format": form, "trust_remote_code": trust_remote_code or None,
         "sae": {key: value for key, value in sae_flags.items() if value is not None},
     }  # fmt: skip
