@@ -137,5 +137,6 @@ def _concepts(table: pl.DataFrame, read: Sequence[Dictionary]) -> tuple[pl.DataF
         for i, members in enumerate(groups)
     ]  # fmt: skip
     rows = [row | {"changed": row["class"] in CHANGED} for row in rows]
+    rows.sort(key=lambda row: row.get("holds") is False)  # what a control shares comes last
     keys = table.select("of", "site", "feature").rows()
     return table.with_columns(pl.Series("concept", [number[key] for key in keys], dtype=pl.Int32)), rows
