@@ -59,10 +59,11 @@ def figures(audits: Sequence[Audit]) -> str:
         [a["audited"]["seed"], *(counted(a[name]) for name in named), figure(a["mediated_share"]), round(a["seconds"] / 60)]
         for a in audits
     ]
-    plants = [p for a in audits for p in a["plants"]]
-    pooled = [recall(plants, k) for k in KS] + [sign_accuracy(plants), nulls_reported(plants)]
-    pooled += [share(*(sum(a[name][n] for a in audits) for n in ("hits", "n"))) for name in named[len(pooled) :]]
-    rows.append(["**all**", *map(counted, pooled), figure(mediated(plants)), ""])
+    if len(audits) > 1:
+        plants = [p for a in audits for p in a["plants"]]
+        pooled = [recall(plants, k) for k in KS] + [sign_accuracy(plants), nulls_reported(plants)]
+        pooled += [share(*(sum(a[name][n] for a in audits) for n in ("hits", "n"))) for name in named[len(pooled) :]]
+        rows.append(["**all**", *map(counted, pooled), figure(mediated(plants)), ""])
     return table(["seed", *head, "mediated, lexical", "minutes"], rows)
 
 
