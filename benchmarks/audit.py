@@ -64,7 +64,7 @@ def audited(config: AuditConfig) -> dict[str, Any]:
 def opened(config: AuditConfig, name: str = "run", **changes: Any) -> Run:
     """A run of the audit's PM and pairs, with other SAEs or sites where ``changes`` say so."""
     stored = yaml.safe_load((config.out / "run" / "run.yaml").read_text("utf-8"))["config"]
-    return Run(read_config(None, {**stored, "ledger_pairs": 0, "out": config.out / name, **changes}), Bars())
+    return Run(read_config(None, {**stored, "ledger_pairs": 0, "out": config.out / name} | changes), Bars())
 
 
 def by_rankings(
@@ -106,7 +106,7 @@ def with_dictionary(config: AuditConfig, run: Run, name: str) -> Run:
         made = random_dictionary(x, run.saes[site].m, k) if name != "pca" else signed(principal_components(x), x.mean(0), k)
         made.site = site
         made.save(folder / site)
-    return opened(config, f"{name}/run", sae_dir=str(folder))
+    return opened(config, f"{name}/run", sae_dir=str(folder), reward_aware=0)
 
 
 def skylines(run: Run, plants: Sequence[Plant], held_out: Sequence[Pair], seed: int, n: int) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,7 @@ import yaml
 
 from rmscope.cli.accounts import ledger
 from rmscope.config import RunConfig, read_config
+from rmscope.effects.reward_aware import fine_tune
 from rmscope.errors import InputError
 from rmscope.folder import RunFolder
 from rmscope.model.reward_model import RewardModel
@@ -175,8 +176,28 @@ def test_reward_aware_saes_stand_where_the_plain_ones_did_and_back(done: Path, p
         assert plain.identity() == Sae.load(done / "saes" / Path(site).stem).identity()
         assert tuned.metadata["rmscope"]["reward_aware"]["steps"] == 3
         assert tuned.identity() != plain.identity()
+        effects = (Path("effects") / Path(site).stem / "exact.parquet" for _ in range(2))
+        assert not pl.read_parquet(out / next(effects)).equals(pl.read_parquet(done / next(effects)))
     Run(settings(pm, out)).go()
-    assert {k: v for k, v in tables(out).items() if "plain" not in k} == tables(done)
+    assert {k: v for k, v in tables(out).items() if "plain" not in k and "aware" not in k} == tables(done)
+
+
+def test_fine_tuning_that_was_killed_leaves_no_mixture(
+    done: Path, pm: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out, calls = shutil.copytree(done, tmp_path / "run"), []
+
+    def killed(*given: Any) -> Sae:
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return fine_tune(*given)
+
+    monkeypatch.setattr("rmscope.results.fine_tune", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Run(settings(pm, out, reward_aware=2)).go()
+    Run(settings(pm, out)).go()
+    assert {k: v for k, v in tables(out).items() if "plain" not in k and "aware" not in k} == tables(done)
 
 
 def test_fine_tuning_needs_saes_of_its_own_and_float32(pm: str, tmp_path: Path) -> None:

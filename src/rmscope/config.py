@@ -85,7 +85,7 @@ class RunConfig(BaseModel):
     """Fixes every draw of the run."""
 
     @model_validator(mode="after")
-    def _fine_tuning_has_saes_of_its_own(self) -> RunConfig:
+    def _can_be_fine_tuned(self) -> RunConfig:
         if self.reward_aware and self.sae_dir:
             raise ValueError(
                 "reward_aware fine-tunes SAEs that the run trains, and sae_dir brings others; leave one of them out"

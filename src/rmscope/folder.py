@@ -93,6 +93,8 @@ class RunFolder:
         if done.get("key") == key and all((self.path / p).exists() for p in outputs):
             self.shown.note(f"{name}: done before")
             return
+        if self.record["stages"].pop(name, None):  # its files change from here on: until it is whole, it is not done
+            self._write()
         started = time.time()
         with self.shown.stage(name) as progress:
             work(progress, key)

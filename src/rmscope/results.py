@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from functools import cached_property
 from pathlib import Path
@@ -72,8 +73,8 @@ class Results(Study):
         return saes
 
     def trained(self, config: SaeConfig, folder: Path, progress: Progress = silent) -> dict[str, Sae]:
-        """SAEs of every site from the run's store, in ``folder``; where the run is reward-aware fine-tuned on its fit split,
-        from those in ``folder/plain``."""
+        """SAEs of every site from the run's store, in ``folder``. Where the run is reward-aware, those in ``folder/plain``
+        are fine-tuned on its fit split, in ``folder/reward-aware-STEPS``, and these stand in ``folder``."""
         steps = self.config.reward_aware
         saes = train_saes(self.store, config, folder / "plain" if steps else folder, self.sites, progress)
         if not steps:
@@ -82,7 +83,11 @@ class Results(Study):
         known = pl.DataFrame({"pair": [p.id for p in pairs]}).join(self.scores, on="pair", how="left", maintain_order="left")
         scores = Scores(known["chosen"].cast(pl.Float32).to_torch(), known["rejected"].cast(pl.Float32).to_torch())
         tuning = RewardAwareConfig(steps=steps, seed=config.seed)
-        return {s: fine_tune(self.rm, sae, pairs, tuning, config, folder, progress, scores) for s, sae in saes.items()}
+        made, own = {}, folder / f"reward-aware-{steps}"
+        for site, sae in saes.items():
+            made[site] = fine_tune(self.rm, sae, pairs, tuning, config, own, progress, scores)
+            shutil.copytree(own / site, folder / site, dirs_exist_ok=True)
+        return made
 
     @cached_property
     def census(self) -> dict[str, Census]:

@@ -14,7 +14,7 @@ from torch import nn
 from rmscope.effects.removal import remove_naively
 from rmscope.errors import InputError
 from rmscope.evidence.comparison import compare as comparing
-from rmscope.evidence.comparison.classing import CLASSES, class_of, judge
+from rmscope.evidence.comparison.classing import CLASSES, against_control, class_of, judge
 from rmscope.evidence.comparison.compare import compare
 from rmscope.evidence.comparison.concepts import MOVED, concept_class, concepts
 from rmscope.evidence.comparison.effects import paired, removal_unit, requested
@@ -115,10 +115,55 @@ def test_a_difference_holds_where_the_control_is_like_a_and_not_where_it_is_like
         np.testing.assert_allclose(table["control"], sign * table["a"], atol=1e-6)
         changed = table.filter(pl.col("class") == "changed sign")
         assert set(changed["holds"]) == {holds}
-        assert table.filter(pl.col("class").is_in(["kept", "undecided"]))["holds"].null_count() > 0
+        others = table.filter(pl.col("class").is_in(["kept", "undecided"]))
+        assert others["holds"].null_count() == others.height > 0
         text = Page(render_comparison(found | {"data": ["x"]})).text
         n = sum(row["changed"] for row in found["concepts"])
         assert f"{n if holds else 0} of {n} hold against the control" in text
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "c", "holds"),
+    [
+        (0.3, -0.3, 0.2, True),  # the control is like A
+        (0.3, -0.3, -0.2, False),  # the control differs from A almost as B does
+        (0.3, 0.1, 0.5, False),  # as far from the nearer as the two are apart
+        (0.3, 0.1, 0.25, True),
+        (0.3, 0.0, -0.3, False),  # B lies between
+        (0.3, 0.3, 0.0, None),  # nothing differs
+    ],
+)
+def test_what_holds_stands_apart_from_both(a: float, b: float, c: float, holds: bool | None) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.02, (3, 40))
+    rows = [
+        {"of": "a", "site": SITE, "feature": 1, "prompt": str(i)}
+        | {v: m + float(noise[k, i]) for k, (v, m) in enumerate(zip("abc", (a, b, c), strict=True))}
+        for i in range(40)
+    ]
+    measured = pl.DataFrame(rows, schema_overrides={"feature": pl.Int32})
+    assert against_control(judge(measured, 0), measured, 0)["holds"].to_list() == [holds]
+
+
+def test_of_three_pms_of_one_kind_a_third_of_the_differences_holds() -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        {"of": "a", "site": SITE, "feature": j, "prompt": str(i)}
+        | {v: m + float(rng.normal(0, 0.02)) for v, m in zip("abc", means, strict=True)}
+        for j, means in enumerate(rng.normal(0, 0.4, (90, 3)).tolist())
+        for i in range(20)
+    ]
+    measured = pl.DataFrame(rows, schema_overrides={"feature": pl.Int32})
+    holds = against_control(judge(measured, 0), measured, 0)["holds"].drop_nulls()
+    assert len(holds) > 60
+    assert 0.2 < holds.mean() < 0.45  # type: ignore[operator]
+
+
+def test_a_control_that_tells_nothing_apart_is_refused(tmp_path: Path) -> None:
+    flat = linear_pm()
+    with torch.no_grad():
+        flat.model.score.weight.zero_()
+    with pytest.raises(InputError, match="do not differ on the fresh pairs"):
+        compared(run_of(linear_pm()), version(linear_pm(-1.0)), tmp_path, control=version(flat))
 
 
 def test_a_suppressed_feature_vanishes_and_those_that_do_not_meet_it_stay(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,7 +37,7 @@ def compare(
 ) -> None:
     """Two PMs side by side: which features are there in both, and which rewarded concepts came, went or changed."""
     from rmscope.evidence.comparison.compare import compare as measure
-    from rmscope.evidence.comparison.versions import fresh_pairs, meet
+    from rmscope.evidence.comparison.versions import fresh_pairs, meet, must_match
     from rmscope.files import write_json, write_table, write_text
     from rmscope.report.compare import render_comparison
 
@@ -44,6 +45,8 @@ def compare(
     a = _of_run(job)
     b, others = _other(job, other)
     beside = _control(job, control, b)
+    for version in beside:
+        must_match(b, version)
     fresh = meet(a, [b, *beside], fresh_pairs([job, *others], pairs))
     found, table = measure(a, b, fresh, job.on_disk, prompts, job.config.seed, *beside)
     found |= {"data": [j.config.data for j in (job, *others)], "seconds": round(time.time() - started, 1)}
@@ -98,12 +101,14 @@ def _control(job: Any, control: str | None, b: Version) -> list[Version]:
     """The control, if there is one; only its reward is looked at."""
     if control is None:
         return []
-    version, _ = _other(job, control)
-    if version.base or b.base:
+    if b.base:
         raise InputError(
-            f"{(version if version.base else b).name} has no scalar head, so no effect can be held against a control."
+            f"{b.name} has no scalar head, so no effect in it can be held against a control; leave --control out."
         )
-    return [version]
+    version, _ = _other(job, control)
+    if version.base:
+        raise InputError(f"The control {version.name} has no scalar head; name another PM of A's kind.")
+    return [replace(version, saes={}, reported={})]
 
 
 def _print(found: dict[str, Any], page: Path) -> None:

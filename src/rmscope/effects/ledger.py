@@ -184,7 +184,7 @@ def integrate(path: Path, tolerance: float, halvings: int = HALVINGS) -> list[Pa
             rows[row_of[late & (p.gaps.abs() > tolerance / counts[p.path.rows][row_of])]] = True
         if not any(rows.any() for rows in bad):
             return panels
-        good = [p.only(~rows) for rows, p in zip(bad, panels, strict=True) if not rows.all()]
+        good = [p.only(~rows) if rows.any() else p for rows, p in zip(bad, panels, strict=True) if not rows.all()]
         panels = good + [half for rows, p in zip(bad, panels, strict=True) if rows.any() for half in p.halved(rows)]
 
 

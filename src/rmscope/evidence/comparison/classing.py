@@ -62,14 +62,25 @@ def against_control(judged: pl.DataFrame, measured: pl.DataFrame, seed: int) -> 
     """``judged`` with ``control`` (its mean, ``_low``, ``_high``) and ``holds``, from the rows whose ``c`` is a control.
 
     A control is another PM of A's kind, such as one of the same data with another seed. A difference between A and B holds
-    where B differs beyond the bound from the control too, in the same direction; null where A and B do not differ.
+    where B differs beyond the bound from the control too, in the same direction, and is farther from the nearer of the two
+    than they are from each other (paired by prompt, lower end of the interval above 0); null where A and B do not differ.
+    Were B of A's kind, a third of large differences would still hold: each of the three as often stands apart.
     """
     other = judge(measured.with_columns(pl.col("c").alias("a")), seed)
     differs = other["class"].is_in(CHANGED) & (other["difference"].sign() == judged["difference"].sign())
+    farther = [_farther(part)[0] > 0 for _, part in measured.group_by("of", "site", "feature", maintain_order=True)]
     return judged.with_columns(
         *(other[f"a{end}"].alias(f"control{end}") for end in ("", "_low", "_high")),
-        pl.when(pl.col("class").is_in(CHANGED)).then(differs).alias("holds"),
+        pl.when(pl.col("class").is_in(CHANGED)).then(differs & pl.Series(farther, dtype=pl.Boolean)).alias("holds"),
     )
+
+
+def _farther(part: pl.DataFrame) -> tuple[float, float]:
+    """The interval of how much farther B is from the nearer of A and the control than those are from each other."""
+    a, b, c = (part[v].to_numpy() for v in "abc")
+    near, far = (a, c) if abs(b.mean() - a.mean()) <= abs(b.mean() - c.mean()) else (c, a)
+    away = np.sign(b.mean() - near.mean())
+    return mean_interval(away * (b - near) - np.sign(near.mean() - far.mean()) * (near - far))
 
 
 def _figure(name: str, values: Float[Array, " prompts"], flips: Array) -> dict[str, float]:

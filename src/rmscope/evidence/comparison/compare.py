@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 
 from rmscope.effects.statistics import correlation
+from rmscope.errors import InputError
 from rmscope.evidence.comparison.classing import CHANGED, against_control, class_counts, judge
 from rmscope.evidence.comparison.concepts import concept_class, concepts
 from rmscope.evidence.comparison.effects import paired, removal_unit, requested
@@ -56,6 +57,11 @@ def compare(
             delta["c"] = control.rm.score_tokens(fresh.tokens).delta.double().numpy()
             versions["c"], removal_key = control, content_hash(removal_key, control.identity)
         sd = {v: float(values.std(ddof=1)) for v, values in delta.items()}
+        for v, spread in sd.items():
+            if not spread > 0:
+                raise InputError(
+                    f"The rewards of {versions[v].name} do not differ on the fresh pairs; name a PM that tells them apart."
+                )
         asked = requested(seen["firing"], read, fresh, prompts, seed)
         measured = paired(asked, _removed(versions, read, fresh, asked, on_disk, removal_key), sd)
         judged = judge(measured, seed)
@@ -137,6 +143,6 @@ def _concepts(table: pl.DataFrame, read: Sequence[Dictionary]) -> tuple[pl.DataF
         for i, members in enumerate(groups)
     ]  # fmt: skip
     rows = [row | {"changed": row["class"] in CHANGED} for row in rows]
-    rows.sort(key=lambda row: row.get("holds") is False)  # what a control shares comes last
+    rows.sort(key=lambda row: row.get("holds") is False)  # what does not hold against a control comes last
     keys = table.select("of", "site", "feature").rows()
     return table.with_columns(pl.Series("concept", [number[key] for key in keys], dtype=pl.Int32)), rows
