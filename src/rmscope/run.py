@@ -28,6 +28,7 @@ from rmscope.effects.ranking import (
     preference_signs,
     strongest,
 )
+from rmscope.effects.reward_aware import RewardAwareConfig
 from rmscope.effects.trust import trust
 from rmscope.files import Progress, write_json, write_table
 from rmscope.model import cost
@@ -95,6 +96,7 @@ class Run(Results):
         tokens = [t for _, t in self.scored]
         studied = kept(len(tokens), self.config.top_share, self.config.top_pairs)
         rate = cost.tokens_a_second(self.rm, tokens)
+        tuning = len(self.sites) * cost.tuning_minutes(tokens, rate, self.config.reward_aware, RewardAwareConfig().pairs)
         scoring = 0.0 if studied == len(tokens) else cost.run_tokens(tokens) / rate / 60
         fit = sum(t.chosen.numel() + t.rejected.numel() for p, t in self.scored if split_of(p) == "fit")
         return {
@@ -103,7 +105,7 @@ class Run(Results):
             "tokens (shared prefixes once)": cost.run_tokens(tokens),
             "sites": ", ".join(self.sites),
             "tokens per second, forward": round(rate),
-            "minutes, about": round(scoring + cost.run_minutes(self.rm, tokens, rate, studied), 1),
+            "minutes, about": round(scoring + tuning + cost.run_minutes(self.rm, tokens, rate, studied), 1),
             "GB of memory, about": round(cost.run_bytes(self.rm) / 1e9, 1),
             "GB on disk, about": round(fit * studied / len(tokens) * self.rm.d_model * 2 * len(self.sites) / 1e9, 2),
         }

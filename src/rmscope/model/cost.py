@@ -44,6 +44,11 @@ def run_minutes(rm: RewardModel, tokens: Sequence[PairTokens], rate: float, pair
     return seconds / 60
 
 
+def tuning_minutes(tokens: Sequence[PairTokens], rate: float, steps: int, pairs: int) -> float:
+    """Minutes of reward-aware fine-tuning at one site: forwards and backwards, each backward twice a forward."""
+    return 3 * run_tokens(tokens) / len(tokens) * pairs * steps / rate / 60
+
+
 def run_bytes(rm: RewardModel) -> float:
     """Memory of a run: the weights twice (a faster layout of them, or gradients' buffers), and what comes beside."""
     return 2 * sum(p.numel() * p.element_size() for p in rm.model.parameters()) + BASE_BYTES
