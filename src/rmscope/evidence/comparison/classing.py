@@ -68,19 +68,19 @@ def against_control(judged: pl.DataFrame, measured: pl.DataFrame, seed: int) -> 
     """
     other = judge(measured.with_columns(pl.col("c").alias("a")), seed)
     differs = other["class"].is_in(CHANGED) & (other["difference"].sign() == judged["difference"].sign())
-    farther = [_farther(part)[0] > 0 for _, part in measured.group_by("of", "site", "feature", maintain_order=True)]
+    farther = [_farther(part) > 0 for _, part in measured.group_by("of", "site", "feature", maintain_order=True)]
     return judged.with_columns(
         *(other[f"a{end}"].alias(f"control{end}") for end in ("", "_low", "_high")),
         pl.when(pl.col("class").is_in(CHANGED)).then(differs & pl.Series(farther, dtype=pl.Boolean)).alias("holds"),
     )
 
 
-def _farther(part: pl.DataFrame) -> tuple[float, float]:
-    """The interval of how much farther B is from the nearer of A and the control than those are from each other."""
+def _farther(part: pl.DataFrame) -> float:
+    """How much farther B is from the nearer of A and the control than those are from each other; the 95 % interval's end."""
     a, b, c = (part[v].to_numpy() for v in "abc")
     near, far = (a, c) if abs(b.mean() - a.mean()) <= abs(b.mean() - c.mean()) else (c, a)
     away = np.sign(b.mean() - near.mean())
-    return mean_interval(away * (b - near) - np.sign(near.mean() - far.mean()) * (near - far))
+    return mean_interval(away * (b - near) - np.sign(near.mean() - far.mean()) * (near - far))[0]
 
 
 def _figure(name: str, values: Float[Array, " prompts"], flips: Array) -> dict[str, float]:

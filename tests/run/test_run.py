@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -13,53 +12,15 @@ import pytest
 import torch
 import yaml
 
-from rmscope.cli.accounts import ledger
-from rmscope.config import RunConfig, read_config
-from rmscope.effects.reward_aware import fine_tune
+from rmscope.config import read_config
 from rmscope.errors import InputError
 from rmscope.folder import RunFolder
 from rmscope.model.reward_model import RewardModel
-from rmscope.pairs.demo import demo_pairs
 from rmscope.pairs.readers import load_pairs
 from rmscope.run import Run
-from rmscope.sae import Sae, SaeConfig
+from rmscope.sae import Sae
 from tests.model.small import small_model, tokenizer
-
-
-@pytest.fixture(scope="module")
-def pm(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("pm")
-    small_model("llama", max_position_embeddings=1024).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-def settings(pm: str, out: Path, **changes: Any) -> RunConfig:
-    data = Path(pm) / "pairs.jsonl"
-    if not data.is_file():
-        rows = [{"prompt": p.prompt[0]["content"], "chosen": p.chosen, "rejected": p.rejected} for p in demo_pairs(300)]
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return RunConfig(
-        model=pm, data=str(data), out=out, limit=300, sae=SaeConfig(d_sae=96, k=6, tokens=8192, batch_size=512),
-        screen=12, others=8, responses=4, trust_responses=6, frozen=16, confirm_prompts=8,
-        **{"ledger_pairs": 8, "ledger_halvings": 1, **changes},
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def done(pm: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    Run(settings(pm, out)).go()
-    return out
-
-
-def tables(folder: Path) -> dict[str, str]:
-    """Every table and every weight of a run, by its bytes."""
-    return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(folder.rglob("*"))
-        if p.suffix in (".parquet", ".safetensors") and "training" not in p.name
-    }
+from tests.run.small import settings, tables
 
 
 def test_the_run_folder_holds_what_design_promises(done: Path) -> None:
@@ -168,81 +129,6 @@ def test_stages_that_are_done_and_unchanged_are_skipped(
     assert tables(done) == before
 
 
-def test_reward_aware_saes_stand_where_the_plain_ones_did_and_back(done: Path, pm: str, tmp_path: Path) -> None:
-    out = shutil.copytree(done, tmp_path / "run")
-    Run(settings(pm, out, reward_aware=3)).go()
-    for site in sorted(p.name for p in (done / "features").iterdir()):
-        plain, tuned = (Sae.load(out / "saes" / part / Path(site).stem) for part in ("plain", ""))
-        assert plain.identity() == Sae.load(done / "saes" / Path(site).stem).identity()
-        assert tuned.metadata["rmscope"]["reward_aware"]["steps"] == 3
-        assert tuned.identity() != plain.identity()
-        effects = (Path("effects") / Path(site).stem / "exact.parquet" for _ in range(2))
-        assert not pl.read_parquet(out / next(effects)).equals(pl.read_parquet(done / next(effects)))
-    Run(settings(pm, out)).go()
-    assert {k: v for k, v in tables(out).items() if "plain" not in k and "aware" not in k} == tables(done)
-
-
-def test_fine_tuning_that_was_killed_leaves_no_mixture(
-    done: Path, pm: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    out, calls = shutil.copytree(done, tmp_path / "run"), []
-
-    def killed(*given: Any) -> Sae:
-        calls.append(given)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return fine_tune(*given)
-
-    monkeypatch.setattr("rmscope.results.fine_tune", killed)
-    with pytest.raises(KeyboardInterrupt):
-        Run(settings(pm, out, reward_aware=2)).go()
-    Run(settings(pm, out)).go()
-    assert {k: v for k, v in tables(out).items() if "plain" not in k and "aware" not in k} == tables(done)
-
-
-def test_fine_tuning_needs_saes_of_its_own_and_float32(pm: str, tmp_path: Path) -> None:
-    for changes, told in (({"sae_dir": "saes"}, "leave one of them out"), ({"dtype": "bfloat16"}, "float32, not bfloat16")):
-        with pytest.raises(InputError, match=told):
-            read_config(None, {"model": pm, "data": "demo:planted", "out": tmp_path, "reward_aware": 3, **changes})
-
-
-def test_a_run_without_ledgers_says_so_and_goes_on_to_them(done: Path, pm: str, tmp_path: Path) -> None:
-    out = shutil.copytree(done, tmp_path / "run")
-    assert "the ledger of 8 pairs" in (out / "report.html").read_text()
-    data = Run(settings(pm, out, ledger_pairs=0)).go()
-    assert [site["ledger"] for site in data["sites"]] == [None] * len(data["sites"])
-    assert "the ledger of" not in (out / "report.html").read_text()
-    with pytest.raises(InputError, match="has no ledgers"):
-        ledger(out, data["sites"][0]["site"])
-    Run(settings(pm, out)).go()
-    assert tables(out) == tables(done)
-
-
-def test_ledgers_of_too_few_pairs_give_no_shares(done: Path, pm: str, tmp_path: Path) -> None:
-    out = shutil.copytree(done, tmp_path / "run")
-    data = Run(settings(pm, out, ledger_pairs=3)).go()
-    site = data["sites"][0]["site"]
-    assert data["sites"][0]["ledger"] is None
-    with pytest.raises(InputError, match="Ledgers of 3 pairs"):
-        ledger(out, site)
-    ledger(out, site, pair=pl.read_parquet(out / "ledger" / f"{site}.parquet")["pair"][0])
-
-
-def test_more_pairs_of_a_confirm_prompt_join_the_first_one_and_its_prompt_counts_once(
-    done: Path, pm: str, tmp_path: Path
-) -> None:
-    out = shutil.copytree(done, tmp_path / "run")
-    Run(settings(pm, out, confirm_pairs=2)).go()
-    for one in sorted((done / "effects").iterdir()):
-        pairs = [confirm_pairs_of(folder, one.name, pm) for folder in (done, out)]
-        assert pairs[0]["n"].max() == 1
-        assert pairs[1]["n"].max() == 2
-        assert pairs[0].join(pairs[1], on=["feature", "prompt"], how="anti").height == 0
-        ranked = [pl.read_parquet(f / "features" / f"{one.name}.parquet").sort("feature") for f in (done, out)]
-        assert ranked[0]["n"].equals(ranked[1]["n"])
-        assert not ranked[0]["mean_removal"].equals(ranked[1]["mean_removal"])
-
-
 def test_strong_firings_are_the_hardest_of_the_confirm_split(done: Path, pm: str) -> None:
     run = Run(settings(pm, done))
     confirming = run.of_split("confirm")
@@ -265,15 +151,6 @@ def test_strong_firings_are_the_hardest_of_the_confirm_split(done: Path, pm: str
         for j, pair in strong.filter("strong").select("feature", "pair").iter_rows():
             above = sum(value > most[j][run.prompts[pair]] + 1e-4 for value in most[j].values())
             assert above < max(20, sum(value > 0 for value in most[j].values()) / 10)
-
-
-def confirm_pairs_of(folder: Path, site: str, pm: str) -> pl.DataFrame:
-    """(feature, prompt, n): on how many pairs of each confirm prompt a feature was removed."""
-    prompts = {p.id: p.first_human_turn() for p in load_pairs(Path(pm) / "pairs.jsonl")}
-    confirm = pl.read_parquet(folder / "scores.parquet").filter(pl.col("split") == "confirm").select("pair")
-    exact = pl.read_parquet(folder / "effects" / site / "exact.parquet").join(confirm, on="pair", how="semi")
-    prompt = pl.col("pair").replace_strict(prompts, return_dtype=pl.String).alias("prompt")
-    return exact.with_columns(prompt).group_by("feature", "prompt").agg(pl.col("pair").n_unique().alias("n"))
 
 
 def test_a_folder_of_another_dataset_or_model_is_refused(done: Path, pm: str, tmp_path: Path) -> None:
@@ -380,8 +257,6 @@ def test_the_ranking_of_a_run_answers_both_questions_and_carries_its_controls(do
 
 
 def test_rank_prints_a_ranking_and_removes_features_together(done: Path, tmp_path: Path) -> None:
-    import shutil
-
     from typer.testing import CliRunner
 
     from rmscope.cli import app
@@ -415,8 +290,6 @@ def test_rank_refuses_what_is_not_there(done: Path, flags: list[str], said: str)
 
 
 def test_the_curves_of_a_run_go_into_its_report(done: Path, tmp_path: Path) -> None:
-    import shutil
-
     from typer.testing import CliRunner
 
     from rmscope.cli import app

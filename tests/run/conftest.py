@@ -1,0 +1,26 @@
+"""The small PM and its finished run, made once for the folder; tests that change the run copy it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rmscope.run import Run
+from tests.model.small import small_model, tokenizer
+from tests.run.small import settings
+
+
+@pytest.fixture(scope="package")
+def pm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("pm")
+    small_model("llama", max_position_embeddings=1024).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="package")
+def done(pm: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    Run(settings(pm, out)).go()
+    return out

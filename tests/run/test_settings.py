@@ -1,0 +1,130 @@
+"""What settings change in a finished run: reward-aware SAEs, ledgers or none, more confirm pairs; and back again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from rmscope.cli.accounts import ledger
+from rmscope.config import read_config
+from rmscope.effects.reward_aware import RewardAwareConfig, fine_tune
+from rmscope.errors import InputError
+from rmscope.pairs.readers import load_pairs
+from rmscope.run import Run
+from rmscope.sae import Sae
+from rmscope.terminal import closing
+from tests.run.small import settings, tables
+
+
+def test_reward_aware_saes_stand_where_the_plain_ones_did_and_back(done: Path, pm: str, tmp_path: Path) -> None:
+    out = shutil.copytree(done, tmp_path / "run")
+    Run(settings(pm, out, reward_aware=3)).go()
+    for site in sorted(p.name for p in (done / "features").iterdir()):
+        plain, tuned = (Sae.load(out / "saes" / part / Path(site).stem) for part in ("plain", ""))
+        assert plain.identity() == Sae.load(done / "saes" / Path(site).stem).identity()
+        assert tuned.metadata["rmscope"]["reward_aware"]["steps"] == 3
+        assert tuned.identity() != plain.identity()
+        effects = (Path("effects") / Path(site).stem / "exact.parquet" for _ in range(2))
+        assert not pl.read_parquet(out / next(effects)).equals(pl.read_parquet(done / next(effects)))
+    Run(settings(pm, out)).go()
+    assert {k: v for k, v in tables(out).items() if "plain" not in k and "aware" not in k} == tables(done)
+
+
+def test_reward_aware_saes_are_those_of_the_runs_own_rewards(done: Path, pm: str, tmp_path: Path) -> None:
+    """What the run hands over (its plain SAEs, its fit pairs, their scores from disk) is what scoring them anew gives."""
+    run = Run(settings(pm, shutil.copytree(done, tmp_path / "run"), reward_aware=5))
+    found = run.trained(run.config.sae, tmp_path / "run" / "saes")
+    pairs = [run.pairs[i] for i in run.of_split("fit")]
+    for site, sae in found.items():
+        plain = Sae.load(done / "saes" / site)
+        by_hand = fine_tune(run.rm, plain, pairs, RewardAwareConfig(steps=5, seed=run.config.sae.seed), run.config.sae)
+        far = float((by_hand.W_dec - plain.W_dec).abs().max())
+        assert far > 1e-4
+        assert float((sae.W_dec - by_hand.W_dec).abs().max()) < 0.01 * far
+        swapped = run.rm.score_tokens(run.rm.tokenize_all(pairs[::-1]))
+        other = fine_tune(run.rm, plain, pairs, RewardAwareConfig(steps=5), run.config.sae, scores=swapped)
+        assert float((other.W_dec - by_hand.W_dec).abs().max()) > 0.1 * far  # scores of other pairs would show
+
+
+def test_fine_tuning_that_was_killed_leaves_no_mixture(
+    done: Path, pm: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out, calls = shutil.copytree(done, tmp_path / "run"), []
+
+    def killed(*given: Any) -> Sae:
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return fine_tune(*given)
+
+    monkeypatch.setattr("rmscope.results.fine_tune", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Run(settings(pm, out, reward_aware=2)).go()
+    Run(settings(pm, out)).go()
+    assert {k: v for k, v in tables(out).items() if "plain" not in k and "aware" not in k} == tables(done)
+
+
+def test_fine_tuning_needs_saes_of_its_own_and_float32(pm: str, tmp_path: Path) -> None:
+    for changes, told in (({"sae_dir": "saes"}, "leave one of them out"), ({"dtype": "bfloat16"}, "float32, not bfloat16")):
+        with pytest.raises(InputError, match=told):
+            read_config(None, {"model": pm, "data": "demo:planted", "out": tmp_path, "reward_aware": 3, **changes})
+
+
+def test_a_run_without_ledgers_says_so_and_goes_on_to_them(
+    done: Path, pm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(done, tmp_path / "run")
+    assert "the ledger of 8 pairs" in (out / "report.html").read_text()
+    data = Run(settings(pm, out, ledger_pairs=0)).go()
+    assert [site["ledger"] for site in data["sites"]] == [None] * len(data["sites"])
+    assert "the ledger of" not in (out / "report.html").read_text()
+    closing(data, "report.html")
+    assert "Δr =" not in capsys.readouterr().err
+    with pytest.raises(InputError, match="has no ledgers"):
+        ledger(out, data["sites"][0]["site"])
+    closing(Run(settings(pm, out)).go(), "report.html")
+    assert "Δr =" in capsys.readouterr().err
+    assert tables(out) == tables(done)
+
+
+def test_ledgers_of_too_few_pairs_give_no_shares(done: Path, pm: str, tmp_path: Path) -> None:
+    out = shutil.copytree(done, tmp_path / "run")
+    data = Run(settings(pm, out, ledger_pairs=3)).go()
+    site = data["sites"][0]["site"]
+    assert data["sites"][0]["ledger"] is None
+    with pytest.raises(InputError, match="Ledgers of 3 pairs"):
+        ledger(out, site)
+    ledger(out, site, pair=pl.read_parquet(out / "ledger" / f"{site}.parquet")["pair"][0])
+
+
+def test_more_pairs_of_a_confirm_prompt_join_the_first_one_and_its_prompt_counts_once(
+    done: Path, pm: str, tmp_path: Path
+) -> None:
+    out = shutil.copytree(done, tmp_path / "run")
+    Run(settings(pm, out, confirm_pairs=2)).go()
+    for one in sorted((done / "effects").iterdir()):
+        pairs = [confirm_pairs_of(folder, one.name, pm) for folder in (done, out)]
+        assert pairs[0]["n"].max() == 1
+        assert pairs[1]["n"].max() == 2
+        assert pairs[0].join(pairs[1], on=["feature", "prompt"], how="anti").height == 0
+        ranked = [pl.read_parquet(f / "features" / f"{one.name}.parquet").sort("feature") for f in (done, out)]
+        assert ranked[0]["n"].equals(ranked[1]["n"])
+        assert not ranked[0]["mean_removal"].equals(ranked[1]["mean_removal"])
+
+
+def confirm_pairs_of(folder: Path, site: str, pm: str) -> pl.DataFrame:
+    """(feature, prompt, n): on how many pairs of each confirm prompt a feature was removed."""
+    prompts = {p.id: p.first_human_turn() for p in load_pairs(Path(pm) / "pairs.jsonl")}
+    confirm = pl.read_parquet(folder / "scores.parquet").filter(pl.col("split") == "confirm").select("pair")
+    exact = pl.read_parquet(folder / "effects" / site / "exact.parquet").join(confirm, on="pair", how="semi")
+    prompt = pl.col("pair").replace_strict(prompts, return_dtype=pl.String).alias("prompt")
+    return exact.with_columns(prompt).group_by("feature", "prompt").agg(pl.col("pair").n_unique().alias("n"))
+
+
+def test_a_dry_run_counts_the_fine_tuning(pm: str, tmp_path: Path) -> None:
+    minutes = [Run(settings(pm, tmp_path / "r", reward_aware=n)).plan()["minutes, about"] for n in (0, 100_000)]
+    assert minutes[1] > minutes[0] + 1
