@@ -33,7 +33,7 @@ from rmscope.audit.scoring import Scoring
 from rmscope.config import read_config
 from rmscope.effects.controls import principal_components, random_dictionary, signed
 from rmscope.effects.selection import Responses
-from rmscope.evidence.matching import Shares, cue_effect, f1_score, match_plant, threshold
+from rmscope.evidence.matching import cue_effect, f1_score, match_plant, threshold
 from rmscope.evidence.rankings import UNSIGNED, as_reported, rankings
 from rmscope.evidence.recall import KS, recall
 from rmscope.evidence.twins import Twin, halves, prepare
@@ -79,7 +79,6 @@ def by_rankings(
     for plant in plants:
         prepared = prepare(run.rm, run.saes, twins(held_out, plant, n, seed), plant)
         effect = cue_effect(plant, next(iter(prepared.values())), run.sd)
-        known: Shares = {}
         for way in ways:
             row = effect | {"found": False, "rank": None}
             sign = plant.sign if way in UNSIGNED else None
@@ -87,7 +86,7 @@ def by_rankings(
                 reported: Any = ours.within(k)
                 if way != "ours":
                     reported = {site: as_reported(scores[site][way], k, sign) for site in run.sites}
-                found = match_plant(run.rm, run.saes, plant, prepared, reported, run.sd, known)
+                found = match_plant(run.rm, run.saes, plant, prepared, reported, run.sd)
                 if found["found"]:
                     # a hit among the best 50 that is none among the best 20 does not count at 20
                     rank = max(found["rank"], KS[0] + 1) if k > KS[0] else found["rank"]

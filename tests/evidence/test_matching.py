@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from rmscope.effects.removal import remove_naively
+from rmscope.evidence import twins as twins_module
 from rmscope.evidence.matching import f1_score, match_plant, mediated_share, merged_ranks, threshold
-from rmscope.evidence.twins import halves, matched_groups, prepare
+from rmscope.evidence.twins import halves, matched_groups, mediation, prepare
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.plants import Plant
 from rmscope.sae.jumprelu import JumpReluSae
@@ -150,6 +152,29 @@ def test_halves_never_share_a_prompt() -> None:
     fitting, measuring = halves(made)
     assert len(fitting) + len(measuring) == len(made)
     assert not {t.prompt for t in fitting} & {t.prompt for t in measuring}
+
+
+def test_groups_that_have_their_firing_features_in_common_are_removed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rm, made = shared_pm("llama"), sae([0.5, 0.3, 1.0])
+    made.threshold.data[2] = 2.0  # silent
+    plant = Plant(name="z", kind="phrase", sign=1, texts=(CUE,))
+    pairs = twin_pairs()
+    prepared = prepare(rm, {SITE: made}, pairs, plant)[SITE]
+    asked: list[list[tuple[int, ...]]] = []
+    real = twins_module.remove_groups
+    monkeypatch.setattr(twins_module, "remove_groups", lambda *given: (asked.append(list(given[-1])), real(*given))[1])
+    groups = [[0], [2], [0, 2], [1, 0], [0, 1, 2]]
+    rows = mediation(rm, made, SITE, prepared, groups)
+    assert [set(each) for each in asked] == [{(0,), (), (0, 1)}, {()}] * len(pairs)  # the filler has nothing that fires
+    asked.clear()
+    np.testing.assert_array_equal(mediation(rm, made, SITE, prepared, groups[::-1]), rows[::-1])
+    assert not any(asked)
+    for pair, twin, row in zip(pairs, prepared, rows.swapaxes(0, 1), strict=True):
+        tokens = rm.tokenize(pair)
+        cue, filler = (
+            remove_naively(rm, made, tokens.side(s), SITE, tokens.divergence, groups).numpy() for s in ("chosen", "rejected")
+        )
+        np.testing.assert_allclose(row[:, 1], twin.delta - cue + filler, atol=1e-5)
 
 
 def test_matched_groups_leave_the_group_out_and_are_alike_it() -> None:

@@ -15,7 +15,7 @@ import polars as pl
 
 from rmscope.effects import tables
 from rmscope.effects.ranking import BOUND, pairs_a_prompt, strongest
-from rmscope.evidence.matching import Shares, cue_effect, match_plant
+from rmscope.evidence.matching import cue_effect, match_plant
 from rmscope.evidence.misses import Missed, null_reported
 from rmscope.evidence.recall import KS, found_again, share
 from rmscope.evidence.twins import prepare
@@ -77,9 +77,8 @@ class Scoring:
             row["matched_by"] = null_reported(run.rm, run.saes, plant, prepared, self.within(KS[-1]), run.sd)
         if not row["learned"]:
             return row | {"why": "not learned"}
-        known: Shares = {}
         for k in KS:
-            found = match_plant(run.rm, run.saes, plant, prepared, self.within(k), run.sd, known, groups=True)
+            found = match_plant(run.rm, run.saes, plant, prepared, self.within(k), run.sd, groups=True)
             if found["found"] or k == KS[-1]:
                 break
         row |= {"detail": found.pop("why"), **found}
@@ -87,7 +86,7 @@ class Scoring:
             return row | {"why": ""}
         baselines = {site: run.baseline(site) for site in run.sites}
         tokens = run.rm.tokenize_all(made)
-        missed = Missed(run.rm, run.saes, plant, prepared, tokens, self._others(plant), baselines, run.sd, known)
+        missed = Missed(run.rm, run.saes, plant, prepared, tokens, self._others(plant), baselines, run.sd)
         return row | {"why": missed.reason()}
 
     def _others(self, plant: Plant) -> Candidates:

@@ -42,9 +42,6 @@ COSINE, JACCARD = 0.7, 0.5
 LEARNED, NULL = 0.25, 0.10
 """|ATE| in SD(Δr): at least this is learned; an interval within this is a clean null."""
 
-Shares = dict[str, dict[int, float]]
-"""By site, what features alone mediate on the fitting half of a cue's twins."""
-
 
 def match_plant(
     rm: RewardModel,
@@ -53,25 +50,20 @@ def match_plant(
     prepared: Mapping[str, list[Twin]],
     reported: Mapping[str, list[dict[str, Any]]],
     sd: float,
-    known: Shares | None = None,
     groups: bool = False,
 ) -> dict[str, Any]:
     """A row of the ground-truth table: the cue's ATE, whether it was learned, its best match among the reported features.
 
     ``reported`` holds, per site, at most 20 best reported features (feature, rank, mean_removal, sign_consistency).
-    ``known`` is read and filled: who asks again about other features of the same twins keeps it. With ``groups`` a group is
-    grown beside a single hit too: ``group`` is that of the site where it mediates most on the fitting half, if it hits.
+    With ``groups`` a group is grown beside a single hit too: ``group`` is that of the site where it mediates most on the
+    fitting half, if it hits.
     """
-    known = {} if known is None else known
     row = cue_effect(plant, next(iter(prepared.values())), sd) | {
         "found": False, "hit": "none", "site": None, "features": [], "rank": None, "effect": None,
         "f1": None, "localises": None, "mediated": None, "matched": None, "why": "",
         "group": None,
     }  # fmt: skip
-    sites = [
-        _at_site(rm, sae, site, plant, prepared[site], reported[site], known.setdefault(site, {}))
-        for site, sae in saes.items()
-    ]
+    sites = [_at_site(rm, sae, site, plant, prepared[site], reported[site]) for site, sae in saes.items()]
     tried = [_single(rm, at, plant) for at in sites]
     if groups or not any(r["found"] for r in tried):
         grown = [_group(rm, at) for at in sites]
@@ -172,14 +164,12 @@ def _at_site(
     plant: Plant,
     twins: list[Twin],
     reported: Sequence[dict[str, Any]],
-    known: dict[int, float],
 ) -> _AtSite:
     fitting, measuring = halves(twins)
     info = {int(row["feature"]): row for row in reported if np.sign(row["mean_removal"]) == plant.sign}
     scale = {j: max(largest(t, s, j) for t in fitting for s in SIDES) or 1.0 for j in info}
-    new = [j for j in info if j not in known]
-    known |= zip(new, _shares(rm, sae, site, fitting, [[j] for j in new]), strict=True)
-    share = {j: known[j] for j in sorted(info, key=lambda j: -known[j]) if known[j] > 0}
+    alone = dict(zip(info, _shares(rm, sae, site, fitting, [[j] for j in info]), strict=True))
+    share = {j: alone[j] for j in sorted(info, key=lambda j: -alone[j]) if alone[j] > 0}
     return _AtSite(site, sae, fitting, measuring, info, scale, share)
 
 

@@ -9,7 +9,7 @@ twins); else *no feature*.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from rmscope.effects.ledger import Baseline, ledger_rows
 from rmscope.effects.ranking import BOUND
 from rmscope.effects.statistics import bootstrap
-from rmscope.evidence.matching import F1, MASS, Shares, f1_score, match_plant, threshold
+from rmscope.evidence.matching import F1, MASS, f1_score, match_plant, threshold
 from rmscope.evidence.twins import Twin, all_peaks, halves, largest, localises, mediation, peaks
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
@@ -53,8 +53,6 @@ class Missed:
     """All that were reported."""
     baselines: Mapping[str, Baseline]
     sd: float
-    known: Shares = field(default_factory=dict)
-    """As in :func:`match_plant`."""
 
     def reason(self) -> Reason:
         turned = {
@@ -69,7 +67,7 @@ class Missed:
         return "no feature"
 
     def _matches(self, rows: Rows) -> bool:
-        return bool(match_plant(self.rm, self.saes, self.plant, self.prepared, rows, self.sd, self.known)["found"])
+        return bool(match_plant(self.rm, self.saes, self.plant, self.prepared, rows, self.sd)["found"])
 
     def _detectors(self, site: str) -> list[dict[str, Any]]:
         """The features that detect the cue best on the fitting half, whatever the ranking says of them."""

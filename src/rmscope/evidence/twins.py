@@ -7,7 +7,7 @@ The *window* of a cue, of its filler, or of a hard negative's words is its token
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ class Twin:
     windows: Mapping[Side, Tensor]
     """The cue's and the filler's window [span]."""
     negative: Negative | None
+    removed: dict[tuple[Side, tuple[int, ...]], float] = field(default_factory=dict)
+    """What removing features does to a response's reward, by those of them that fire there: kept, since many groups
+    have these in common."""
 
     @property
     def delta(self) -> float:
@@ -154,10 +157,20 @@ def mediation(rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], group
     """[groups, twins, 2]: each twin's Δr as it is, and with a group removed from both sides."""
     rows = np.zeros((len(groups), len(twins), 2))
     for i, twin in enumerate(twins):
-        chosen, rejected = (remove_groups(rm, sae, twin.responses[s], site, groups).numpy() for s in SIDES)
+        chosen, rejected = (_removed(rm, sae, site, twin, s, groups) for s in SIDES)
         rows[:, i, 0] = twin.delta
         rows[:, i, 1] = twin.delta - chosen + rejected
     return rows
+
+
+def _removed(rm: RewardModel, sae: Sae, site: str, twin: Twin, side: Side, groups: Sequence[Sequence[int]]) -> Array:
+    """What removing each group does to a twin's response [groups]; what was removed there before is not run again."""
+    fires = set(twin.responses[side].features().tolist())
+    wanted = [(side, tuple(sorted(fires.intersection(group)))) for group in groups]
+    new = [key for key in dict.fromkeys(wanted) if key not in twin.removed]
+    effects = remove_groups(rm, sae, twin.responses[side], site, [firing for _, firing in new])
+    twin.removed.update(zip(new, effects.tolist(), strict=True))
+    return np.array([twin.removed[key] for key in wanted])
 
 
 def matched_groups(sae: Sae, twins: Sequence[Twin], group: Sequence[int], n: int) -> list[list[int]]:
