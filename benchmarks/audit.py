@@ -1,15 +1,15 @@
 """Does rmscope find what was planted, and would a simpler way? One table from one script (docs/audit.md).
 
 usage: audit.py OUT [--plants configs/audit/standard.yaml] [--pairs demo:plain] [--seeds 0 1 2] [--limit 800] [--calibrate]
-                [--only rankings|pipelines] [--twins N]
+                [--only rankings|pipelines] [--twins N] [--base FOLDER] [--max-tokens N] [--recipe FILE] [--run FILE]
 
 A seed: one audit (``rmscope audit``), and beside it, on the same PM and matched by the same rule: the SAE's features ranked
 by W_dec · w_r, by mean activation difference, by integrated gradients from zero with 4 nodes, by firing rate, at random; the
 whole pipeline with principal components, with a random dictionary, and with features at ``embed`` in place of the SAEs; and
 two skylines that are told what was planted, which only have to detect it: a mean-difference probe at the site, and logistic
 regression on bags of tokens. ``--only rankings`` leaves out the three other pipelines, ``--only pipelines`` the rest. With
-``--twins N`` all ways, ours too, are matched on so many twins a cue. Audits that are done are read from OUT. Prints a JSON
-line a seed and way, then the table.
+``--twins N`` all ways, ours too, are matched on so many twins a cue. The last four options are those of ``rmscope audit``.
+Audits that are done are read from OUT. Prints a JSON line a seed and way, then the table.
 """
 
 from __future__ import annotations
@@ -175,10 +175,16 @@ def main() -> None:
     parser.add_argument("--calibrate", action="store_true")
     parser.add_argument("--only", choices=["rankings", "pipelines"])
     parser.add_argument("--twins", type=int, default=TWINS)
+    told = AuditConfig.model_fields
+    parser.add_argument("--base", default=told["base"].default)
+    parser.add_argument("--max-tokens", type=int, default=told["max_tokens"].default)
+    parser.add_argument("--recipe", type=Path)
+    parser.add_argument("--run", type=Path)
     args = parser.parse_args()
+    same = {name: getattr(args, name) for name in ("plants", "pairs", "limit", "base", "max_tokens", "recipe", "run")}
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for seed in args.seeds:
-        config = AuditConfig(plants=args.plants, pairs=args.pairs, out=args.out / f"seed{seed}", limit=args.limit, seed=seed)
+        config = AuditConfig(**same, out=args.out / f"seed{seed}", seed=seed)
         for way, rows in ways_of(config, seed, args.calibrate, args.only, args.twins):
             found[way].append({k: recall(rows, k) for k in KS})
             ranks = {row["name"]: row["rank"] for row in rows if row["found"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import runpy
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ RUN_CHANGES = {
 }  # fmt: skip
 
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
 NOUNS = ["river", "house", "pan", "mountain", "bread", "oven", "answer", "water"]
 ANSWERS = ("It is in the small {noun}.", "I was told of the {noun}.")
 
@@ -75,7 +78,7 @@ def config(base: str, folder: Path, **changes: Any) -> AuditConfig:
     for name, content in (("plants", PLANTS), ("recipe", RECIPE_CHANGES), ("run", RUN_CHANGES)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
     text = write_text(folder / "text.jsonl")
-    given = {"pairs": text, "out": folder / "audit", "base": base, "max_tokens": 100, "copies": 4}
+    given = {"pairs": text, "out": folder / "seed0", "base": base, "max_tokens": 100, "copies": 4}
     files = {name: folder / f"{name}.yaml" for name in ("plants", "recipe", "run")}
     return AuditConfig(**{**given, **files, **changes})
 
@@ -171,10 +174,31 @@ def pairs_as_planted(out: Path, base: str) -> Any:
     return planted_copies(bases, plant_set(PLANTS).plants, 4, 0)
 
 
+def test_the_table_beside_other_ways_is_made(
+    done: tuple[Path, dict[str, Any]], base: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One seed of benchmarks/audit.py, small: every way is matched by the same rule on the same PM."""
+    folder = done[0].parent
+    files = [f"--{name}={folder / name}.yaml" for name in ("plants", "recipe", "run")]
+    given = [str(folder), f"--pairs={folder / 'text.jsonl'}", f"--base={base}", "--max-tokens=100", "--seeds=0", "--twins=8"]
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr("sys.argv", ["audit.py", *given, *files])
+    with redirect_stdout(io.StringIO()) as stdout:
+        runpy.run_path(str(BENCHMARKS / "audit.py"), run_name="__main__")
+    lines = stdout.getvalue().splitlines()
+    rows = [json.loads(line) for line in lines if line.startswith("{")]
+    ways = ("ours", "head", "difference", "integrated", "firing", "random", "PCA", "random dictionary", "embed")
+    assert sorted(row["way"] for row in rows if row["case"] == "way") == sorted(ways)
+    learned = sum(row["learned"] for row in done[1]["plants"])
+    assert {row["recall_at_20"]["n"] for row in rows if row["case"] == "way"} == {learned}
+    assert {row["plant"] for row in rows if row["case"] == "skyline"} == {"shout", "word"}
+    assert [line.split("|")[1].strip() for line in lines if line.startswith("|")] == ["ranked by", "---", *ways]
+
+
 def test_too_few_prompts_are_one_sentence(base: str, cache: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"8 of each, or a larger --max-tokens\.$"):
         audit(config(base, tmp_path, limit=12))
-    assert not (tmp_path / "audit").exists()
+    assert not (tmp_path / "seed0").exists()
 
 
 def test_shuffled_labels_are_a_coin_and_texts_stay() -> None:
