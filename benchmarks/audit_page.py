@@ -1,23 +1,27 @@
-"""The tables of docs/audit.md: audits of one plants file and one text side by side, and pooled.
+"""The tables of docs/audit.md: audits of one plants file and one text side by side, and pooled. And its figure.
 
-usage: audit_page.py OUT OUT ...
+usage: audit_page.py OUT OUT ... [--figure FILE.svg --beside OUT OUT ...]
 
 OUT: folders of ``rmscope audit``, a seed each. A cell of the first table: the cue's ATE in SD(Δr), then for a hit the rank
 of its best feature and the mediated share of its group (of its single feature where none hits); for a learned cue that was
-missed, why; for a clean null, what matched it. The second: a row an audit, and all of them pooled.
+missed, why; for a clean null, what matched it. The second: a row an audit, and all of them pooled. The figure: a row a cue,
+a dot an audit, those ``--beside`` in another colour.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from explained_page import figure, table
+from markupsafe import Markup
 
 from rmscope.evidence.recall import KS, mediated, nulls_reported, recall, share, sign_accuracy
+from rmscope.files import write_text
+from rmscope.report.figures import HEIGHT, WIDTH, Frame, _text, as_file
 
 Audit = dict[str, Any]
 
@@ -67,11 +71,54 @@ def figures(audits: Sequence[Audit]) -> str:
     return table(["seed", *head, "mediated, lexical", "minutes"], rows)
 
 
+DOTS = (("the project's text", "#1d5fa6", 0.17), ("hh-rlhf text", "#a94a06", -0.17))
+"""Name, colour and place above the row's line of the audits and of those beside them."""
+NAMES = 20
+"""Room for the cues' names beside what a chart leaves for the numbers of an axis."""
+TITLE = "share of the cue's effect that the features carry"
+
+
+def dots(audits: Sequence[Audit], beside: Sequence[Audit]) -> Markup:
+    """A row a cue, a dot an audit in which it was learned: filled where features were found, hollow where none were."""
+    names = list(dict.fromkeys(p["name"] for a in audits for p in a["plants"] if p["learned"]))
+    frame = Frame((0.0, 1.25), (-0.6, len(names) + 0.5))
+    place = {name: len(names) - 1 - i for i, name in enumerate(names)}
+    parts = [frame.y_axis([(y, name) for name, y in place.items()], "")]
+    for i, (part, (title, colour, shift)) in enumerate(zip((audits, beside), DOTS, strict=True)):
+        for row in (p for a in part for p in a["plants"] if p["learned"]):
+            value = ((row["group"] or row)["mediated"] or {"value": 0.0})["value"]
+            x, y = frame.x(min(1.25, max(0.0, value))), frame.y(place[row["name"]] + shift)
+            parts.append(_dot(x, y, colour, row["found"]))
+        x, y = frame.x(0.02 + 0.43 * i), frame.y(len(names) + 0.05)
+        parts += [_dot(x, y, colour, True), _text(x + 9, y + 4, title, "start")]
+    x, y = frame.x(0.83), frame.y(len(names) + 0.05)
+    parts += [_dot(x, y, DOTS[0][1], False), _dot(x + 11, y, DOTS[1][1], False), _text(x + 20, y + 4, "missed", "start")]
+    marks = [(v, f"{v:g}") for v in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    head = Markup(
+        f'<svg viewBox="{-NAMES} 0 {NAMES + WIDTH} {HEIGHT}" role="img" aria-label="Planted cues, found and missed">'
+    )
+    return head + Markup("").join([*parts, frame.x_axis(marks, TITLE)]) + Markup("</svg>")
+
+
+def _dot(x: float, y: float, colour: str, filled: bool) -> Markup:
+    fill = colour if filled else "#fdfdfc"
+    return Markup('<circle cx="{:g}" cy="{:g}" r="4" fill="{}" stroke="{}" stroke-width="1.5"/>').format(x, y, fill, colour)
+
+
+def read(folders: Sequence[str]) -> list[Audit]:
+    return [json.loads((Path(out) / "audit.json").read_text("utf-8")) for out in folders]
+
+
 def main() -> None:
-    if len(sys.argv) < 2:
-        raise SystemExit(__doc__)
-    audits = [json.loads((Path(out) / "audit.json").read_text("utf-8")) for out in sys.argv[1:]]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("outs", nargs="+", metavar="OUT")
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--beside", nargs="+", default=[], metavar="OUT")
+    args = parser.parse_args()
+    audits = read(args.outs)
     print(cues(audits), figures(audits), sep="\n\n")
+    if args.figure:
+        write_text(args.figure, as_file(dots(audits, read(args.beside))))
 
 
 if __name__ == "__main__":
