@@ -88,9 +88,7 @@ def by_rankings(
                     reported = {site: as_reported(scores[site][way], k, sign) for site in run.sites}
                 found = match_plant(run.rm, run.saes, plant, prepared, reported, run.sd)
                 if found["found"]:
-                    # a hit among the best 50 that is none among the best 20 does not count at 20
-                    rank = max(found["rank"], KS[0] + 1) if k > KS[0] else found["rank"]
-                    row |= {"found": True, "rank": rank}
+                    row |= {"found": True, "rank": found["rank"]}
                     break
             rows[way].append(row)
     return rows

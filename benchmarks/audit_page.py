@@ -3,7 +3,7 @@
 usage: audit_page.py OUT OUT ... [--figure FILE.svg --beside OUT OUT ...]
 
 OUT: folders of ``rmscope audit``, a seed each. A cell of the first table: the cue's ATE in SD(Δr), then for a hit the rank
-of its best feature and the mediated share of its group (of its single feature where none hits); for a learned cue that was
+of its last feature and the mediated share of its group (of its single feature where none hits); for a learned cue that was
 missed, why; for a clean null, what matched it. The second: a row an audit, and all of them pooled. The figure: a row a cue,
 a dot an audit, those ``--beside`` in another colour.
 """

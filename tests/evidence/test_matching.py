@@ -87,6 +87,7 @@ def test_a_cue_that_is_split_over_five_features_is_a_hit_of_the_group() -> None:
     row = matched(sae([0.2] * 5), sign_consistency=0.5)
     assert row["hit"] == "group"
     assert sorted(row["features"]) == [0, 1, 2, 3, 4]
+    assert row["rank"] == 5  # all of them are needed
     assert row["mediated"]["value"] == pytest.approx(1.0, abs=1e-3)
 
 

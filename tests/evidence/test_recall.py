@@ -54,7 +54,7 @@ ROWS = [
 ]
 
 
-def test_recall_counts_hits_among_learned_cues_whose_best_rank_is_within_k() -> None:
+def test_recall_counts_hits_among_learned_cues_whose_features_all_rank_within_k() -> None:
     assert (recall(ROWS, 20)["hits"], recall(ROWS, 50)["hits"], recall(ROWS, 1)["hits"]) == (2, 3, 1)
     assert recall(ROWS, 20)["n"] == 5
     assert recall(ROWS, 20)["value"] == pytest.approx(0.4)

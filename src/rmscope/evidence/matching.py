@@ -8,7 +8,8 @@ activation lies in the cue's window), causes its effect (mediated share, lower b
 :data:`CONTROLS` matched features) and carries the planted sign: a hit of kind ``single``. A cue may be split over
 features: a ``group`` of at most five, grown greedily on the fitting half by exact joint removal, hits when its union
 detects and its joint removal mediates at least .4, and more than matched groups. Candidates are the 20 best reported
-features of a site without those flagged ``ending``; a hit's rank is counted after merging features that are alike.
+features of a site without those flagged ``ending``. A hit's rank is that of its last feature, counted after merging
+features that are alike.
 """
 
 from __future__ import annotations
@@ -214,10 +215,10 @@ def _measured(rm: RewardModel, at: _AtSite, group: list[int]) -> dict[str, Any]:
     _, theta = threshold(*peaks(at.fitting, group, at.scale))
     f1 = f1_score(*peaks(at.measuring, group, at.scale), theta)
     rows = mediation(rm, at.sae, at.site, at.measuring, [group])[0]
-    best = at.info[min(group, key=lambda j: at.info[j]["rank"])]
+    by_rank = sorted((at.info[j] for j in group), key=lambda row: row["rank"])
     return {
-        "found": False, "hit": "none", "site": at.site, "features": group, "rank": best["rank"],
-        "effect": best["mean_removal"], "f1": f1, "mediated": mediated_share(rows, [t.prompt for t in at.measuring]),
+        "found": False, "hit": "none", "site": at.site, "features": group, "rank": by_rank[-1]["rank"],
+        "effect": by_rank[0]["mean_removal"], "f1": f1, "mediated": mediated_share(rows, [t.prompt for t in at.measuring]),
     }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The figures of an audit from its rows: recall, sign accuracy, nulls, false discoveries, mediated share.
 
-Counted over learned cues alone; a hit counts at K where the best of its features ranks in the first K of its site.
+Counted over learned cues alone; a hit counts at K where all of its features rank in the first K of its site.
 Shares of cues or features carry their exact binomial interval; over few cues it is wide.
 """
 
@@ -31,7 +31,7 @@ def share(hits: int, n: int) -> dict[str, Any]:
 
 
 def recall(rows: Sequence[Mapping[str, Any]], k: int) -> dict[str, Any]:
-    """The share of learned cues that are hit by features of which the best ranks in the first k."""
+    """The share of learned cues that are hit by features which all rank in the first k."""
     learned = [row for row in rows if row["learned"]]
     return share(sum(bool(row["found"]) and row["rank"] <= k for row in learned), len(learned))
 
