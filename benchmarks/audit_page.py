@@ -59,16 +59,13 @@ def counted(f: dict[str, Any]) -> str:
 def figures(audits: Sequence[Audit]) -> str:
     named = [*(f"recall_at_{k}" for k in KS), "sign_accuracy", "null_reported", "false_discoveries", "stability"]
     head = ["recall@20", "recall@50", "signs", "nulls reported", "false discoveries", "found by other SAEs"]
-    rows = [
-        [a["audited"]["seed"], *(counted(a[name]) for name in named), figure(a["mediated_share"]), round(a["seconds"] / 60)]
-        for a in audits
-    ]
+    rows = [[a["audited"]["seed"], *(counted(a[name]) for name in named), figure(a["mediated_share"])] for a in audits]
     if len(audits) > 1:
         plants = [p for a in audits for p in a["plants"]]
         pooled = [recall(plants, k) for k in KS] + [sign_accuracy(plants), nulls_reported(plants)]
         pooled += [share(*(sum(a[name][n] for a in audits) for n in ("hits", "n"))) for name in named[len(pooled) :]]
-        rows.append(["**all**", *map(counted, pooled), figure(mediated(plants)), ""])
-    return table(["seed", *head, "mediated, lexical", "minutes"], rows)
+        rows.append(["**all**", *map(counted, pooled), figure(mediated(plants))])
+    return table(["seed", *head, "mediated, lexical"], rows)
 
 
 DOTS = (("the project's text", "#1d5fa6", 0.17), ("hh-rlhf text", "#a94a06", -0.17))
