@@ -186,7 +186,7 @@ def main() -> None:
         for way, rows in ways_of(config, seed, args.calibrate, args.only, args.twins):
             found[way].append({k: recall(rows, k) for k in KS})
             ranks = {row["name"]: row["rank"] for row in rows if row["found"]}
-            emit(case="way", seed=seed, way=way, found=ranks, **{f"recall_at_{k}": found[way][-1][k] for k in KS})
+            emit(case="way", seed=seed, way=way, ranks=ranks, **{f"recall_at_{k}": found[way][-1][k] for k in KS})
     print(f"\n| ranked by | {' | '.join(f'recall@{k}' for k in KS)} |\n|---|{'---|' * len(KS)}", file=sys.stdout)
     for way, seeds in ((way, seeds) for way, seeds in found.items() if seeds):
         cells = []

@@ -3,9 +3,9 @@
 usage: audit_page.py OUT OUT ... [--figure FILE.svg --beside OUT OUT ...]
 
 OUT: folders of ``rmscope audit``, a seed each. A cell of the first table: the cue's ATE in SD(Δr), then for a hit the rank
-of its last feature and the mediated share of its group (of its single feature where none hits); for a learned cue that was
-missed, why; for a clean null, what matched it. The second: a row an audit, and all of them pooled. The figure: a row a cue,
-a dot an audit, those ``--beside`` in another colour.
+of its last feature and its mediated share, and beside a single feature the share of a group; for a learned cue that was
+missed, why, and F1 and share of what was tried; for a null, how many reported features match it. The second: a row an audit,
+and all of them pooled. The figure: a row a cue, a dot an audit, those ``--beside`` in another colour.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ Audit = dict[str, Any]
 def cell(row: dict[str, Any]) -> str:
     ate = f"{row['ate_sd']:+.2f}".replace("-", "−")
     if row["found"]:
-        share_ = (row["group"] or row)["mediated"]["value"]
-        return f"{ate}, rank {row['rank']}, {share_:.2f}"
+        group = f", group {row['group']['mediated']['value']:.2f}" if row["hit"] == "single" and row["group"] else ""
+        return f"{ate}, rank {row['rank']}, {row['mediated']['value']:.2f}{group}"
     if row["learned"]:
-        return f"{ate}, **{row['why']}**"
+        tried = f" (F1 {row['f1']:.2f}, {max(0.0, row['mediated']['value']):.2f})" if row["mediated"] else ""
+        return f"{ate}, **{row['why']}**{tried}"
+    n = len(row["matched_by"])
+    matched = f", **{n} {'features match' if n > 1 else 'feature matches'}**" if n else ""
     if row["null"]:
-        n = len(row["matched_by"])
-        return f"{ate}, clean null" + (f", **{n} features match**" if n else "")
-    return f"{ate}, {'not learned' if row['dose'] != 0.5 else 'no clean null'}"
+        return f"{ate}, clean null{matched}"
+    return f"{ate}, {'not learned' if row['dose'] != 0.5 else 'no clean null'}{matched}"
 
 
 def cues(audits: Sequence[Audit]) -> str:
@@ -77,7 +79,7 @@ TITLE = "share of the cue's effect that the features carry"
 
 def dots(audits: Sequence[Audit], beside: Sequence[Audit]) -> Markup:
     """A row a cue, a dot an audit in which it was learned: filled where features were found, hollow where none were."""
-    names = list(dict.fromkeys(p["name"] for a in audits for p in a["plants"] if p["learned"]))
+    names = list(dict.fromkeys(p["name"] for a in [*audits, *beside] for p in a["plants"] if p["learned"]))
     frame = Frame((0.0, 1.25), (-0.6, len(names) + 0.5))
     place = {name: len(names) - 1 - i for i, name in enumerate(names)}
     parts = [frame.y_axis([(y, name) for name, y in place.items()], "")]

@@ -190,6 +190,7 @@ def test_the_table_beside_other_ways_is_made(
     ways = ("ours", "head", "difference", "integrated", "firing", "random", "PCA", "random dictionary", "embed")
     assert sorted(row["way"] for row in rows if row["case"] == "way") == sorted(ways)
     learned = sum(row["learned"] for row in done[1]["plants"])
+    assert learned
     assert {row["recall_at_20"]["n"] for row in rows if row["case"] == "way"} == {learned}
     assert {row["plant"] for row in rows if row["case"] == "skyline"} == {"shout", "word"}
     assert [line.split("|")[1].strip() for line in lines if line.startswith("|")] == ["ranked by", "---", *ways]

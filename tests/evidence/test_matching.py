@@ -17,6 +17,7 @@ import torch
 from rmscope.effects.removal import remove_naively
 from rmscope.evidence import twins as twins_module
 from rmscope.evidence.matching import f1_score, match_plant, mediated_share, merged_ranks, threshold
+from rmscope.evidence.recall import recall
 from rmscope.evidence.twins import halves, matched_groups, mediation, prepare
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.plants import Plant
@@ -64,6 +65,7 @@ def matched(
     negative: str | None = None,
     reported: Sequence[int] | None = None,
     groups: bool = False,
+    ranks: Sequence[int] = range(1, 100),
 ) -> dict[str, Any]:
     rm = shared_pm("llama")
     plant = Plant(name="z", kind="phrase", sign=1, texts=(CUE,))
@@ -72,7 +74,7 @@ def matched(
     plant = plant.model_copy(update={"sign": 1 if ate > 0 else -1})
     effect = plant.sign * (1.0 if right_sign else -1.0)
     features = range(made.m) if reported is None else reported
-    rows = [{"feature": j, "rank": j + 1, "mean_removal": effect, "sign_consistency": sign_consistency} for j in features]
+    rows = [{"feature": j, "rank": ranks[j], "mean_removal": effect, "sign_consistency": sign_consistency} for j in features]
     return match_plant(rm, {SITE: made}, plant, prepared, {SITE: rows}, sd=1e-3, groups=groups)
 
 
@@ -87,8 +89,13 @@ def test_a_cue_that_is_split_over_five_features_is_a_hit_of_the_group() -> None:
     row = matched(sae([0.2] * 5), sign_consistency=0.5)
     assert row["hit"] == "group"
     assert sorted(row["features"]) == [0, 1, 2, 3, 4]
-    assert row["rank"] == 5  # all of them are needed
     assert row["mediated"]["value"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_group_counts_where_the_last_of_its_features_ranks() -> None:
+    row = matched(sae([0.2] * 5), sign_consistency=0.5, ranks=[3, 21, 1, 4, 2])
+    assert (len(row["features"]), row["rank"]) == (5, 21)
+    assert (recall([row], 20)["hits"], recall([row], 50)["hits"]) == (0, 1)
 
 
 def test_a_group_is_grown_around_a_single_hit_where_it_is_asked_for() -> None:
@@ -166,7 +173,7 @@ def test_groups_that_have_their_firing_features_in_common_are_removed_once(monke
     monkeypatch.setattr(twins_module, "remove_groups", lambda *given: (asked.append(list(given[-1])), real(*given))[1])
     groups = [[0], [2], [0, 2], [1, 0], [0, 1, 2]]
     rows = mediation(rm, made, SITE, prepared, groups)
-    assert [set(each) for each in asked] == [{(0,), (), (0, 1)}, {()}] * len(pairs)  # the filler has nothing that fires
+    assert [sorted(each) for each in asked] == [[(), (0,), (0, 1)], [()]] * len(pairs)  # nothing fires on the filler
     asked.clear()
     np.testing.assert_array_equal(mediation(rm, made, SITE, prepared, groups[::-1]), rows[::-1])
     assert not any(asked)

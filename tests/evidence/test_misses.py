@@ -22,18 +22,18 @@ SD = 1e-3
 """So small that whatever the random PM makes of the cue counts as learned."""
 
 
-def row(feature: int, effect: float) -> dict[str, Any]:
-    return {"feature": feature, "rank": feature + 1, "mean_removal": effect, "sign_consistency": 1.0}
+def row(feature: int, effect: float, consistency: float = 1.0) -> dict[str, Any]:
+    return {"feature": feature, "rank": feature + 1, "mean_removal": effect, "sign_consistency": consistency}
 
 
-def missed(made: Sae, effect: float | None = None, pairs: list[Pair] | None = None) -> Missed:
+def missed(made: Sae, effect: float | None = None, pairs: list[Pair] | None = None, consistency: float = 1.0) -> Missed:
     """A learned cue; feature 0 is reported with an effect of the planted sign times ``effect``, or nothing is."""
     rm, pairs = shared_pm("llama"), pairs or twin_pairs()
     plant = Plant(name="z", kind="phrase", sign=1, texts=(CUE,))
     prepared = prepare(rm, {SITE: made}, pairs, plant)
     ate = np.mean([t.delta for t in prepared[SITE]])
     plant = plant.model_copy(update={"sign": 1 if ate > 0 else -1})
-    reported = {SITE: [] if effect is None else [row(0, effect * plant.sign)]}
+    reported = {SITE: [] if effect is None else [row(0, effect * plant.sign, consistency)]}
     x = torch.cat([t.responses["chosen"].x for t in prepared[SITE]])
     start = baseline(made, "mean", made.encode(x).mean(0), x.mean(0))
     return Missed(rm, {SITE: made}, plant, prepared, rm.tokenize_all(pairs), reported, {SITE: start}, SD)
@@ -41,6 +41,14 @@ def missed(made: Sae, effect: float | None = None, pairs: list[Pair] | None = No
 
 def test_a_matching_feature_of_the_other_sign_is_a_wrong_sign() -> None:
     assert missed(sae([1.0]), effect=-1.0).reason() == "wrong sign"
+
+
+def test_a_matching_feature_whose_sign_changes_is_told_and_not_said_to_be_unreported() -> None:
+    case = missed(sae([1.0]), effect=1.0, consistency=0.875)
+    assert case.reason() == "sign not constant"
+    assert [row["sign_consistency"] for row in case._detectors(SITE)] == [0.875]
+    assert [row["sign_consistency"] for row in missed(sae([1.0]), effect=-1.0)._detectors(SITE)] == [0.0]
+    assert [row["sign_consistency"] for row in missed(sae([1.0]))._detectors(SITE)] == [1.0]
 
 
 def test_a_matching_feature_that_no_one_reported_is_told() -> None:

@@ -81,6 +81,9 @@ def test_the_mediated_share_is_that_of_lexical_hits_with_all_beside_it() -> None
     found = mediated(ROWS)
     assert found["value"] == pytest.approx((0.9 + 0.5) / 2)
     assert found["all"]["value"] == pytest.approx((0.9 + 0.7 + 0.5) / 3)
+    assert found["learned"]["value"] == pytest.approx((0.9 + 0.5 + 0 + 0) / 4)  # two lexical cues were missed
+    tried = cue(mediated={"value": 0.2}), cue(mediated={"value": -0.3}), cue(learned=False, mediated={"value": 0.9})
+    assert mediated([hit(1, 0.9), *tried])["learned"]["value"] == pytest.approx((0.9 + 0.2 + 0) / 3)
     assert mediated([cue()])["value"] is None
     split = mediated([hit(1, 0.3, group={"mediated": {"value": 0.8}})])  # a single hit that a group around it exceeds
     assert (split["value"], split["best"]["value"]) == pytest.approx((0.8, 0.3))

@@ -198,7 +198,7 @@ def plants(sites: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "hit": hit,
                 "site": sites[0]["site"],
                 "features": [f["feature"] for f in match],
-                "rank": match[0]["rank"] if match else None,
+                "rank": match[-1]["rank"] if match else None,
                 "effect": match[0]["mean_removal"] if match else None,
                 "f1": 0.94 if found else 0.61,
                 "localises": 0.82 if hit == "single" else None,

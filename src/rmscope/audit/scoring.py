@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from rmscope.effects import tables
@@ -73,7 +72,7 @@ class Scoring:
             "group": None, "why": "", "detail": "",
         }  # fmt: skip
         row["ate_sd"] = row["ate"]["value"] / run.sd
-        if row["null"]:
+        if row["null"] or plant.dose == 0.5:  # a null that is not clean is no false discovery; what matches it is told
             row["matched_by"] = null_reported(run.rm, run.saes, plant, prepared, self.within(KS[-1]), run.sd)
         if not row["learned"]:
             return row | {"why": "not learned"}
@@ -86,14 +85,8 @@ class Scoring:
             return row | {"why": ""}
         baselines = {site: run.baseline(site) for site in run.sites}
         tokens = run.rm.tokenize_all(made)
-        missed = Missed(run.rm, run.saes, plant, prepared, tokens, self._others(plant), baselines, run.sd)
+        missed = Missed(run.rm, run.saes, plant, prepared, tokens, self.reported, baselines, run.sd)
         return row | {"why": missed.reason()}
-
-    def _others(self, plant: Plant) -> Candidates:
-        """The reported features of the sign that was not planted."""
-        return {
-            site: [row for row in rows if np.sign(row["mean_removal"]) != plant.sign] for site, rows in self.reported.items()
-        }
 
     def replicated(self, fresh: Sequence[Pair], progress: Progress = silent) -> dict[str, pl.DataFrame]:
         """Every reported feature removed again on fresh pairs: feature, mean removal, prompts, and whether it failed.

@@ -7,9 +7,9 @@ bias") when there it detects it among fillers and hard negatives (F1 >= .8), loc
 activation lies in the cue's window), causes its effect (mediated share, lower bound >= .2 and more than any of
 :data:`CONTROLS` matched features) and carries the planted sign: a hit of kind ``single``. A cue may be split over
 features: a ``group`` of at most five, grown greedily on the fitting half by exact joint removal, hits when its union
-detects and its joint removal mediates at least .4, and more than matched groups. Candidates are the 20 best reported
-features of a site without those flagged ``ending``. A hit's rank is that of its last feature, counted after merging
-features that are alike.
+detects and its joint removal mediates at least .4, and more than matched groups. Candidates are the best reported
+features of each site, 20 in a report, without those flagged ``ending``. A hit's rank is that of its last feature, counted
+after merging features that are alike.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def match_plant(
 ) -> dict[str, Any]:
     """A row of the ground-truth table: the cue's ATE, whether it was learned, its best match among the reported features.
 
-    ``reported`` holds, per site, at most 20 best reported features (feature, rank, mean_removal, sign_consistency).
+    ``reported`` holds, per site, the best reported features (feature, rank, mean_removal, sign_consistency).
     With ``groups`` a group is grown beside a single hit too: ``group`` is that of the site where it mediates most on the
     fitting half, if it hits.
     """

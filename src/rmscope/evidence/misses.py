@@ -1,7 +1,8 @@
 """What stands beside the hits of an audit: clean nulls that were reported all the same, and why a learned cue was missed.
 
-A miss has one reason (METHOD, "Planted bias"), the first that holds: *not learned*; *wrong sign*, where reported features of
-the other sign match it; *feature not reported*, where features of the SAE match it that are not among the reported ones;
+A miss has one reason (METHOD, "Planted bias"), the first that holds: *not learned*; *sign not constant*, where a reported
+feature matches it but for the sign, which it has on fewer than nine in ten of its firings; *wrong sign*, where reported
+features of the other sign match it; *feature not reported*, where features match it that are not among the reported ones;
 *carried by the error*, where at every site at least half of the cue's effect runs through the SAE's error (the ledger of the
 twins); else *no feature*.
 """
@@ -24,7 +25,9 @@ from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.plants import LEXICAL, Plant
 from rmscope.sae.base import Sae
 
-Reason = Literal["not learned", "wrong sign", "feature not reported", "carried by the error", "no feature"]
+Reason = Literal[
+    "not learned", "sign not constant", "wrong sign", "feature not reported", "carried by the error", "no feature"
+]  # fmt: skip
 Rows = Mapping[str, list[dict[str, Any]]]
 """Per site, rows of features: feature, rank, mean_removal, sign_consistency."""
 DETECTORS = 16
@@ -55,10 +58,9 @@ class Missed:
     sd: float
 
     def reason(self) -> Reason:
-        turned = {
-            site: [row | {"mean_removal": -row["mean_removal"]} for row in rows] for site, rows in self.reported.items()
-        }
-        if self._matches(turned):
+        if self._matches(self._reported(self.plant.sign, sign_consistency=1.0)):
+            return "sign not constant"
+        if self._matches(self._reported(-self.plant.sign, mean_removal=float(self.plant.sign))):
             return "wrong sign"
         if self._matches({site: self._detectors(site) for site in self.saes}):
             return "feature not reported"
@@ -69,15 +71,30 @@ class Missed:
     def _matches(self, rows: Rows) -> bool:
         return bool(match_plant(self.rm, self.saes, self.plant, self.prepared, rows, self.sd)["found"])
 
+    def _reported(self, sign: int, **changes: float) -> Rows:
+        """The reported features of a sign, as if ``changes`` were true of them."""
+        return {
+            site: [row | changes for row in rows if np.sign(row["mean_removal"]) == sign]
+            for site, rows in self.reported.items()
+        }
+
     def _detectors(self, site: str) -> list[dict[str, Any]]:
-        """The features that detect the cue best on the fitting half, whatever the ranking says of them."""
+        """The features that detect the cue best on the fitting half, whatever the ranking says of them; what is reported
+        keeps what is known of its sign."""
         fitting, _ = halves(self.prepared[site])
         cue, without = all_peaks(fitting, self.saes[site].m)
         often = np.flatnonzero((cue > 0).mean(0) >= OFTEN)
         scores = {int(j): threshold(cue[:, j], without[:, j])[0] for j in often}
         best = sorted(scores, key=lambda j: (-scores[j], j))[:DETECTORS]
-        effect = float(self.plant.sign)
-        return [{"feature": j, "rank": i, "mean_removal": effect, "sign_consistency": 1.0} for i, j in enumerate(best, 1)]
+        sign = self.plant.sign
+        known = {
+            row["feature"]: row["sign_consistency"] if np.sign(row["mean_removal"]) == sign else 0.0
+            for row in self.reported[site]
+        }
+        return [
+            {"feature": j, "rank": i, "mean_removal": float(sign), "sign_consistency": known.get(j, 1.0)}
+            for i, j in enumerate(best, 1)
+        ]
 
     def error_share(self, site: str) -> float:
         """How much of the cue's effect runs through the SAE's error: Σ error / Σ Δr over the twins' ledgers."""

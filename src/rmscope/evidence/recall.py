@@ -64,15 +64,20 @@ def false_discoveries(rows: Sequence[Mapping[str, Any]], replicated: Mapping[str
 
 def mediated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The mean mediated share of the lexical cues that were hit, of their group where one hits, else of the single feature;
-    ``all`` that of all cues that were hit, ``best`` that of their best hits alone. Bootstrap over cues."""
+    ``all`` that of all cues that were hit, ``best`` that of their best hits alone, ``learned`` that of all lexical cues that
+    were learned, with what was tried for those that were missed. Bootstrap over cues."""
     hits = [row for row in rows if row["learned"] and row["found"]]
     lexical = [row for row in hits if row["kind"] in LEXICAL]
     best = _mean([row["mediated"]["value"] for row in lexical])
-    return _mean([_carried(row) for row in lexical]) | {"all": _mean([_carried(row) for row in hits]), "best": best}
+    tried = [row for row in rows if row["learned"] and row["kind"] in LEXICAL]
+    return _mean([_carried(row) for row in lexical]) | {
+        "all": _mean([_carried(row) for row in hits]), "best": best, "learned": _mean([_carried(row) for row in tried])
+    }  # fmt: skip
 
 
 def _carried(row: Mapping[str, Any]) -> float:
-    return float((row["group"] or row)["mediated"]["value"])
+    """Of a hit or of what was tried; 0 where nothing was."""
+    return max(0.0, float(((row["group"] or row)["mediated"] or {"value": 0.0})["value"]))
 
 
 def _mean(values: Sequence[float]) -> dict[str, Any]:

@@ -35,9 +35,9 @@ class Twin:
     windows: Mapping[Side, Tensor]
     """The cue's and the filler's window [span]."""
     negative: Negative | None
-    removed: dict[tuple[Side, tuple[int, ...]], float] = field(default_factory=dict)
-    """What removing features does to a response's reward, by those of them that fire there: kept, since many groups
-    have these in common."""
+    removed: dict[tuple[Side, tuple[int, ...]], float] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What removing features of the site's SAE does to a response's reward, by those of them that fire there: kept, since
+    many groups have these in common."""
 
     @property
     def delta(self) -> float:
