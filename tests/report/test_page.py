@@ -178,6 +178,14 @@ def test_the_headline_counts_reported_features_only() -> None:
     assert f"{head.flagged} of the {head.reported} carry a flag" in text
 
 
+def test_a_pm_that_orders_its_pairs_by_coin_is_told_of_first() -> None:
+    data, told = sample(planted=False), "The model orders these pairs no better than a coin"
+    assert told not in Page(render_report(data)).text
+    data["scores"]["accuracy"] = {"value": 0.518, "low": 0.497, "high": 0.539}
+    text = Page(render_report(data)).text
+    assert text.index("candidate features") < text.index(f"{told} (51.8 % [49.7, 53.9])") < text.index("Noise floor")
+
+
 def test_nothing_reported_is_said() -> None:
     data = sample(planted=False)
     for site in data["sites"]:
