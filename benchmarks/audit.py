@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 import yaml
 from heads import fit_head
@@ -74,6 +75,7 @@ def by_rankings(
     tokens = [run.tokens[i] for i in run.of_split("fit")][:RANKED_PAIRS]
     scores = {site: rankings(run.rm, run.saes[site], site, tokens, seed) for site in run.sites}
     ways = ["ours", *next(iter(scores.values()))]
+    raises = {site: raising(run, site) for site in run.sites}
     ours = Scoring(run, plants, held_out, seed)
     rows: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for plant in plants:
@@ -82,10 +84,24 @@ def by_rankings(
             sign = plant.sign if way in UNSIGNED else None
 
             def ranked(k: int, way: str = way, sign: int | None = sign) -> Candidates:
-                return {site: as_reported(scores[site][way], k, sign) for site in run.sites}
+                return {site: held(as_reported(scores[site][way], k, sign), raises[site]) for site in run.sites}
 
             rows[way].append(matched(run, plant, prepared, ours.within if way == "ours" else ranked))
     return rows
+
+
+def raising(run: Run, site: str) -> dict[int, float]:
+    """In which share of the responses that the run removed a feature from it raises the reward; of frozen features alone."""
+    table = pl.read_parquet(run.folder / "features" / f"{site}.parquet").filter(pl.col("sign_consistency").is_not_null())
+    up = pl.when(pl.col("mean_removal") > 0).then("sign_consistency").otherwise(1 - pl.col("sign_consistency"))
+    return dict(table.select("feature", up).iter_rows())
+
+
+def held(rows: Sequence[dict[str, Any]], raises: Mapping[int, float]) -> list[dict[str, Any]]:
+    """Rows of another ranking with the constancy of their sign where it is known, as ours are; else it is granted."""
+    share = [raises.get(row["feature"], float(row["mean_removal"] > 0)) for row in rows]
+    signed = zip(rows, share, strict=True)
+    return [row | {"sign_consistency": up if row["mean_removal"] > 0 else 1 - up} for row, up in signed]
 
 
 def by_pipeline(run: Run, plants: Sequence[Plant], held_out: Sequence[Pair], seed: int, n: int) -> list[dict[str, Any]]:
