@@ -11,15 +11,12 @@ import polars as pl
 import pytest
 
 import rmscope
-from tests.model.small import small_model, small_sae, tokenizer
+from tests.model.small import saved_pm, small_model, small_sae, tokenizer
 
 
 @pytest.fixture(scope="module")
 def pm(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("pm")
-    small_model("llama", max_position_embeddings=1024).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return str(folder)
+    return saved_pm(tmp_path_factory.mktemp("pm"))
 
 
 def rmscope_command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,7 @@ from rmscope.config import RunConfig
 from rmscope.errors import InputError
 from rmscope.model.reward_model import RewardModel
 from rmscope.run import Run
-from tests.model.small import PAIRS, small_model, small_sae, tokenizer
+from tests.model.small import PAIRS, saved_pm, small_sae
 
 SITE = "resid_post.1"
 MINE = """
@@ -33,8 +33,7 @@ expects: {down: [longer]}
 @pytest.fixture(scope="module")
 def pm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pm")
-    small_model("llama", max_position_embeddings=1024).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    saved_pm(folder)
     rows = [{"prompt": p.prompt[0]["content"], "chosen": p.chosen, "rejected": p.rejected} for p in PAIRS]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "mine.yaml").write_text(MINE)

@@ -15,7 +15,7 @@ from rmscope.errors import InputError
 from rmscope.evidence.jailbreaks import lab, search
 from rmscope.run import Run
 from rmscope.sae import SaeConfig
-from tests.model.small import SENTENCES, small_model, tokenizer
+from tests.model.small import SENTENCES, saved_pm
 
 SITE = "resid_post.1"
 
@@ -24,8 +24,7 @@ SITE = "resid_post.1"
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on 72 pairs whose features all count as reported: what they are is random, the way through is not."""
     folder = tmp_path_factory.mktemp("run")
-    small_model("llama", max_position_embeddings=1024).save_pretrained(folder / "pm")
-    tokenizer().save_pretrained(folder / "pm")
+    saved_pm(folder / "pm")
     parts = [s for sentence in SENTENCES for s in sentence.split(", ")]
     rows = [
         {"prompt": f"Is it {i}?", "chosen": f"{parts[i % 9]}. {parts[i % 4]}.", "rejected": f"{parts[(i + 1) % 9]} {i}."}

@@ -51,6 +51,7 @@ ROWS = [
     hit(2, learned=False),
     cue(learned=False, null=True, matched_by=[{"site": "a", "feature": 7}, {"site": "a", "feature": 8}]),
     cue(learned=False, null=True),
+    cue(learned=False, matched_by=[{"site": "a", "feature": 9}]),  # a null that is not clean: told, not counted
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,6 +126,13 @@ def small_pm(
 ) -> RewardModel:
     rendering = Rendering(style=style, append_eos=append_eos)
     return RewardModel(small_model(architecture, dtype, **changes), tokenizer(), rendering, architecture)
+
+
+def saved_pm(folder: Path) -> str:
+    """A small PM with a context of 1,024 tokens, as a folder that commands take."""
+    small_model("llama", max_position_embeddings=1024).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 @cache

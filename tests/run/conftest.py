@@ -7,16 +7,13 @@ from pathlib import Path
 import pytest
 
 from rmscope.run import Run
-from tests.model.small import small_model, tokenizer
+from tests.model.small import saved_pm
 from tests.run.small import settings
 
 
 @pytest.fixture(scope="package")
 def pm(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("pm")
-    small_model("llama", max_position_embeddings=1024).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return str(folder)
+    return saved_pm(tmp_path_factory.mktemp("pm"))
 
 
 @pytest.fixture(scope="package")
