@@ -25,12 +25,14 @@ from rmscope.sae.base import Sae
 
 
 def _site(rm: RewardModel, sae: Sae, site: str | None) -> str:
-    """Where the SAE belongs; InputError where it does not say so, or where it does not fit the PM."""
+    """Where the SAE belongs, its features then found where the PM lies; InputError where it does not say so, or where it
+    does not fit the PM."""
     at = site or sae.site
     if not at:
         raise InputError("The SAE does not say which site it was trained on; pass site='resid_post.6' or the like.")
     rm.site_index(at)
     sae.must_fit(rm.d_model, rm.name)
+    sae.find_on(rm.device)
     return at
 
 

@@ -70,13 +70,15 @@ class Results(Study):
                     "name an SAE that was trained on this PM."
                 )
             sae.site = sae.site or site  # bare weights do not say where they belong
+            sae.find_on(self.rm.device)
         return saes
 
     def trained(self, config: SaeConfig, folder: Path, progress: Progress = silent) -> dict[str, Sae]:
         """SAEs of every site from the run's store, in ``folder``. Where the run is reward-aware, those in ``folder/plain``
         are fine-tuned on its fit split, in ``folder/reward-aware-STEPS``, and these stand in ``folder``."""
         steps = self.config.reward_aware
-        saes = train_saes(self.store, config, folder / "plain" if steps else folder, self.sites, progress)
+        plain, device = folder / "plain" if steps else folder, str(self.rm.device)
+        saes = train_saes(self.store, config, plain, self.sites, progress, device)
         if not steps:
             return saes
         pairs = [self.pairs[i] for i in self.of_split("fit")]

@@ -13,6 +13,7 @@ from rmscope.sae import SaeConfig
 
 
 def settings(pm: str, out: Path, **changes: Any) -> RunConfig:
+    """On a CPU unless told: there a run gives the same bytes again."""
     data = Path(pm) / "pairs.jsonl"
     if not data.is_file():
         rows = [{"prompt": p.prompt[0]["content"], "chosen": p.chosen, "rejected": p.rejected} for p in demo_pairs(300)]
@@ -20,7 +21,7 @@ def settings(pm: str, out: Path, **changes: Any) -> RunConfig:
     return RunConfig(
         model=pm, data=str(data), out=out, limit=300, sae=SaeConfig(d_sae=96, k=6, tokens=8192, batch_size=512),
         screen=12, others=8, responses=4, trust_responses=6, frozen=16, confirm_prompts=8,
-        **{"ledger_pairs": 8, "ledger_halvings": 1, **changes},
+        **{"ledger_pairs": 8, "ledger_halvings": 1, "device": "cpu", **changes},
     )  # fmt: skip
 
 

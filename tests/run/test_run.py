@@ -54,7 +54,7 @@ def test_reported_features_were_not_chosen_on_the_prompts_that_they_are_measured
 
 
 def test_exact_removals_of_a_run_are_those_of_a_full_forward_with_a_hook(done: Path, pm: str) -> None:
-    rm = RewardModel.load(pm)
+    rm = RewardModel.load(pm, device="cpu")
     pairs = {p.id: p for p in load_pairs(Path(pm) / "pairs.jsonl")}
     for folder in sorted((done / "effects").iterdir()):
         sae = Sae.load(done / "saes" / folder.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ class Sae(nn.Module, ABC):
     def __init__(self, d: int, m: int, site: str = "", metadata: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.site, self.cfg, self.metadata = site, dict[str, Any](), dict(metadata or {})
+        self._elsewhere: tuple[Sae, ...] = ()  # in a tuple it is no submodule
         self.W_enc = nn.Parameter(torch.zeros(m, d).t(), requires_grad=False)
         self.W_dec = nn.Parameter(torch.zeros(m, d), requires_grad=False)
         self.b_dec = nn.Parameter(torch.zeros(d), requires_grad=False)
@@ -87,7 +89,11 @@ class Sae(nn.Module, ABC):
 
     @torch.no_grad()
     def active(self, x: Float[Tensor, "tokens d"], chunk: int = 2048) -> Active:
-        """The same features as :meth:`encode`, sparse; at most [chunk, m] is ever held."""
+        """The same features as :meth:`encode`, sparse, where x lies; at most [chunk, m] is ever held."""
+        if self._elsewhere:
+            [there] = self._elsewhere
+            found = there.active(x.to(there.W_dec.device), chunk)
+            return Active(found.token.to(x.device), found.feature.to(x.device), found.value.to(x.device), len(x))
         parts = [self._active(part) for part in x.split(chunk)]
         starts = range(0, len(x), chunk)
         empty = torch.empty(0, dtype=torch.int64, device=x.device)
@@ -97,6 +103,13 @@ class Sae(nn.Module, ABC):
             torch.cat([torch.empty(0, device=x.device), *(value.float() for _, _, value in parts)]),
             len(x),
         )
+
+    def find_on(self, device: torch.device) -> None:
+        """From now on :meth:`active` looks for features on ``device``, with a copy of the weights as they are now: that is
+        where an SAE's work lies (d m multiplications a token), while few entries come of it, which stay with x."""
+        self._elsewhere = ()
+        if device != self.W_dec.device:
+            self._elsewhere = (copy.deepcopy(self).to(device),)
 
     def _active(self, x: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
         f = self.encode(x)
@@ -123,6 +136,7 @@ class Sae(nn.Module, ABC):
         Exact for every family whose active set does not depend on the overall scale: the matrices stay, what
         is measured in the units of x (biases, thresholds) is divided by s.
         """
+        self._elsewhere = ()
         for name in self.biases:
             getattr(self, name).div_(s)
 
@@ -173,6 +187,7 @@ class Sae(nn.Module, ABC):
             wrong = sorted(name for name in expected | given if expected.get(name) != given.get(name))
             told = "; ".join(f"{name}: {given.get(name)}, expected {expected.get(name)}" for name in wrong)
             raise InputError(f"The weights do not fit a {self.architecture} SAE ({told}).")
+        self._elsewhere = ()
         for name, p in self.named_parameters():
             p.data.copy_(weights[name])
         return self

@@ -1,0 +1,61 @@
+"""A run on a GPU gives what a run on a CPU gives; skipped where there is no GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+
+from rmscope.run import Run
+from rmscope.sae import Sae, SaeConfig
+from tests.run.small import settings
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(scope="module")
+def runs(pm: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("devices")
+    sae = SaeConfig(d_sae=96, k=6, tokens=8192, batch_size=512, amp=False)
+    for device in ("cpu", "cuda"):
+        Run(settings(pm, folder / device, device=device).model_copy(update={"sae": sae})).go()
+    return {device: folder / device for device in ("cpu", "cuda")}
+
+
+@pytest.mark.parametrize("name", ["exact", "contribution", "frozen", "trust"])
+def test_effects_are_those_of_the_cpu(runs: dict[str, Path], name: str) -> None:
+    for cpu in sorted((runs["cpu"] / "effects").glob(f"*/{name}.parquet")):
+        a, b = pl.read_parquet(cpu), pl.read_parquet(runs["cuda"] / cpu.relative_to(runs["cpu"]))
+        assert a.columns == b.columns
+        assert len(a) == len(b) > 0
+        for column in a.columns:
+            if a[column].dtype.is_float():
+                scale = a[column].abs().max()
+                assert (a[column] - b[column]).abs().max() <= 1e-3 * scale, (cpu.parent.name, column)  # type: ignore[operator]
+            else:
+                assert a[column].equals(b[column]), (cpu.parent.name, column)
+
+
+def test_features_found_on_the_gpu_are_those_found_on_the_cpu_and_come_back(runs: dict[str, Path]) -> None:
+    sae = Sae.load(next((runs["cpu"] / "saes").iterdir()))
+    x = torch.randn(300, sae.d, generator=torch.Generator().manual_seed(0))
+    here = sae.active(x)
+    sae.find_on(torch.device("cuda"))
+    there = sae.active(x)
+    assert there.feature.device == there.token.device == there.value.device == torch.device("cpu")
+    assert torch.equal(here.token, there.token)
+    assert torch.equal(here.feature, there.feature)
+    torch.testing.assert_close(here.value, there.value, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_change_are_no_longer_found_with_the_copy(runs: dict[str, Path]) -> None:
+    sae = Sae.load(next((runs["cpu"] / "saes").iterdir()))
+    sae.b_dec.fill_(0.5)
+    x = torch.randn(20, sae.d, generator=torch.Generator().manual_seed(0))
+    sae.find_on(torch.device("cuda"))
+    sae.change_units(2.0)
+    there = sae.active(x)
+    sae.find_on(torch.device("cpu"))
+    torch.testing.assert_close(there.value, sae.active(x).value, rtol=1e-4, atol=1e-5)
