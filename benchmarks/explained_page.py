@@ -95,7 +95,7 @@ Row = Sequence[object]
 
 def figure(f: dict[str, float] | None, places: int = 2) -> str:
     """0.93 [0.90, 0.95]."""
-    if f is None or f["value"] != f["value"]:
+    if f is None or f["value"] is None or f["value"] != f["value"]:
         return "–"
     return f"{f['value']:.{places}f} [{f['low']:.{places}f}, {f['high']:.{places}f}]".replace("-", "−")
 
