@@ -85,6 +85,8 @@ def evaluate(
     """Every SAE (by name; each at its own ``site``) on the same pairs; ``prompts`` names the prompt of each pair."""
     sites = sorted({sae.site for sae in saes.values()}, key=rm.site_index)
     centre, span_mean = _means(rm, tokens, sites)
+    for sae in saes.values():
+        sae.find_on(rm.device)
     sums = {name: np.zeros((len(tokens), len(SUMS))) for name in saes}
     fires = {name: torch.zeros(sae.m, dtype=torch.int64) for name, sae in saes.items()}
     clean = np.zeros((len(tokens), 2))
