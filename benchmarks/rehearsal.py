@@ -1,10 +1,11 @@
 """Rates and memory on a large PM of random weights: what a run takes where the machine is new. One JSON line a step.
 
-A Llama of 32 blocks, d 4,096, with a scalar head (7.1 billion weights; the tokenizer's vocabulary is small), on the
+A Llama of 32 blocks, d 4,096, with a scalar head (7.2 billion weights; the tokenizer's vocabulary is small), on the
 pairs of hh-rlhf, whose texts are real and whose rewards mean nothing. Rewards and the harvest of two sites run in
-bfloat16, an SAE of 65,536 features is trained on what was harvested, and estimates, exact removals and ledgers at the
-middle site run in float32, as a run's do. Rates hold the whole step (tokenizing, copies between devices, the store on
-disk); ``gpu_gb`` is the most memory that torch held on the device in the step.
+bfloat16, an SAE of 65,536 features is trained on what was harvested of the first, and stands in for one of the middle
+site, where estimates, exact removals and ledgers run in float32, as a run's do. Rates hold the whole step
+(tokenizing, copies between devices, the store on disk); ``gpu_gb`` is the most memory that torch held on the device
+in the step.
 
 usage: RMSCOPE_DATA=DIR rehearsal.py [--tokenizer FOLDER] [--device cuda] [--pairs 256] [--blocks 32] [--d 4096] [--m 65536]
 """

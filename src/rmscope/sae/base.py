@@ -105,8 +105,9 @@ class Sae(nn.Module, ABC):
         )
 
     def find_on(self, device: torch.device) -> None:
-        """From now on :meth:`active` looks for features on ``device``, with a copy of the weights as they are now: that is
-        where an SAE's work lies (d m multiplications a token), while few entries come of it, which stay with x."""
+        """From now on :meth:`active` looks for features on ``device``, with a copy of the weights as they are now (after a
+        change of weights, ask again): that is where an SAE's work lies, d m multiplications a token, while the few entries
+        that come of it stay with x."""
         self._elsewhere = ()
         if device != self.W_dec.device:
             self._elsewhere = (copy.deepcopy(self).to(device),)

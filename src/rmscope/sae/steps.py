@@ -201,7 +201,7 @@ def resume(run: Run) -> None:
             moments = {
                 "exp_avg": torch.empty_like(p),
                 "exp_avg_sq": torch.empty_like(p),
-                "step": torch.zeros(()),
+                "step": torch.zeros((), device=p.device),
             }
             for part, value in moments.items():
                 value.copy_(opened.get_tensor(f"adam.{part}.{name}"))
