@@ -7,6 +7,7 @@ import json
 import runpy
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
@@ -194,6 +195,21 @@ def test_the_table_beside_other_ways_is_made(
     assert {row["recall_at_20"]["n"] for row in rows if row["case"] == "way"} == {learned}
     assert {row["plant"] for row in rows if row["case"] == "skyline"} == {"shout", "word"}
     assert [line.split("|")[1].strip() for line in lines if line.startswith("|")] == ["ranked by", "---", *ways]
+
+
+def test_other_rankings_are_held_to_a_constant_sign_where_the_run_knows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Feature 3 raises the reward on .8 of its firings, 4 lowers it on .9, 5 was never removed."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    named = runpy.run_path(str(BENCHMARKS / "audit.py"))
+    (tmp_path / "features").mkdir()
+    known = {"feature": [3, 4, 5], "mean_removal": [0.5, -0.5, 0.1], "sign_consistency": [0.8, 0.9, None]}
+    pl.DataFrame(known).write_parquet(tmp_path / "features" / "embed.parquet")
+    raises = named["raising"](SimpleNamespace(folder=tmp_path), "embed")
+    rows = [{"feature": j, "mean_removal": way} for j in (3, 4, 5) for way in (1.0, -1.0)]
+    shares = [row["sign_consistency"] for row in named["held"](rows, raises)]
+    assert shares == pytest.approx([0.8, 0.2, 0.1, 0.9, 1.0, 1.0])
 
 
 def test_too_few_prompts_are_one_sentence(base: str, cache: Path, tmp_path: Path) -> None:
