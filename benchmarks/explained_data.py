@@ -35,10 +35,10 @@ FULL = (*GRID, D_SAE)
 SAE = SaeConfig(k=32, d_sae=D_SAE, tokens=2_500_000)
 BATCH = 8
 TUNING = {
-    "resid_post.2": RewardAwareConfig(pairs=BATCH, steps=200, level=0.01, lr=SAE.rate(D_SAE) / 8),
-    "resid_post.5": RewardAwareConfig(pairs=BATCH, steps=600, level=0.01, lr=SAE.rate(D_SAE) / 4),
-    "resid_post.8": RewardAwareConfig(pairs=BATCH, steps=400, level=0.01, lr=SAE.rate(D_SAE) / 4),
-    "resid_post.11": RewardAwareConfig(pairs=BATCH, steps=600, level=0.001, lr=SAE.rate(D_SAE)),
+    "resid_post.2": RewardAwareConfig(fast=False, pairs=BATCH, steps=200, level=0.01, lr=SAE.rate(D_SAE) / 8),
+    "resid_post.5": RewardAwareConfig(fast=False, pairs=BATCH, steps=600, level=0.01, lr=SAE.rate(D_SAE) / 4),
+    "resid_post.8": RewardAwareConfig(fast=False, pairs=BATCH, steps=400, level=0.01, lr=SAE.rate(D_SAE) / 4),
+    "resid_post.11": RewardAwareConfig(fast=False, pairs=BATCH, steps=600, level=0.001, lr=SAE.rate(D_SAE)),
 }
 """Reward-aware fine-tuning, on as many of the first fit pairs as its steps take. Rates and levels were chosen on the confirm
 split, steps by what a step costs: above resid_post.2 run ten blocks, above .11 none."""

@@ -90,7 +90,7 @@ def main() -> None:
         sae = train_saes(store, config, out / "-".join(size.split(":")[:4]), [args.site], bar)[args.site]
         if steps := size.split(":")[4:]:
             family += f", {steps[0]} reward-aware steps"
-            sae = fine_tune(rm, sae, fit, RewardAwareConfig(steps=int(steps[0])), out=out / name, progress=bar)
+            sae = fine_tune(rm, sae, fit, RewardAwareConfig(steps=int(steps[0]), fast=False), out=out / name, progress=bar)
         fvu = measure(sae, [store.sample(args.site, SAMPLE, torch.Generator().manual_seed(0))]).fvu
         rows = []
         for plant in read_plants(args.plants).plants:

@@ -39,7 +39,7 @@ from rmscope.pairs.planted import twins
 from rmscope.sae import Sae, SaeConfig, measure, train_saes
 
 SITE = {"hh": "resid_post.7", "planted": "resid_post.12"}
-TUNING = RewardAwareConfig(steps=100, pairs=8, level=0.0)
+TUNING = RewardAwareConfig(steps=100, pairs=8, level=0.0, fast=False)
 HEAD_ROWS = 700
 """Rows after the held-out ones that heads are fitted on."""
 RANDOM_HEADS = 32

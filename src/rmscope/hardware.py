@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,3 +28,15 @@ def has_fast_bfloat16(device: str) -> bool:
     able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     amx = able.get("amx_bf16") or able.get("amx_tile")
     return device == "cpu" and bool(amx or (able.get("avx512_bf16") and is_amd()))
+
+
+def place(device: str) -> str:
+    """The device that ``auto`` means: the GPU where there is one."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def fast_products(device: torch.device) -> Any:
+    """A context in which a model in training multiplies in bfloat16 where that is fast; weights, sums and losses stay."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device.type))

@@ -144,9 +144,8 @@ class Run(Results):
         )
 
     def _train(self, progress: Progress, _key: str) -> None:
-        self.__dict__["saes"] = saes = self.trained(self.config.sae, self.folder / "saes", progress)
-        for sae in saes.values():
-            sae.find_on(self.rm.device)
+        self.trained(self.config.sae, self.folder / "saes", progress)
+        self.__dict__.pop("saes", None)  # opened anew from here on, as a later command opens them
 
     def _keep_saes(self) -> None:
         for site, sae in self.saes.items():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rmscope.effects.reward_aware import Damage, RewardAwareConfig, by_pair, fine_tune, splice_gradients, training_rows
 from rmscope.errors import InputError
+from rmscope.hardware import has_fast_bfloat16
 from rmscope.model.packing import padded
 from rmscope.model.reward_model import RewardModel, Scores
 from rmscope.pairs.pair import SIDES
@@ -151,8 +152,8 @@ def test_the_level_holds_the_sum_of_rewards_and_known_scores_change_nothing() ->
 def test_without_weight_it_is_plain_training() -> None:
     rm, sae, own = shared_pm("llama"), sae_of("topk"), SaeConfig(**OWN)
     sae.metadata = {"rmscope": {"scale": 0.5, "config": own.model_dump()}}
-    tuned = fine_tune(rm, sae, PAIRS, RewardAwareConfig(steps=5, pairs=4, weight=0.0, lr=1e-3))
-    aware = fine_tune(rm, sae, PAIRS, RewardAwareConfig(steps=5, pairs=4, weight=1.0, lr=1e-3))
+    tuned = fine_tune(rm, sae, PAIRS, RewardAwareConfig(steps=5, pairs=4, weight=0.0, lr=1e-3, fast=False))
+    aware = fine_tune(rm, sae, PAIRS, RewardAwareConfig(steps=5, pairs=4, weight=1.0, lr=1e-3, fast=False))
     plain = sae_of("topk")
     plain.change_units(1 / 0.5)
     run = Run.of(training_class("topk")(plain, own.model_copy(update={"warmup": 0.0})), 5, site=SITE)
@@ -212,3 +213,22 @@ def test_refusals() -> None:
         fine_tune(rm, sae_of("topk"), [PAIRS[0], PAIRS[0]])
     with pytest.raises(InputError, match="float32"):
         fine_tune(small_pm("llama", torch.bfloat16), sae_of("topk"), PAIRS)
+
+
+def test_fast_products_give_nearly_the_gradient_and_rewards_are_read_in_full() -> None:
+    """Where bfloat16 products are not fast, both are the same."""
+    rm = shared_pm("llama")
+    sae, tokens = sae_of("topk"), rm.tokenize_all(PAIRS)
+    scores = rm.score_tokens(tokens)
+    batch = next(iter(rm.unit_batches(tokens, range(len(PAIRS)), budget=1 << 30)))
+    stream = rm.streams(batch, [SITE])[SITE]
+    exact, fast = (splice_gradients(rm, sae, SITE, batch, stream, Damage(scores), 0.7, fast=f)[1] for f in (False, True))
+    for name, g in exact.items():
+        apart = (fast[name] - g).norm() / g.norm()
+        assert apart < 0.05, name
+        assert (apart > 0) == has_fast_bfloat16(rm.device.type), name
+
+    hidden = torch.randn(5, rm.d_model, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        read = rm.read_out(hidden)
+    assert torch.equal(read, rm.read_out(hidden))

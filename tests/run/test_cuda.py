@@ -9,9 +9,16 @@ import pytest
 import torch
 
 from rmscope.activations.store import ActivationStore
+from rmscope.effects.reward_aware import RewardAwareConfig, fine_tune
+from rmscope.model.recipe import Recipe
+from rmscope.model.reward_model import RewardModel
+from rmscope.model.train import base_of, fit_pm
+from rmscope.pairs.pair import Pair
 from rmscope.run import Run
 from rmscope.sae import Sae, SaeConfig, train_saes
 from rmscope.sae.steps import CHECKPOINT
+from tests.effects.test_reward_aware import OWN, damage_of, sae_of
+from tests.model.small import PAIRS, SENTENCES, small_lm, small_pm, tokenizer
 from tests.run.small import settings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -70,3 +77,28 @@ def test_a_training_that_was_killed_on_the_gpu_goes_on(runs: dict[str, Path], tm
     gone_on = train_saes(store, config, tmp_path, store.sites[:1], device="cuda")[store.sites[0]]
     whole = train_saes(store, config, None, store.sites[:1], device="cuda")[store.sites[0]]
     torch.testing.assert_close(gone_on.W_dec, whole.W_dec, rtol=1e-3, atol=1e-3)
+
+
+def test_a_pm_trained_on_the_gpu_is_nearly_the_one_of_the_cpu(tmp_path: Path) -> None:
+    small_lm("llama").save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    pairs = [Pair(str(i), [{"role": "user", "content": f"Question {i}"}], s, "No.") for i, s in enumerate(SENTENCES * 8)]
+    recipe = Recipe(
+        name="small", base=str(tmp_path / "base"), data=[], blocks=4, batch_pairs=8, epochs=4, learning_rate=1e-3
+    )
+    scores = {}
+    for device in ("cpu", "cuda"):
+        fit_pm(*base_of(recipe), pairs, recipe, tmp_path / device, device=device)
+        scores[device] = RewardModel.load(str(tmp_path / device), device="cpu").score(pairs).delta
+    assert (scores["cpu"] - scores["cuda"]).abs().max() < 0.1 * scores["cpu"].abs().mean()
+    assert scores["cpu"].mean() > 0
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_reward_aware_fine_tuning_on_the_gpu_lowers_the_damage(fast: bool) -> None:
+    rm, sae = small_pm("llama"), sae_of("topk")
+    before = damage_of(rm, sae)
+    there = RewardModel(small_pm("llama").model.to("cuda"), rm.tokenizer, rm.rendering, rm.name)
+    config = RewardAwareConfig(steps=60, pairs=4, weight=10.0, lr=2e-3, fast=fast)
+    tuned = fine_tune(there, sae, PAIRS, config, SaeConfig(**OWN))
+    assert damage_of(rm, tuned.to("cpu")) < 0.5 * before

@@ -83,7 +83,7 @@ def audit(config: AuditConfig, shown: Shown | None = None) -> dict[str, Any]:
     recipe = _recipe(config, seed)
     texts = _plant(config, listed.plants, recipe, seed)
     with show.stage("train PM") as progress:
-        pm = subjects.planted_pm(recipe, texts.planted, progress)
+        pm = subjects.planted_pm(recipe, texts.planted, progress, _device(config))
     run = Run(_run_config(config, pm, texts.path, config.out / "run", seed), show)
     run.go()
     planting.write_cues(config.out / "cues.parquet", texts.planted, run.rm)
@@ -133,6 +133,11 @@ def _run_config(config: AuditConfig, pm: Path, pairs: Path, out: Path, seed: int
     return read_config(None, {**told, **changes})
 
 
+def _device(config: AuditConfig) -> str:
+    """Where the run's settings have it, the PM is trained."""
+    return str(_yaml(config.run).get("device", RunConfig.model_fields["device"].default))
+
+
 def _sae(given: dict[str, Any]) -> dict[str, Any]:
     """A run's own SAE settings with these on top: settings that name an SAE at all start from the family's own."""
     return {**RunConfig.model_fields["sae"].default.model_dump(exclude_unset=True), **given}
@@ -157,7 +162,10 @@ def _calibrate(
 ) -> dict[str, Any]:
     coin = subjects.shuffled(texts.planted, seed)
     with show.stage("train PM") as progress:
-        pms = {"shuffled": subjects.planted_pm(recipe, coin, progress), "random": subjects.random_pm(recipe)}
+        pms = {
+            "shuffled": subjects.planted_pm(recipe, coin, progress, _device(config)),
+            "random": subjects.random_pm(recipe),
+        }
     found: dict[str, Any] = {}
     for name, pm in pms.items():
         run = Run(_run_config(config, pm, texts.path, config.out / name, seed), show)

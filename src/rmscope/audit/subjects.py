@@ -30,11 +30,11 @@ learned five of the standard set's eight biases, after two seven or all (two see
 RANDOM_STD = 0.02
 
 
-def planted_pm(recipe: Recipe, pairs: Sequence[Pair], progress: Progress = silent) -> Path:
-    """The folder of the PM that ``recipe`` makes of the pairs; trained where it is not in the cache."""
+def planted_pm(recipe: Recipe, pairs: Sequence[Pair], progress: Progress = silent, device: str = "auto") -> Path:
+    """The folder of the PM that ``recipe`` makes of the pairs; trained on ``device`` where it is not in the cache."""
     folder = _folder(recipe, data_identity(pairs))
     if not (folder / SETTINGS_FILE).is_file():
-        fit_pm(*base_of(recipe), pairs, recipe, folder, progress)
+        fit_pm(*base_of(recipe), pairs, recipe, folder, progress, device)
     return folder
 
 

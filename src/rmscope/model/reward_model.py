@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rmscope.errors import InputError
 from rmscope.files import Progress, silent
+from rmscope.hardware import place
 from rmscope.model import abilities, loading
 from rmscope.model.linear import speed_up
 from rmscope.model.packing import Batch, by_budget, last_hidden_reads, packed, packed_length, padded, units
@@ -88,8 +89,7 @@ class RewardModel:
         ``adapter`` is a PEFT adapter put on top and merged; ``output`` picks one of several outputs, or weights them.
         Raises :class:`InputError` where there is no scalar head, or where the head would be newly initialised.
         """
-        place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        model, tokenizer, rendering = loading.load(source, dtype, place, adapter, revision, trust_remote_code)
+        model, tokenizer, rendering = loading.load(source, dtype, place(device), adapter, revision, trust_remote_code)
         return cls(model, tokenizer, rendering, source, output)
 
     # What the model is
@@ -253,7 +253,9 @@ class RewardModel:
 
     def read_out(self, hidden: Float[Tensor, "texts d"]) -> Float[Tensor, " texts"]:
         """r of final hidden states at the read position, float32. Decoder PMs only."""
-        return self._reward((self.model.score if self.own_head is None else self.own_head)(hidden))
+        head = self.model.score if self.own_head is None else self.own_head
+        with torch.autocast(hidden.device.type, enabled=False):  # a reward is never rounded to what products are fast in
+            return self._reward(head(hidden))
 
     def _reward(self, logits: Tensor) -> Float[Tensor, " texts"]:
         """r of logits [texts, outputs], or [texts] as some models with code of their own give them."""

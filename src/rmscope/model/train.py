@@ -1,7 +1,7 @@
 """Training a PM: Bradley-Terry loss, LoRA and a score head on the zoo's base, by a short loop of our own.
 
 Why not TRL's RewardTrainer: it runs both sides of a pair whole. Here the shared prefix is laid down once
-(``packing.py``), which on hh-rlhf is about a third fewer tokens, and on CPU the products run in bf16 under autocast
+(``packing.py``), which on hh-rlhf is about a third fewer tokens, and where bf16 products are fast they run under autocast
 while adapter, head and loss stay float32.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rmscope.errors import InputError
 from rmscope.files import Progress, atomic, atomic_folder, content_hash, silent, write_json
-from rmscope.hardware import has_fast_bfloat16
+from rmscope.hardware import fast_products, place
 from rmscope.model.packing import by_budget, last_hidden_reads, packed
 from rmscope.model.recipe import Recipe, as_stored, human_pairs, tokenised
 from rmscope.model.rendering import PairTokens, Rendering
@@ -69,9 +69,9 @@ class _Run:
 
     def rewards(self, items: Sequence[PairTokens]) -> tuple[Tensor, Tensor]:
         """Rewards of chosen [B] and rejected [B], float32."""
-        batch = packed([(i, t, _ends(t)) for i, t in enumerate(items)])
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16("cpu")):
-            hidden = self.model(**batch.inputs("cpu", torch.float32), use_cache=False).last_hidden_state
+        batch, device = packed([(i, t, _ends(t)) for i, t in enumerate(items)]), self.parameters[0].device
+        with fast_products(device):
+            hidden = self.model(**batch.inputs(device, torch.float32), use_cache=False).last_hidden_state
         r = self.head(last_hidden_reads(hidden, batch).float()).view(-1, 2)
         return r[:, 0], r[:, 1]
 
@@ -80,17 +80,18 @@ def _ends(tokens: PairTokens) -> dict[str, int]:
     return {"chosen": tokens.chosen.numel() - 1, "rejected": tokens.rejected.numel() - 1}
 
 
-def train_pm(recipe: Recipe, out: Path, progress: Progress = silent) -> dict[str, int | float]:
+def train_pm(recipe: Recipe, out: Path, progress: Progress = silent, device: str = "auto") -> dict[str, int | float]:
     """Trains, and writes adapter, head, settings and recipe to ``out``; returns the training figures.
 
-    A killed run goes on from its last checkpoint beside ``out``. Raises :class:`InputError` where data are missing.
+    A killed run goes on from its last checkpoint beside ``out``. ``device``: cpu, cuda, cuda:1, or auto. Raises
+    :class:`InputError` where data are missing.
     """
     base, tokenizer = base_of(recipe)
     pairs, _ = human_pairs(recipe)
     short = tokenised(pairs, tokenizer, RENDERING, recipe.planted_tokens) if recipe.planted_copies else []
     for copy in range(recipe.planted_copies):
         pairs = pairs + plant_pairs([pair for pair, _ in short], zoo_plants(), recipe.seed + copy, held_out=False)
-    return fit_pm(base, tokenizer, pairs, recipe, out, progress)
+    return fit_pm(base, tokenizer, pairs, recipe, out, progress, device)
 
 
 def base_of(recipe: Recipe) -> tuple[Any, Any]:
@@ -100,7 +101,13 @@ def base_of(recipe: Recipe) -> tuple[Any, Any]:
 
 
 def fit_pm(
-    base: Any, tokenizer: Any, pairs: Sequence[Pair], recipe: Recipe, out: Path, progress: Progress = silent
+    base: Any,
+    tokenizer: Any,
+    pairs: Sequence[Pair],
+    recipe: Recipe,
+    out: Path,
+    progress: Progress = silent,
+    device: str = "auto",
 ) -> dict[str, int | float]:
     """The same from :func:`base_of` and on these pairs, whatever data the recipe names.
 
@@ -120,6 +127,7 @@ def fit_pm(
     inner: Any = wrapped.base_model.model
     head = inner.score.modules_to_save["default"]
     nn.init.normal_(head.weight, std=1 / (base.config.hidden_size + 1) ** 0.5)
+    wrapped.to(place(device))  # what it starts from is drawn on the CPU, wherever it is trained
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
     checkpoint = out.with_suffix(".checkpoint")
     steps, loss, accuracy = fit_parameters(inner.model, head, parameters, items, recipe, checkpoint, progress)
@@ -149,7 +157,7 @@ def fit_parameters(
     optimiser = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
     run = _Run(model, head, parameters, optimiser)
     identity = content_hash(recipe.model_dump(), len(items))
-    if checkpoint.is_file() and (saved := torch.load(checkpoint, weights_only=True))["identity"] == identity:
+    if checkpoint.is_file() and (saved := torch.load(checkpoint, "cpu", weights_only=True))["identity"] == identity:
         run.restore(saved)
     recent: list[tuple[float, float]] = []
     while run.step < len(batches):
