@@ -66,8 +66,8 @@ class RewardAwareConfig(BaseModel):
     lr: float | None = Field(None, gt=0)
     """Adam's learning rate; left out, a quarter of the family's own."""
     fast: bool = True
-    """Whether the PM's products run in bfloat16 where the machine is fast at them: about three times the speed, and noise in
-    the gradients far below that of the draw of pairs."""
+    """Whether the PM's products run in bfloat16 where the machine is fast at them; gradients are then right to a few
+    percent, and no figure is taken from these rewards."""
     checkpoint_steps: int = Field(50, gt=0)
     """Steps between two checkpoints."""
     seed: int = Field(0, ge=0)
