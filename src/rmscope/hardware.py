@@ -37,6 +37,6 @@ def place(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def fast_products(device: torch.device) -> Any:
-    """A context in which a model in training multiplies in bfloat16 where that is fast; weights, sums and losses stay."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device.type))
+def fast_products(device: torch.device, wanted: bool = True) -> Any:
+    """A context in which a float32 model multiplies in bfloat16 where that is fast and wanted; sums and losses stay."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and has_fast_bfloat16(device.type))

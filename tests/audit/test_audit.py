@@ -175,6 +175,25 @@ def pairs_as_planted(out: Path, base: str) -> Any:
     return planted_copies(bases, plant_set(PLANTS).plants, 4, 0)
 
 
+@pytest.mark.parametrize(("changes", "device"), [({"device": "cpu"}, "cpu"), ({}, "auto")])
+def test_the_pm_is_trained_where_the_run_is_to_lie(
+    changes: dict[str, str], device: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def fit(*given: Any) -> None:
+        asked.append(given[-1])
+        raise InterruptedError
+
+    monkeypatch.setenv("RMSCOPE_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr("rmscope.audit.subjects.fit_pm", fit)
+    told = config(base, tmp_path)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**RUN_CHANGES, **changes}))
+    with pytest.raises(InterruptedError):
+        audit(told)
+    assert asked == [device]
+
+
 def test_the_table_beside_other_ways_is_made(
     done: tuple[Path, dict[str, Any]], base: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,6 @@ SAE training does not need float32, effects do (METHOD, "Precision").
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from rmscope.activations.store import ActivationStore, StoreWriter
 from rmscope.files import Progress, content_hash, silent
-from rmscope.hardware import has_fast_bfloat16
+from rmscope.hardware import fast_products
 from rmscope.model.packing import Batch, Text, units
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
@@ -106,5 +105,4 @@ def data_identity(pairs: Sequence[Pair]) -> str:
 
 
 def _fast(rm: RewardModel) -> Any:
-    on_cpu = rm.device.type == "cpu" and rm.dtype == torch.float32
-    return torch.autocast("cpu", torch.bfloat16) if on_cpu and has_fast_bfloat16("cpu") else nullcontext()
+    return fast_products(rm.device, wanted=rm.device.type == "cpu" and rm.dtype == torch.float32)

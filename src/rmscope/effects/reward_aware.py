@@ -6,9 +6,9 @@
 differences mean anything, but a loss of differences alone lets both rewards of a pair drift as far as they like together,
 off what the blocks above were trained on; at μ = 1 each reward is minded by itself, as (a - b)² + (a + b)² = 2 (a² + b²).
 In the units of training E|x|² = d (d_model), so the terms are relative errors times d. The first is backpropagated
-through the PM's blocks above the site (PM frozen, float32) to x^, and from there through the SAE's own equations: to
-W_dec and b_dec, and to the encoder at the entries that fire. What fires is chosen as ever, and thresholds move by the
-family's own loss alone.
+through the PM's blocks above the site (PM frozen, float32, its products in bfloat16 where that is fast) to x^, and from
+there through the SAE's own equations: to W_dec and b_dec, and to the encoder at the entries that fire. What fires is
+chosen as ever, and thresholds move by the family's own loss alone.
 
 After Karvonen 2025 (arXiv 2503.17272), who fine-tunes with the language model's KL divergence for a short while at the
 end; here the output is a reward. What it gains may be features that carry the reward better, or the reward written into
@@ -20,7 +20,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -227,7 +226,7 @@ def _losses(
     for group in by_budget(lengths, TOKEN_BUDGET):
         unit = picked[group].tolist()
         for batch in rm.unit_batches(tokens, unit, budget=1 << 30):  # whole pairs, however long
-            with fast_products(rm.device) if fast else nullcontext():
+            with fast_products(rm.device, fast):
                 stream = rm.streams(batch, [run.site])[run.site]
             rows.append(training_rows(batch, stream))
             if share:
@@ -260,7 +259,7 @@ def splice_gradients(
 
     with torch.enable_grad():
         spliced = on_spans(batch, stream, reconstruct)
-        with fast_products(rm.device) if fast else nullcontext():
+        with fast_products(rm.device, fast):
             rewards = rm.rewards_from(batch, site, spliced)
         lost = damage.of(batch, rewards)
         found = torch.autograd.grad(lost, list(leaves.values()), allow_unused=True)

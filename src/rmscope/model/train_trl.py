@@ -18,7 +18,7 @@ from torch import nn
 
 from rmscope.errors import InputError
 from rmscope.files import Progress, atomic_folder, content_hash, silent, write_json
-from rmscope.hardware import has_fast_bfloat16
+from rmscope.hardware import has_fast_bfloat16, place
 from rmscope.model.loading import context_of, readable
 from rmscope.model.recipe import TrlRecipe, as_stored, human_pairs, tokenised
 from rmscope.model.rendering import SETTINGS_FILE, PairTokens, Rendering, stored_json
@@ -167,7 +167,7 @@ def _trainer(
     from transformers import PrinterCallback
     from trl import RewardConfig, RewardTrainer  # type: ignore[attr-defined]
 
-    place = "cuda" if torch.cuda.is_available() else "cpu"
+    device = place("auto")
     args = RewardConfig(
         output_dir=str(checkpoints),
         per_device_train_batch_size=recipe.micro_pairs,
@@ -179,10 +179,10 @@ def _trainer(
         center_rewards_coefficient=recipe.centre,
         max_length=None,  # filtered above
         seed=recipe.seed,
-        use_cpu=place == "cpu",
-        bf16=has_fast_bfloat16(place),
-        gradient_checkpointing=place == "cuda",
-        dataloader_pin_memory=place == "cuda",
+        use_cpu=device == "cpu",
+        bf16=has_fast_bfloat16(device),
+        gradient_checkpointing=device == "cuda",
+        dataloader_pin_memory=device == "cuda",
         save_strategy="steps",
         save_steps=recipe.checkpoint_steps,
         save_total_limit=1,
