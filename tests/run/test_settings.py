@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,12 @@ def test_reward_aware_saes_stand_where_the_plain_ones_did_and_back(done: Path, p
     assert {k: v for k, v in tables(out).items() if "plain" not in k and "aware" not in k} == tables(done)
 
 
-def test_reward_aware_saes_are_those_of_the_runs_own_rewards(done: Path, pm: str, tmp_path: Path) -> None:
+def test_reward_aware_saes_are_those_of_the_runs_own_rewards(
+    done: Path, pm: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """What the run hands over (its plain SAEs, its fit pairs, their scores from disk) is what scoring them anew gives."""
+    # in bfloat16 the last bit of a score on disk comes to a hundredth of what the steps move
+    monkeypatch.setattr("rmscope.effects.reward_aware.fast_products", lambda _device, _wanted: nullcontext())
     run = Run(settings(pm, shutil.copytree(done, tmp_path / "run"), reward_aware=5))
     found = run.trained(run.config.sae, tmp_path / "run" / "saes")
     pairs = [run.pairs[i] for i in run.of_split("fit")]
@@ -44,7 +49,7 @@ def test_reward_aware_saes_are_those_of_the_runs_own_rewards(done: Path, pm: str
         by_hand = fine_tune(run.rm, plain, pairs, RewardAwareConfig(steps=5, seed=run.config.sae.seed), run.config.sae)
         far = float((by_hand.W_dec - plain.W_dec).abs().max())
         assert far > 1e-4
-        assert float((sae.W_dec - by_hand.W_dec).abs().max()) < 0.01 * far
+        assert float((sae.W_dec - by_hand.W_dec).abs().max()) < 0.001 * far
         swapped = run.rm.score_tokens(run.rm.tokenize_all(pairs[::-1]))
         other = fine_tune(run.rm, plain, pairs, RewardAwareConfig(steps=5), run.config.sae, scores=swapped)
         assert float((other.W_dec - by_hand.W_dec).abs().max()) > 0.1 * far  # scores of other pairs would show
