@@ -83,10 +83,12 @@ def test_a_run_without_ledgers_says_so_and_goes_on_to_them(
     done: Path, pm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = shutil.copytree(done, tmp_path / "run")
-    assert "the ledger of 8 pairs" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "the ledger of 8 pairs" in page and "not measured: too few" not in page
     data = Run(settings(pm, out, ledger_pairs=0)).go()
     assert [site["ledger"] for site in data["sites"]] == [None] * len(data["sites"])
-    assert "the ledger of" not in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "the ledger of" not in page and "not measured: too few pairs have a ledger" in page
     closing(data, "report.html")
     assert "Δr =" not in capsys.readouterr().err
     with pytest.raises(InputError, match="has no ledgers"):
