@@ -84,11 +84,13 @@ def test_a_run_without_ledgers_says_so_and_goes_on_to_them(
 ) -> None:
     out = shutil.copytree(done, tmp_path / "run")
     page = (out / "report.html").read_text()
-    assert "the ledger of 8 pairs" in page and "not measured: too few" not in page
+    assert "the ledger of 8 pairs" in page
+    assert "not measured: too few" not in page
     data = Run(settings(pm, out, ledger_pairs=0)).go()
     assert [site["ledger"] for site in data["sites"]] == [None] * len(data["sites"])
     page = (out / "report.html").read_text()
-    assert "the ledger of" not in page and "not measured: too few pairs have a ledger" in page
+    assert "the ledger of" not in page
+    assert "not measured: too few pairs have a ledger" in page
     closing(data, "report.html")
     assert "Δr =" not in capsys.readouterr().err
     with pytest.raises(InputError, match="has no ledgers"):
