@@ -66,7 +66,7 @@ class RewardAwareConfig(BaseModel):
     """Adam's learning rate; left out, a quarter of the family's own."""
     fast: bool = True
     """Whether the PM's products run in bfloat16 where the machine is fast at them; gradients are then right to a few
-    percent, and no figure is taken from these rewards."""
+    percent (docs/reward_aware.md), and no figure is taken from these rewards."""
     checkpoint_steps: int = Field(50, gt=0)
     """Steps between two checkpoints."""
     seed: int = Field(0, ge=0)
