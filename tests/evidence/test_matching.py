@@ -16,7 +16,7 @@ import torch
 
 from rmscope.effects.removal import remove_naively
 from rmscope.evidence import twins as twins_module
-from rmscope.evidence.matching import f1_score, match_plant, mediated_share, merged_ranks, threshold
+from rmscope.evidence.matching import f1_score, match_plant, matches, mediated_share, merged_ranks, threshold
 from rmscope.evidence.recall import recall
 from rmscope.evidence.twins import halves, matched_groups, mediation, prepare
 from rmscope.pairs.pair import Pair
@@ -58,15 +58,15 @@ def sae(shares: list[float], threshold: float = 0.95) -> JumpReluSae:
     return made
 
 
-def matched(
+def case(
     made: JumpReluSae,
     sign_consistency: float = 1.0,
     right_sign: bool = True,
     negative: str | None = None,
     reported: Sequence[int] | None = None,
-    groups: bool = False,
     ranks: Sequence[int] = range(1, 100),
-) -> dict[str, Any]:
+) -> tuple[Any, ...]:
+    """PM, SAEs, plant, twins and reported features, which are given the sign that the cue has on this PM, or the other."""
     rm = shared_pm("llama")
     plant = Plant(name="z", kind="phrase", sign=1, texts=(CUE,))
     prepared = prepare(rm, {SITE: made}, twin_pairs(negative), plant)
@@ -75,7 +75,11 @@ def matched(
     effect = plant.sign * (1.0 if right_sign else -1.0)
     features = range(made.m) if reported is None else reported
     rows = [{"feature": j, "rank": ranks[j], "mean_removal": effect, "sign_consistency": sign_consistency} for j in features]
-    return match_plant(rm, {SITE: made}, plant, prepared, {SITE: rows}, sd=1e-3, groups=groups)
+    return rm, {SITE: made}, plant, prepared, {SITE: rows}
+
+
+def matched(made: JumpReluSae, groups: bool = False, **given: Any) -> dict[str, Any]:
+    return match_plant(*case(made, **given), sd=1e-3, groups=groups)
 
 
 def test_a_feature_that_is_the_cue_is_a_single_hit_that_carries_all_of_it() -> None:
@@ -112,6 +116,35 @@ def test_detecting_without_causing_is_no_hit_and_says_what_is_carried() -> None:
     row = matched(sae([0.0]))
     assert (row["found"], row["f1"]) == (False, 1.0)
     assert "carry 0% of its effect" in row["why"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "given"),
+    [
+        ([1.0], {}),
+        ([1.0], {"sign_consistency": 0.5}),
+        ([0.2] * 5, {}),
+        ([0.1], {}),
+        ([1.0], {"right_sign": False}),
+        ([0.2] * 5, {"negative": CUE}),
+    ],
+)
+def test_whether_anything_matches_is_what_matching_finds(parts: list[float], given: dict[str, Any]) -> None:
+    assert matches(*case(sae(parts), **given)) == matched(sae(parts), **given)["found"]
+
+
+def test_no_group_is_grown_that_could_not_detect_the_cue(monkeypatch: pytest.MonkeyPatch) -> None:
+    grown: list[int] = []
+
+    def grow(*_: Any) -> tuple[list[int], float]:
+        grown.append(1)
+        return [0], 0.0
+
+    monkeypatch.setattr("rmscope.evidence.matching._grow", grow)
+    assert not matches(*case(sae([0.2] * 5), negative=CUE))  # the negatives fire it as the cue does
+    assert not grown
+    matches(*case(sae([0.2] * 5)))
+    assert grown
 
 
 def test_a_feature_that_never_fires_detects_nothing() -> None:

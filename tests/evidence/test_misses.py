@@ -36,7 +36,7 @@ def missed(made: Sae, effect: float | None = None, pairs: list[Pair] | None = No
     reported = {SITE: [] if effect is None else [row(0, effect * plant.sign, consistency)]}
     x = torch.cat([t.responses["chosen"].x for t in prepared[SITE]])
     start = baseline(made, "mean", made.encode(x).mean(0), x.mean(0))
-    return Missed(rm, {SITE: made}, plant, prepared, rm.tokenize_all(pairs), reported, {SITE: start}, SD)
+    return Missed(rm, {SITE: made}, plant, prepared, rm.tokenize_all(pairs), reported, {SITE: start})
 
 
 def test_a_matching_feature_of_the_other_sign_is_a_wrong_sign() -> None:

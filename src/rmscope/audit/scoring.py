@@ -85,7 +85,7 @@ class Scoring:
             return row | {"why": ""}
         baselines = {site: run.baseline(site) for site in run.sites}
         tokens = run.rm.tokenize_all(made)
-        missed = Missed(run.rm, run.saes, plant, prepared, tokens, self.reported, baselines, run.sd)
+        missed = Missed(run.rm, run.saes, plant, prepared, tokens, self.reported, baselines)
         return row | {"why": missed.reason()}
 
     def replicated(self, fresh: Sequence[Pair], progress: Progress = silent) -> dict[str, pl.DataFrame]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,21 @@ def match_plant(
     if not row["found"]:
         row["why"] = "not learned" if not row["learned"] else row["why"]
     return row
+
+
+def matches(
+    rm: RewardModel,
+    saes: Mapping[str, Sae],
+    plant: Plant,
+    prepared: Mapping[str, list[Twin]],
+    reported: Mapping[str, list[dict[str, Any]]],
+) -> bool:
+    """Whether :func:`match_plant` finds anything, for whoever need not know what: no group is grown where none could detect
+    the cue, which takes most of the time that a miss takes."""
+    sites = [_at_site(rm, sae, site, plant, prepared[site], reported[site]) for site, sae in saes.items()]
+    if any(_single(rm, at, plant)["found"] for at in sites):
+        return True
+    return any(_group(rm, at)["found"] for at in sites if _detectable(at))
 
 
 def cue_effect(plant: Plant, twins: Sequence[Twin], sd: float) -> dict[str, Any]:
@@ -244,6 +260,20 @@ def _grow(rm: RewardModel, at: _AtSite) -> tuple[list[int], float]:
         share = max(shares)
         group = able[shares.index(share)]
     return group, share
+
+
+def _detectable(at: _AtSite) -> bool:
+    """Whether any group that :func:`_grow` may come to detects the cue on the measuring half, as a hit must."""
+    able = list(at.share)[:TRIED] or list(at.info)[:1]
+    fitting, measuring = ([peaks(half, [j], at.scale) for j in able] for half in (at.fitting, at.measuring))
+    groups = (list(g) for size in range(1, GROUP + 1) for g in combinations(range(len(able)), size))
+    return any(f1_score(*_union(measuring, g), threshold(*_union(fitting, g))[1]) >= F1 for g in groups)
+
+
+def _union(each: Sequence[tuple[Array, Array]], group: Sequence[int]) -> tuple[Array, Array]:
+    """A group's peaks with the cue and without it, from those of single features."""
+    cue, without = (np.max([each[i][k] for i in group], axis=0) for k in (0, 1))
+    return cue, without
 
 
 def _detects(at: _AtSite, group: Sequence[int]) -> float:

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rmscope.effects.ledger import Baseline, ledger_rows
+from rmscope.effects import ledger
 from rmscope.effects.ranking import BOUND
 from rmscope.effects.statistics import bootstrap
-from rmscope.evidence.matching import F1, MASS, f1_score, match_plant, threshold
+from rmscope.evidence.matching import F1, MASS, f1_score, matches, threshold
 from rmscope.evidence.twins import Twin, all_peaks, halves, largest, localises, mediation, peaks
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
@@ -36,10 +36,11 @@ OFTEN = 0.2
 """A feature that fires in fewer of a cue's windows than this is not tried."""
 ERROR = 0.5
 """The share of a cue's effect that, at every site, must run through the error to be called carried by it."""
-LEDGERS = 16
+LEDGERS = 8
 """Twins whose ledgers say so: it is a share to one digit."""
-LOOSER = 10
-"""As many times a ledger's own gap is enough for that: .01 SD(Δr) of a twin, where a learned effect has at least .25."""
+GAP = 0.1
+"""The share of the cue's effect that a twin's ledger may leave unaccounted for. A planted repeated sentence: .2864 of the
+effect in the error, .2867 with a gap that is half as wide."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ class Missed:
     """Of the twins."""
     reported: Rows
     """All that were reported."""
-    baselines: Mapping[str, Baseline]
-    sd: float
+    baselines: Mapping[str, ledger.Baseline]
 
     def reason(self) -> Reason:
         if self._matches(self._reported(self.plant.sign, sign_consistency=1.0)):
@@ -69,7 +69,7 @@ class Missed:
         return "no feature"
 
     def _matches(self, rows: Rows) -> bool:
-        return bool(match_plant(self.rm, self.saes, self.plant, self.prepared, rows, self.sd)["found"])
+        return matches(self.rm, self.saes, self.plant, self.prepared, rows)
 
     def _reported(self, sign: int, **changes: float) -> Rows:
         """The reported features of a sign, as if ``changes`` were true of them."""
@@ -99,8 +99,9 @@ class Missed:
     def error_share(self, site: str) -> float:
         """How much of the cue's effect runs through the SAE's error: Σ error / Σ Δr over the twins' ledgers."""
         tokens, start = self.tokens[:LEDGERS], self.baselines[site]
-        sd = LOOSER * self.sd
-        made = ledger_rows(self.rm, self.saes[site], site, tokens, range(len(tokens)), start, sd)
+        effect = abs(float(np.mean([t.delta for t in self.prepared[site]])))
+        sd = GAP * effect / (ledger.BOUND * ledger.FLOOR)  # of which a ledger's gap is a share
+        made = ledger.ledger_rows(self.rm, self.saes[site], site, tokens, range(len(tokens)), start, sd)
         rows = [row for _, row, _ in made]
         return sum(row["error"] for row in rows) / sum(row["delta_r"] for row in rows)
 
