@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from rmscope.effects.removal import remove_naively
+from rmscope.evidence import matching
 from rmscope.evidence import twins as twins_module
 from rmscope.evidence.matching import f1_score, match_plant, matches, mediated_share, merged_ranks, threshold
 from rmscope.evidence.recall import recall
-from rmscope.evidence.twins import halves, matched_groups, mediation, prepare
+from rmscope.evidence.twins import halves, matched_groups, mediation, peaks, prepare
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.plants import Plant
 from rmscope.sae.jumprelu import JumpReluSae
@@ -145,6 +146,30 @@ def test_no_group_is_grown_that_could_not_detect_the_cue(monkeypatch: pytest.Mon
     assert not grown
     matches(*case(sae([0.2] * 5)))
     assert grown
+
+
+def test_features_that_detect_a_cue_only_together_are_tried_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of three fires on a third of the cues: F1 .5 alone, .8 in twos, 1 together."""
+    rm, saes, plant, prepared, rows = case(sae([0.2] * 3))
+    at = matching._at_site(rm, saes[SITE], SITE, plant, prepared[SITE], rows[SITE])
+    thirds = np.arange(12) % 3
+
+    def peaks(_twins: Any, group: Sequence[int], _scale: Any) -> tuple[np.ndarray, np.ndarray]:
+        return np.isin(thirds, group).astype(float), np.zeros(12)
+
+    monkeypatch.setattr(matching, "peaks", peaks)
+    assert sorted(at.share) == [0, 1, 2]
+    assert matching._detectable(at)
+    monkeypatch.setattr(matching, "GROUP", 1)
+    assert not matching._detectable(at)
+
+
+def test_a_unions_peaks_are_those_of_its_features_together() -> None:
+    *_, prepared, _ = case(sae([0.5, 0.3, 0.2]), negative=CUE)
+    scale = {0: 1.0, 1: 0.2, 2: 3.0}
+    each = [peaks(prepared[SITE], [j], scale) for j in scale]
+    for found, together in zip(matching._union(each, [0, 2]), peaks(prepared[SITE], [0, 2], scale), strict=True):
+        assert np.array_equal(found, together)
 
 
 def test_a_feature_that_never_fires_detects_nothing() -> None:

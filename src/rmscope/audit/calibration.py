@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rmscope.audit.scoring import Scoring
-from rmscope.evidence.matching import match_plant
+from rmscope.evidence.matching import matches
 from rmscope.evidence.recall import KS, share
 from rmscope.evidence.twins import prepare
 from rmscope.files import Progress, silent
@@ -52,7 +52,7 @@ def decoys_matched(scoring: Scoring, n: int = DECOYS, progress: Progress = silen
         made = twins(scoring.held_out, plant, DECOY_TWINS, scoring.seed)
         prepared = prepare(run.rm, run.saes, made, plant)
         turned = plant.model_copy(update={"sign": _sign(prepared)})
-        if match_plant(run.rm, run.saes, turned, prepared, scoring.within(KS[0]), run.sd)["found"]:
+        if matches(run.rm, run.saes, turned, prepared, scoring.within(KS[0])):
             hits.append(plant.texts[0])
         progress(i + 1, len(cues), "decoy cues")
     return share(len(hits), len(cues)) | {"words": hits}
