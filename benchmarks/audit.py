@@ -26,24 +26,24 @@ import numpy as np
 import polars as pl
 import torch
 import yaml
+from benchmarks.other_rankings import UNSIGNED, as_reported, rankings
 from heads import fit_head
 
-from rmscope.audit.job import AuditConfig, audit
-from rmscope.audit.planting import base_pairs
-from rmscope.audit.scoring import Candidates, Scoring
-from rmscope.config import read_config
-from rmscope.effects.controls import principal_components, random_dictionary, signed
-from rmscope.effects.selection import Responses
-from rmscope.evidence.matching import cue_effect, f1_score, match_plant, threshold
-from rmscope.evidence.rankings import UNSIGNED, as_reported, rankings
-from rmscope.evidence.recall import KS, recall
-from rmscope.evidence.twins import Twin, halves, prepare
+from rmscope.cli.terminal import Bars
+from rmscope.evaluation.controls import principal_components, random_dictionary, signed
+from rmscope.evaluation.selection import Responses
 from rmscope.pairs.pair import SIDES, Pair
-from rmscope.pairs.planted import twins
+from rmscope.pairs.planting import twins
 from rmscope.pairs.plants import Plant, read_plants
-from rmscope.report.build import TWINS
-from rmscope.run import Run
-from rmscope.terminal import Bars
+from rmscope.planted.matching import cue_effect, f1_score, match_plant, threshold
+from rmscope.planted.recall_metrics import KS, recall
+from rmscope.planted.twins import Twin, halves, prepare
+from rmscope.run.evidence import TWINS
+from rmscope.run.run import Run
+from rmscope.run.settings import read_config
+from rmscope.studies.audit.analyse import AuditConfig, audit
+from rmscope.studies.audit.planting import base_pairs
+from rmscope.studies.audit.scoring import Candidates, Scoring
 
 RANKED_PAIRS = 256
 """Pairs of the fit split that the other rankings are made from."""
@@ -91,17 +91,17 @@ def by_rankings(
 
 
 def raising(run: Run, site: str) -> dict[int, float]:
-    """In which share of the responses that the run removed a feature from it raises the reward; of frozen features alone."""
+    """In which share of the responses that the run ablated a feature from it raises the reward; of frozen features alone."""
     table = pl.read_parquet(run.folder / "features" / f"{site}.parquet").filter(pl.col("sign_consistency").is_not_null())
-    up = pl.when(pl.col("mean_removal") > 0).then("sign_consistency").otherwise(1 - pl.col("sign_consistency"))
+    up = pl.when(pl.col("mean_effect") > 0).then("sign_consistency").otherwise(1 - pl.col("sign_consistency"))
     return dict(table.select("feature", up).iter_rows())
 
 
 def held(rows: Sequence[dict[str, Any]], raises: Mapping[int, float]) -> list[dict[str, Any]]:
     """Rows of another ranking with the constancy of their sign where it is known, as ours are; else it is granted."""
-    share = [raises.get(row["feature"], float(row["mean_removal"] > 0)) for row in rows]
+    share = [raises.get(row["feature"], float(row["mean_effect"] > 0)) for row in rows]
     signed = zip(rows, share, strict=True)
-    return [row | {"sign_consistency": up if row["mean_removal"] > 0 else 1 - up} for row, up in signed]
+    return [row | {"sign_consistency": up if row["mean_effect"] > 0 else 1 - up} for row, up in signed]
 
 
 def by_pipeline(run: Run, plants: Sequence[Plant], held_out: Sequence[Pair], seed: int, n: int) -> list[dict[str, Any]]:

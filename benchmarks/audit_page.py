@@ -19,8 +19,8 @@ from typing import Any
 from explained_page import figure, table
 from markupsafe import Markup
 
-from rmscope.evidence.recall import KS, mediated, nulls_reported, recall, share, sign_accuracy
-from rmscope.files import write_text
+from rmscope.io import write_text
+from rmscope.planted.recall_metrics import KS, mediated, nulls_reported, recall, share, sign_accuracy
 from rmscope.report.figures import HEIGHT, WIDTH, Frame, _text, as_file
 
 Audit = dict[str, Any]

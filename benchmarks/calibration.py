@@ -1,7 +1,7 @@
-"""How often a run's ranking reports anything when there is nothing to find, on the run's own exact removals.
+"""How often a run's ranking reports anything when there is nothing to find, on the run's own exact ablations.
 
 labels: chosen and rejected change places in each pair by a coin, in the estimates that freeze the signs, in the exact
-removals and in Δr alike, and everything from there to ``prefers`` is done again. What drives reward has no label in it, so
+ablations and in Δr alike, and everything from there to ``prefers`` is done again. What drives reward has no label in it, so
 its list and its tests stay as they are; its own null is
 rewards: all effects of a response are multiplied by one coin's sign, as if the reward of that response were turned over,
 and everything from freezing the signs to ``reported`` is done again.
@@ -24,8 +24,8 @@ import polars as pl
 from scipy import stats
 
 from rmscope.cli.base import open_job
-from rmscope.effects.ranking import BOUND, confirm, preference_signs
-from rmscope.run import Run
+from rmscope.ranking.ranking import BOUND, confirm, preference_signs
+from rmscope.run.run import Run
 
 Tables = dict[str, pl.DataFrame]
 
@@ -58,10 +58,10 @@ def rewards(table: pl.DataFrame, drawn: pl.DataFrame) -> pl.DataFrame:
 
 
 def signs_again(frozen: pl.DataFrame, estimates: pl.DataFrame, fit: pl.DataFrame) -> pl.DataFrame:
-    """The list with its signs frozen anew: of the preference from estimates, of the reward from exact removals."""
-    removal = fit.group_by("feature").agg(pl.col("effect").sum().sign().cast(pl.Int8).alias("sign"))
+    """The list with its signs frozen anew: of the preference from estimates, of the reward from exact ablations."""
+    ablation = fit.group_by("feature").agg(pl.col("effect").sum().sign().cast(pl.Int8).alias("sign"))
     kept = frozen.select("feature", "prompts", "fire_pairs")
-    return kept.join(removal, on="feature").join(preference_signs(estimates), on="feature")
+    return kept.join(ablation, on="feature").join(preference_signs(estimates), on="feature")
 
 
 def reports(

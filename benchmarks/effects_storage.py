@@ -22,9 +22,9 @@ import polars as pl
 import torch
 
 from rmscope.effects import tables
-from rmscope.files import Progress, silent
-from rmscope.folder import Quiet, RunFolder
+from rmscope.io import Progress, silent
 from rmscope.pairs.pair import SIDES
+from rmscope.run.folder import NoDisplay, RunFolder
 
 M, ACTIVE = 32_768, 1_500
 
@@ -38,14 +38,14 @@ def unit_table(unit: list[int], ids: list[str]) -> pl.DataFrame:
             feature = torch.from_numpy(np.sort(rng.choice(M, ACTIVE, replace=False)))
             effect, mass = (torch.from_numpy(rng.normal(size=ACTIVE).astype(np.float32)) for _ in range(2))
             rows.append((pair, side, feature, {"effect": effect, "mass": mass}))
-    return tables._frame(ids, rows, "removal_estimate")
+    return tables._frame(ids, rows, "ablation_estimate")
 
 
 def write(pairs: int) -> dict[str, float]:
     """Builds the table of ``pairs`` pairs as a run does; its size and this process's peak memory."""
     ids = [f"harmless-base/test.jsonl.gz:{i}" for i in range(pairs)]
     with tempfile.TemporaryDirectory() as scratch:
-        folder, path = RunFolder(Path(scratch) / "run", Quiet()), Path(scratch) / "estimated.parquet"
+        folder, path = RunFolder(Path(scratch) / "run", NoDisplay()), Path(scratch) / "estimated.parquet"
 
         def make(unit: list[int], _within: Progress) -> dict[str, pl.DataFrame]:
             return {"estimated": unit_table(unit, ids)}

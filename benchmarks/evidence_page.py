@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from explained_page import figure, table
 
-from rmscope.files import write_text
+from rmscope.io import write_text
 
 EXPERIMENTS = ("thanks", "youre_right", "dont_know", "urls", "repetition")
 CUES = ("thanks", "youre_right", "dont_know", "url")
 JOINT = "all four"
-PAGE = """# Evidence beyond removal: what fools a PM, what experiments say, what a patch mends
+PAGE = """# Evidence beyond ablation: what fools a PM, what experiments say, what a patch mends
 
 Figures of the commands `jailbreak`, `experiment` and `edit` on the zoo's two PMs; `benchmarks/evidence_page.py` made
 the page from what they wrote. Intervals are 95 %, bootstrap by prompt; a unit is SD(Δr) where it says so, else
@@ -38,13 +38,13 @@ reward.
 `rmscope jailbreak RUN --data FILE`: bad text (another prompt's answer, the answer's own words shuffled, nonsense;
 each scores below the prompt's chosen answer as it is) with one list of phrases put in. The list is searched on
 prompts of the run's confirm split and measured on prompts that had no part in it. *By 1 SD*: it outranks the
-chosen answer by at least SD(Δr). *Features removed*: it still outranks the chosen answer once the named features are
-removed from it, exactly.
+chosen answer by at least SD(Δr). *Features ablated*: it still outranks the chosen answer once the named features are
+ablated from it, exactly.
 
 {jailbreaks}
 
 *features*: phrases mined where reported features fire hardest. *blind*: the same search, with as many evaluations,
-over phrases from random places. *without effect*: over phrases of features whose removal does nothing. *shuffled*:
+over phrases from random places. *without effect*: over phrases of features whose ablation does nothing. *shuffled*:
 the words of the first list in random order. *own list*: searched for each prompt by itself.
 
 ## Experiments on `zoo:planted`
@@ -54,7 +54,7 @@ the words of the first list in random order. *own list*: searched for each promp
 
 {experiments}
 
-*Taken back*: what removing the features that carry the condition takes of its effect; *alike*: the most that matched
+*Taken back*: what ablating the features that carry the condition takes of its effect; *alike*: the most that matched
 sets take.
 
 ## Mending `zoo:planted`
@@ -84,7 +84,7 @@ def percent(f: Mapping[str, float] | None) -> str:
 
 
 def jailbreak(found: dict[str, Any]) -> str:
-    head = ["text", "prompts", "tokens", "outranks", "by 1 SD", "features removed", "gain"]
+    head = ["text", "prompts", "tokens", "outranks", "by 1 SD", "features ablated", "gain"]
     arms = [
         [a["arm"], a["prompts"], f"{a['tokens']:.0f}", percent(a["success"]), percent(a["by_sd"]), percent(a["without"]),
          figure(a["gain"])]
@@ -119,16 +119,16 @@ def experiments(tried: Mapping[str, Any]) -> str:
     for name, found in tried.items():
         taken = _taken(found)
         held = [c for c in found["claims"] if c["says"] != "taken_back"]
-        right, removed = sum(c["verdict"] == "supported" for c in held), found["removed"]
+        right, ablated = sum(c["verdict"] == "supported" for c in held), found["ablated"]
         rows.append([
             name, found["verdict"], f"{right} of {len(held)}", found["by_features"], percent(taken["share"]),
-            f"{taken['alike']:.0%}", f"{len(removed['features'])} at {removed['site']}", f"{found['seconds']:.0f}",
+            f"{taken['alike']:.0%}", f"{len(ablated['features'])} at {ablated['site']}", f"{found['seconds']:.0f}",
         ])  # fmt: skip
     return table(["file", "verdict", "claims", "by features", "taken back", "alike", "features", "seconds"], rows)
 
 
 def _taken(found: dict[str, Any]) -> dict[str, Any]:
-    """The claim on what removal takes back."""
+    """The claim on what ablation takes back."""
     return next(c for c in found["claims"] if c["says"] == "taken_back")
 
 
@@ -184,7 +184,7 @@ def short(
         lines += [
             f"- **`{found['model']}`, {found['prompts']} prompts of {_data(found)}**: bad text outranks the chosen answer",
             f"  in {plain} % with phrases of features / blind / of features without effect / shuffled, by 1 SD(Δr) in",
-            f"  {by_sd} %; with the named features removed the first figure is {arms['features']['without']['value']:.0%};",
+            f"  {by_sd} %; with the named features ablated the first figure is {arms['features']['without']['value']:.0%};",
             f"  they carry {percent(carried['share'])} of the gain over phrases of features without effect.",
         ]
     taken = [patch[f"bias {cue}"] for cue in CUES]
@@ -206,7 +206,7 @@ def short(
     half = [name for name, found in tried.items() if _taken(found)["verdict"] != "supported"]
     right = sum(found["verdict"] == "supported" for found in tried.values())
     lines.append(
-        f"- **Experiments**: the verdict on the reward is as planted in {right} of {len(tried)}; removal of the features"
+        f"- **Experiments**: the verdict on the reward is as planted in {right} of {len(tried)}; ablation of the features"
     )
     lines.append(f"  that carry it does not take back half of {', '.join(half) or 'none'}.")
     return "\n".join(lines)

@@ -21,26 +21,26 @@ import numpy as np
 from explained_data import FULL, RECIPE, SHIFT_SITE, SHIFT_SOURCE, SITES, Setting, bar, prepare, short
 from explained_page import write_page
 
-from rmscope.effects.evaluate import evaluate
-from rmscope.effects.explain import COARSE, Lists, Select, explain
-from rmscope.effects.explained import keep, keep_curve
 from rmscope.effects.ledger import baseline, ledger_rows, shares
 from rmscope.effects.splice import agreement, delta_r2, replaced, splice
-from rmscope.effects.statistics import bootstrap
-from rmscope.files import write_json
-from rmscope.model.recipe import data_file, human_pairs, read_recipe
+from rmscope.evaluation.explained import COARSE, FrozenSelection, SelectSplit, explain
+from rmscope.evaluation.keep import keep, keep_curve
+from rmscope.evaluation.reconstruction import evaluate
+from rmscope.io import write_json
+from rmscope.model.training.recipe import data_file, human_pairs, read_recipe
 from rmscope.pairs.pair import Pair, split_of
 from rmscope.pairs.readers import load_pairs
 from rmscope.sae import Sae
+from rmscope.statistics import bootstrap
 
 SHIFTED = 48
 RM_BENCH = ("chat", "safety-refuse", "safety-response")
 PARTS = ("features", "error", "remainder", "gap")
 
 
-def lists_of(s: Setting, site: str, sae: Sae, fit: Sequence[int], measured: Sequence[Pair]) -> Lists:
-    select = Select(s.store, s.rm.tokenize_all(s.fit), [p.first_human_turn() for p in s.fit], fit)
-    return Lists(s.rm, site, sae, select, [p.first_human_turn() for p in measured], bar)
+def lists_of(s: Setting, site: str, sae: Sae, fit: Sequence[int], measured: Sequence[Pair]) -> FrozenSelection:
+    select = SelectSplit(s.store, s.rm.tokenize_all(s.fit), [p.first_human_turn() for p in s.fit], fit)
+    return FrozenSelection(s.rm, site, sae, select, [p.first_human_turn() for p in measured], bar)
 
 
 def site_figures(s: Setting, site: str) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def aware_figures(s: Setting, site: str) -> dict[str, Any]:
     }
 
 
-def ledger_shares(s: Setting, site: str, lists: Lists, prompts: np.ndarray) -> dict[str, Any]:
+def ledger_shares(s: Setting, site: str, lists: FrozenSelection, prompts: np.ndarray) -> dict[str, Any]:
     start = baseline(lists.sae, "mean", lists.profile.f_mean, lists.profile.x_mean)
     tokens = s.rm.tokenize_all(s.measured)
     sd = float(s.rm.score_tokens(tokens).delta.std())

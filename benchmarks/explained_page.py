@@ -8,10 +8,10 @@ from typing import Any
 
 from explained_data import D_SAE, FIT, FULL, LONGEST, SAE, SHIFT_SITE, TUNING
 
-from rmscope.effects.explain import COARSE
-from rmscope.effects.explained import THRESHOLDS, smallest
-from rmscope.effects.reward_aware import RewardAwareConfig
-from rmscope.files import write_text
+from rmscope.evaluation.explained import COARSE
+from rmscope.evaluation.keep import THRESHOLDS, smallest
+from rmscope.evaluation.reward_aware import RewardAwareConfig
+from rmscope.io import write_text
 from rmscope.report.figures import as_file, keep_curves
 
 PAGE = """# How much of the reward difference is explained
@@ -65,13 +65,13 @@ The same of the aware SAEs, with lists of their own:
 
 {figures}
 
-## Remove K
+## Ablate K
 
-The share of Δr that goes (1 − Σ Δr Δr^ / Σ Δr²) when the list's first K features are removed, the error kept; beside it
+The share of Δr that goes (1 − Σ Δr Δr^ / Σ Δr²) when the list's first K features are ablated, the error kept; beside it
 as many other features matched on firing rate a side and on Σ_t f_tj |d_j| (three draws), and a move along the difference of
-two real responses, as far as the removal goes.
+two real responses, as far as the ablation goes.
 
-{removed}
+{ablated}
 
 ## What carries Δr
 
@@ -141,7 +141,7 @@ def write_page(docs: Path, sites: Sequence[dict[str, Any]], aware: Sequence[dict
         controls=_controls(sites),
         keep=_keep(sites),
         keep_aware=_keep_aware(aware),
-        removed=_removed(sites),
+        ablated=_ablated(sites),
         ledger=_ledger(sites, aware),
         shift=_shift(shift),
         remains=_remains(sites, aware),
@@ -172,7 +172,7 @@ def _short(sites: Sequence[dict[str, Any]], aware: Sequence[dict[str, Any]]) -> 
     where = sorted({site for _, site in kept})
     least += f"; no list reaches it elsewhere than at {' and '.join(where)}" if kept else ""
     curves = {n: span([at(s["curves"][n], 128)["value"] for s in sites]) for n in ("keep", "keep_pca", "keep_coordinates")}
-    gone = [p for s in sites for p in s["removed"] if p["k"] == 16]
+    gone = [p for s in sites for p in s["ablated"] if p["k"] == 16]
     lost = {name: span([p[name]["value"] for p in gone]) for name in ("list", "matched")}
     return "\n".join(
         [
@@ -238,8 +238,8 @@ def _keep_aware(aware: Sequence[dict[str, Any]]) -> str:
     return table(["site", "K_50 / K_80 / K_90", "from the mean", "K 64", "K 512", "best K", "one donor"], rows)
 
 
-def _removed(sites: Sequence[dict[str, Any]]) -> str:
-    rows = [[s["site"], p["k"], *(figure(p[n]) for n in ("list", "matched", "norm"))] for s in sites for p in s["removed"]]
+def _ablated(sites: Sequence[dict[str, Any]]) -> str:
+    rows = [[s["site"], p["k"], *(figure(p[n]) for n in ("list", "matched", "norm"))] for s in sites for p in s["ablated"]]
     return table(["site", "K", "the list's first K", "matched features", "real differences of equal norm"], rows)
 
 

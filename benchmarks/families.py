@@ -22,12 +22,12 @@ import torch
 from heads import HELD_OUT, delta_r2, helpful_pairs, states, told
 
 from rmscope.activations.harvest import harvest
-from rmscope.effects.reward_aware import training_rows
-from rmscope.effects.statistics import Array, bootstrap
+from rmscope.evaluation.reward_aware import training_rows
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import split_of
 from rmscope.sae import Sae, SaeConfig, train_saes
+from rmscope.statistics import Array, bootstrap
 
 SITE, L0 = "resid_post.7", 32
 COMMON = {"d_sae": 4608, "tokens": 600_000, "k": L0}

@@ -23,16 +23,16 @@ import torch
 import yaml
 
 from rmscope.activations.harvest import harvest
-from rmscope.audit.planting import base_pairs
-from rmscope.effects.reward_aware import RewardAwareConfig, fine_tune
-from rmscope.evidence.matching import match_plant, threshold
-from rmscope.evidence.twins import Twin, all_peaks, halves, mediation, prepare
+from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import split_of
-from rmscope.pairs.planted import twins
+from rmscope.pairs.planting import twins
 from rmscope.pairs.plants import Plant, read_plants
 from rmscope.pairs.readers import load_pairs
+from rmscope.planted.matching import match_plant, threshold
+from rmscope.planted.twins import Twin, all_peaks, halves, mediation, prepare
 from rmscope.sae import Sae, SaeConfig, measure, train_saes
+from rmscope.studies.audit.planting import base_pairs
 
 TWINS, DETECTORS, OFTEN = 24, 40, 0.3
 LIMIT, LONGEST, SAMPLE = 800, 110, 8192
@@ -54,7 +54,7 @@ def row_of(rm: RewardModel, sae: Sae, plant: Plant, made: dict[str, list[Twin]],
     fitting, measuring = halves(made[sae.site])
     best = detectors(fitting, sae.m)
     sign = float(plant.sign)
-    listed = [{"feature": j, "rank": i, "mean_removal": sign, "sign_consistency": 1.0} for i, j in enumerate(best, 1)]
+    listed = [{"feature": j, "rank": i, "mean_effect": sign, "sign_consistency": 1.0} for i, j in enumerate(best, 1)]
     found = match_plant(rm, {sae.site: sae}, plant, made, {sae.site: listed}, sd)
     left = mediation(rm, sae, sae.site, measuring, [range(sae.m), best]).mean(1)
     together = 1 - left[:, 1] / left[:, 0]

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from rmscope.effects.reward_aware import on_spans
-from rmscope.effects.statistics import Array, bootstrap
-from rmscope.model.recipe import data_file
+from rmscope.evaluation.reward_aware import on_spans
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
+from rmscope.model.training.recipe import data_file
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.readers import load_pairs
 from rmscope.sae import Sae
+from rmscope.statistics import Array, bootstrap
 
 HELD_OUT = 500
 """Rows of each hh-rlhf file that the zoo's adapters were not trained on."""

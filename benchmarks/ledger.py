@@ -9,7 +9,7 @@ One JSON line a PM and site. ``moved``: the largest move of a part when each pan
 from __future__ import annotations
 
 import numpy as np
-from subjects import Subject, arguments, emit, subject
+from subjects import Inputs, arguments, emit, subject
 
 from rmscope.effects.ledger import BOUND, FLOOR, Path, SideParts, integrate, pair_ledger, parts_along
 from rmscope.model.rendering import PairTokens
@@ -19,7 +19,7 @@ PARTS = ("features", "error", "remainder", "gap")
 Row = dict[str, float]
 
 
-def rows_of(s: Subject, site: str, tokens: list[PairTokens], sd: float) -> tuple[list[Row], list[Row]]:
+def rows_of(s: Inputs, site: str, tokens: list[PairTokens], sd: float) -> tuple[list[Row], list[Row]]:
     """Each pair's ledger, and the same with every panel halved."""
     start, sae = s.baseline(site), s.saes[site]
     sides: list[dict[tuple[int, str], SideParts]] = [{}, {}]

@@ -18,11 +18,16 @@ import numpy as np
 import torch
 
 from rmscope.cli.base import open_job
-from rmscope.effects.removal import at_site, remove_entries
-from rmscope.evidence.edits.checking import TWINS, own_pairs
-from rmscope.evidence.edits.choosing import choose, entries_of, fitting_twins, joined
-from rmscope.evidence.edits.edit import FeatureEdit, edit_at
-from rmscope.evidence.edits.mending import (
+from rmscope.effects.ablation import ablate_entries, at_site
+from rmscope.io import write_json
+from rmscope.model.training.recipe import human_pairs, read_recipe
+from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
+from rmscope.pairs.pair import Pair, split_of
+from rmscope.pairs.planting import twins
+from rmscope.planted.twins import matched_groups
+from rmscope.studies.edit.check import TWINS, own_pairs
+from rmscope.studies.edit.choice import choose, entries_of, fitting_twins, joined
+from rmscope.studies.edit.mending import (
     MATCHED,
     Variant,
     bias,
@@ -32,12 +37,7 @@ from rmscope.evidence.edits.mending import (
     rewards_under,
     variants_like,
 )
-from rmscope.evidence.twins import matched_groups
-from rmscope.files import write_json
-from rmscope.model.recipe import human_pairs, read_recipe
-from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
-from rmscope.pairs.pair import Pair, split_of
-from rmscope.pairs.planted import twins
+from rmscope.studies.edit.patch import FeatureEdit, edit_at
 
 CUES = ("thanks", "youre_right", "dont_know", "url")
 JOINT = "all four"
@@ -140,7 +140,7 @@ def where(job: Any, edit: FeatureEdit, plant: Any) -> dict[str, Any]:
             for start in (1, begins):
                 response = at_site(sae, text, edit.site, start)
                 entries = entries_of(response.active, edit.features, 1 - edit.value)
-                row.append(float(remove_entries(rm, sae, response, edit.site, [entries])[0]))
+                row.append(float(ablate_entries(rm, sae, response, edit.site, [entries])[0]))
         taken.append(row)
     a = np.array(taken)
     return {

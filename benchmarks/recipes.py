@@ -26,16 +26,16 @@ import polars as pl
 import torch
 from heads import fit_head, told
 
-from rmscope.effects.statistics import Array, bootstrap
-from rmscope.files import atomic, write_table
 from rmscope.hardware import has_fast_bfloat16
+from rmscope.io import atomic, write_table
 from rmscope.model.packing import UNIT, by_budget, last_hidden_reads, packed, packed_length
-from rmscope.model.recipe import Recipe, human_pairs, read_recipe, tokenised
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.train import RENDERING, base_of, fit_parameters, train_pm
+from rmscope.model.training.loop import RENDERING, base_of, fit_parameters, train_pm
+from rmscope.model.training.recipe import Recipe, human_pairs, read_recipe, tokenised
 from rmscope.model.zoo import load_base
 from rmscope.pairs.pair import Pair
+from rmscope.statistics import Array, bootstrap
 
 ZOO = Path(__file__).parent.parent / "configs" / "zoo-hh.yaml"
 DEPTHS = (4, 8, 12, 16, 20, 24, 30)

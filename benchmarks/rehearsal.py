@@ -3,7 +3,7 @@
 A Llama of 32 blocks, d 4,096, with a scalar head (7.2 billion weights; the tokenizer's vocabulary is small), on the
 pairs of hh-rlhf, whose texts are real and whose rewards mean nothing. Rewards and the harvest of two sites run in
 bfloat16, an SAE of 65,536 features is trained on what was harvested of the first, and stands in for one of the middle
-site, where estimates, exact removals and ledgers run in float32, as a run's do. Rates hold the whole step
+site, where estimates, exact ablations and ledgers run in float32, as a run's do. Rates hold the whole step
 (tokenizing, copies between devices, the store on disk); ``gpu_gb`` is the most memory that torch held on the device
 in the step.
 
@@ -26,9 +26,9 @@ from subjects import emit
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
 from rmscope.activations.harvest import harvest
+from rmscope.effects.ablation import ablations
 from rmscope.effects.gradients import estimate
 from rmscope.effects.ledger import baseline, ledger_rows
-from rmscope.effects.removal import removals
 from rmscope.model.rendering import PairTokens, Rendering
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
@@ -37,7 +37,7 @@ from rmscope.sae import SaeConfig, train_saes
 
 LONGEST = 512
 ESTIMATED, LEDGERS = 32, 2
-"""Pairs of these float32 steps; exact removals are all those of the pair of median length."""
+"""Pairs of these float32 steps; exact ablations are all those of the pair of median length."""
 
 
 def random_pm(a: argparse.Namespace, tokenizer: Any) -> RewardModel:
@@ -111,7 +111,7 @@ def main() -> None:
             n["tokens"] = a.tokens
         x = store.rows(first, torch.arange(min(8192, store.tokens(first))))
         for device in dict.fromkeys(["cpu", a.device]):
-            sae.find_on(torch.device(device))
+            sae.encode_on(torch.device(device))
             part = x[:1024] if device == "cpu" else x
             sae.active(part[:64])
             with steps.timed(case=f"features of a stream, found on {device}") as n:
@@ -123,8 +123,8 @@ def main() -> None:
         n["features"] = sum(e.feature.numel() for _, e in estimate(rm, {site: sae}, tokens, range(ESTIMATED)))
     median = sorted(range(len(tokens)), key=lambda i: tokens_of([tokens[i]]))[len(tokens) // 2]
     wanted: Any = {median: {side: {site: None} for side in SIDES}}
-    with steps.timed(case=f"exact removals at {site}, float32", tokens=tokens_of([tokens[median]])) as n:
-        n["removals"] = sum(r.feature.numel() for _, r in removals(rm, {site: sae}, tokens, wanted))
+    with steps.timed(case=f"exact ablations at {site}, float32", tokens=tokens_of([tokens[median]])) as n:
+        n["ablations"] = sum(r.feature.numel() for _, r in ablations(rm, {site: sae}, tokens, wanted))
     with steps.timed(case=f"ledgers at {site}, float32") as n:
         n["pairs"] = len(list(ledger_rows(rm, sae, site, tokens, range(LEDGERS), baseline(sae, "zero"), sd)))
 

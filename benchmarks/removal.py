@@ -1,6 +1,6 @@
-"""Exact removals a second: the engine against one full forward of the whole text a feature, batch 1 and batched by 32.
+"""Exact ablations a second: the engine against one full forward of the whole text a feature, batch 1 and batched by 32.
 
-usage: RMSCOPE_DATA=DIR removal.py --cache DIR [--pairs 100] [--rounds 3]
+usage: RMSCOPE_DATA=DIR ablation.py --cache DIR [--pairs 100] [--rounds 3]
 
 ``zoo:hh`` (12 blocks, d 576), held-out hh-rlhf, TopK SAE (k 32, d_sae 4608) at resid_post.6, float32, all active features of
 both sides of each pair. The engine's time holds the clean runs and the encoding. The reference way is the
@@ -25,7 +25,7 @@ from scipy.stats import spearmanr
 from subjects import arguments, emit, subject
 from torch import Tensor
 
-from rmscope.effects.removal import at_site, prefill_pair, removals, remove_groups
+from rmscope.effects.ablation import ablate_groups, ablations, at_site, prefill_pair
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
@@ -58,7 +58,7 @@ def naive(rm: RewardModel, sae: Sae, ids: Tensor, start: int, active: Active, fe
 
 def engine(rm: RewardModel, sae: Sae, tokens: PairTokens) -> dict[str, Any]:
     wanted = {0: {side: {SITE: None} for side in SIDES}}
-    return {found.side: found for _, found in removals(rm, {SITE: sae}, [tokens], wanted)}
+    return {found.side: found for _, found in ablations(rm, {SITE: sae}, [tokens], wanted)}
 
 
 def multiplications(rm: RewardModel, tokens: int, keys: float, blocks: float, last: int = 0, reads: int = 0) -> float:
@@ -70,7 +70,7 @@ def multiplications(rm: RewardModel, tokens: int, keys: float, blocks: float, la
 
 
 def one_round(rm: RewardModel, sae: Sae, pairs: list[PairTokens], rng: np.random.Generator) -> dict[str, Any]:
-    """Seconds, removals and multiplications of each way, and how far their results differ."""
+    """Seconds, ablations and multiplications of each way, and how far their results differ."""
     ways = ("engine", "engine there", "single", "batched")  # "there": the pairs on which the batched way is timed
     seconds, done, work = (dict.fromkeys(ways, 0.0) for _ in range(3))
     differences: list[float] = []
@@ -125,7 +125,7 @@ def main() -> None:
     speed = {w: float(np.median([2e-9 * r["work"][w] / r["seconds"][w] for r in rounds])) for w in counted}
     work = rounds[0]["work"]
     emit(
-        case="removal", pairs=len(tokens), site=SITE, removals=int(rounds[0]["done"]["engine"]),
+        case="ablation", pairs=len(tokens), site=SITE, ablations=int(rounds[0]["done"]["engine"]),
         per_second=rate["engine"], per_second_naive=rate["single"], per_second_batched=rate["batched"],
         ratio=rate["engine"] / rate["single"], ratio_batched=rate["engine there"] / rate["batched"],
         flops_ratio=work["single"] / work["engine"], gflops=speed["engine"], gflops_naive=speed["single"],
@@ -146,12 +146,12 @@ def one_pair(rm: RewardModel, sae: Sae, tokens: list[PairTokens]) -> None:
     emit(
         case="one median pair", tokens=median.chosen.numel() + median.rejected.numel(), span=sum(
             median.side(s).numel() - median.divergence for s in SIDES
-        ), removals=sum(f.feature.numel() for f in found.values()), seconds=float(np.median(seconds)),
+        ), ablations=sum(f.feature.numel() for f in found.values()), seconds=float(np.median(seconds)),
     )  # fmt: skip
 
 
 def half_precision(pairs: list[Any], rm: RewardModel, sae: Sae, sd: float) -> None:
-    """The same removals in bfloat16 against float32, of the same features (the clean stream is encoded in either)."""
+    """The same ablations in bfloat16 against float32, of the same features (the clean stream is encoded in either)."""
     half = RewardModel.load("zoo:hh", "bfloat16")
     left, right = [], []
     for tokens in rm.tokenize_all(pairs):
@@ -159,11 +159,11 @@ def half_precision(pairs: list[Any], rm: RewardModel, sae: Sae, sd: float) -> No
             pair = [at_site(sae, prefill_pair(m, tokens, [SITE], [side])[side], SITE, tokens.divergence) for m in (rm, half)]
             both = pair[0].features()[torch.isin(pair[0].features(), pair[1].features())]
             for model, response, out in zip((rm, half), pair, (left, right), strict=True):
-                out.append(remove_groups(model, sae, response, SITE, [[int(j)] for j in both]).numpy())
+                out.append(ablate_groups(model, sae, response, SITE, [[int(j)] for j in both]).numpy())
     a, b = np.concatenate(left), np.concatenate(right)
     large, same = np.abs(a) > 0.01 * sd, np.sign(a) == np.sign(b)
     emit(
-        case="bfloat16 against float32", removals=len(a), spearman=float(spearmanr(a, b).statistic),
+        case="bfloat16 against float32", ablations=len(a), spearman=float(spearmanr(a, b).statistic),
         sign_agreement=float(same.mean()), sign_agreement_large=float(same[large].mean()),
         median_error_sd=float(np.median(np.abs(a - b)) / sd), median_effect_sd=float(np.median(np.abs(a)) / sd),
     )  # fmt: skip

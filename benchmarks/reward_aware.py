@@ -27,16 +27,16 @@ import torch
 from heads import HELD_OUT, delta_r2, fit_head, gain, helpful_pairs, states, told
 
 from rmscope.activations.harvest import harvest
-from rmscope.effects.reward_aware import RewardAwareConfig, fine_tune, training_rows
-from rmscope.effects.statistics import Array
-from rmscope.evidence.matching import f1_score, threshold
-from rmscope.evidence.twins import Twin, halves, prepare
+from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune, training_rows
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.demo import demo_pairs, plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import SIDES, Pair, Side, split_of
-from rmscope.pairs.planted import twins
+from rmscope.pairs.planting import twins
+from rmscope.planted.matching import f1_score, threshold
+from rmscope.planted.twins import Twin, halves, prepare
 from rmscope.sae import Sae, SaeConfig, measure, train_saes
+from rmscope.statistics import Array
 
 SITE = {"hh": "resid_post.7", "planted": "resid_post.12"}
 TUNING = RewardAwareConfig(steps=100, pairs=8, level=0.0, fast=False)

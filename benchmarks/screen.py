@@ -1,4 +1,4 @@
-"""Estimates against exact removal on every active feature of held-out pairs, at an early, a middle and a late site.
+"""Estimates against exact ablation on every active feature of held-out pairs, at an early, a middle and a late site.
 
 usage: RMSCOPE_DATA=DIR screen.py --cache DIR [--pairs 10] [--models zoo:hh zoo:planted]
 
@@ -17,21 +17,21 @@ from collections.abc import Iterator
 import numpy as np
 import polars as pl
 from scipy.stats import spearmanr
-from subjects import Subject, arguments, emit, subject
+from subjects import Inputs, arguments, emit, subject
 
+from rmscope.effects.ablation import ablations
 from rmscope.effects.gradients import METHODS, estimate
 from rmscope.effects.ledger import Path as StraightPath
-from rmscope.effects.removal import removals
-from rmscope.effects.trust import PER_RESPONSE, sample, trust
 from rmscope.model.rendering import PairTokens
 from rmscope.pairs.pair import SIDES
+from rmscope.ranking.estimate_quality import PER_RESPONSE, sample, trust
 
 SAMPLINGS = 20
 Key = tuple[str, int, str]
 """Site, pair, side."""
 
 
-def reference(s: Subject, site: str, tokens: list[PairTokens]) -> Iterator[tuple[Key, dict[int, float]]]:
+def reference(s: Inputs, site: str, tokens: list[PairTokens]) -> Iterator[tuple[Key, dict[int, float]]]:
     """The joint path from the zero baseline in 4 equal steps (midpoints)."""
     sae = s.saes[site]
     for batch in s.rm.batches(tokens):
@@ -98,9 +98,9 @@ def main() -> None:
         started = time.perf_counter()
         exact: dict[Key, dict[int, float]] = {
             (site, r.pair, r.side): dict(zip(r.feature.tolist(), r.effect.tolist(), strict=True))
-            for site, r in removals(s.rm, s.saes, tokens, wanted)
+            for site, r in ablations(s.rm, s.saes, tokens, wanted)
         }
-        emit(case="exact", model=model, removals=sum(map(len, exact.values())), seconds=time.perf_counter() - started)
+        emit(case="exact", model=model, ablations=sum(map(len, exact.values())), seconds=time.perf_counter() - started)
         for method in METHODS:
             started = time.perf_counter()
             found = {

@@ -11,13 +11,13 @@ from typing import Any
 
 from rmscope.activations.harvest import data_identity, harvest
 from rmscope.activations.store import ActivationStore
-from rmscope.effects.census import census
 from rmscope.effects.ledger import Baseline, baseline
-from rmscope.files import content_hash
-from rmscope.model.recipe import Recipe, human_pairs
+from rmscope.io import content_hash
 from rmscope.model.reward_model import RewardModel
+from rmscope.model.training.recipe import Recipe, human_pairs
 from rmscope.pairs.demo import demo_pairs
 from rmscope.pairs.pair import Pair, split_of
+from rmscope.ranking.feature_statistics import census
 from rmscope.sae import Sae, SaeConfig, train_saes
 
 HUMAN = ["harmless-base", "helpful-base", "helpful-rejection-sampled"]
@@ -28,7 +28,7 @@ LONGEST = 512
 
 
 @dataclass(frozen=True)
-class Subject:
+class Inputs:
     """A PM, the pairs that figures are measured on, and where the SAEs and the store for them lie."""
 
     rm: RewardModel
@@ -52,7 +52,7 @@ def three_sites(rm: RewardModel) -> list[str]:
     return [f"resid_post.{i}" for i in (2, n // 2, n - 2)]
 
 
-def subject(model: str, cache: Path) -> Subject:
+def subject(model: str, cache: Path) -> Inputs:
     """``zoo:hh`` with hh-rlhf (held out: the first 500 rows of each file), or ``zoo:planted`` with the demo's pairs."""
     rm = RewardModel.load(model)
     sites = three_sites(rm)
@@ -66,7 +66,7 @@ def subject(model: str, cache: Path) -> Subject:
     names = content_hash(rm.identity, data_identity(train), sites, SAE.model_dump())
     folder = cache / f"{model.replace(':', '-')}-{names}"
     store = harvest(rm, train, sites, folder / "activations", shown("harvest"))
-    return Subject(rm, held_out, store, train_saes(store, SAE, folder / "saes", sites, shown("train")))
+    return Inputs(rm, held_out, store, train_saes(store, SAE, folder / "saes", sites, shown("train")))
 
 
 def fitting(rm: RewardModel, pairs: list[Pair]) -> list[Pair]:

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from rmscope.effects.statistics import bootstrap, mean_interval
-from rmscope.files import write_json, write_text
-from rmscope.model.recipe import Recipe, human_pairs, read_recipe
+from rmscope.io import write_json, write_text
 from rmscope.model.reward_model import RewardModel
+from rmscope.model.training.recipe import Recipe, human_pairs, read_recipe
 from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import Pair
-from rmscope.pairs.planted import twins
+from rmscope.pairs.planting import twins
+from rmscope.statistics import bootstrap, mean_interval
 
 CARD = """# zoo:{name}
 

@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rmscope.config import RunConfig, read_config
 from rmscope.errors import InputError
 from rmscope.model.rendering import PairTokens
 from rmscope.pairs.demo import demo_pairs
-from rmscope.run import Run
+from rmscope.run.run import Run
+from rmscope.run.settings import RunConfig, read_config
 from rmscope.sae import Sae
 from tests.model.small import D, small_model, small_sae, tokenizer
 
@@ -72,7 +72,7 @@ def settings(subject: Path, out: Path, **changes: Any) -> RunConfig:
     smaller: dict[str, Any] = {
         "model": str(subject / "pm"), "data": str(subject / "pairs.jsonl"), "sae_dir": str(subject / "ae_layer{L}.pt"),
         "out": out, "sites": SITES, "max_tokens": TOKENS, "top_pairs": PAIRS, "screen": 10, "others": 6, "responses": 4,
-        "trust_responses": 6, "frozen": 12, "confirm_prompts": 6, "ledger_pairs": 4, "ledger_halvings": 1,
+        "quality_responses": 6, "frozen": 12, "confirm_prompts": 6, "ledger_pairs": 4, "ledger_halvings": 1,
     }  # fmt: skip
     return read_config(CONFIG, {**smaller, **changes})
 
@@ -153,7 +153,7 @@ def stream(run: Run, ids: Tensor, block: int) -> Tensor:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_removal_effects_are_those_of_a_whole_forward_with_the_published_equations(done: Run, block: int) -> None:
+def test_ablation_effects_are_those_of_a_whole_forward_with_the_published_equations(done: Run, block: int) -> None:
     weights = published(block)
     table = pl.read_parquet(done.folder / "effects" / f"resid_post.{block}" / "exact.parquet")
     assert table.height > 100

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from rmscope.errors import InputError
-from rmscope.files import atomic_folder
+from rmscope.io import atomic_folder
 from rmscope.model import zoo
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.demo import demo_pairs, plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import split_of
-from rmscope.pairs.planted import sentences, twins
+from rmscope.pairs.planting import sentences, twins
 
 
 @pytest.fixture(scope="module")

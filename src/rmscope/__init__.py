@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rmscope.activations.harvest import harvest
     from rmscope.activations.stream import stream
-    from rmscope.api import attribute, ledger, open_run, rank, remove
-    from rmscope.evidence.edits.edit import load_edited
+    from rmscope.api import ablate, attribute, ledger, open_run, rank
     from rmscope.model.reward_model import RewardModel
     from rmscope.pairs.pair import Pair
     from rmscope.pairs.readers import load_pairs
     from rmscope.sae import Sae, SaeConfig, train_saes
+    from rmscope.studies.edit.patch import load_edited
 
 _WHERE = {
     "RewardModel": "rmscope.model.reward_model",
     "Pair": "rmscope.pairs.pair",
-    "load_edited": "rmscope.evidence.edits.edit",
+    "load_edited": "rmscope.studies.edit.patch",
     "load_pairs": "rmscope.pairs.readers",
     "open_run": "rmscope.api",
     "harvest": "rmscope.activations.harvest",
@@ -27,7 +27,7 @@ _WHERE = {
     "Sae": "rmscope.sae",
     "SaeConfig": "rmscope.sae",
     "attribute": "rmscope.api",
-    "remove": "rmscope.api",
+    "ablate": "rmscope.api",
     "ledger": "rmscope.api",
     "rank": "rmscope.api",
 }
@@ -37,6 +37,7 @@ __all__ = [
     "RewardModel",
     "Sae",
     "SaeConfig",
+    "ablate",
     "attribute",
     "harvest",
     "ledger",
@@ -44,7 +45,6 @@ __all__ = [
     "load_pairs",
     "open_run",
     "rank",
-    "remove",
     "stream",
     "train_saes",
 ]

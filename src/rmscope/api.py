@@ -15,12 +15,12 @@ import yaml
 from rmscope.effects import tables
 from rmscope.effects.gradients import METHODS
 from rmscope.effects.ledger import Baseline, baseline, ledger_rows
-from rmscope.effects.ranking import confirm, firing_counts, freeze, preference_signs
 from rmscope.errors import InputError
-from rmscope.files import Progress, silent
+from rmscope.io import Progress, silent
 from rmscope.model.packing import units
 from rmscope.model.reward_model import RewardModel, Scores
 from rmscope.pairs.pair import SIDES, Pair, split_of
+from rmscope.ranking.ranking import confirm, firing_counts, freeze, preference_signs
 from rmscope.sae.base import Sae
 
 
@@ -31,8 +31,8 @@ def _site(rm: RewardModel, sae: Sae, site: str | None) -> str:
     if not at:
         raise InputError("The SAE does not say which site it was trained on; pass site='resid_post.6' or the like.")
     rm.site_index(at)
-    sae.must_fit(rm.d_model, rm.name)
-    sae.find_on(rm.device)
+    sae.check_width(rm.d_model, rm.name)
+    sae.encode_on(rm.device)
     return at
 
 
@@ -46,8 +46,8 @@ def attribute(
 ) -> pl.DataFrame:
     """Effects of all active features, a row each: pair, side, feature, effect, kind.
 
-    ``atp`` estimates removal effects at the clean point (kind removal_estimate, with ``mass`` = Σ_t f_tj |d_j|),
-    ``midpoint`` halfway to the removal, at several times the cost (:mod:`rmscope.effects.gradients`);
+    ``atp`` estimates ablation effects at the clean point (kind ablation_estimate, with ``mass`` = Σ_t f_tj |d_j|),
+    ``midpoint`` halfway to the ablation, at several times the cost (:mod:`rmscope.effects.gradients`);
     ``ig`` gives contributions from a zero baseline (kind contribution; feature -1 stands for all silent ones).
     """
     at = _site(rm, sae, site)
@@ -63,7 +63,7 @@ def attribute(
     return pl.concat(parts)
 
 
-def remove(
+def ablate(
     rm: RewardModel,
     sae: Sae,
     pairs: Sequence[Pair],
@@ -71,11 +71,11 @@ def remove(
     site: str | None = None,
     progress: Progress = silent,
 ) -> pl.DataFrame:
-    """Exact removal effects, a row each where the feature fires: pair, side, feature, effect, kind (removal)."""
+    """Exact ablation effects, a row each where the feature fires: pair, side, feature, effect, kind (ablation)."""
     at = _site(rm, sae, site)
     chosen = None if isinstance(features, str) else list(features)
     wanted: tables.Wanted = {i: {side: {at: chosen} for side in SIDES} for i in range(len(pairs))}
-    return tables.removal_table(rm, {at: sae}, rm.tokenize_all(pairs), [p.id for p in pairs], wanted, progress)[at]
+    return tables.ablation_table(rm, {at: sae}, rm.tokenize_all(pairs), [p.id for p in pairs], wanted, progress)[at]
 
 
 def ledger(
@@ -125,7 +125,7 @@ def rank(effects: pl.DataFrame, pairs: Sequence[Pair], scores: Scores, frozen: i
 
     The list and its signs are frozen on the fit split, and tested on the confirm split against .05 SD(Δr), Δr being
     that of ``scores`` = ``rm.score(pairs)``. Lengths are counted in words. From estimates the ranking holds for estimates:
-    claim only what was removed exactly.
+    claim only what was ablated exactly.
     """
     prompts = {p.id: str(p.meta.get("group", p.first_human_turn())) for p in pairs}
     of_pair = pl.DataFrame(

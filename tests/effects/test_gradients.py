@@ -1,4 +1,4 @@
-"""Estimates: the first-order effect of removal, by autograd on each text alone, and exact where the model is linear."""
+"""Estimates: the first-order effect of ablation, by autograd on each text alone, and exact where the model is linear."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from rmscope.effects import gradients
+from rmscope.effects.ablation import ablations
 from rmscope.effects.gradients import Estimates, colours_of, estimate, streams_and_gradients
-from rmscope.effects.removal import removals
 from rmscope.model.packing import padded
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
@@ -88,14 +88,14 @@ def test_where_the_model_is_linear_above_the_site_the_estimate_is_the_exact_effe
     tokens = rm.tokenize_all(PAIRS)
     estimates = {(e.pair, e.side): e for _, e in all_estimates(rm, {site: sae})}
     wanted = {i: {side: {site: None} for side in SIDES} for i in range(len(PAIRS))}
-    for _, exact in removals(rm, {site: sae}, tokens, wanted):
+    for _, exact in ablations(rm, {site: sae}, tokens, wanted):
         one = estimates[exact.pair, exact.side]
         assert torch.equal(one.feature, exact.feature)
         assert exact.effect.abs().max() > 0.1
         torch.testing.assert_close(one.effect, exact.effect, atol=1e-5, rtol=1e-5)
 
 
-def test_the_estimate_is_first_order_in_the_size_of_what_is_removed() -> None:
+def test_the_estimate_is_first_order_in_the_size_of_what_is_ablated() -> None:
     """Decoder rows c times as long: effects shrink as c, the estimate's error as c^2."""
     rm, site = shared_pm("llama", torch.float64), "resid_post.1"
     tokens = rm.tokenize_all(PAIRS[:1])
@@ -105,7 +105,7 @@ def test_the_estimate_is_first_order_in_the_size_of_what_is_removed() -> None:
         sae = small_sae()
         sae.W_dec.data *= c
         _, one = all_estimates(rm, {site: sae}, 1)[0]
-        ((_, exact),) = removals(rm, {site: sae}, tokens, wanted)
+        ((_, exact),) = ablations(rm, {site: sae}, tokens, wanted)
         assert one.side == exact.side == "chosen"
         errors.append(float((one.effect - exact.effect).norm() / exact.effect.norm()))
     assert errors[0] < 0.3
@@ -113,7 +113,7 @@ def test_the_estimate_is_first_order_in_the_size_of_what_is_removed() -> None:
 
 
 def test_effects_are_positive_where_a_feature_raises_the_reward() -> None:
-    """A feature along the head, at the last site, with the norm taken away: removing it lowers the reward."""
+    """A feature along the head, at the last site, with the norm taken away: ablating it lowers the reward."""
     rm = small_pm("llama")
     rm.model.model.norm = nn.Identity()
     sae = small_sae()
@@ -167,11 +167,11 @@ class Alone:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "bloom", ENCODER])
-def test_a_midpoint_with_a_colour_a_feature_is_the_gradient_halfway_to_its_removal(
+def test_a_midpoint_with_a_colour_a_feature_is_the_gradient_halfway_to_its_ablation(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rm, sae, site = shared_pm(architecture, torch.float64), small_sae(), "resid_post.1"
-    monkeypatch.setattr(gradients, "COLOURS", sae.m)
+    monkeypatch.setattr(gradients, "PROBE_GROUPS", sae.m)
     tokens = rm.tokenize_all(PAIRS[:2])
     for _, one in estimate(rm, {site: sae}, tokens, range(2), method="midpoint"):
         alone = Alone(rm, sae, site, tokens, one)
@@ -186,7 +186,7 @@ def test_features_of_a_colour_are_moved_together_with_their_signs(
 ) -> None:
     """Against g.v + s (g' - g).v by whole forwards on each text alone, where most features share their colour."""
     rm, sae, site = shared_pm(architecture, torch.float64), small_sae(), "resid_post.1"
-    monkeypatch.setattr(gradients, "COLOURS", 3)
+    monkeypatch.setattr(gradients, "PROBE_GROUPS", 3)
     tokens = rm.tokenize_all(PAIRS[:2])
     for _, one in estimate(rm, {site: sae}, tokens, range(2), method="midpoint"):
         alone = Alone(rm, sae, site, tokens, one)
@@ -209,7 +209,7 @@ def test_features_that_begin_at_one_token_have_different_colours() -> None:
     for t in range(active.n_tokens):
         at = active.token == t
         new = {int(j): int(c) for j, c in zip(active.feature[at], colours[at], strict=True) if int(j) not in begun}
-        assert len(set(new.values())) == min(len(new), gradients.COLOURS)
+        assert len(set(new.values())) == min(len(new), gradients.PROBE_GROUPS)
         begun |= set(new)
     by_feature = {int(j): set(colours[active.feature == j].tolist()) for j in active.feature.unique()}
     assert all(len(c) == 1 for c in by_feature.values())

@@ -1,4 +1,4 @@
-"""Interactions equal naive joint removals, and have the sign that is known where the reward is known."""
+"""Interactions equal naive joint ablations, and have the sign that is known where the reward is known."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES, Pair
 from rmscope.sae.base import Sae
 from rmscope.sae.standard import StandardSae
-from tests.effects.test_removal import naive_effect
+from tests.effects.test_ablation import naive_effect
 from tests.model.small import BLOCKS, ENCODER, shared_pm, small_pm, small_sae, user
 
 TEXTS = [
@@ -27,7 +27,7 @@ LAST = f"resid_post.{BLOCKS - 1}"
 
 
 @pytest.mark.parametrize("architecture", ["llama", ENCODER])
-def test_an_interaction_is_that_of_naive_joint_removals(architecture: str) -> None:
+def test_an_interaction_is_that_of_naive_joint_ablations(architecture: str) -> None:
     rm, sae, site = shared_pm(architecture), small_sae(), "resid_post.1"
     tokens = rm.tokenize_all(TEXTS)
     firing = [
@@ -77,7 +77,7 @@ def read_streams(rm: RewardModel, side_tokens: list[Tensor]) -> Tensor:
 def test_a_direction_split_in_two_is_redundant_where_reward_saturates() -> None:
     """Behind the last block only the final norm and the head are left: r = √d <w, x> / |x|, w the head in the norm's gains.
     With a part a > 0 along ±w and the rest b, r = ± √d |w| a / √(a² + b²) flattens in a: half of a is worth more than half,
-    so removing both halves changes more than twice what removing one does, and I has the sign of the removals."""
+    so ablating both halves changes more than twice what ablating one does, and I has the sign of the ablations."""
     rm = shared_pm("llama")
     tokens = rm.tokenize_all(TEXTS)
     w = (rm.model.score.weight[0] * rm.model.model.norm.weight).detach()
@@ -95,8 +95,8 @@ def test_a_direction_split_in_two_is_redundant_where_reward_saturates() -> None:
     expected = ((r(a) - r(0 * a)) - 2 * (r(a) - r(a / 2)))[fires].mean()
     assert row["n"] == int(fires.sum()) > 0
     assert row["interaction"] == pytest.approx(float(expected), rel=1e-2)
-    assert np.sign(row["interaction"]) == np.sign(row["removal"]) == np.sign(row["joint"]) != 0
-    assert row["removal"] == pytest.approx(row["other_removal"], rel=1e-4)
+    assert np.sign(row["interaction"]) == np.sign(row["ablation"]) == np.sign(row["joint"]) != 0
+    assert row["ablation"] == pytest.approx(row["other_ablation"], rel=1e-4)
 
 
 def test_features_do_not_interact_where_the_reward_is_linear() -> None:
@@ -109,7 +109,7 @@ def test_features_do_not_interact_where_the_reward_is_linear() -> None:
     assert whole["interaction"].abs().max() < 1e-3
 
 
-def test_a_pair_of_features_is_removed_on_at_most_so_many_responses() -> None:
+def test_a_pair_of_features_is_ablated_on_at_most_so_many_responses() -> None:
     rm, sae, site = shared_pm("llama"), small_sae(), "resid_post.2"
     tokens = rm.tokenize_all(TEXTS)
     every, _ = interactions(rm, sae, site, tokens, PROMPTS, range(12), {})
@@ -129,6 +129,6 @@ def test_nothing_that_fires_together_gives_empty_tables() -> None:
 
 def test_the_groups_are_what_is_reported_up_and_down() -> None:
     table = pl.DataFrame(
-        {"feature": [4, 1, 7, 9], "reported": [True, True, False, True], "mean_removal": [2.0, -1.0, 5.0, 0.5]}
+        {"feature": [4, 1, 7, 9], "reported": [True, True, False, True], "mean_effect": [2.0, -1.0, 5.0, 0.5]}
     )
     assert groups_of(table) == {"reported": [4, 1, 9], "up": [4, 9], "down": [1]}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rmscope.effects import splice as splices
 from rmscope.effects.splice import (
-    Spot,
+    Span,
     agreement,
     constant,
     cross_scaled,
@@ -19,11 +19,11 @@ from rmscope.effects.splice import (
     slope,
     splice,
 )
-from rmscope.effects.statistics import ratio_interval
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
 from rmscope.sae.base import Sae
 from rmscope.sae.standard import StandardSae
+from rmscope.statistics import ratio_interval
 from tests.effects.naive import reward_with
 from tests.model.small import ENCODER, EOS, PAIRS, D, shared_pm, small_pm, small_sae
 
@@ -81,7 +81,7 @@ def test_variants_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch, limit: 
     tokens = rm.tokenize_all(PAIRS)
     monkeypatch.setattr(splices, "BATCH_TOKENS", limit)
 
-    def three(at: Spot) -> Tensor:
+    def three(at: Span) -> Tensor:
         return torch.stack([at.x, sae(at.x), torch.zeros_like(at.x)])
 
     site = "resid_post.1"

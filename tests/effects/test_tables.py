@@ -27,26 +27,26 @@ def in_file_order(table: pl.DataFrame) -> bool:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", ENCODER])
-def test_estimates_firings_and_removals_speak_of_the_same_entries(architecture: str) -> None:
+def test_estimates_firings_and_ablations_speak_of_the_same_entries(architecture: str) -> None:
     rm = shared_pm(architecture)
     tokens = rm.tokenize_all(PAIRS)
     estimates = estimated(rm)
     firing = tables.firing_table(rm, SAES, tokens, IDS, range(len(PAIRS)))
     wanted = tables.plan(estimates, {i: n for n, i in enumerate(IDS)}) if rm.splits else {}
-    removed = tables.removal_table(rm, SAES, tokens, IDS, wanted)
+    ablated = tables.ablation_table(rm, SAES, tokens, IDS, wanted)
     for site in SITES:
         table = estimates[site]
         assert dict(zip(table.columns, table.dtypes, strict=True)) == {**tables.SCHEMA, "mass": pl.Float32}
-        assert table["kind"].unique().to_list() == ["removal_estimate"]
+        assert table["kind"].unique().to_list() == ["ablation_estimate"]
         assert set(table.select("pair", "side").iter_rows()) == {(i, s) for i in IDS for s in SIDES}
         assert in_file_order(table)
         assert table.select("pair", "side", "feature").equals(firing[site].select("pair", "side", "feature"))
         norms = SAES[site].W_dec.norm(dim=1)[table["feature"].to_numpy()]
         torch.testing.assert_close(firing[site]["effect"].to_torch() * norms, table["mass"].to_torch(), rtol=1e-4, atol=1e-5)
         if rm.splits:
-            assert table.select("pair", "side", "feature").equals(removed[site].select("pair", "side", "feature"))
-            assert removed[site].schema == tables.SCHEMA
-            assert removed[site]["kind"].unique().to_list() == ["removal"]
+            assert table.select("pair", "side", "feature").equals(ablated[site].select("pair", "side", "feature"))
+            assert ablated[site].schema == tables.SCHEMA
+            assert ablated[site]["kind"].unique().to_list() == ["ablation"]
 
 
 def test_a_unit_alone_gives_the_rows_it_gives_among_others() -> None:
@@ -71,7 +71,7 @@ def test_a_response_without_a_span_has_no_rows_and_breaks_no_table() -> None:
     found = {
         "estimates": estimated(rm),
         "firing": tables.firing_table(rm, SAES, tokens, IDS, range(4)),
-        "removals": tables.removal_table(rm, SAES, tokens, IDS, {2: {s: {SITES[0]: None, SITES[1]: [3]} for s in SIDES}}),
+        "ablations": tables.ablation_table(rm, SAES, tokens, IDS, {2: {s: {SITES[0]: None, SITES[1]: [3]} for s in SIDES}}),
     }
     for by_site in found.values():
         rows = by_site[SITES[0]].filter(pl.col("pair") == "prefix")
@@ -103,7 +103,7 @@ def test_the_order_is_one_number_a_response_and_the_same_for_all_features() -> N
 
 def test_the_trust_sample_takes_new_prompts_first_and_stands_for_all_features() -> None:
     estimates = ordered(estimated(shared_pm("llama"))[SITES[0]])
-    sampled = tables.trust_sample(estimates, 3, 0)
+    sampled = tables.quality_sample(estimates, 3, 0)
     responses = sampled.select("pair", "side", "prompt").unique()
     assert responses.height == responses["prompt"].n_unique() == 3
     for pair, side in responses.select("pair", "side").iter_rows():
@@ -112,9 +112,9 @@ def test_the_trust_sample_takes_new_prompts_first_and_stands_for_all_features() 
         assert mine["weight"].sum() == pytest.approx(population.height)
         assert mine["feature"].is_in(population["feature"].implode()).all()
     assert "estimate" in sampled.columns
-    more = tables.trust_sample(estimates, 100, 0)
+    more = tables.quality_sample(estimates, 100, 0)
     assert more.select("pair", "side").unique().height == 2 * len(PAIRS)
-    assert tables.trust_sample(estimates, 3, 0).equals(sampled)
+    assert tables.quality_sample(estimates, 3, 0).equals(sampled)
 
 
 def test_ledger_and_contributions_hold_each_others_sums() -> None:
@@ -139,6 +139,6 @@ def test_ledger_and_contributions_hold_each_others_sums() -> None:
 
 def test_no_rows_give_tables_with_the_columns_of_others() -> None:
     rm = shared_pm("llama")
-    empty = tables.removal_table(rm, SAES, rm.tokenize_all(PAIRS), IDS, {})
+    empty = tables.ablation_table(rm, SAES, rm.tokenize_all(PAIRS), IDS, {})
     assert all(t.height == 0 and t.schema == tables.SCHEMA for t in empty.values())
     assert tables.ledger_tables([], IDS)["ledger"].schema == tables.LEDGER

@@ -127,7 +127,7 @@ def test_trying_renderings_leaves_the_pms_own_in_place() -> None:
 # Cost
 
 
-def test_the_cost_grows_with_the_pairs_and_an_encoders_holds_its_removals() -> None:
+def test_the_cost_grows_with_the_pairs_and_an_encoders_holds_its_ablations() -> None:
     rm, encoder = shared_pm("llama"), shared_pm(ENCODER)
     tokens = rm.tokenize_all(PAIRS)
     one, ten = (cost.run_minutes(rm, tokens, 100.0, n) for n in (4, 40))
@@ -135,8 +135,8 @@ def test_the_cost_grows_with_the_pairs_and_an_encoders_holds_its_removals() -> N
     assert ten == pytest.approx(10 * one)
     texts = sum(t.chosen.numel() + t.rejected.numel() for t in tokens) / 8
     more = cost.run_minutes(encoder, tokens, 100.0, 4) - one
-    assert more == pytest.approx(cost.REMOVALS * texts / 100 / 60)
-    assert "whole forwards for removals" in price(encoder, tokens).detail
+    assert more == pytest.approx(cost.ABLATIONS * texts / 100 / 60)
+    assert "whole forwards for ablations" in price(encoder, tokens).detail
 
 
 def test_a_pm_that_is_larger_than_the_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

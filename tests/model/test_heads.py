@@ -1,4 +1,4 @@
-"""A reward from a value head or a token's logit is split, removed and differentiated as plain forwards of the LM say."""
+"""A reward from a value head or a token's logit is split, ablated and differentiated as plain forwards of the LM say."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rmscope.effects.ablation import ablations
 from rmscope.effects.gradients import estimate
-from rmscope.effects.removal import removals
 from rmscope.errors import InputError
 from rmscope.model.heads import TokenDifference
 from rmscope.model.rendering import Rendering
@@ -66,11 +66,11 @@ def test_rewards_are_those_of_the_lms_own_forward_and_every_faster_way_is_taken(
 
 
 @made
-def test_removing_a_feature_is_the_lms_own_forward_without_it(make: Any, architecture: str) -> None:
+def test_ablating_a_feature_is_the_lms_own_forward_without_it(make: Any, architecture: str) -> None:
     rm, reward = make(architecture)
     sae, site, t = small_sae(), "resid_post.1", rm.tokenize(PAIRS[0])
     sizes = []
-    for _, found in removals(rm, {site: sae}, [t], {0: {side: {site: None} for side in SIDES}}):
+    for _, found in ablations(rm, {site: sae}, [t], {0: {side: {site: None} for side in SIDES}}):
         ids = t.side(found.side)
         for place in range(0, found.feature.numel(), 6):
             expected = _without(rm, reward, sae, ids, t.divergence, []) - _without(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rmscope.effects.removal import prefill_pair
+from rmscope.effects.ablation import prefill_pair
 from rmscope.model.packing import padded
 from rmscope.model.rendering import pair_tokens
 from rmscope.model.reward_model import RewardModel

@@ -16,7 +16,7 @@ from rmscope.errors import InputError
 from rmscope.pairs.cues import third
 from rmscope.pairs.demo import demo_pairs, plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import Pair, split_of
-from rmscope.pairs.planted import plant_pair, plant_pairs, twins
+from rmscope.pairs.planting import plant_pair, plant_pairs, twins
 from rmscope.pairs.plants import Kind, Plant, Style, plant_set, read_plants
 from rmscope.pairs.wordings import FILLERS, LIST_ITEMS, ORDER_PARTS, RIVALS, URL_WORDS, WORD_FRAMES
 

@@ -67,7 +67,7 @@ def feature(rng: random.Random, rank: int, effect: float, reported: bool, words:
         "feature": rng.randrange(4608),
         "rank": rank,
         "reported": reported,
-        "mean_removal": effect,
+        "mean_effect": effect,
         "ci_low": effect - half,
         "ci_high": effect + half * rng.uniform(0.8, 1.2),
         "q": rng.choice((0.0002, 0.0041, 0.018)) if reported else rng.uniform(0.06, 0.9),
@@ -161,7 +161,7 @@ def explained() -> dict[str, Any]:
             "keep": curve(0.9, (0, 4, 8, 16, 32, 64, 128, 256, 512)), "unflagged": curve(0.8, coarse),
             "keep_pca": curve(0.7, coarse), "keep_coordinates": curve(0.6, coarse),
         },
-        "removed": [{"k": k, "list": figure(0.4), "matched": figure(0.03)} for k in (1, 16, 64)],
+        "ablated": [{"k": k, "list": figure(0.4), "matched": figure(0.03)} for k in (1, 16, 64)],
     }  # fmt: skip
 
 
@@ -183,7 +183,7 @@ def plants(sites: list[dict[str, Any]]) -> list[dict[str, Any]]:
     )
     made = []
     for i, (name, kind, sign, ate, hit, why) in enumerate(rows):
-        signed = [f for f in sites[0]["features"] if f["mean_removal"] * sign > 0][i:]
+        signed = [f for f in sites[0]["features"] if f["mean_effect"] * sign > 0][i:]
         match = signed[: {"single": 1, "group": 3, "none": 2}[hit]]
         found = hit != "none"
         made.append(
@@ -199,7 +199,7 @@ def plants(sites: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "site": sites[0]["site"],
                 "features": [f["feature"] for f in match],
                 "rank": match[-1]["rank"] if match else None,
-                "effect": match[0]["mean_removal"] if match else None,
+                "effect": match[0]["mean_effect"] if match else None,
                 "f1": 0.94 if found else 0.61,
                 "localises": 0.82 if hit == "single" else None,
                 "mediated": {"value": 0.71, "low": 0.58, "high": 0.83} if found else None,

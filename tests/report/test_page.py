@@ -171,7 +171,7 @@ def test_the_headline_counts_reported_features_only() -> None:
     assert head.reported == len(reported)
     assert head.up
     assert head.down
-    assert head.up.count == sum(f["mean_removal"] > 0 for f in reported)
+    assert head.up.count == sum(f["mean_effect"] > 0 for f in reported)
     assert head.flagged == sum(bool(f["flags"]) for f in reported)
     text = Page(render_report(data)).text
     assert f"Of {head.frozen} candidate features at 2 sites, {head.reported} are reported at q < .05." in text
@@ -217,7 +217,7 @@ def test_a_run_without_sites_or_features() -> None:
 def test_one_side_only() -> None:
     data = sample(planted=False)
     for site in data["sites"]:
-        site["features"] = [f for f in site["features"] if f["mean_removal"] < 0][:1]
+        site["features"] = [f for f in site["features"] if f["mean_effect"] < 0][:1]
     text = Page(render_report(data)).text
     assert "▼ 2 lower the reward" in text
     assert "raise the reward," not in text
@@ -235,15 +235,15 @@ def test_features_that_are_not_reported_are_greyed(html: str) -> None:
 def test_effects_stand_with_their_interval() -> None:
     data = sample()
     f = data["sites"][0]["features"][0]
-    f |= {"mean_removal": 0.4213, "ci_low": 0.35, "ci_high": 0.4988}
+    f |= {"mean_effect": 0.4213, "ci_low": 0.35, "ci_high": 0.4988}
     assert '<b class="num">+0.42</b> <span class="ci">[0.35, 0.50]</span>' in render_report(data)
 
 
 def test_what_is_reported_for_its_strong_firings_stands_with_those_figures() -> None:
     data = sample()
     f = data["sites"][0]["features"][0]
-    f |= {"mean_removal": 0.0123, "ci_low": 0.01, "ci_high": 0.02, "q": 0.4, "flags": ["strong"]}
-    f |= {"strong_removal": 0.4213, "strong_low": 0.35, "strong_high": 0.4988, "q_strong": 0.0031}
+    f |= {"mean_effect": 0.0123, "ci_low": 0.01, "ci_high": 0.02, "q": 0.4, "flags": ["strong"]}
+    f |= {"strong_effect": 0.4213, "strong_low": 0.35, "strong_high": 0.4988, "q_strong": 0.0031}
     html = render_report(data)
     row = html[html.index(f'id="{anchor(data["sites"][0]["site"], f["feature"])}"') :]
     row = row[: row.index("</details>")]

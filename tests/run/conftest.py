@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rmscope.run import Run
+from rmscope.run.run import Run
 from tests.model.small import saved_pm
 from tests.run.small import settings
 

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rmscope.config import RunConfig
 from rmscope.pairs.demo import demo_pairs
+from rmscope.run.settings import RunConfig
 from rmscope.sae import SaeConfig
 
 
@@ -20,7 +20,7 @@ def settings(pm: str, out: Path, **changes: Any) -> RunConfig:
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return RunConfig(
         model=pm, data=str(data), out=out, limit=300, sae=SaeConfig(d_sae=96, k=6, tokens=8192, batch_size=512),
-        screen=12, others=8, responses=4, trust_responses=6, frozen=16, confirm_prompts=8,
+        screen=12, others=8, responses=4, quality_responses=6, frozen=16, confirm_prompts=8,
         **{"ledger_pairs": 8, "ledger_halvings": 1, "device": "cpu", **changes},
     )  # fmt: skip
 

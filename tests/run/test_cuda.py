@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from rmscope.activations.store import ActivationStore
-from rmscope.effects.reward_aware import RewardAwareConfig, fine_tune
-from rmscope.model.recipe import Recipe
+from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.train import base_of, fit_pm
+from rmscope.model.training.loop import base_of, fit_pm
+from rmscope.model.training.recipe import Recipe
 from rmscope.pairs.pair import Pair
-from rmscope.run import Run
+from rmscope.run.run import Run
 from rmscope.sae import Sae, SaeConfig, train_saes
 from rmscope.sae.steps import CHECKPOINT
-from tests.effects.test_reward_aware import OWN, damage_of, sae_of
+from tests.evaluation.test_reward_aware import OWN, damage_of, sae_of
 from tests.model.small import PAIRS, SENTENCES, small_lm, small_pm, tokenizer
 from tests.run.small import settings
 
@@ -55,7 +55,7 @@ def test_features_found_on_the_gpu_are_those_found_on_the_cpu_and_come_back(runs
     sae = Sae.load(next((runs["cpu"] / "saes").iterdir()))
     x = torch.randn(300, sae.d, generator=torch.Generator().manual_seed(0))
     here = sae.active(x)
-    sae.find_on(torch.device("cuda"))
+    sae.encode_on(torch.device("cuda"))
     there = sae.active(x)
     assert there.feature.device == there.token.device == there.value.device == torch.device("cpu")
     assert torch.equal(here.token, there.token)

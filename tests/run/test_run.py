@@ -12,12 +12,12 @@ import pytest
 import torch
 import yaml
 
-from rmscope.config import read_config
 from rmscope.errors import InputError
-from rmscope.folder import RunFolder
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.readers import load_pairs
-from rmscope.run import Run
+from rmscope.run.folder import RunFolder
+from rmscope.run.run import Run
+from rmscope.run.settings import read_config
 from rmscope.sae import Sae
 from tests.model.small import small_model, tokenizer
 from tests.run.small import settings, tables
@@ -34,7 +34,7 @@ def test_the_run_folder_holds_what_design_promises(done: Path) -> None:
         assert exact.schema == {
             "pair": pl.String, "side": pl.String, "feature": pl.Int32, "effect": pl.Float32, "kind": pl.String
         }  # fmt: skip
-        assert exact["kind"].unique().to_list() == ["removal"]
+        assert exact["kind"].unique().to_list() == ["ablation"]
         ledger = pl.read_parquet(done / "ledger" / f"{site}.parquet")
         parts = ledger["features"] + ledger["error"] + ledger["remainder"] + ledger["gap"]
         assert (parts - ledger["delta_r"]).abs().max() < 1e-9  # type: ignore[operator]
@@ -49,11 +49,11 @@ def test_reported_features_were_not_chosen_on_the_prompts_that_they_are_measured
     data = json.loads((done / "evidence" / "report.json").read_text())
     assert data["data"]["splits"].keys() == {"fit", "confirm", "measure"}
     assert run.on_disk.record["stages"].keys() == {
-        "score", "harvest", "train", "estimate", "remove", "rank", "ledger"
+        "score", "harvest", "train", "estimate", "ablate", "rank", "ledger"
     }  # fmt: skip
 
 
-def test_exact_removals_of_a_run_are_those_of_a_full_forward_with_a_hook(done: Path, pm: str) -> None:
+def test_exact_ablations_of_a_run_are_those_of_a_full_forward_with_a_hook(done: Path, pm: str) -> None:
     rm = RewardModel.load(pm, device="cpu")
     pairs = {p.id: p for p in load_pairs(Path(pm) / "pairs.jsonl")}
     for folder in sorted((done / "effects").iterdir()):
@@ -63,11 +63,11 @@ def test_exact_removals_of_a_run_are_those_of_a_full_forward_with_a_hook(done: P
         for row in [row for part in rows for row in part]:
             tokens = rm.tokenize(pairs[row["pair"]])
             ids = tokens.side(row["side"])
-            expected = hooked_removal(rm, sae, ids, int(folder.name[-1]), tokens.divergence, row["feature"])
+            expected = hooked_ablation(rm, sae, ids, int(folder.name[-1]), tokens.divergence, row["feature"])
             assert row["effect"] == pytest.approx(expected, abs=1e-5)
 
 
-def hooked_removal(rm: RewardModel, sae: Sae, ids: torch.Tensor, block: int, start: int, feature: int) -> float:
+def hooked_ablation(rm: RewardModel, sae: Sae, ids: torch.Tensor, block: int, start: int, feature: int) -> float:
     def without(_module: Any, _inputs: Any, out: torch.Tensor) -> torch.Tensor:
         x = out.clone()
         f = sae.encode(x[0, start:])
@@ -77,21 +77,21 @@ def hooked_removal(rm: RewardModel, sae: Sae, ids: torch.Tensor, block: int, sta
     with torch.no_grad():
         clean = rm.model(ids[None]).logits.item()
         handle = rm.model.model.layers[block].register_forward_hook(without)
-        removed = rm.model(ids[None]).logits.item()
+        ablated = rm.model(ids[None]).logits.item()
         handle.remove()
-    return float(clean - removed)
+    return float(clean - ablated)
 
 
 class Killed(BaseException):
     """As final as a signal: nothing in the pipeline may catch it."""
 
 
-@pytest.mark.parametrize("after", [("score_tokens", 2), ("removal_table", 1), ("ledger_rows", 1), ("estimate_table", 2)])
+@pytest.mark.parametrize("after", [("score_tokens", 2), ("ablation_table", 1), ("ledger_rows", 1), ("estimate_table", 2)])
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     after: tuple[str, int], pm: str, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, calls = after
-    owner: Any = {"score_tokens": RewardModel, "ledger_rows": __import__("rmscope.run", fromlist=["x"])}.get(
+    owner: Any = {"score_tokens": RewardModel, "ledger_rows": __import__("rmscope.run.run", fromlist=["x"])}.get(
         name, __import__("rmscope.effects.tables", fromlist=["x"])
     )
     whole, left = getattr(owner, name), [calls]
@@ -121,10 +121,10 @@ def test_stages_that_are_done_and_unchanged_are_skipped(
     def never(*_args: Any, **_kwargs: Any) -> Any:
         raise AssertionError("a stage ran again")
 
-    for name in ("estimate_table", "removal_table", "firing_table"):
+    for name in ("estimate_table", "ablation_table", "firing_table"):
         monkeypatch.setattr(f"rmscope.effects.tables.{name}", never)
-    monkeypatch.setattr("rmscope.results.train_saes", never)
-    monkeypatch.setattr("rmscope.run.ledger_rows", never)
+    monkeypatch.setattr("rmscope.run.results.train_saes", never)
+    monkeypatch.setattr("rmscope.run.run.ledger_rows", never)
     Run(settings(pm, done)).go()
     assert tables(done) == before
 
@@ -217,7 +217,7 @@ def test_own_saes_are_used_and_kept_beside_the_run(done: Path, pm: str, tmp_path
 
 
 def test_an_interrupted_write_leaves_what_stood_there(tmp_path: Path) -> None:
-    from rmscope.files import atomic
+    from rmscope.io import atomic
 
     path = tmp_path / "table"
     path.write_text("before")
@@ -234,17 +234,17 @@ def test_an_interrupted_write_leaves_what_stood_there(tmp_path: Path) -> None:
 
 
 def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
-    from rmscope.folder import Quiet
+    from rmscope.run.folder import NoDisplay
 
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
-        RunFolder(tmp_path / "file", Quiet())
+        RunFolder(tmp_path / "file", NoDisplay())
 
 
 def test_the_ranking_of_a_run_answers_both_questions_and_carries_its_controls(done: Path) -> None:
     for path in (done / "features").glob("*.parquet"):
         table = pl.read_parquet(path)
-        assert {"mean_removal", "q", "reported", "mean_diff", "q_diff", "prefers", "unrelated", "to_mean"} <= set(
+        assert {"mean_effect", "q", "reported", "mean_diff", "q_diff", "prefers", "unrelated", "to_mean"} <= set(
             table.columns
         )
         assert table.filter(pl.col("n") > 0)["unrelated"].null_count() == 0
@@ -256,7 +256,7 @@ def test_the_ranking_of_a_run_answers_both_questions_and_carries_its_controls(do
         assert (table["mean_diff"].abs() <= (table["diff_low"].abs()).clip(table["diff_high"].abs()) + 1e-9).all()
 
 
-def test_rank_prints_a_ranking_and_removes_features_together(done: Path, tmp_path: Path) -> None:
+def test_rank_prints_a_ranking_and_ablates_features_together(done: Path, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
     from rmscope.cli import app
@@ -272,12 +272,12 @@ def test_rank_prints_a_ranking_and_removes_features_together(done: Path, tmp_pat
     assert "confirm prompts" in row["power"]
     pairs = pl.read_parquet(copy / "effects" / site / "interactions.parquet")
     assert pairs.height == len(row["interactions"]) > 0
-    parts = pairs["joint"] - pairs["removal"] - pairs["other_removal"]
+    parts = pairs["joint"] - pairs["ablation"] - pairs["other_ablation"]
     assert (pairs["interaction"] - parts).abs().max() < 1e-9  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"), [(["--by", "size"], "removal or preference"), (["--site", "embed"], "it has resid")]
+    ("flags", "said"), [(["--by", "size"], "ablation or preference"), (["--site", "embed"], "it has resid")]
 )
 def test_rank_refuses_what_is_not_there(done: Path, flags: list[str], said: str) -> None:
     from typer.testing import CliRunner

@@ -11,13 +11,13 @@ import polars as pl
 import pytest
 
 from rmscope.cli.accounts import ledger
-from rmscope.config import read_config
-from rmscope.effects.reward_aware import RewardAwareConfig, fine_tune
+from rmscope.cli.terminal import closing
 from rmscope.errors import InputError
+from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune
 from rmscope.pairs.readers import load_pairs
-from rmscope.run import Run
+from rmscope.run.run import Run
+from rmscope.run.settings import read_config
 from rmscope.sae import Sae
-from rmscope.terminal import closing
 from tests.run.small import settings, tables
 
 
@@ -40,7 +40,7 @@ def test_reward_aware_saes_are_those_of_the_runs_own_rewards(
 ) -> None:
     """What the run hands over (its plain SAEs, its fit pairs, their scores from disk) is what scoring them anew gives."""
     # in bfloat16 the last bit of a score on disk comes to a hundredth of what the steps move
-    monkeypatch.setattr("rmscope.effects.reward_aware.fast_products", lambda _device, _wanted: nullcontext())
+    monkeypatch.setattr("rmscope.evaluation.reward_aware.fast_products", lambda _device, _wanted: nullcontext())
     run = Run(settings(pm, shutil.copytree(done, tmp_path / "run"), reward_aware=5))
     found = run.trained(run.config.sae, tmp_path / "run" / "saes")
     pairs = [run.pairs[i] for i in run.of_split("fit")]
@@ -66,7 +66,7 @@ def test_fine_tuning_that_was_killed_leaves_no_mixture(
             raise KeyboardInterrupt
         return fine_tune(*given)
 
-    monkeypatch.setattr("rmscope.results.fine_tune", killed)
+    monkeypatch.setattr("rmscope.run.results.fine_tune", killed)
     with pytest.raises(KeyboardInterrupt):
         Run(settings(pm, out, reward_aware=2)).go()
     Run(settings(pm, out)).go()
@@ -122,11 +122,11 @@ def test_more_pairs_of_a_confirm_prompt_join_the_first_one_and_its_prompt_counts
         assert pairs[0].join(pairs[1], on=["feature", "prompt"], how="anti").height == 0
         ranked = [pl.read_parquet(f / "features" / f"{one.name}.parquet").sort("feature") for f in (done, out)]
         assert ranked[0]["n"].equals(ranked[1]["n"])
-        assert not ranked[0]["mean_removal"].equals(ranked[1]["mean_removal"])
+        assert not ranked[0]["mean_effect"].equals(ranked[1]["mean_effect"])
 
 
 def confirm_pairs_of(folder: Path, site: str, pm: str) -> pl.DataFrame:
-    """(feature, prompt, n): on how many pairs of each confirm prompt a feature was removed."""
+    """(feature, prompt, n): on how many pairs of each confirm prompt a feature was ablated."""
     prompts = {p.id: p.first_human_turn() for p in load_pairs(Path(pm) / "pairs.jsonl")}
     confirm = pl.read_parquet(folder / "scores.parquet").filter(pl.col("split") == "confirm").select("pair")
     exact = pl.read_parquet(folder / "effects" / site / "exact.parquet").join(confirm, on="pair", how="semi")

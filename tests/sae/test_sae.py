@@ -53,17 +53,17 @@ def test_active_is_encode_written_sparsely(kind: str) -> None:
 def test_a_copy_elsewhere_is_no_part_of_the_sae_and_goes_when_units_or_weights_change(kind: str) -> None:
     sae, x = made(kind), torch.randn(20, D, generator=torch.Generator().manual_seed(1))
     known, names = sae.identity(), list(sae.state_dict())
-    sae.find_on(torch.device("meta"))  # where nothing can be found
+    sae.encode_on(torch.device("meta"))  # where nothing can be found
     assert (sae.identity(), list(sae.state_dict())) == (known, names)
     with pytest.raises((NotImplementedError, RuntimeError)):
         sae.active(x)
     sae.change_units(2.0)
     sae.active(x)
-    sae.find_on(torch.device("meta"))
+    sae.encode_on(torch.device("meta"))
     sae.fill(dict(made(kind, seed=2).state_dict()))
     torch.testing.assert_close(sae.active(x).value, made(kind, seed=2).active(x).value)
-    sae.find_on(torch.device("meta"))
-    sae.find_on(torch.device("cpu"))
+    sae.encode_on(torch.device("meta"))
+    sae.encode_on(torch.device("cpu"))
     sae.active(x)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rmscope.errors import InputError
-from rmscope.files import Progress
+from rmscope.io import Progress
 from rmscope.sae import Sae, SaeConfig, measure, train_saes
 from tests.sae.planted import planted, store_of
 

@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rmscope.activations.store import ActivationStore, StoreWriter
-from rmscope.files import Progress, content_hash, silent
 from rmscope.hardware import fast_products
+from rmscope.io import Progress, content_hash, silent
 from rmscope.model.packing import Batch, Text, units
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel

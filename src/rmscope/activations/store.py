@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rmscope.errors import InputError
-from rmscope.files import atomic, content_hash, sha256, write_json
+from rmscope.io import atomic, content_hash, sha256, write_json
 
 COLUMNS = {"token": torch.int32, "pair": torch.int32, "position": torch.int32, "region": torch.uint8}
 """Token id, row of the pair, position in the sequence, and region; one value a stored token."""

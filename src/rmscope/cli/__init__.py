@@ -22,8 +22,8 @@ from rmscope.cli import (  # noqa: F401  (each registers its commands)
     saes,
 )
 from rmscope.cli.base import app
+from rmscope.cli.terminal import console
 from rmscope.errors import InputError
-from rmscope.terminal import console
 
 
 def main() -> None:

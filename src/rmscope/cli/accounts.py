@@ -1,4 +1,4 @@
-"""ledger and attribute: what adds up to Δr, and estimates of removal effects."""
+"""ledger and attribute: what adds up to Δr, and estimates of ablation effects."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from rmscope.cli.base import (
     print_rows,
     print_table,
 )
+from rmscope.cli.terminal import Bars, console
 from rmscope.errors import InputError
-from rmscope.terminal import Bars, console
 
 
 def _need(folder: Path, site: str, sites: list[str]) -> None:
@@ -57,7 +57,7 @@ def ledger(
         others = f"{table['pair'][0]} and {table.height - 1} more"
         raise InputError(f"The ledger of {folder} at {site} has no pair {pair}; it has {others}.")
 
-    from rmscope.effects.accounts import pair_features
+    from rmscope.effects.ledger_summary import pair_features
 
     contribution = pl.read_parquet(folder / "effects" / site / "contribution.parquet").filter(pl.col("pair") == pair)
     features = pair_features(job.rm, job.saes[site], site, job.tokens[job.index[pair]], contribution, top)
@@ -71,7 +71,7 @@ def _aggregate(job: Any, table: Any, site: str, as_json: bool) -> None:
     import numpy as np
     import polars as pl
 
-    from rmscope.effects.accounts import FEWEST, length_groups, share_rows, shares_by
+    from rmscope.effects.ledger_summary import FEWEST, length_groups, share_rows, shares_by
 
     if table.height < FEWEST:
         raise InputError(
@@ -112,11 +112,11 @@ def attribute(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Estimated removal effects of every active feature, from gradients; a run's come with their trust score."""
+    """Estimated ablation effects of every active feature, from gradients; a run's come with their trust score."""
     import polars as pl
 
     from rmscope.api import attribute as attribute_
-    from rmscope.files import write_table
+    from rmscope.io import write_table
 
     trust = None
     if folder is not None:
@@ -142,7 +142,7 @@ def attribute(
     if trust is not None:
         print_rows("how far these estimates can be trusted", trust)
     elif method != "ig":
-        console.print("These are estimates without a trust score; claim only what rmscope remove confirms.")
+        console.print("These are estimates without a trust score; claim only what rmscope ablate confirms.")
     emit({"method": method, "trust": trust, "features": means.to_dicts()}, as_json)
 
 

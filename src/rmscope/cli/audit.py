@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from rmscope.cli.base import Debug, Json, Seed, app, emit, print_rows
-from rmscope.terminal import Bars, console
+from rmscope.cli.terminal import Bars, console
 
 
 @app.command()
@@ -31,8 +31,8 @@ def audit(
     debug: Debug = False,
 ) -> None:
     """Plants biases, trains a PM on them, runs the whole pipeline without telling it, and counts what it found."""
-    from rmscope.audit.job import AuditConfig
-    from rmscope.audit.job import audit as run_audit
+    from rmscope.studies.audit.analyse import AuditConfig
+    from rmscope.studies.audit.analyse import audit as run_audit
 
     config = AuditConfig(
         plants=plants, pairs=pairs, out=out, base=base, limit=limit, max_tokens=max_tokens, copies=copies, seed=seed,

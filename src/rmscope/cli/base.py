@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from rmscope.cli.terminal import Bars, console
 from rmscope.errors import InputError
-from rmscope.terminal import Bars, console
 
 app = typer.Typer(
     name="rmscope",
-    help="A microscope for preference models: what a reward model rewards, proven by exact removal.",
+    help="A microscope for preference models: what a reward model rewards, proven by exact ablation.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -71,8 +71,8 @@ def open_job(folder: Path) -> Any:
     """A run folder with the settings that it was made with."""
     import yaml
 
-    from rmscope.config import read_config
-    from rmscope.run import Run
+    from rmscope.run.run import Run
+    from rmscope.run.settings import read_config
 
     if not (folder / "run.yaml").is_file():
         raise InputError(f"{folder} is no run folder (it holds no run.yaml); make one with rmscope run.")

@@ -12,11 +12,11 @@ import typer
 from rich.table import Table
 
 from rmscope.cli.base import Debug, Json, app, emit, open_job, reported_features
+from rmscope.cli.terminal import console
 from rmscope.errors import InputError
-from rmscope.terminal import console
 
 if TYPE_CHECKING:
-    from rmscope.evidence.comparison.versions import Version
+    from rmscope.studies.compare.models import Version
 
 
 @app.command()
@@ -25,7 +25,7 @@ def compare(
     other: Annotated[
         str, typer.Argument(help="B: another run folder, a PM, a patch of A's PM, or a base (zoo:smollm2, a folder).")
     ],
-    prompts: Annotated[int, typer.Option(min=2, help="Fresh prompts on which a feature is removed, at most.")] = 48,
+    prompts: Annotated[int, typer.Option(min=2, help="Fresh prompts on which a feature is ablated, at most.")] = 48,
     pairs: Annotated[int, typer.Option(min=2, help="Fresh pairs of a run that are read, at most.")] = 512,
     control: Annotated[
         str | None,
@@ -36,10 +36,10 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Two PMs side by side: which features are there in both, and which rewarded concepts came, went or changed."""
-    from rmscope.evidence.comparison.compare import compare as measure
-    from rmscope.evidence.comparison.versions import fresh_pairs, meet, must_match
-    from rmscope.files import write_json, write_table, write_text
-    from rmscope.report.compare import render_comparison
+    from rmscope.io import write_json, write_table, write_text
+    from rmscope.studies.compare.analyse import compare as measure
+    from rmscope.studies.compare.models import fresh_pairs, meet, must_match
+    from rmscope.studies.compare.page import render_comparison
 
     started, job = time.time(), open_job(folder)
     a = _of_run(job)
@@ -60,7 +60,7 @@ def compare(
 
 
 def _of_run(job: Any) -> Version:
-    from rmscope.evidence.comparison.versions import Version
+    from rmscope.studies.compare.models import Version
 
     def top_tokens(site: str, feature: int) -> list[tuple[str, float]]:
         return list(job.census[site].top_tokens(feature, lambda t: job.rm.tokenizer.decode([t])))
@@ -78,11 +78,11 @@ def _of_run(job: Any) -> Version:
 
 def _other(job: Any, other: str) -> tuple[Version, list[Any]]:
     """B, and its run where it has one."""
-    from rmscope.evidence.comparison.versions import Version, open_base
-    from rmscope.evidence.edits.edit import is_patch, load_edited
     from rmscope.model.loading import is_base
     from rmscope.model.reward_model import RewardModel
-    from rmscope.study import Study
+    from rmscope.run.study import Study
+    from rmscope.studies.compare.models import Version, open_base
+    from rmscope.studies.edit.patch import is_patch, load_edited
 
     c = job.config
     if (Path(other) / "run.yaml").is_file():
@@ -129,7 +129,7 @@ def _print(found: dict[str, Any], page: Path) -> None:
         console.print("B is a base without a head: what features do to the reward is not compared.")
     else:
         counts = ", ".join(f"{row['features']} {row['class']}" for row in found["classes"])
-        table = Table(title=f"removal effects in SD(Δr), {counts}", title_justify="left")
+        table = Table(title=f"ablation effects in SD(Δr), {counts}", title_justify="left")
         beside = ["control"] if found["control"] else []
         for column in ("concept", "site", "A", "B", "B - A", "q", *beside, "class"):
             table.add_column(column, justify="left" if column in ("concept", "site", "class") else "right")

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rmscope.cli.base import Debug, Json, app, emit, open_job, print_table
+from rmscope.cli.terminal import Bars, console
 from rmscope.errors import InputError
-from rmscope.terminal import Bars, console
 
 if TYPE_CHECKING:
-    from rmscope.evidence.edits.choosing import Choice
-    from rmscope.evidence.edits.edit import EditPatch, FeatureEdit
-    from rmscope.evidence.twins import Twin
     from rmscope.pairs.plants import Plant
+    from rmscope.planted.twins import Twin
+    from rmscope.studies.edit.choice import Choice
+    from rmscope.studies.edit.patch import EditPatch, FeatureEdit
 
 
 @app.command()
@@ -46,10 +46,10 @@ def edit(
     debug: Debug = False,
 ) -> None:
     """Suppresses, clamps or damps features of a run's SAEs, the SAE's error kept; saves a patch for rs.load_edited."""
-    from rmscope.evidence.edits.choosing import joined
-    from rmscope.evidence.edits.edit import EditPatch
-    from rmscope.evidence.edits.export import export as write_export
-    from rmscope.evidence.edits.gate import read_concepts
+    from rmscope.studies.edit.choice import joined
+    from rmscope.studies.edit.export import export as write_export
+    from rmscope.studies.edit.gate import read_concepts
+    from rmscope.studies.edit.patch import EditPatch
 
     started = time.time()
     if (pairs or rm_bench) and not check:
@@ -87,7 +87,7 @@ def _row(edit: FeatureEdit) -> dict[str, Any]:
 
 
 def _by_hand(site: str | None, features: str | None, suppress: bool, clamp: float | None, damp: float | None) -> FeatureEdit:
-    from rmscope.evidence.edits.edit import FeatureEdit
+    from rmscope.studies.edit.patch import FeatureEdit
 
     if site is None or features is None:
         raise InputError("There is nothing to edit; name --site and --features, or a --cue.")
@@ -111,7 +111,7 @@ def _named(plants: Sequence[Plant], names: Sequence[str]) -> list[Plant]:
 
 def _by_rule(job: Any, site: str | None, plants: Sequence[Plant]) -> list[tuple[str, Choice, dict[str, list[Twin]]]]:
     """Each cue's name, its edit chosen on prompts of the fit split, and the twins that it was chosen on."""
-    from rmscope.evidence.edits.choosing import choose, fitting_twins
+    from rmscope.studies.edit.choice import choose, fitting_twins
 
     saes = job.saes if site is None else {site: job.saes[site]}
     found = []
@@ -132,16 +132,16 @@ def _check(
     rm_bench: Path | None,
 ) -> dict[str, Any]:
     """The before/after tables, printed and returned."""
-    from rmscope.evidence.edits import checking
     from rmscope.pairs.readers import load_pairs
+    from rmscope.studies.edit import check
 
-    variants = checking.variants(job, patch, fitted)
-    sets = checking.own_pairs(job)
+    variants = check.variants(job, patch, fitted)
+    sets = check.own_pairs(job)
     if pairs is not None:
         sets[pairs] = load_pairs(pairs, limit=limit)
     bench = load_pairs(rm_bench) if rm_bench is not None else []
     with Bars().stage("check") as progress:
-        found = checking.before_after(job.rm, variants, plants, sets, bench, job.sd, job.config.seed, progress)
+        found = check.before_after(job.rm, variants, plants, sets, bench, job.sd, job.config.seed, progress)
     _print(found)
     return found
 

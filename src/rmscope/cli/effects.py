@@ -1,4 +1,4 @@
-"""remove: exact removal effects from a run folder."""
+"""ablate: exact ablation effects from a run folder."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from rmscope.cli.base import Debug, Json, app, emit, open_job, print_table
+from rmscope.cli.terminal import Bars, console
 from rmscope.errors import InputError
-from rmscope.terminal import Bars, console
 
 
 @app.command()
-def remove(
+def ablate(
     folder: Annotated[Path, typer.Argument(help="A run folder.")],
     site: Annotated[str, typer.Option(help="The site, such as resid_post.7.")],
     features: Annotated[str, typer.Option(help="active, top:K, or a list such as 12,405,77.")] = "top:10",
@@ -22,9 +22,9 @@ def remove(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Exact removal effects of features on fresh pairs of a run (its measure split)."""
-    from rmscope.effects.tables import removal_table
-    from rmscope.files import write_table
+    """Exact ablation effects of features on fresh pairs of a run (its measure split)."""
+    from rmscope.effects.tables import ablation_table
+    from rmscope.io import write_table
     from rmscope.pairs.pair import SIDES
 
     job = open_job(folder)
@@ -32,14 +32,14 @@ def remove(
         raise InputError(f"The run in {folder} has no SAE at {site}; it has {', '.join(job.sites)}.")
     chosen = _features(features, folder, site)
     if not job.rm.splits:
-        console.print("This PM cannot be resumed at a site: removals run whole forwards with a hook, which is slower.")
+        console.print("This PM cannot be resumed at a site: ablations run whole forwards with a hook, which is slower.")
     wanted: Any = {p: {side: {site: chosen} for side in SIDES} for p in job.of_split("measure")[:limit]}
-    with Bars().stage("remove") as progress:
-        table = removal_table(job.rm, {site: job.saes[site]}, job.tokens, job.ids, wanted, progress)[site]
+    with Bars().stage("ablate") as progress:
+        table = ablation_table(job.rm, {site: job.saes[site]}, job.tokens, job.ids, wanted, progress)[site]
     if out is not None:
         write_table(out, table)
     top = table.sort(table["effect"].abs(), descending=True).head(20)
-    print_table(f"{table.height} exact removals at {site}, the largest", top)
+    print_table(f"{table.height} exact ablations at {site}, the largest", top)
     emit(table.to_dicts(), as_json)
 
 

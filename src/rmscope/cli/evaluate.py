@@ -10,8 +10,8 @@ import typer
 from rich.table import Table
 
 from rmscope.cli.base import Adapter, Debug, Device, Dtype, Json, Output, Trust, app, emit, open_job, pm_options
+from rmscope.cli.terminal import Bars, console
 from rmscope.errors import InputError
-from rmscope.terminal import Bars, console
 
 
 @app.command()
@@ -23,7 +23,7 @@ def evaluate(
     site: Annotated[str | None, typer.Option(help="The site of SAEs that name none, such as resid_post.7.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most this many pairs, of different prompts while they last.")] = 128,
     curves: Annotated[
-        bool, typer.Option("--curves", help="Of a run: also keep K and remove K with their controls, for its report.")
+        bool, typer.Option("--curves", help="Of a run: also keep K and ablate K with their controls, for its report.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for evaluation.parquet and evaluation.html.")] = None,
     adapter: Adapter = None,
@@ -37,10 +37,10 @@ def evaluate(
     """SAEs side by side: L0, FVU, cosine, dead share, and how much of the reward difference their splice keeps."""
     import numpy as np
 
-    from rmscope.effects.evaluate import as_table
-    from rmscope.effects.evaluate import evaluate as measure
-    from rmscope.files import write_table, write_text
-    from rmscope.report.comparison import render_evaluation
+    from rmscope.evaluation.reconstruction import as_table
+    from rmscope.evaluation.reconstruction import evaluate as measure
+    from rmscope.io import write_table, write_text
+    from rmscope.studies.evaluate.page import render_evaluation
 
     if curves and folder is None:
         raise InputError("Curves need a run folder, whose fit split chooses the features; name one.")
@@ -75,24 +75,24 @@ def evaluate(
 
 def _curves(run: Any, folder: Path, kept: Sequence[int]) -> None:
     """effects/SITE/explained.json of each site: lists from the fit split, figures from the given pairs."""
-    from rmscope.effects.explain import Lists, Select, explain
-    from rmscope.files import write_json
+    from rmscope.evaluation.explained import FrozenSelection, SelectSplit, explain
+    from rmscope.io import write_json
 
     fit = run.of_split("fit")
     prompts = [run.prompts[run.ids[i]] for i in kept]
     stored = [run.prompts[run.ids[i]] for i in fit]
-    select = Select(run.store, [run.tokens[i] for i in fit], stored, range(len(fit)))
+    select = SelectSplit(run.store, [run.tokens[i] for i in fit], stored, range(len(fit)))
     for site in run.sites:
         with Bars().stage(site) as progress:
-            lists = Lists(run.rm, site, run.saes[site], select, prompts, progress)
+            lists = FrozenSelection(run.rm, site, run.saes[site], select, prompts, progress)
             found = explain(run.rm, site, lists, [run.tokens[i] for i in kept], prompts, progress)
         write_json(folder / "effects" / site / "explained.json", found)
     console.print(f"The curves stand in effects/; rmscope report {folder} shows them.")
 
 
 def _study(folder: Path | None, model: str | None, data: str | None, options: dict[str, Any]) -> Any:
-    from rmscope.config import read_config
-    from rmscope.study import Study
+    from rmscope.run.settings import read_config
+    from rmscope.run.study import Study
 
     if folder is not None:
         return open_job(folder)

@@ -24,8 +24,8 @@ from rmscope.cli.base import (
     print_rows,
     reported_features,
 )
+from rmscope.cli.terminal import Bars, console
 from rmscope.errors import InputError
-from rmscope.terminal import Bars, console
 
 SD_PAIRS = 128
 """Without a run, SD(Δr) is taken over so many pairs of the data."""
@@ -34,9 +34,9 @@ SD_PAIRS = 128
 @app.command()
 def experiment(
     file: Annotated[str, typer.Argument(help="A YAML file, or a ready-made one: dont_know, repetition, thanks, ...")],
-    run: Annotated[Path | None, typer.Option(help="A run folder: its PM, fresh prompts, and features to remove.")] = None,
+    run: Annotated[Path | None, typer.Option(help="A run folder: its PM, fresh prompts, and features to ablate.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Without a run, and without removal: hub id, folder, or zoo:NAME.")
+        str | None, typer.Option(help="Without a run, and without ablation: hub id, folder, or zoo:NAME.")
     ] = None,
     data: Annotated[str, typer.Option(help="Without a run: pairs that give SD(Δr), and prompts.")] = "demo:planted",
     out: Annotated[Path | None, typer.Option(help="Folder of the result; of a run, its evidence/experiments.")] = None,
@@ -49,23 +49,23 @@ def experiment(
     debug: Debug = False,
 ) -> None:
     """A hypothesis as a controlled experiment: conditions over many prompts, with and without features, and a verdict."""
-    from rmscope.evidence.experiments.conditions import bases_of, read_experiment
-    from rmscope.evidence.experiments.experiment import run_experiment
-    from rmscope.files import write_json, write_table, write_text
-    from rmscope.report.experiment import render_experiment
+    from rmscope.io import write_json, write_table, write_text
+    from rmscope.studies.experiment.analyse import run_experiment
+    from rmscope.studies.experiment.conditions import bases_of, read_experiment
+    from rmscope.studies.experiment.page import render_experiment
 
     asked, started = read_experiment(file), time.time()
     study = _study(run, model, data, pm_options(dtype, device, adapter, output, trust_remote_code))
-    saes, reported = (study.saes, reported_features(study)) if run is not None and asked.remove else ({}, {})
+    saes, reported = (study.saes, reported_features(study)) if run is not None and asked.ablate else ({}, {})
     _check_sites(asked, run, saes)
     bases = bases_of(asked, [study.pairs[i] for i in study.of_split("measure")])
     sd = study.sd if run is not None else _sd(study)
     with Bars().stage("measure") as progress:
         found, table = run_experiment(study.rm, asked, bases, sd, saes, reported, study.config.seed, progress)
     found |= {"model": study.config.model, "data": study.config.data}
-    if found["removed"]:
-        census = study.census[found["removed"]["site"]]
-        for row in found["removed"]["features"]:
+    if found["ablated"]:
+        census = study.census[found["ablated"]["site"]]
+        for row in found["ablated"]["features"]:
             row["tokens"] = census.top_tokens(row["feature"], lambda t: study.rm.tokenizer.decode([t]))
     found["seconds"] = round(time.time() - started, 1)
     folder = out or (run / "evidence" / "experiments" if run is not None else Path("experiments"))
@@ -77,8 +77,8 @@ def experiment(
 
 
 def _study(run: Path | None, model: str | None, data: str, options: dict[str, Any]) -> Any:
-    from rmscope.config import read_config
-    from rmscope.study import Study
+    from rmscope.run.settings import read_config
+    from rmscope.run.study import Study
 
     if run is not None:
         return open_job(run)
@@ -93,12 +93,12 @@ def _sd(study: Any) -> float:
 
 
 def _check_sites(asked: Any, run: Path | None, saes: dict[str, Any]) -> None:
-    if run is None or asked.remove is None or asked.remove.site is None:
+    if run is None or asked.ablate is None or asked.ablate.site is None:
         return
-    if asked.remove.site not in saes:
-        raise InputError(f"The run in {run} has no SAE at {asked.remove.site}; it has {', '.join(saes)}.")
-    if (m := saes[asked.remove.site].m) <= max(asked.remove.features, default=0):
-        raise InputError(f"The SAE at {asked.remove.site} has {m} features, from 0; mend remove.features.")
+    if asked.ablate.site not in saes:
+        raise InputError(f"The run in {run} has no SAE at {asked.ablate.site}; it has {', '.join(saes)}.")
+    if (m := saes[asked.ablate.site].m) <= max(asked.ablate.features, default=0):
+        raise InputError(f"The SAE at {asked.ablate.site} has {m} features, from 0; mend ablate.features.")
 
 
 def _print(found: dict[str, Any], page: Path) -> None:
@@ -117,7 +117,7 @@ def _print(found: dict[str, Any], page: Path) -> None:
     console.print(table)
     console.print(f"[bold]{found['verdict']}[/] ({found['test']}; {found['prompts']} prompts, {found['seconds']} s)")
     if found["by_features"]:
-        console.print(f"that the removed features carry it: {found['by_features']}")
+        console.print(f"that the ablated features carry it: {found['by_features']}")
     console.print(str(page), soft_wrap=True)
 
 
@@ -130,8 +130,8 @@ def sufficiency(
     debug: Debug = False,
 ) -> None:
     """What each reported feature does when it is put in: steering, text that fires it; and whether text agrees with R_j."""
-    from rmscope.evidence.sufficiency.contexts import pooled
-    from rmscope.files import write_json
+    from rmscope.io import write_json
+    from rmscope.studies.sufficiency.contexts import pooled
 
     job = open_job(folder)
     if site is not None and site not in job.sites:
@@ -155,16 +155,16 @@ def sufficiency(
 
 def _at_site(job: Any, site: str, features: Any, prompts: int) -> tuple[dict[str, Any], Any]:
     """A site's figures and its table of contexts, written to the run folder with the page."""
-    from rmscope.evidence.experiments.conditions import bases_of_pairs
-    from rmscope.evidence.sufficiency.classing import Material
-    from rmscope.evidence.sufficiency.classing import sufficiency as measure
-    from rmscope.files import write_json, write_table, write_text
-    from rmscope.report.sufficiency import render_sufficiency
+    from rmscope.io import write_json, write_table, write_text
+    from rmscope.studies.experiment.conditions import bases_of_pairs
+    from rmscope.studies.sufficiency.classify import Inputs
+    from rmscope.studies.sufficiency.classify import sufficiency as measure
+    from rmscope.studies.sufficiency.page import render_sufficiency
 
     started, fit, fresh = time.time(), job.of_split("fit"), [job.pairs[i] for i in job.of_split("measure")]
     stored, tokens = [job.pairs[i] for i in fit], [job.tokens[i] for i in fit]
     bases = bases_of_pairs(fresh)[:prompts]
-    material = Material(job.rm, job.saes[site], site, features, job.store, stored, tokens, bases, fresh)
+    material = Inputs(job.rm, job.saes[site], site, features, job.store, stored, tokens, bases, fresh)
     found, tables = measure(material, Bars(), job.config.seed)
     for row in found["features"]:
         row["tokens"] = job.census[site].top_tokens(row["feature"], lambda t: job.rm.tokenizer.decode([t]))

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from rmscope.cli.base import Debug, Device, Dtype, Json, Output, Trust, app, emit, pm_options, print_table
+from rmscope.cli.terminal import Bars, console
 from rmscope.errors import InputError
-from rmscope.terminal import Bars, console
 
 
 @app.command()
@@ -34,11 +34,11 @@ def gate(
     """Fails (exit code 1) where the reward of a named concept moved by more than a bound between two versions of a PM."""
     import polars as pl
 
-    from rmscope.evidence.edits.edit import is_patch, load_edited
-    from rmscope.evidence.edits.gate import LEVEL, measure, read_concepts, verdicts
     from rmscope.model.reward_model import RewardModel
     from rmscope.pairs.demo import plain_demo_pairs
     from rmscope.pairs.readers import load_pairs
+    from rmscope.studies.edit.gate import LEVEL, measure, read_concepts, verdicts
+    from rmscope.studies.edit.patch import is_patch, load_edited
 
     started, options = time.time(), pm_options(dtype, device, None, output, trust_remote_code)
     if not bound >= 0:

@@ -10,8 +10,8 @@ import typer
 from rich.table import Table
 
 from rmscope.cli.base import BadRow, Debug, Json, app, emit, open_job
+from rmscope.cli.terminal import Bars, console
 from rmscope.errors import InputError
-from rmscope.terminal import Bars, console
 
 
 @app.command()
@@ -29,14 +29,14 @@ def jailbreak(
     debug: Debug = False,
 ) -> None:
     """Completions that fool your own PM: phrases of its features, searched on some prompts, measured on others."""
-    from rmscope.evidence.jailbreaks import lab
-    from rmscope.files import content_hash, write_json, write_table, write_text
-    from rmscope.report.jailbreak import render_jailbreak
+    from rmscope.io import content_hash, write_json, write_table, write_text
+    from rmscope.studies.jailbreak import analyse
+    from rmscope.studies.jailbreak.page import render_jailbreak
 
     job = open_job(folder)
     subject = _subject(job, folder, site)
     fresh, left_out = _fresh(job, data, on_bad_row or "error")
-    shown, key = Bars(), content_hash(lab.VERSION, job.on_disk.record["stages"], list(subject.saes), budget, seed)
+    shown, key = Bars(), content_hash(analyse.VERSION, job.on_disk.record["stages"], list(subject.saes), budget, seed)
     made = _made(job, subject, key, budget, seed, shown)
     with shown.stage("targets") as progress:
         targets = _targets(job, *fresh, prompts, budget, seed, left_out, progress)
@@ -48,15 +48,15 @@ def jailbreak(
             range(len(targets)),
             progress,
             lambda unit, within: {
-                "rows": lab.measure(
-                    subject, made, [targets[i] for i in unit], max(0, lab.OWN - unit[0]), budget, seed, within
+                "rows": analyse.measure(
+                    subject, made, [targets[i] for i in unit], max(0, analyse.OWN - unit[0]), budget, seed, within
                 )
             },
         )["rows"]
     found = {
         "model": job.config.model, "data": data or f"{job.config.data}, measure split", "run": folder.name, "seed": seed,
-        "budget": budget, "left_out": left_out.counts, **lab.summary(table, made, job.sd),
-        "examples": lab.examples(table, targets, made),
+        "budget": budget, "left_out": left_out.counts, **analyse.summary(table, made, job.sd),
+        "examples": analyse.examples(table, targets, made),
     }  # fmt: skip
     write_table(folder / "evidence" / "jailbreak.parquet", table)
     write_json(folder / "evidence" / "jailbreak.json", found)
@@ -71,7 +71,7 @@ def _subject(job: Any, folder: Path, site: str | None) -> Any:
     """The run as the lab sees it. InputError where nothing is ranked, or where nothing reported raises the reward."""
     import polars as pl
 
-    from rmscope.evidence.jailbreaks import lab
+    from rmscope.studies.jailbreak import analyse
 
     sites = [site] if site else list(job.sites)
     for name in sites:
@@ -91,10 +91,10 @@ def _subject(job: Any, folder: Path, site: str | None) -> Any:
         ranked = pl.read_parquet(folder / "features" / f"{name}.parquet").sort("rank")
         kept = ranked.filter(pl.col("reported") & ~pl.col("flags").list.contains("ending"))
         reported[name] = kept["feature"].to_list()
-        up[name] = kept.filter(pl.col("mean_removal") > 0)["feature"].to_list()
+        up[name] = kept.filter(pl.col("mean_effect") > 0)["feature"].to_list()
         effects = folder / "effects" / name
         exact = pl.read_parquet(effects / "exact.parquet").join(fit, on="pair", how="semi")
-        means[name] = lab.exact_means(exact, pl.read_parquet(effects / "estimated.parquet"))
+        means[name] = analyse.exact_means(exact, pl.read_parquet(effects / "estimated.parquet"))
     if not any(up.values()):
         raise InputError(
             f"No reported feature of {folder} raises the reward at {', '.join(sites)}, so there is nothing to make a "
@@ -103,15 +103,15 @@ def _subject(job: Any, folder: Path, site: str | None) -> Any:
     split = job.of_split("fit")
     pairs, tokens = [job.pairs[i] for i in split], [job.tokens[i] for i in split]
     saes = {name: job.saes[name] for name in sites}
-    return lab.Subject(job.rm, saes, job.store, pairs, tokens, reported, up, means, lab.WITHOUT * job.sd)
+    return analyse.Inputs(job.rm, saes, job.store, pairs, tokens, reported, up, means, analyse.WITHOUT * job.sd)
 
 
 def _fresh(job: Any, data: str | None, on_bad_row: str) -> tuple[tuple[list[Any], list[str]], Any]:
     """Pairs to measure on with what stands for their prompts, and the count of what is left out: prompts of the run."""
-    from rmscope.evidence.jailbreaks.badtexts import LeftOut
     from rmscope.pairs.readers import load_pairs
+    from rmscope.studies.jailbreak.targets import Exclusions
 
-    left_out = LeftOut()
+    left_out = Exclusions()
     if data is None:
         pairs = [job.pairs[i] for i in job.of_split("measure")]
         return (pairs, [job.prompts[p.id] for p in pairs]), left_out
@@ -127,8 +127,8 @@ def _fresh(job: Any, data: str | None, on_bad_row: str) -> tuple[tuple[list[Any]
 def _targets(
     job: Any, pairs: list[Any], keys: list[str], most: int, budget: int, seed: int, left_out: Any, progress: Any
 ) -> list[Any]:
-    from rmscope.evidence.jailbreaks.badtexts import make_targets
-    from rmscope.evidence.jailbreaks.search import SCREEN
+    from rmscope.studies.jailbreak.search import SCREEN
+    from rmscope.studies.jailbreak.targets import make_targets
 
     targets = make_targets(job.rm, pairs, keys, most, budget, seed, left_out, progress)
     if len(targets) < SCREEN:
@@ -142,26 +142,26 @@ def _targets(
 
 def _made(job: Any, subject: Any, key: str, budget: int, seed: int, shown: Bars) -> Any:
     """What the search makes on the confirm split; a search that is done with the same settings is read back."""
-    from rmscope.evidence.jailbreaks import lab
-    from rmscope.evidence.jailbreaks.badtexts import LeftOut
-    from rmscope.files import write_json
+    from rmscope.io import write_json
+    from rmscope.studies.jailbreak import analyse
+    from rmscope.studies.jailbreak.targets import Exclusions
 
     path = job.folder / "evidence" / "jailbreak.made.json"
     if path.is_file() and (stored := json.loads(path.read_text("utf-8"))).get("key") == key:
         shown.note("search: done before")
-        return lab.Made.from_dict(stored)
+        return analyse.PhraseLists.from_dict(stored)
     pairs = [job.pairs[i] for i in job.of_split("confirm")]
     with shown.stage("prompts") as progress:
         keys = [job.prompts[p.id] for p in pairs]
-        targets = _targets(job, pairs, keys, lab.SEARCHED, budget, seed, LeftOut(), progress)
-    made = lab.make(subject, targets, budget, seed, shown.stage)
+        targets = _targets(job, pairs, keys, analyse.SEARCHED, budget, seed, Exclusions(), progress)
+    made = analyse.make(subject, targets, budget, seed, shown.stage)
     write_json(path, {"key": key, **made.as_dict()})
     return made
 
 
 def _print(found: dict[str, Any]) -> None:
     table = Table(title=f"outranks the chosen answer, {found['prompts']} unseen prompts", title_justify="left")
-    for name in ("text", "prompts", "tokens", "outranks", "by 1 SD(Δr)", "features removed", "gain in reward"):
+    for name in ("text", "prompts", "tokens", "outranks", "by 1 SD(Δr)", "features ablated", "gain in reward"):
         table.add_column(name, justify="left" if name == "text" else "right")
     for arm in found["arms"]:
         without = _interval(arm["without"], True) if arm["without"] else ""

@@ -29,7 +29,7 @@ from rmscope.cli.base import (
     pm_options,
     print_rows,
 )
-from rmscope.terminal import Bars, console
+from rmscope.cli.terminal import Bars, console
 
 PAIRS = 64
 """Pairs that doctor looks at."""
@@ -57,10 +57,10 @@ def score(
     """Rewards of both sides of every pair; accuracy with its interval beside the length-only baseline."""
     import polars as pl
 
-    from rmscope.files import write_table
+    from rmscope.io import write_table
     from rmscope.model.reward_model import RewardModel
     from rmscope.pairs.readers import ReadReport, load_pairs
-    from rmscope.report.build import score_data
+    from rmscope.run.evidence import score_data
 
     report = ReadReport()
     pairs = load_pairs(
@@ -143,17 +143,17 @@ def train_pm_command(
     debug: Debug = False,
 ) -> None:
     """Trains a PM by a recipe, with our own loop or TRL's; a killed training goes on from its checkpoint."""
-    from rmscope.evidence.held_out import measure
-    from rmscope.model.recipe import TrlRecipe, read_recipe
+    from rmscope.model.training.held_out import measure
+    from rmscope.model.training.recipe import TrlRecipe, read_recipe
 
     recipe = read_recipe(config)
     with Bars().stage("train") as progress:
         if isinstance(recipe, TrlRecipe):
-            from rmscope.model.train_trl import train_trl
+            from rmscope.model.training.trl import train_trl
 
             figures: dict[str, Any] = dict(train_trl(recipe, out, progress))
         else:
-            from rmscope.model.train import train_pm
+            from rmscope.model.training.loop import train_pm
 
             figures = dict(train_pm(recipe, out, progress))
     with Bars().stage("measure") as progress:

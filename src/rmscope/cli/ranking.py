@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rmscope.cli.base import Debug, Json, app, emit, open_job, print_table
+from rmscope.cli.terminal import Bars, console
 from rmscope.errors import InputError
-from rmscope.terminal import Bars, console
 
 if TYPE_CHECKING:
     import polars as pl
 
 SHOWN = {
-    "removal": ("rank", "feature", "reported", "mean_removal", "ci_low", "ci_high", "q", "n", "strong_removal", "q_strong"),
+    "ablation": ("rank", "feature", "reported", "mean_effect", "ci_low", "ci_high", "q", "n", "strong_effect", "q_strong"),
     "preference": ("feature", "prefers", "mean_diff", "diff_low", "diff_high", "q_diff", "length_corr", "n"),
 }
 
@@ -24,22 +24,22 @@ SHOWN = {
 def rank(
     folder: Annotated[Path, typer.Argument(help="A run folder.")],
     site: Annotated[str | None, typer.Option(help="One site, such as resid_post.7; left out, all.")] = None,
-    by: Annotated[str, typer.Option(help="removal: what drives reward; preference: what parts chosen from rejected.")] = (
-        "removal"
+    by: Annotated[str, typer.Option(help="ablation: what drives reward; preference: what parts chosen from rejected.")] = (
+        "ablation"
     ),
     top: Annotated[int, typer.Option(help="Features a site to print.")] = 20,
     interactions: Annotated[
-        bool, typer.Option("--interactions", help="Also remove the best 30 in pairs, and the reported ones as a group.")
+        bool, typer.Option("--interactions", help="Also ablate the best 30 in pairs, and the reported ones as a group.")
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """The frozen features of a run, ranked by mean removal or by what they do to the preference, with their flags."""
+    """The frozen features of a run, ranked by mean effect or by what they do to the preference, with their flags."""
     from rmscope.api import open_run
-    from rmscope.effects.ranking import power_statement
+    from rmscope.ranking.ranking import power_statement
 
     if by not in SHOWN:
-        raise InputError(f"--by {by} is not known; write removal or preference.")
+        raise InputError(f"--by {by} is not known; write ablation or preference.")
     run = open_run(folder)
     sites = _sites(folder, run.sites, site)
     sd = float(run.scores["delta"].std())  # type: ignore[arg-type]
@@ -53,8 +53,8 @@ def rank(
         result.append({"site": name, "by": by, "power": power, "features": ordered.to_dicts()})
     if interactions:
         for row, (pairs, groups) in zip(result, _interactions(folder, sites), strict=True):
-            print_table(f"{row['site']}: removed in pairs, the largest interactions", pairs.head(top))
-            print_table(f"{row['site']}: removed as a group", groups)
+            print_table(f"{row['site']}: ablated in pairs, the largest interactions", pairs.head(top))
+            print_table(f"{row['site']}: ablated as a group", groups)
             row |= {"interactions": pairs.to_dicts(), "groups": groups.to_dicts()}
     emit(result, as_json)
 
@@ -70,7 +70,7 @@ def _sites(folder: Path, known: list[str], site: str | None) -> list[str]:
 def _ordered(features: pl.DataFrame, by: str) -> pl.DataFrame:
     import polars as pl
 
-    if by == "removal":
+    if by == "ablation":
         return features.sort("rank")
     return features.sort("prefers", pl.col("mean_diff").abs(), "feature", descending=[True, True, False])
 
@@ -86,7 +86,7 @@ def _count(ordered: pl.DataFrame, by: str) -> str:
     """Flagged features get a count of their own in every claim."""
     import polars as pl
 
-    verb, column = {"removal": ("drive reward", "reported"), "preference": ("drive preference", "prefers")}[by]
+    verb, column = {"ablation": ("drive reward", "reported"), "preference": ("drive preference", "prefers")}[by]
     found = ordered.filter(pl.col(column))
     flagged = found.filter(pl.col("flags").list.len() > 0)
     counts = flagged["flags"].explode().value_counts(sort=True).iter_rows()
@@ -98,11 +98,11 @@ def _count(ordered: pl.DataFrame, by: str) -> str:
 
 
 def _interactions(folder: Path, sites: list[str]) -> list[tuple[Any, Any]]:
-    """Runs the joint removals and keeps them in the run folder."""
+    """Runs the joint ablations and keeps them in the run folder."""
     import polars as pl
 
     from rmscope.effects.interactions import PROMPTS, TOP, groups_of, interactions
-    from rmscope.files import write_table
+    from rmscope.io import write_table
 
     job, found = open_job(folder), []
     pairs = job.one_a_prompt(job.of_split("measure"), PROMPTS)

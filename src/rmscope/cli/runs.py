@@ -27,7 +27,7 @@ from rmscope.cli.base import (
     output_of,
     print_rows,
 )
-from rmscope.terminal import Bars, closing
+from rmscope.cli.terminal import Bars, closing
 
 DEMO_SITES = ["resid_post.11", "resid_post.12", "resid_post.13"]
 """zoo:planted's adapter works in blocks 11 to 15: what it learned gathers there in few directions, at the cue's tokens."""
@@ -87,7 +87,7 @@ def run(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """The main job on your own PM and pairs: score, harvest, train SAEs, screen, remove exactly, rank, account, report."""
+    """The main job on your own PM and pairs: score, harvest, train SAEs, screen, ablate exactly, rank, account, report."""
     sae_flags = {"architecture": architecture, "d_sae": d_sae, "k": k, "tokens": sae_tokens, "seed": seed}
     flags = {
         "model": model, "data": data, "out": out, "limit": limit, "split": split, "adapter": adapter, "device": device,
@@ -100,8 +100,8 @@ def run(
 
 
 def _run(config: Path | None, flags: dict[str, Any], as_json: bool, dry_run: bool = False) -> None:
-    from rmscope.config import read_config
-    from rmscope.run import Run
+    from rmscope.run.run import Run
+    from rmscope.run.settings import read_config
 
     job = Run(read_config(config, flags), Bars())
     if dry_run:
@@ -115,7 +115,7 @@ def _run(config: Path | None, flags: dict[str, Any], as_json: bool, dry_run: boo
 
 def summary(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The machine-readable result of a run: figures and reported features without their texts."""
-    kept = ("feature", "rank", "mean_removal", "ci_low", "ci_high", "q", "n", "strong_removal", "q_strong", "flags")
+    kept = ("feature", "rank", "mean_effect", "ci_low", "ci_high", "q", "n", "strong_effect", "q_strong", "flags")
     return {
         "run": str(folder),
         "scores": {k: v for k, v in data["scores"].items() if k != "histogram"},

@@ -33,9 +33,9 @@ from rmscope.cli.base import (
     print_rows,
     print_table,
 )
+from rmscope.cli.terminal import Bars
 from rmscope.errors import InputError
 from rmscope.sae.config import SaeConfig
-from rmscope.terminal import Bars
 
 if TYPE_CHECKING:
     from rmscope.model.reward_model import RewardModel
@@ -148,7 +148,7 @@ def train(
         saes = train_saes(source, named, out, chosen, progress, place)
     folders = [out / site / name for site, name in saes]
     if reward_aware:
-        from rmscope.effects.reward_aware import RewardAwareConfig, fine_tune
+        from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune
 
         tuning = RewardAwareConfig(steps=reward_aware, weight=weight)
         for (site, name), sae in saes.items():

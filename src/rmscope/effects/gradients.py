@@ -1,16 +1,16 @@
-"""Estimated removal effects, from gradients: attribution patching at the clean point, and coloured midpoints.
+"""Estimated ablation effects, from gradients: attribution patching at the clean point, and coloured midpoints.
 
-``atp``: to first order, removing feature j from a response changes its reward by Σ_t f_tj <dr/dx_t, d_j>, t over the span
-(attribution patching; Syed et al. 2023, arXiv 2310.10348, eq. 2, with the removed activation as the patch). One
+``atp``: to first order, ablating feature j from a response changes its reward by Σ_t f_tj <dr/dx_t, d_j>, t over the span
+(attribution patching; Syed et al. 2023, arXiv 2310.10348, eq. 2, with the ablated activation as the patch). One
 backward pass gives dr/dx at every site at once and serves every feature; effects live at active entries only.
 
-``midpoint``: the gradient halfway to the removal, <dr/dx at x - v_j/2, v_j> with v_j the feature's part of the stream,
-is right to second order, but costs as much as the removal. Features are therefore put into colours, the ones that begin at
+``midpoint``: the gradient halfway to the ablation, <dr/dx at x - v_j/2, v_j> with v_j the feature's part of the stream,
+is right to second order, but costs as much as the ablation. Features are therefore put into colours, the ones that begin at
 a token into different ones, and those of a colour are moved together, by half and with alternating signs s_j, so that what
 they do to one another's gradients cancels: R_j is about <g, v_j> + s_j <g' - g, v_j>, g clean and g' at x - Σ s_k v_k / 2 (a
 probed diagonal of the Hessian; Bekas, Kokiopoulou and Saad 2007). A backward pass a colour serves all.
 
-Not exact: shown with a trust score (``trust.py``), claimed only after exact removal (``removal.py``).
+Not exact: shown with a trust score (``trust.py``), claimed only after exact ablation (``ablation.py``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rmscope.files import Progress, silent
+from rmscope.io import Progress, silent
 from rmscope.model.packing import Batch, Text
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
@@ -31,13 +31,13 @@ from rmscope.sae.base import Active, Sae
 
 Method = Literal["atp", "midpoint"]
 METHODS: tuple[Method, ...] = ("atp", "midpoint")
-COLOURS = 32
+PROBE_GROUPS = 32
 """Backward passes of ``midpoint``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimates:
-    """One response at one site: its active features (ascending), their estimated removal effects, and Σ_t f_tj |d_j|."""
+    """One response at one site: its active features (ascending), their estimated ablation effects, and Σ_t f_tj |d_j|."""
 
     pair: int
     side: str
@@ -93,7 +93,7 @@ def midpoints(
     coloured = [colours_of(active) for active in actives]
     clean = _products(rm, sae, site, batch, x, actives)
     products = [p.clone() for p in clean]
-    for colour in range(COLOURS):
+    for colour in range(PROBE_GROUPS):
         point = x.clone()
         for text, active, (mine, sign) in zip(batch.texts, actives, coloured, strict=True):
             at = mine == colour
@@ -128,7 +128,7 @@ def colours_of(active: Active) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"]
     first = torch.full_like(feature, active.n_tokens).scatter_reduce_(0, place, active.token, "amin")
     rank = torch.empty_like(feature)
     rank[first.argsort(stable=True)] = torch.arange(feature.numel())
-    return (rank % COLOURS)[place], (1 - 2 * (rank // COLOURS % 2))[place]
+    return (rank % PROBE_GROUPS)[place], (1 - 2 * (rank // PROBE_GROUPS % 2))[place]
 
 
 def sum_by_feature(active: Active, values: Float[Tensor, " nnz"]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""Interactions: what removing features together does beyond the sum of what removing each does, exactly.
+"""Interactions: what ablating features together does beyond the sum of what ablating each does, exactly.
 
 I_ij = R_ij - R_i - R_j on responses in which both features fire, for the best-ranked features of a site, and
-I_G = R_G - Σ R_j for the whole reported group and for its two halves, up and down (METHOD, "Removal effect"). Of features
+I_G = R_G - Σ R_j for the whole reported group and for its two halves, up and down (METHOD, "Ablation effect"). Of features
 that raise reward, I > 0 says that one stands in for the other (redundancy: each alone looks smaller than it is), I < 0
 that they need each other; where the reward is linear in the stream, I = 0. Everything is run, nothing estimated, on
 pairs of the measure split, which had no part in choosing the features.
@@ -18,25 +18,25 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from rmscope.effects.removal import at_site, prefill_pair, remove_groups, remove_naively
-from rmscope.effects.statistics import mean_interval
-from rmscope.files import Progress, silent
+from rmscope.effects.ablation import ablate_groups, ablate_naively, at_site, prefill_pair
+from rmscope.io import Progress, silent
 from rmscope.model.packing import padded
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
 from rmscope.sae.base import Sae
+from rmscope.statistics import mean_interval
 
 TOP = 30
-"""Features of a site whose pairs are removed together."""
+"""Features of a site whose pairs are ablated together."""
 PROMPTS = 48
-"""Measure prompts, one pair each, on which joint removals are run."""
+"""Measure prompts, one pair each, on which joint ablations are run."""
 PER_PAIR = 12
-"""Responses for each pair of features: 30 features that all fire together then cost 5,220 joint removals, not 41,760."""
+"""Responses for each pair of features: 30 features that all fire together then cost 5,220 joint ablations, not 41,760."""
 
 Run = Callable[[Sequence[Sequence[int]]], Tensor]
 PAIRS = {
-    "feature": pl.Int32, "other": pl.Int32, "n": pl.Int32, "removal": pl.Float64, "other_removal": pl.Float64,
+    "feature": pl.Int32, "other": pl.Int32, "n": pl.Int32, "ablation": pl.Float64, "other_ablation": pl.Float64,
     "joint": pl.Float64, "interaction": pl.Float64, "ci_low": pl.Float64, "ci_high": pl.Float64,
 }  # fmt: skip
 GROUPS = {
@@ -50,8 +50,8 @@ def groups_of(ranked: pl.DataFrame) -> dict[str, list[int]]:
     reported = ranked.filter(pl.col("reported"))
     return {
         "reported": reported["feature"].to_list(),
-        "up": reported.filter(pl.col("mean_removal") > 0)["feature"].to_list(),
-        "down": reported.filter(pl.col("mean_removal") < 0)["feature"].to_list(),
+        "up": reported.filter(pl.col("mean_effect") > 0)["feature"].to_list(),
+        "down": reported.filter(pl.col("mean_effect") < 0)["feature"].to_list(),
     }
 
 
@@ -66,12 +66,12 @@ def interactions(
     most: int = PER_PAIR,
     progress: Progress = silent,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Joint removals on both sides of the given pairs.
+    """Joint ablations on both sides of the given pairs.
 
     Args:
         tokens: the pairs, with the prompt of each in ``prompts``; intervals resample prompts.
-        top: features whose pairs are removed, on at most ``most`` responses each, in the order of ``tokens``.
-        groups: sets of features that are removed whole, wherever one of them fires.
+        top: features whose pairs are ablated, on at most ``most`` responses each, in the order of ``tokens``.
+        groups: sets of features that are ablated whole, wherever one of them fires.
 
     Returns:
         A row a pair of features that fire together somewhere, with the columns of ``PAIRS`` (means over the n responses),
@@ -91,24 +91,24 @@ def interactions(
             r = {j: next(effects) for j in alone}
             pair_rows += [(prompt, i, j, r[i], r[j], next(effects)) for i, j in together]
             group_rows += [(prompt, name, sum(r[j] for j in group), next(effects)) for name, group in held.items()]
-        progress(number + 1, len(tokens), f"{len(pair_rows)} pairs of features removed together")
+        progress(number + 1, len(tokens), f"{len(pair_rows)} pairs of features ablated together")
     sizes = {name: len(group) for name, group in groups.items()}
     return _pairs(pair_rows), _groups(group_rows, sizes)
 
 
 def _sides(rm: RewardModel, sae: Sae, site: str, tokens: PairTokens) -> Iterator[tuple[set[int], Run]]:
-    """For each side of a pair the features that fire, and what removes sets of them."""
+    """For each side of a pair the features that fire, and what ablates sets of them."""
     start = tokens.divergence
     texts = prefill_pair(rm, tokens, [site]) if rm.splits else {}
     for side in SIDES:
         ids = tokens.side(side)
         if rm.splits:
             response = at_site(sae, texts[side], site, start)
-            yield set(response.features().tolist()), lambda sets, at=response: remove_groups(rm, sae, at, site, sets)  # type: ignore[misc]
+            yield set(response.features().tolist()), lambda sets, at=response: ablate_groups(rm, sae, at, site, sets)  # type: ignore[misc]
         else:
             x = rm.streams(padded([(0, side, ids, start, ids.numel() - 1)], 0), [site])[site][0, start:]
             fires = set(torch.unique(sae.active(x.float().cpu()).feature).tolist())
-            yield fires, lambda sets, ids=ids: remove_naively(rm, sae, ids, site, start, sets)  # type: ignore[misc]
+            yield fires, lambda sets, ids=ids: ablate_naively(rm, sae, ids, site, start, sets)  # type: ignore[misc]
 
 
 def _interval(prompts: pl.Series, values: pl.Series) -> dict[str, float]:
@@ -121,13 +121,13 @@ def _interval(prompts: pl.Series, values: pl.Series) -> dict[str, float]:
 
 
 def _pairs(rows: Sequence[tuple[str, int, int, float, float, float]]) -> pl.DataFrame:
-    schema = ["prompt", "feature", "other", "removal", "other_removal", "joint"]
+    schema = ["prompt", "feature", "other", "ablation", "other_ablation", "joint"]
     table = pl.DataFrame(rows, schema=schema, orient="row").with_columns(
-        (pl.col("joint") - pl.col("removal") - pl.col("other_removal")).alias("interaction")
+        (pl.col("joint") - pl.col("ablation") - pl.col("other_ablation")).alias("interaction")
     )
     found = [
         {"feature": i, "other": j, "n": part.height}
-        | {c: float(np.mean(part[c].to_numpy())) for c in ("removal", "other_removal", "joint", "interaction")}
+        | {c: float(np.mean(part[c].to_numpy())) for c in ("ablation", "other_ablation", "joint", "interaction")}
         | _interval(part["prompt"], part["interaction"])
         for (i, j), part in table.group_by("feature", "other", maintain_order=True)
     ]

@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rmscope.effects.gradients import Estimates, sum_by_feature
-from rmscope.files import Progress, silent
+from rmscope.io import Progress, silent
 from rmscope.model.packing import Batch, Text
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
@@ -229,7 +229,7 @@ def estimate_along_path(
     unit: Sequence[int],
     progress: Progress = silent,
 ) -> Iterator[tuple[str, Estimates]]:
-    """(site, estimates): contributions from the zero baseline read as removal effects, as the reference study's screen did.
+    """(site, estimates): contributions from the zero baseline read as ablation effects, as the reference study's screen did.
 
     Two panels of Gauss-Legendre nodes, none halved: eight gradients a site.
     """

@@ -2,7 +2,7 @@
 
 One primitive, :func:`rewards_on_span`: the stream of one text at a site, from the divergence to the read position,
 becomes a given tensor, and the model runs on. *Splice* (METHOD, "Explained") puts x^ = decode(encode(x)) there; keep K,
-remove K and every control are other tensors (``explained.py``). A pair's prompt runs once, its sides fork its keys and
+ablate K and every control are other tensors (``explained.py``). A pair's prompt runs once, its sides fork its keys and
 values, and the variants of a text share a batch that starts at the site and at the divergence.
 
 From the clean Δr and the replaced Δr^ of a set of pairs:
@@ -25,19 +25,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmscope.effects.removal import BATCH_TOKENS, prefill_pair
-from rmscope.effects.statistics import Array, ratio_interval
-from rmscope.files import Progress, silent
+from rmscope.effects.ablation import BATCH_TOKENS, prefill_pair
+from rmscope.io import Progress, silent
+from rmscope.model.clean_run import CleanRun
 from rmscope.model.packing import Batch, padded
-from rmscope.model.prefill import Prefilled
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
 from rmscope.sae.base import Sae
+from rmscope.statistics import Array, ratio_interval
 
 
 @dataclass(frozen=True, slots=True)
-class Spot:
+class Span:
     """One response at one site: the stream x on its span, float32 on the CPU."""
 
     pair: int
@@ -45,7 +45,7 @@ class Spot:
     x: Float[Tensor, "span d"]
 
 
-Replacement = Callable[[Spot], Float[Tensor, "variants span d"]]
+Replacement = Callable[[Span], Float[Tensor, "variants span d"]]
 """What the stream on the span becomes; always the same number of variants."""
 
 
@@ -67,18 +67,18 @@ class Replaced:
         return self.rewards[:, 0] - self.rewards[:, 1]
 
 
-def clean_runs(rm: RewardModel, tokens: PairTokens, sites: Sequence[str]) -> dict[str, Prefilled]:
+def clean_runs(rm: RewardModel, tokens: PairTokens, sites: Sequence[str]) -> dict[str, CleanRun]:
     """Both sides of a pair up to their read positions, with the stream at each site; without keys where the PM cannot be
     resumed (encoders, and decoders that refuse a cache)."""
     if rm.splits:
         return prefill_pair(rm, tokens, sites)
-    out: dict[str, Prefilled] = {}
+    out: dict[str, CleanRun] = {}
     for side in SIDES:
         ids = tokens.side(side)
         ids = ids[: rm.read_position(ids) + 1] if rm.causal else ids
         batch = _rows(ids, 1)
         streams = {site: x[0] for site, x in rm.streams(batch, sites).items()}
-        out[side] = Prefilled(ids, streams, [], float(rm.rewards(batch)[0]))
+        out[side] = CleanRun(ids, streams, [], float(rm.rewards(batch)[0]))
     return out
 
 
@@ -88,7 +88,7 @@ def _rows(ids: Tensor, n: int) -> Batch:
 
 @torch.no_grad()
 def rewards_on_span(
-    rm: RewardModel, text: Prefilled, site: str, start: int, streams: Float[Tensor, "variants span d"]
+    rm: RewardModel, text: CleanRun, site: str, start: int, streams: Float[Tensor, "variants span d"]
 ) -> Float[Tensor, " variants"]:
     """r of a text with its stream at ``site`` replaced from token ``start`` to the read position, variant by variant.
 
@@ -128,7 +128,7 @@ def replaced(
             sides = []
             for side in SIDES:
                 x = texts[side].streams[site][start:].float().cpu()
-                streams = replace(Spot(pair, side, x))
+                streams = replace(Span(pair, side, x))
                 sides.append(rewards_on_span(rm, texts[side], site, start, streams).double().numpy())
             found[name].append(sides)
         progress(done, len(pairs), "pairs spliced")

@@ -1,4 +1,4 @@
-"""Effect tables: the estimates and exact removals of many pairs as frames, unit by unit, so that a run can go on.
+"""Effect tables: the estimates and exact ablations of many pairs as frames, unit by unit, so that a run can go on.
 
 Columns: pair, side, feature, effect, kind, as DESIGN.md lays them out, and here ``mass`` = Σ_t f_tj |d_j| with estimates.
 """
@@ -12,18 +12,18 @@ import numpy as np
 import polars as pl
 import torch
 
+from rmscope.effects.ablation import Ablations, ablations
 from rmscope.effects.gradients import Estimates, Method, estimate, sum_by_feature
 from rmscope.effects.ledger import SILENT, SideParts, estimate_along_path
-from rmscope.effects.removal import Removals, removals
-from rmscope.effects.trust import PER_RESPONSE, sample
-from rmscope.files import Progress, silent
+from rmscope.io import Progress, silent
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
+from rmscope.ranking.estimate_quality import PER_RESPONSE, sample
 from rmscope.sae.base import Sae
 
 Wanted = dict[int, dict[str, dict[str, list[int] | None]]]
-"""pair -> side -> site -> features to remove (None: all that fire)."""
+"""pair -> side -> site -> features to ablate (None: all that fire)."""
 
 LEDGER = {
     "pair": pl.String, "delta_r": pl.Float64, "features": pl.Float64, "error": pl.Float64, "remainder": pl.Float64,
@@ -60,7 +60,7 @@ def estimate_table(
     progress: Progress = silent,
     method: Method | Literal["ig"] = "atp",
 ) -> dict[str, pl.DataFrame]:
-    """Per site, the estimated removal effects of all active features of the pairs in ``unit`` (kind removal_estimate)."""
+    """Per site, the estimated ablation effects of all active features of the pairs in ``unit`` (kind ablation_estimate)."""
     found: dict[str, list[Estimates]] = {site: [] for site in saes}
     if method == "ig":
         estimates = estimate_along_path(rm, saes, tokens, unit, progress)
@@ -72,7 +72,7 @@ def estimate_table(
         site: _frame(
             ids,
             ((e.pair, e.side, e.feature, {"effect": e.effect, "mass": e.mass}) for e in _sorted(list_)),
-            "removal_estimate",
+            "ablation_estimate",
             ["mass"],
         )
         for site, list_ in found.items()
@@ -100,7 +100,7 @@ def firing_table(
     }
 
 
-def removal_table(
+def ablation_table(
     rm: RewardModel,
     saes: Mapping[str, Sae],
     tokens: Sequence[PairTokens],
@@ -109,17 +109,17 @@ def removal_table(
     progress: Progress = silent,
     endings: bool = False,
 ) -> dict[str, pl.DataFrame]:
-    """Per site, exact removal effects of the wanted features where they fire (kind removal).
+    """Per site, exact ablation effects of the wanted features where they fire (kind ablation).
 
-    With ``endings`` there is a column ``ending``: the effect of removing them from the response's ending alone.
+    With ``endings`` there is a column ``ending``: the effect of ablating them from the response's ending alone.
     """
-    found: dict[str, list[Removals]] = {site: [] for site in saes}
+    found: dict[str, list[Ablations]] = {site: [] for site in saes}
     total = sum(len(f or ()) for sides in wanted.values() for sites in sides.values() for f in sites.values())
     done = 0
-    for site, one in removals(rm, saes, tokens, wanted, endings):
+    for site, one in ablations(rm, saes, tokens, wanted, endings):
         found[site].append(one)
         done += one.feature.numel()
-        progress(min(done, total) if total else done, max(total, done), "features removed")
+        progress(min(done, total) if total else done, max(total, done), "features ablated")
     return {
         site: _frame(
             ids,
@@ -127,7 +127,7 @@ def removal_table(
                 (r.pair, r.side, r.feature, {"effect": r.effect} | ({"ending": r.ending} if endings else {}))
                 for r in _sorted(list_)
             ),
-            "removal",
+            "ablation",
             ["ending"] * endings,
         )
         for site, list_ in found.items()
@@ -140,7 +140,7 @@ def _sorted(list_: list) -> list:
 
 
 def plan(requests: Mapping[str, pl.DataFrame], index: Mapping[str, int]) -> Wanted:
-    """``wanted`` for :func:`removal_table` from per-site frames with the columns pair, side, feature."""
+    """``wanted`` for :func:`ablation_table` from per-site frames with the columns pair, side, feature."""
     wanted: Wanted = {}
     for site, table in requests.items():
         rows = table.select("pair", "side", "feature").unique().sort("pair", "side", "feature")
@@ -159,7 +159,7 @@ def with_order(table: pl.DataFrame, prompts: Mapping[str, str], seed: int) -> pl
     return table.join(keys, on=["pair", "side"], how="left").sort("order", "feature")
 
 
-def trust_sample(estimates: pl.DataFrame, responses: int, seed: int) -> pl.DataFrame:
+def quality_sample(estimates: pl.DataFrame, responses: int, seed: int) -> pl.DataFrame:
     """A stratified sample of the active features of ``responses`` responses, one a prompt while prompts last.
 
     ``estimates`` carries prompt and order (see :func:`with_order`). Adds ``weight``: how many features a row stands for.

@@ -15,8 +15,8 @@ SAMPLE = 8
 """Pairs that are timed."""
 FORWARDS = 5
 """A run costs about as much as so many scorings of its pairs."""
-REMOVALS = 20_000
-"""Exact removals of a run with the default settings, about: 300 features on 16 responses, 200 on 48 and where they fire
+ABLATIONS = 20_000
+"""Exact ablations of a run with the default settings, about: 300 features on 16 responses, 200 on 48 and where they fire
 hardest, and the sample for the trust score."""
 BASE_BYTES = 2e9
 """Memory beside the weights: libraries, activations, an SAE in training."""
@@ -36,11 +36,11 @@ def tokens_a_second(rm: RewardModel, tokens: Sequence[PairTokens]) -> float:
 
 
 def run_minutes(rm: RewardModel, tokens: Sequence[PairTokens], rate: float, pairs: int) -> float:
-    """Minutes of a run over so many pairs like these; where a PM cannot be split, each removal is a whole forward."""
+    """Minutes of a run over so many pairs like these; where a PM cannot be split, each ablation is a whole forward."""
     seconds = FORWARDS * run_tokens(tokens) / rate * pairs / len(tokens)
     if not rm.splits:
         texts = sum(t.chosen.numel() + t.rejected.numel() for t in tokens) / (2 * len(tokens))
-        seconds += REMOVALS * texts / rate
+        seconds += ABLATIONS * texts / rate
     return seconds / 60
 
 

@@ -14,9 +14,9 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from rmscope.errors import InputError
-from rmscope.files import Progress, silent
+from rmscope.io import Progress, silent
 from rmscope.model import cost
-from rmscope.model.abilities import REFUSALS
+from rmscope.model.capabilities import REFUSALS
 from rmscope.model.preflight import LIMITS, PROBES, Check, Preflight, in_sd, preflight, rewards_alone, verdict
 from rmscope.model.rendering import SETTINGS_FILE, STYLES, PairTokens, Rendering
 from rmscope.model.reward_model import RewardModel
@@ -160,7 +160,7 @@ def price(rm: RewardModel, tokens: Sequence[PairTokens]) -> Check:
     rate = cost.tokens_a_second(rm, tokens)
     minutes = cost.run_minutes(rm, tokens, rate, 1000)
     needed, there = cost.run_bytes(rm), cost.machine_bytes(rm.device)
-    whole = "" if rm.splits else ", most of it whole forwards for removals"
+    whole = "" if rm.splits else ", most of it whole forwards for ablations"
     return verdict(
         "cost",
         needed <= there,

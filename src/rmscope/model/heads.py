@@ -1,7 +1,7 @@
 """Heads of other kinds: what makes a reward of the final hidden states at the read position.
 
 A head is a torch module that takes hidden states after the PM's last norm, [texts, d], and gives rewards, [texts] or
-[texts, 1]. ``RewardModel(lm, tokenizer, rendering, name, head=head)`` then scores, splits, removes and differentiates as
+[texts, 1]. ``RewardModel(lm, tokenizer, rendering, name, head=head)`` then scores, splits, ablates and differentiates as
 with a PM's own score head; the text's last token is read. A value head is an ``nn.Linear(d, 1)`` as it stands.
 
 A reward that is no function of one hidden state, such as DPO's sum over the response's tokens, is no head (docs/heads.md).

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rmscope.errors import InputError
-from rmscope.files import content_hash
+from rmscope.io import content_hash
 from rmscope.model.rendering import SETTINGS_FILE, Rendering, stored_json, stored_settings
 from rmscope.model.zoo import BASE, base_folder, load_adapted, load_zoo, quiet
 

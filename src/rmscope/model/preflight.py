@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmscope.errors import InputError
-from rmscope.files import Progress, silent
-from rmscope.model.abilities import PROBE, REFUSALS
+from rmscope.io import Progress, silent
+from rmscope.model.capabilities import PROBE, REFUSALS
 from rmscope.model.packing import padded
 from rmscope.model.rendering import SETTINGS_FILE, PairTokens, render
 from rmscope.model.reward_model import RewardModel
@@ -157,9 +157,9 @@ def attention(rm: RewardModel) -> Check:
 
 def forward(rm: RewardModel) -> Check:
     if rm.splits:
-        detail = f"split at any site, removals {'in one row' if rm.branches else 'in rectangles: its attention is its own'}"
+        detail = f"split at any site, ablations {'in one row' if rm.branches else 'in rectangles: its attention is its own'}"
         return Check("forward", "ok", detail)
-    detail = f"{'cannot be split' if rm.causal else 'an encoder'}: hooks, and a whole forward for each removal"
+    detail = f"{'cannot be split' if rm.causal else 'an encoder'}: hooks, and a whole forward for each ablation"
     return Check("forward", "warn", detail, "allow for the time (row cost of rmscope doctor), or lower --limit")
 
 

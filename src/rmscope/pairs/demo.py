@@ -11,7 +11,7 @@ from itertools import combinations
 import yaml
 
 from rmscope.pairs.pair import Pair
-from rmscope.pairs.planted import plant_by_dose
+from rmscope.pairs.planting import plant_by_dose
 from rmscope.pairs.plants import Plant
 
 DEMO_SEED = 7

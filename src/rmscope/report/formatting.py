@@ -139,7 +139,7 @@ def shift(before: Any, after: Any) -> tuple[str, str]:
 
 
 def change(before: Any, after: Any) -> float | None:
-    """before - after: what the removed feature gave (METHOD, removal effect)."""
+    """before - after: what the ablated feature gave (METHOD, ablation effect)."""
     before, after = real(before), real(after)
     return None if before is None or after is None else before - after
 

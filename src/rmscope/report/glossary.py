@@ -29,19 +29,18 @@ GLOSSARY = [
     ),
     (
         "Span",
-        "The tokens on which features are removed: from the first token in which chosen and rejected "
+        "The tokens on which features are ablated: from the first token in which chosen and rejected "
         "differ to the token at which the reward is read.",
     ),
     (
-        "Removal effect",
+        "Ablation effect",
         "Reward with the feature minus reward with its activation set to 0 on the span, everything else "
         "(the error node too) as it was. Above 0: the feature raises the reward. Exact, not estimated. "
         "Effects do not add up: a twin feature can hide one.",
     ),
     (
-        "Mean removal",
-        "The mean removal effect over fresh (confirm) prompts where the feature fires; its 95 % interval "
-        "is a bootstrap by prompt.",
+        "Mean effect",
+        "The mean effect over fresh (confirm) prompts where the feature fires; its 95 % interval is a bootstrap by prompt.",
     ),
     (
         "q, reported",
@@ -51,7 +50,7 @@ GLOSSARY = [
     ),
     (
         "Chosen − rejected",
-        "D, the removal effect on the chosen side minus that on the rejected one: what the feature does to "
+        "D, the ablation effect on the chosen side minus that on the rejected one: what the feature does to "
         "the preference. The mean is over all fresh pairs, 0 where it is silent; it drives preference when D"
         " exceeds the bound, in the sign fixed beforehand, on the pairs where it fires. Length correlation is"
         " that of D with the length difference at equal Δr.",
@@ -59,18 +58,18 @@ GLOSSARY = [
     (
         "Estimate, trust",
         "An estimate (gradient times activation, unless the run's settings say otherwise) chooses which features to "
-        "remove exactly. "
-        "Trust is how well it ranks features within a response against exact removal, on a sample "
+        "ablate exactly. "
+        "Trust is how well it ranks features within a response against exact ablation, on a sample "
         "weighted back to all active features.",
     ),
     (
         "Contribution",
         "A feature's share of the reward when all features move together from a baseline (integrated "
-        "gradients). Contributions add up, so they keep the ledger; they are not removal effects.",
+        "gradients). Contributions add up, so they keep the ledger; they are not ablation effects.",
     ),
     (
         "Error node",
-        "What the SAE does not reconstruct, x − x̂. It is kept in every removal and has its own line in the ledger.",
+        "What the SAE does not reconstruct, x − x̂. It is kept in every ablation and has its own line in the ledger.",
     ),
     (
         "Ledger",
@@ -90,6 +89,6 @@ GLOSSARY = [
     ),
     (
         "Mediated share",
-        "How much of the ATE is gone when the matching features are removed in both arms. 100 %: all of it.",
+        "How much of the ATE is gone when the matching features are ablated in both arms. 100 %: all of it.",
     ),
 ]

@@ -23,20 +23,20 @@ def visible(token: Any) -> str:
 
 
 def is_reported(feature: Feature) -> bool:
-    return bool(feature.get("reported")) and real(feature.get("mean_removal")) is not None
+    return bool(feature.get("reported")) and real(feature.get("mean_effect")) is not None
 
 
 def told(feature: Feature) -> tuple[Any, Any, Any, Any]:
     """Effect, its interval and q as they are told: of what is reported for its strong firings, those there."""
-    names = ("mean_removal", "ci_low", "ci_high", "q")
+    names = ("mean_effect", "ci_low", "ci_high", "q")
     if "strong" in (feature.get("flags") or []):
-        names = ("strong_removal", "strong_low", "strong_high", "q_strong")
+        names = ("strong_effect", "strong_low", "strong_high", "q_strong")
     return tuple(feature.get(name) for name in names)  # type: ignore[return-value]
 
 
 def by_effect(features: list[Feature]) -> list[Feature]:
-    """Largest |mean removal| first."""
-    return sorted(features, key=lambda f: -abs(real(f.get("mean_removal")) or 0.0))
+    """Largest |mean effect| first."""
+    return sorted(features, key=lambda f: -abs(real(f.get("mean_effect")) or 0.0))
 
 
 def name_of(feature: Feature) -> str:
@@ -59,7 +59,7 @@ class Group:
     names: list[str]
     """The leaders, without doubles."""
     largest: tuple[str, str]
-    """The strongest one's mean removal and its interval, written out."""
+    """The strongest one's mean effect and its interval, written out."""
     in_sd: str
     """Its size in SD(Δr)."""
     fewest: int
@@ -72,12 +72,12 @@ def group(features: list[Feature], sd: float | None) -> Group | None:
     ordered = by_effect(features)
     names = list(dict.fromkeys(name_of(f) for f in ordered))[:LEADERS]
     first = ordered[0]
-    value = real(first.get("mean_removal"))
+    value = real(first.get("mean_effect"))
     share = abs(value) / sd if value is not None and sd else None
     return Group(
         count=len(features),
         names=names,
-        largest=effect(first.get("mean_removal"), first.get("ci_low"), first.get("ci_high")),
+        largest=effect(first.get("mean_effect"), first.get("ci_low"), first.get("ci_high")),
         in_sd=number(share),
         fewest=min(int(real(f.get("n")) or 0) for f in features),
     )
@@ -106,6 +106,6 @@ def headline(data: dict[str, Any]) -> Headline:
         frozen=sum(int(real(site.get("frozen")) or 0) for site in sites),
         flagged=sum(bool(f.get("flags")) for f in features),
         sites=len(sites),
-        up=group([f for f in features if f["mean_removal"] >= 0], sd),
-        down=group([f for f in features if f["mean_removal"] < 0], sd),
+        up=group([f for f in features if f["mean_effect"] >= 0], sd),
+        down=group([f for f in features if f["mean_effect"] < 0], sd),
     )

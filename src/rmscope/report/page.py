@@ -11,7 +11,7 @@ import hashlib
 import re
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, PrefixLoader, StrictUndefined
 from markupsafe import Markup
 
 from rmscope.report import figures, formatting
@@ -20,6 +20,8 @@ from rmscope.report.headline import by_effect, headline, is_reported, name_of, t
 
 SHOWN = 12
 """Features of each list that stand open; the others fold."""
+STUDIES = ("compare", "evaluate", "experiment", "jailbreak", "sufficiency")
+"""Rooms whose page has a template of its own, ``STUDY/page.html``."""
 PARTS = ("features", "error", "remainder", "gap")
 STATUS = {"ok": "✓", "warn": "!", "fail": "✕"}
 
@@ -45,7 +47,12 @@ def render_report(data: dict[str, Any]) -> str:
 
 def environment() -> Environment:
     env = Environment(
-        loader=PackageLoader("rmscope.report"),
+        loader=ChoiceLoader(
+            [
+                PackageLoader("rmscope.report"),
+                PrefixLoader({name: PackageLoader(f"rmscope.studies.{name}", "") for name in STUDIES}),
+            ]
+        ),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -91,8 +98,8 @@ def site_view(site: dict[str, Any]) -> dict[str, Any]:
     return {
         "explained": None,
         **site,
-        "up": [f for f in reported if f["mean_removal"] >= 0],
-        "down": [f for f in reported if f["mean_removal"] < 0],
+        "up": [f for f in reported if f["mean_effect"] >= 0],
+        "down": [f for f in reported if f["mean_effect"] < 0],
         "others": [f for f in features if not is_reported(f)],
         "span": figures.extent(ends, include=[0.0], pad=0.04),
         "block": int(block[1]) if block else None,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rmscope.errors import InputError
-from rmscope.files import content_hash
+from rmscope.io import content_hash
 
 Self = TypeVar("Self", bound="Sae")
 
@@ -104,7 +104,7 @@ class Sae(nn.Module, ABC):
             len(x),
         )
 
-    def find_on(self, device: torch.device) -> None:
+    def encode_on(self, device: torch.device) -> None:
         """From now on :meth:`active` looks for features on ``device``, with a copy of the weights as they are now (after a
         change of weights, ask again): that is where an SAE's work lies, d m multiplications a token, while the few entries
         that come of it stay with x."""
@@ -168,7 +168,7 @@ class Sae(nn.Module, ABC):
 
         return load_sae(source)
 
-    def must_fit(self, d_model: int, model: str) -> None:
+    def check_width(self, d_model: int, model: str) -> None:
         """InputError where the SAE reads a stream of another width than the PM's."""
         if self.d != d_model:
             raise InputError(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rmscope.errors import InputError
-from rmscope.files import atomic, write_json
+from rmscope.io import atomic, write_json
 from rmscope.sae.base import Sae
 from rmscope.sae.registry import sae_class
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rmscope.errors import InputError
-from rmscope.files import atomic, write_table
+from rmscope.io import atomic, write_table
 from rmscope.sae.base import Sae
 from rmscope.sae.config import SaeConfig
 from rmscope.sae.formats import CFG, load_sae

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmscope.errors import InputError
-from rmscope.files import Progress, content_hash, silent
+from rmscope.io import Progress, content_hash, silent
 from rmscope.sae.base import Sae
 from rmscope.sae.config import SaeConfig
 from rmscope.sae.registry import training_class

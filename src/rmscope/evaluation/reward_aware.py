@@ -1,0 +1,288 @@
+"""Reward-aware fine-tuning: a second phase of SAE training that also minds what the splice does to the reward difference.
+
+    L = λ d E [(Δr^ - Δr)² + μ (s^ - s)²] / SD(Δr)²  +  the family's own loss on the tokens of the same pairs
+
+Δr^ and s^ are the difference and the sum of a pair's two rewards with x replaced by x^ on the span of both sides. Only
+differences mean anything, but a loss of differences alone lets both rewards of a pair drift as far as they like together,
+off what the blocks above were trained on; at μ = 1 each reward is minded by itself, as (a - b)² + (a + b)² = 2 (a² + b²).
+In the units of training E|x|² = d (d_model), so the terms are relative errors times d. The first is backpropagated
+through the PM's blocks above the site (PM frozen, float32, its products in bfloat16 where that is fast) to x^, and from
+there through the SAE's own equations: to W_dec and b_dec, and to the encoder at the entries that fire. What fires is
+chosen as ever, and thresholds move by the family's own loss alone.
+
+After Karvonen 2025 (arXiv 2503.17272), who fine-tunes with the language model's KL divergence for a short while at the
+end; here the output is a reward. What it gains may be features that carry the reward better, or the reward written into
+the code: ``benchmarks/reward_aware.py`` holds the two apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from rmscope.activations.harvest import data_identity
+from rmscope.activations.store import shuffled
+from rmscope.errors import InputError
+from rmscope.hardware import fast_products
+from rmscope.io import Progress, content_hash, silent
+from rmscope.model.packing import UNIT, Batch, by_budget, packed_length
+from rmscope.model.rendering import PairTokens
+from rmscope.model.reward_model import TOKEN_BUDGET, RewardModel, Scores
+from rmscope.pairs.pair import SIDES, Pair
+from rmscope.sae.base import Sae
+from rmscope.sae.config import SaeConfig
+from rmscope.sae.registry import training_class
+from rmscope.sae.steps import Added, Run, checkpoint, finished, learn, resume, seal
+
+SLOWER = 0.25
+"""The learning rate beside the family's own, from random weights."""
+
+
+class RewardAwareConfig(BaseModel):
+    """How an SAE is fine-tuned. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    steps: int = Field(200, gt=0)
+    """Optimiser steps."""
+    pairs: int = Field(16, gt=0)
+    """Pairs a step."""
+    weight: float = Field(1.0, ge=0)
+    """Weight λ of the damage to the rewards; at 0 the SAE is only trained on."""
+    level: float = Field(0.01, ge=0)
+    """Weight μ of the damage to the sum of a pair's rewards beside that to their difference; at 0 the sum may drift, and a
+    little holds it."""
+    lr: float | None = Field(None, gt=0)
+    """Adam's learning rate; left out, a quarter of the family's own."""
+    fast: bool = True
+    """Whether the PM's products run in bfloat16 where the machine is fast at them; gradients are then right to a few
+    percent (docs/reward_aware.md), and no figure is taken from these rewards."""
+    checkpoint_steps: int = Field(50, gt=0)
+    """Steps between two checkpoints."""
+    seed: int = Field(0, ge=0)
+    """Fixes the order of the pairs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """What a splice does to the rewards of pairs, and what it counts for."""
+
+    scores: Scores
+    level: float = 0.0
+    weight: float = 1.0
+
+    def of(self, batch: Batch, rewards: Float[Tensor, " texts"]) -> Float[Tensor, ""]:
+        """Σ (Δr^ - Δr)² + level (s^ - s)² over the pairs of a batch whose spliced rewards are given; differentiable."""
+        pair, spliced = by_pair(batch, rewards)
+        clean = torch.stack([self.scores.chosen, self.scores.rejected], dim=1)[pair].to(rewards)
+        off = spliced - clean
+        return (off[:, 0] - off[:, 1]).square().sum() + self.level * off.sum(dim=1).square().sum()
+
+
+def fine_tune(
+    rm: RewardModel,
+    sae: Sae,
+    pairs: Sequence[Pair],
+    config: RewardAwareConfig | None = None,
+    own: SaeConfig | None = None,
+    out: Path | str | None = None,
+    progress: Progress = silent,
+    scores: Scores | None = None,
+) -> Sae:
+    """A fine-tuned copy of ``sae``: the same family, size, k and site, decoder rows of unit norm.
+
+    Args:
+        rm: the PM, in float32; it stays as it is.
+        sae: any family; its ``site`` says where it belongs.
+        pairs: of the fit split; figures belong to other prompts.
+        config: see :class:`RewardAwareConfig`.
+        own: the settings of the family's own loss; those that the SAE was trained with when left out.
+        out: where ``<site>/cfg.json``, ``sae_weights.safetensors`` and ``training.parquet`` go, and checkpoints until then;
+            a fine-tuning that is finished there is loaded, a checkpoint is gone on from.
+        progress: called as (step, steps, figures in words).
+        scores: the PM's rewards of the pairs where they are known (several SAEs of one PM, say); else the pairs are scored.
+
+    Raises:
+        InputError: no site, another width than the PM's, pairs that are too long or whose rewards do not differ, scores of
+            other pairs, a checkpoint of other settings, or a loss that is no longer finite.
+    """
+    config = config or RewardAwareConfig()
+    tokens = rm.tokenize_all(pairs)
+    _check(rm, sae, tokens)
+    family = _own(sae, own, config)
+    key = content_hash(config.model_dump(), family.model_dump(), sae.identity(), sae.site, rm.identity, data_identity(pairs))
+    folder = Path(out) / sae.site if out is not None else None
+    if done := finished(folder, key):
+        return done
+
+    scores = scores or rm.score_tokens(tokens, progress)
+    if len(scores.delta) != len(pairs):
+        raise InputError(
+            f"The scores are of {len(scores.delta)} pairs, not of these {len(pairs)}; give those of the same pairs."
+        )
+    spread = float(scores.delta.std())
+    if not spread > 0:
+        raise InputError("The rewards of these pairs do not differ, so there is no damage to mind; give other pairs.")
+    run = _begin(rm, sae, tokens, family, config.steps, key, folder)
+
+    damage, began, seen = Damage(scores, config.level, config.weight * rm.d_model / spread**2), time.perf_counter(), 0
+    size = min(config.pairs, len(pairs))
+    epochs = -(-config.steps // (len(pairs) // size))
+    order = shuffled(torch.arange(len(pairs)), size, epochs, config.seed, run.step)
+    for picked in islice(order, config.steps - run.step):
+        x, added = _losses(rm, run, tokens, picked, damage, config.fast)
+        seen += len(x)
+        with torch.no_grad():
+            note = learn(run, x, seen / (time.perf_counter() - began), added if config.weight else None)
+        progress(run.step, config.steps, note)
+        if folder and run.step % config.checkpoint_steps == 0 and run.step < config.steps:
+            checkpoint(run)
+    origin = {"from": sae.identity(), "model": rm.identity, "data": data_identity(pairs)}
+    return seal(run, _metadata(run, sae, {**config.model_dump(), **origin}))
+
+
+def _check(rm: RewardModel, sae: Sae, tokens: Sequence[PairTokens]) -> None:
+    if too_long := sum(not rm.fits(t) for t in tokens):
+        raise InputError(f"{too_long} pairs are longer than the PM's context of {rm.context} tokens; leave them out.")
+    if not sae.site:
+        raise InputError("The SAE does not say which site it was trained on; set sae.site to resid_post.6 or the like.")
+    rm.site_index(sae.site)
+    if sae.d != rm.d_model:
+        raise InputError(f"The SAE reads {sae.d} dimensions, the PM's stream has {rm.d_model}; name one trained on this PM.")
+    if rm.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"Fine-tuning needs rewards in float32, the PM is in {rm.dtype}; load it with dtype='float32'.")
+
+
+def _own(sae: Sae, own: SaeConfig | None, config: RewardAwareConfig) -> SaeConfig:
+    """The family's settings for the second phase: no warm-up, a lower learning rate, its own seed for revival."""
+    told: dict[str, Any] = (sae.metadata.get("rmscope") or {}).get("config") or {}
+    if own is None and told:
+        own = SaeConfig(**told)
+    if own is None:
+        own = SaeConfig(architecture=sae.architecture, d_sae=sae.m, **{k: v for k, v in sae.cfg.items() if k == "k"})
+    rate = config.lr or SLOWER * own.rate(sae.m)
+    return own.model_copy(update={"lr": rate, "warmup": 0.0, "seed": config.seed})
+
+
+def _begin(
+    rm: RewardModel, sae: Sae, tokens: Sequence[PairTokens], own: SaeConfig, steps: int, key: str, folder: Path | None
+) -> Run:
+    """The training on a copy of the SAE, in the units of training; from its checkpoint where there is one."""
+    scale = float((sae.metadata.get("rmscope") or {}).get("scale") or _norm_scale(rm, sae.site, tokens[:UNIT]))
+    work = copy.deepcopy(sae).to(rm.device)
+    work.change_units(1 / scale)
+    training = training_class(own.architecture)(work, own)
+    run = Run.of(training, steps, site=sae.site, name="reward-aware", scale=scale, key=key, folder=folder)
+    resume(run)
+    return run
+
+
+def _metadata(run: Run, sae: Sae, reward_aware: dict[str, Any]) -> dict[str, Any]:
+    """What the SAE said of itself, and how it was fine-tuned."""
+    told = {"config": run.config.model_dump(), **(sae.metadata.get("rmscope") or {})}
+    told |= {"scale": run.scale, "training": run.key, "reward_aware": {**reward_aware, "lr": run.config.lr}}
+    return {**sae.metadata, "trained_as": run.config.architecture, "rmscope": told}
+
+
+def _norm_scale(rm: RewardModel, site: str, tokens: Sequence[PairTokens]) -> float:
+    """s with mean |s x| = sqrt(d) over the tokens of some pairs."""
+    rows = [training_rows(b, rm.streams(b, [site])[site]) for b in rm.batches(tokens)]
+    norms = torch.cat([x.norm(dim=1) for x in rows]).double()
+    return float(rm.d_model**0.5 / norms.mean())
+
+
+def training_rows(batch: Batch, stream: Float[Tensor, "rows width d"]) -> Float[Tensor, "tokens d"]:
+    """The tokens that SAEs are trained on, float32: both spans and, once a pair, the prefix without the first token."""
+    found = []
+    for text in batch.texts:
+        start = 1 if text.side == "chosen" else text.divergence
+        found.append(stream[text.row, text.columns[start : text.read + 1].to(stream.device)])
+    rows = torch.cat(found)
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def _losses(
+    rm: RewardModel,
+    run: Run,
+    tokens: Sequence[PairTokens],
+    picked: Int[Tensor, " pairs"],
+    damage: Damage,
+    fast: bool,
+) -> tuple[Float[Tensor, "tokens d"], Added]:
+    """One step's tokens, in the units of training, and the splice's damage with its gradients."""
+    rows, loss, share = [], 0.0, damage.weight / len(picked)
+    total = {name: torch.zeros_like(p) for name, p in run.parameters.items()} if share else {}
+    lengths = [packed_length(tokens[i]) for i in picked.tolist()]
+    for group in by_budget(lengths, TOKEN_BUDGET):
+        unit = picked[group].tolist()
+        for batch in rm.unit_batches(tokens, unit, budget=1 << 30):  # whole pairs, however long
+            with fast_products(rm.device, fast):
+                stream = rm.streams(batch, [run.site])[run.site]
+            rows.append(training_rows(batch, stream))
+            if share:
+                part, gradients = splice_gradients(rm, run.sae, run.site, batch, stream, damage, run.scale, fast)
+                loss += share * part
+                for name, gradient in gradients.items():
+                    total[name].add_(gradient, alpha=share)
+    return torch.cat(rows) * run.scale, Added("damage", loss, total)
+
+
+def splice_gradients(
+    rm: RewardModel,
+    sae: Sae,
+    site: str,
+    batch: Batch,
+    stream: Float[Tensor, "rows width d"],
+    damage: Damage,
+    scale: float = 1.0,
+    fast: bool = False,
+) -> tuple[float, dict[str, Tensor]]:
+    """The damage to the pairs of a batch and its gradients (keys of ``storage``), for an SAE of scale·x.
+
+    Only blocks above the site run; ``fast`` lets their products run in bfloat16 where that is fast. ``batch`` holds both
+    sides of its pairs.
+    """
+    leaves = {name: p.detach().requires_grad_(True) for name, p in sae.named_parameters()}
+
+    def reconstruct(x: Tensor) -> Tensor:
+        return torch.func.functional_call(sae, leaves, (x * scale,)) / scale
+
+    with torch.enable_grad():
+        spliced = on_spans(batch, stream, reconstruct)
+        with fast_products(rm.device, fast):
+            rewards = rm.rewards_from(batch, site, spliced)
+        lost = damage.of(batch, rewards)
+        found = torch.autograd.grad(lost, list(leaves.values()), allow_unused=True)
+    gradients = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+    if "W_enc" in gradients:
+        gradients["W_enc.T"] = gradients.pop("W_enc").t()
+    return float(lost.detach()), gradients
+
+
+def on_spans(
+    batch: Batch,
+    stream: Float[Tensor, "rows width d"],
+    replace: Callable[[Float[Tensor, "tokens d"]], Float[Tensor, "tokens d"]],
+) -> Float[Tensor, "rows width d"]:
+    """The stream of a batch with x replaced on the span of every text; differentiable in what it is replaced by."""
+    where = [(text.row, int(column)) for text in batch.texts for column in text.span]
+    rows, columns = torch.tensor(where, dtype=torch.long, device=stream.device).view(-1, 2).unbind(1)
+    return stream.index_put((rows, columns), replace(stream[rows, columns]).to(stream.dtype))
+
+
+def by_pair(batch: Batch, rewards: Float[Tensor, " texts"]) -> tuple[Int[Tensor, " pairs"], Float[Tensor, "pairs 2"]]:
+    """(pairs, rewards of chosen and rejected) of a batch that holds both sides of each of its pairs."""
+    pair, place = torch.unique(torch.tensor([t.pair for t in batch.texts]), return_inverse=True)
+    side = torch.tensor([SIDES.index(t.side) for t in batch.texts])
+    empty = rewards.new_zeros(len(pair), len(SIDES))
+    return pair, empty.index_put((place.to(rewards.device), side.to(rewards.device)), rewards)

@@ -1,0 +1,229 @@
+"""Training a PM by TRL's RewardTrainer: an adapter (LoRA) or all weights, on any base that transformers gives a scalar head.
+
+Texts are rendered and cut into tokens here, as TRL does it (the chat template, or text with eos after it), and TRL gets ids:
+what the PM is trained on is what ``RewardModel`` reads, token for token. Loss, loop and checkpoints are TRL's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from rmscope.errors import InputError
+from rmscope.hardware import has_fast_bfloat16, place
+from rmscope.io import Progress, atomic_folder, content_hash, silent, write_json
+from rmscope.model.loading import context_of, readable
+from rmscope.model.rendering import SETTINGS_FILE, PairTokens, Rendering, stored_json
+from rmscope.model.sites import find_blocks
+from rmscope.model.training.recipe import TrlRecipe, as_stored, human_pairs, tokenised
+from rmscope.model.zoo import BASE, base_folder, quiet
+from rmscope.pairs.pair import SIDES
+
+WARM_UP = 0.05
+RECENT = 50
+"""Steps that the closing loss and accuracy are means over."""
+
+
+def train_trl(recipe: TrlRecipe, out: Path, progress: Progress = silent) -> dict[str, int | float]:
+    """Trains, and writes adapter or model, tokenizer, settings and recipe to ``out``; returns the training figures.
+
+    A killed run goes on from its last checkpoint, in ``OUT.checkpoints``. Raises :class:`InputError` where TRL, data or
+    the base are missing, or no pair is left.
+    """
+    _check(recipe)
+    model, tokenizer, fresh = _base(recipe)
+    rendering = rendering_of(recipe, tokenizer)
+    longest = min(recipe.max_tokens, context_of(model))
+    pairs, held = human_pairs(recipe)
+    items = [tokens for _, tokens in tokenised(pairs, tokenizer, rendering, longest)]
+    if not items:
+        raise InputError(
+            f"No pair is left to train on: {len(held)} rows are held out (held_out_rows), and of the other {len(pairs)} "
+            f"pairs none has sides that differ and at most {longest} tokens (max_tokens); give more, or change these keys."
+        )
+    checkpoints = out.with_name(out.name + ".checkpoints")
+    done = _resume(checkpoints, content_hash(recipe.model_dump(), rendering.as_dict(), *map(_ids, items)))
+    trainer = _trainer(recipe, model, tokenizer, fresh, items, checkpoints, progress)
+    trainer.train(resume_from_checkpoint=done)
+    _save(trainer, recipe, rendering, out)
+    shutil.rmtree(checkpoints)
+    log = [entry for entry in trainer.state.log_history if "loss" in entry][-RECENT:]
+    means = {f"training_{name}": float(np.mean([entry[name] for entry in log])) for name in ("loss", "accuracy")}
+    return {"pairs": len(items), "steps": trainer.state.max_steps, **means}
+
+
+def rendering_of(recipe: TrlRecipe, tokenizer: Any) -> Rendering:
+    """How TRL reads a conversation: by the chat template, or as text with eos after it where the tokenizer has one."""
+    template = bool(getattr(tokenizer, "chat_template", None))
+    style = recipe.style or ("chat" if template else "hh")
+    if style == "chat" and not template:
+        raise InputError(f"The base {recipe.base} has no chat template; set style to hh or plain.")
+    return Rendering(style, append_eos=style != "chat" and tokenizer.eos_token_id is not None)
+
+
+def _check(recipe: TrlRecipe) -> None:
+    """InputError before anything is loaded."""
+    try:
+        import trl  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            "This recipe trains with TRL, which is not installed (or lacks something: "
+            f"{str(error).splitlines()[0].rstrip('.')}); pip install 'rmscope[train]'."
+        ) from error
+    if recipe.batch_pairs % recipe.micro_pairs:
+        raise InputError(
+            f"A batch of {recipe.batch_pairs} pairs is not made of passes of {recipe.micro_pairs}; choose micro_pairs "
+            "so that it divides batch_pairs."
+        )
+    if torch.cuda.device_count() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "rmscope trains in one process on one device; start it without torchrun, with CUDA_VISIBLE_DEVICES=0, or train "
+            "with TRL itself and load what it saves."
+        )
+
+
+def _base(recipe: TrlRecipe) -> tuple[Any, Any, list[str]]:
+    """The base with one output, its tokenizer, and the names of the modules that are newly drawn (head, pooler)."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    path = base_folder() if recipe.base == BASE else Path(recipe.base).expanduser()
+    if (recipe.base.startswith((".", "/", "~")) or path.exists()) and not (path / "config.json").is_file():
+        raise InputError(f"The base {recipe.base} is no model folder: it holds no config.json; name one, or a hub id.")
+    name = str(path) if path.is_dir() else recipe.base
+    torch.manual_seed(recipe.seed)
+    with readable(f"The base {recipe.base}"), quiet():
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=1, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    with readable(f"The tokenizer of {recipe.base}"):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise InputError(
+            f"The tokenizer of {recipe.base} has no pad and no eos token, so it cannot batch; give it a pad token."
+        )
+    fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    trunk = {id(p) for part in (find_blocks(model), model.get_input_embeddings()) for p in part.parameters()}
+    if lost := sorted(key for key, p in model.named_parameters() if key in fresh and id(p) in trunk):
+        raise InputError(
+            f"The base {recipe.base} lacks {', '.join(lost[:3])}: it would be trained from noise; name a whole one."
+        )
+    return model, tokenizer, sorted({key.rpartition(".")[0] for key in fresh})
+
+
+def _ids(tokens: PairTokens) -> dict[str, list[int]]:
+    return {f"{side}_ids": tokens.side(side).tolist() for side in SIDES}
+
+
+def _resume(folder: Path, identity: str) -> str | None:
+    """The newest whole checkpoint of the same training; those of another one are removed.
+
+    A checkpoint's ``trainer_state.json`` is written last, so one without it was cut short.
+    """
+    mark = folder / "training.json"
+    if not mark.is_file() or stored_json(mark).get("identity") != identity:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(mark, {"identity": identity})
+    for path in folder.glob("checkpoint-*"):
+        if not (path / "trainer_state.json").is_file():
+            shutil.rmtree(path)
+    whole = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return str(whole[-1]) if whole else None
+
+
+def _lora(recipe: TrlRecipe, model: Any, fresh: Sequence[str]) -> Any:
+    """An adapter on every linear map of the blocks; head and pooler are trained whole and saved with it."""
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
+
+    inside = set(find_blocks(model).modules())
+    maps = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m in inside}
+    return LoraConfig(
+        r=recipe.rank,
+        lora_alpha=2 * recipe.rank,
+        target_modules=list(maps),
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in maps.values()),
+        modules_to_save=[name for name in fresh if name.split(".")[0] not in ("score", "classifier")],  # peft adds those
+        task_type="SEQ_CLS",
+    )
+
+
+def _trainer(
+    recipe: TrlRecipe,
+    model: Any,
+    tokenizer: Any,
+    fresh: Sequence[str],
+    items: Sequence[PairTokens],
+    checkpoints: Path,
+    progress: Progress,
+) -> Any:
+    from datasets import Dataset
+    from transformers import PrinterCallback
+    from trl import RewardConfig, RewardTrainer  # type: ignore[attr-defined]
+
+    device = place("auto")
+    args = RewardConfig(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=recipe.micro_pairs,
+        gradient_accumulation_steps=recipe.batch_pairs // recipe.micro_pairs,
+        num_train_epochs=recipe.epochs,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=WARM_UP,
+        center_rewards_coefficient=recipe.centre,
+        max_length=None,  # filtered above
+        seed=recipe.seed,
+        use_cpu=device == "cpu",
+        bf16=has_fast_bfloat16(device),
+        gradient_checkpointing=device == "cuda",
+        dataloader_pin_memory=device == "cuda",
+        save_strategy="steps",
+        save_steps=recipe.checkpoint_steps,
+        save_total_limit=1,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = RewardTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list([_ids(tokens) for tokens in items]),
+        processing_class=tokenizer,
+        peft_config=_lora(recipe, model, fresh) if recipe.method == "lora" else None,
+        callbacks=[_reporter(progress)],
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints to stdout
+    return trainer
+
+
+def _reporter(progress: Progress) -> Any:
+    from transformers import TrainerCallback
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            recent = [entry for entry in state.log_history if "loss" in entry][-RECENT:]
+            if recent:
+                loss, accuracy = (np.mean([entry[name] for entry in recent]) for name in ("loss", "accuracy"))
+                progress(state.global_step, state.max_steps, f"loss {loss:.3f}  accuracy {accuracy:.3f}")
+
+    return Reporter()
+
+
+def _save(trainer: Any, recipe: TrlRecipe, rendering: Rendering, out: Path) -> None:
+    """Adapter and head, or the whole model, with the tokenizer, in float32: what is loaded is what was trained."""
+    with atomic_folder(out) as folder:
+        trainer.save_model(str(folder))
+        for extra in ("training_args.bin", "README.md"):
+            (folder / extra).unlink(missing_ok=True)
+        adapter = folder / "adapter_config.json"
+        if adapter.is_file():
+            base = Path(recipe.base).expanduser()
+            name = str(base.resolve()) if base.is_dir() else recipe.base
+            write_json(adapter, {**stored_json(adapter), "base_model_name_or_path": name})
+        write_json(folder / SETTINGS_FILE, {"rendering": rendering.as_dict(), "recipe": as_stored(recipe)})

@@ -1,0 +1,114 @@
+"""What became of a feature between A and B: the one place that defines it.
+
+Of the ablation effects per prompt, a in A and b in B, each in SD(Δr) of its PM (``effects.py``), three means are tested
+against METHOD's bound of .05 SD(Δr): a, b and the paired difference b - a, by sign flips per prompt, the same flips for all
+features, in both directions. Benjamini-Hochberg q runs over all features for each of the three; intervals are 95 %,
+bootstrap by prompt. An effect is *there* where it is beyond the bound (q < .05), *absent* where its interval lies within the
+bound; in between it is neither. The features were chosen on other prompts, so their effects here are not flattered by the
+choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float
+
+from rmscope.ranking.ranking import BOUND, ELIGIBLE_PROMPTS, Q
+from rmscope.statistics import Array, benjamini_hochberg, beyond_p, flip_matrix, mean_interval
+
+CLASSES = {
+    "appeared": "absent in A, there in B, and the difference is beyond the bound",
+    "vanished": "there in A, absent in B, and the difference is beyond the bound",
+    "changed sign": "there in both with opposite signs, and the difference is beyond the bound",
+    "strengthened": "the difference is beyond the bound, none of the above, and |b| > |a|",
+    "weakened": "the difference is beyond the bound, none of the above, and |b| < |a|",
+    "kept": "there in both with the same sign, and no difference beyond the bound is shown",
+    "undecided": f"none of these, or the feature fires on fewer than {ELIGIBLE_PROMPTS} fresh prompts",
+}
+"""Bound: .05 SD(Δr). The first that holds; a feature of too few prompts is undecided whatever it shows."""
+CHANGED = ("appeared", "vanished", "changed sign", "strengthened", "weakened")
+MEANS = ("a", "b", "difference")
+
+
+def judge(measured: pl.DataFrame, seed: int) -> pl.DataFrame:
+    """A row a feature (of, site, feature) of :func:`~rmscope.studies.compare.effects.paired`'s rows: prompts, and of a,
+    b and difference the mean, its interval (``_low``, ``_high``) and q (``_q``); class."""
+    prompts = sorted(measured["prompt"].unique())
+    place, signs = {p: i for i, p in enumerate(prompts)}, flip_matrix(len(prompts), seed)
+    rows: list[dict[str, Any]] = []
+    for key, part in measured.group_by("of", "site", "feature", maintain_order=True):
+        a, b = part["a"].to_numpy(), part["b"].to_numpy()
+        flips = signs[:, [place[p] for p in part["prompt"]]]
+        row = dict(zip(("of", "site", "feature"), key, strict=True)) | {"prompts": part.height}
+        rows.append(row | _figure("a", a, flips) | _figure("b", b, flips) | _figure("difference", b - a, flips))
+    for name in MEANS:
+        for row, q in zip(rows, benjamini_hochberg(np.array([row[f"{name}_q"] for row in rows])), strict=True):
+            row[f"{name}_q"] = float(q)
+    return pl.DataFrame([row | {"class": class_of(row)} for row in rows], schema=SCHEMA)
+
+
+SCHEMA = {
+    "of": pl.String, "site": pl.String, "feature": pl.Int32, "prompts": pl.Int32,
+    **{f"{name}{part}": pl.Float64 for name in MEANS for part in ("", "_low", "_high", "_q")},
+    "class": pl.String,
+}  # fmt: skip
+
+
+def against_control(judged: pl.DataFrame, measured: pl.DataFrame, seed: int) -> pl.DataFrame:
+    """``judged`` with ``control`` (its mean, ``_low``, ``_high``) and ``holds``, from the rows whose ``c`` is a control.
+
+    A control is another PM of A's kind, such as one of the same data with another seed. A difference between A and B holds
+    where B differs beyond the bound from the control too, in the same direction, and is farther from the nearer of the two
+    than they are from each other (paired by prompt, lower end of the interval above 0); null where A and B do not differ.
+    Were B of A's kind, a third of large differences would still hold: each of the three as often stands apart.
+    """
+    other = judge(measured.with_columns(pl.col("c").alias("a")), seed)
+    differs = other["class"].is_in(CHANGED) & (other["difference"].sign() == judged["difference"].sign())
+    farther = [_farther(part) > 0 for _, part in measured.group_by("of", "site", "feature", maintain_order=True)]
+    return judged.with_columns(
+        *(other[f"a{end}"].alias(f"control{end}") for end in ("", "_low", "_high")),
+        pl.when(pl.col("class").is_in(CHANGED)).then(differs & pl.Series(farther, dtype=pl.Boolean)).alias("holds"),
+    )
+
+
+def _farther(part: pl.DataFrame) -> float:
+    """How much farther B is from the nearer of A and the control than those are from each other; the 95 % interval's end."""
+    a, b, c = (part[v].to_numpy() for v in "abc")
+    near, far = (a, c) if abs(b.mean() - a.mean()) <= abs(b.mean() - c.mean()) else (c, a)
+    away = np.sign(b.mean() - near.mean())
+    return mean_interval(away * (b - near) - np.sign(near.mean() - far.mean()) * (near - far))[0]
+
+
+def _figure(name: str, values: Float[Array, " prompts"], flips: Array) -> dict[str, float]:
+    """A mean with its interval; ``_q`` holds p until the correction."""
+    low, high = mean_interval(values)
+    return {
+        name: float(values.mean()), f"{name}_low": low, f"{name}_high": high, f"{name}_q": beyond_p(values, BOUND, flips)
+    }  # fmt: skip
+
+
+def class_of(row: Mapping[str, Any]) -> str:
+    """The class of a feature, one of :data:`CLASSES`."""
+    there = {v: row[f"{v}_q"] < Q for v in "ab"}
+    absent = {v: row[f"{v}_low"] >= -BOUND and row[f"{v}_high"] <= BOUND for v in "ab"}
+    same_sign = row["a"] * row["b"] > 0
+    if row["prompts"] < ELIGIBLE_PROMPTS:
+        return "undecided"
+    if row["difference_q"] >= Q:
+        return "kept" if there["a"] and there["b"] and same_sign else "undecided"
+    if there["b"] and absent["a"]:
+        return "appeared"
+    if there["a"] and absent["b"]:
+        return "vanished"
+    if there["a"] and there["b"] and not same_sign:
+        return "changed sign"
+    return "strengthened" if abs(row["b"]) > abs(row["a"]) else "weakened"
+
+
+def class_counts(classes: Sequence[str]) -> list[dict[str, Any]]:
+    """How many features are of each class, with its definition."""
+    return [{"class": name, "features": list(classes).count(name), "means": means} for name, means in CLASSES.items()]

@@ -1,0 +1,1 @@
+"""SAEs side by side on held-out pairs."""

@@ -1,0 +1,266 @@
+"""An experiment file: prompts, base responses, and named conditions that build a text from a base response.
+
+    hypothesis: Thanking the human raises the reward.
+    prompts: data                       # or a list of {prompt, response}
+    conditions:
+      thanks: {insert: ["Thank you!", "Thanks a lot."], at: end}
+      filler: {insert: ["So it goes.", "That is all."], at: end}
+    baseline: filler                    # what every condition is held against, unless it names another
+    expects: {up: [thanks], taken_back: [thanks]}
+    ablate: {carrying: thanks}          # the reported features that carry most of its effect, chosen on other prompts
+
+A condition of several texts takes them in turn, prompt by prompt, so that two lists of one length pair their texts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from rmscope.errors import InputError
+from rmscope.pairs.pair import Message, Pair
+from rmscope.pairs.planting import sentences
+
+KINDS = ("same", "repeat", "paraphrase", "insert", "replace", "off_topic")
+"""What a condition does to the base response; each condition does one of them."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+Texts = Annotated[
+    list[str], BeforeValidator(lambda given: [given] if isinstance(given, str) else given), Field(min_length=1)
+]
+
+
+class Condition(_Strict):
+    """How a text is built from a base response: one of :data:`KINDS`."""
+
+    same: Literal[True] | None = None
+    """The base response as it is."""
+    repeat: int | None = Field(None, ge=0, le=50)
+    """The last sentence is said so many times more."""
+    paraphrase: int | None = Field(None, ge=0)
+    """So many paraphrases of the prompt's own list follow."""
+    insert: Texts | None = None
+    """A text is put in."""
+    replace: Texts | None = None
+    """A text takes the response's place."""
+    off_topic: Literal[True] | None = None
+    """The base response of the next prompt."""
+    at: Literal["start", "between", "end"] = "end"
+    """Where ``insert`` puts its text; between: at the sentence border nearest the middle."""
+    against: str | None = None
+    """The condition that this one is held against; left out, the experiment's baseline."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Condition:
+        if len(given := [k for k in KINDS if getattr(self, k) is not None]) != 1:
+            raise ValueError(f"it does {' and '.join(given) or 'nothing'}; give exactly one of {', '.join(KINDS)}")
+        return self
+
+    def text(self, bases: Sequence[Base], number: int) -> str:
+        """The text for prompt ``number``."""
+        base = bases[number]
+        if self.repeat is not None:
+            return " ".join([base.response, *sentences(base.response)[-1:] * self.repeat])
+        if self.paraphrase is not None:
+            return " ".join([base.response, *base.paraphrases[: self.paraphrase]])
+        if self.insert is not None:
+            return _inserted(base.response, self.insert[number % len(self.insert)], self.at)
+        if self.replace is not None:
+            return self.replace[number % len(self.replace)]
+        return bases[(number + 1) % len(bases)].response if self.off_topic else base.response
+
+
+def _inserted(text: str, addition: str, at: str) -> str:
+    if at == "start":
+        return f"{addition} {text}"
+    borders = [border.end() for border in re.finditer(r"(?<=[.!?])\s+", text)]
+    if at == "end" or not borders:
+        return f"{text} {addition}"
+    cut = min(borders, key=lambda border: abs(border - len(text) / 2))
+    return f"{text[:cut]}{addition} {text[cut:]}"
+
+
+class Item(_Strict):
+    """A prompt of the file's own."""
+
+    prompt: str
+    response: str | None = None
+    """Left out, the experiment's ``response``."""
+    paraphrases: list[str] = []
+
+
+class Expects(_Strict):
+    """What the hypothesis says of the conditions, each held against its own baseline."""
+
+    up: list[str] = []
+    down: list[str] = []
+    rising: list[list[str]] = []
+    """Lists of conditions whose rewards rise in this order."""
+    falling: list[list[str]] = []
+    taken_back: list[str] = []
+    """Conditions of which ablation takes back at least half."""
+
+    def names(self) -> set[str]:
+        return {*self.up, *self.down, *self.taken_back, *(n for order in (*self.rising, *self.falling) for n in order)}
+
+
+class Ablate(_Strict):
+    """The features that are ablated: by number, or those that carry most of a condition's effect."""
+
+    site: str | None = None
+    """Left out, the site of the run at which the features that are found take back most on the fitting prompts."""
+    features: list[int] = []
+    carrying: str | None = None
+    """The reported features whose ablation takes back most of this condition's effect on the fitting prompts."""
+    count: int = Field(5, ge=1, le=50)
+    """At most so many of them."""
+
+    @model_validator(mode="after")
+    def _either(self) -> Ablate:
+        if bool(self.features) == (self.carrying is not None):
+            raise ValueError("give either features or carrying")
+        if self.features and self.site is None:
+            raise ValueError("features are numbered within a site; give site too")
+        return self
+
+
+class Experiment(_Strict):
+    """An experiment file."""
+
+    name: str = Field(pattern="^[A-Za-z0-9_-]+$")
+    hypothesis: str
+    prompts: list[Item]
+    """``data``: the prompts of the measure split, with their chosen responses; or a list."""
+    response: str | None = None
+    """The base response of prompts that have none; {prompt} stands for the prompt."""
+    limit: int = Field(48, ge=2)
+    """At most so many prompts."""
+    conditions: dict[str, Condition] = Field(min_length=2)
+    baseline: str
+    expects: Expects
+    ablate: Ablate | None = None
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _listed(cls, given: Any) -> Any:
+        if given == "data":
+            return []
+        if not isinstance(given, list) or len(given) < 2:
+            raise ValueError("write data, or a list of at least two prompts")
+        return [{"prompt": one} if isinstance(one, str) else one for one in given]
+
+    @model_validator(mode="after")
+    def _known(self) -> Experiment:
+        against = {c.against for c in self.conditions.values() if c.against is not None}
+        on = {self.ablate.carrying} if self.ablate and self.ablate.carrying else set[str]()
+        if unknown := {self.baseline, *against, *on, *self.expects.names()} - self.conditions.keys():
+            raise ValueError(f"{min(unknown)} is no condition; the conditions are {', '.join(self.conditions)}")
+        if alone := [
+            n for n in {*self.expects.up, *self.expects.down, *self.expects.taken_back, *on} if self.against(n) == n
+        ]:
+            raise ValueError(f"{alone[0]} is held against itself; give it another condition with against")
+        if not self.expects.names():
+            raise ValueError("expects names no condition; say what should go up or down")
+        if self.expects.taken_back and self.ablate is None:
+            raise ValueError("expects.taken_back needs ablate; say which features are ablated")
+        bare = [item.prompt for item in self.prompts if item.response is None]
+        if bare and self.response is None:
+            raise ValueError(f"the prompt {bare[0]!r} has no response; give it one, or one response for all")
+        most = max((c.paraphrase or 0 for c in self.conditions.values()), default=0)
+        least = min((len(item.paraphrases) for item in self.prompts), default=0)
+        if most > least:
+            raise ValueError(f"a condition asks for {most} paraphrases, a prompt has {least}; list them with each prompt")
+        return self
+
+    def against(self, condition: str) -> str:
+        """The condition that this one is held against."""
+        return self.conditions[condition].against or self.baseline
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A prompt and its base response."""
+
+    prompt: list[Message]
+    response: str
+    paraphrases: tuple[str, ...] = ()
+
+
+def bases_of(experiment: Experiment, pairs: Iterable[Pair]) -> list[Base]:
+    """The experiment's prompts with their base responses: its own, or those of ``pairs``."""
+    given = experiment.response or ""
+    if not experiment.prompts:
+        bases = bases_of_pairs(pairs)
+        if given:
+            bases = [Base(b.prompt, given.replace("{prompt}", b.prompt[-1]["content"])) for b in bases]
+    else:
+        own = [(i, i.response or given.replace("{prompt}", i.prompt)) for i in experiment.prompts]
+        bases = [Base([{"role": "user", "content": i.prompt}], r, tuple(i.paraphrases)) for i, r in own]
+    if len(bases) < 2:
+        raise InputError(f"The data has {len(bases)} prompts for the experiment {experiment.name}; it needs 2 at least.")
+    return bases[: experiment.limit]
+
+
+def bases_of_pairs(pairs: Iterable[Pair]) -> list[Base]:
+    """One base a prompt, its chosen response.
+
+    Of a prompt's pairs the first counts whose chosen side carries no planted cue: a cue is then not there already.
+    """
+    found: dict[str, Base] = {}
+    for pair in pairs:
+        key = str(pair.meta.get("group", pair.first_human_turn()))
+        if (pair.meta.get("plant") or {}).get("side") != "chosen":
+            found.setdefault(key, Base(pair.prompt, pair.chosen))
+    return list(found.values())
+
+
+def ready_made() -> dict[str, Path]:
+    """The experiment files that come with rmscope, by name."""
+    folder = Path(str(files("rmscope.studies.experiment").joinpath("ready")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read_experiment(source: str) -> Experiment:
+    """An experiment from a YAML file, or one of the ready-made ones by name.
+
+    Raises:
+        InputError: the file is missing or malformed, a key or a condition is unknown, or a value does not fit.
+    """
+    path = Path(source)
+    if not path.is_file():
+        path = ready_made().get(source, path)
+    if not path.is_file():
+        known = ", ".join(ready_made())
+        raise InputError(f"The experiment {source} is not there; name a YAML file, or one of {known}.")
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"The experiment {path} is no YAML: {str(error).splitlines()[0]}.") from error
+    if not isinstance(values, dict):
+        raise InputError(f"The experiment {path} holds no settings (key: value lines).")
+    try:
+        return Experiment(**{"name": path.stem, **values})
+    except ValidationError as error:
+        raise InputError(_sentence(error, path)) from error
+
+
+def _sentence(error: ValidationError, path: Path) -> str:
+    """What is wrong, a misspelt key before all else, where, and what would be right."""
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    where = ".".join(str(part) for part in first["loc"]) or "experiment"
+    if first["type"] != "extra_forbidden":
+        return f"{where} in {path}: {first['msg'].removeprefix('Value error, ')}."
+    holder: dict[str, type[BaseModel]] = {"conditions": Condition, "expects": Expects, "ablate": Ablate, "prompts": Item}
+    within = holder.get(str(first["loc"][0]), Experiment) if len(first["loc"]) > 1 else Experiment
+    return f"{where} in {path} is not known; known here are {', '.join(within.model_fields)}."

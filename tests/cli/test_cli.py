@@ -1,0 +1,225 @@
+"""The command line: exit codes, one sentence an error, one JSON line a result; the public surface."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+import rmscope
+from tests.model.small import saved_pm, small_model, small_sae, tokenizer
+
+
+@pytest.fixture(scope="module")
+def pm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved_pm(tmp_path_factory.mktemp("pm"))
+
+
+def rmscope_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "rmscope.cli", *arguments], capture_output=True, text=True)
+
+
+def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
+    """What a person reads after bad input: exit code 2, a single line on stderr, nothing on stdout, no traceback."""
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.strip().splitlines() if "Loading weights" not in line]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("rmscope: ")
+    return lines[0]
+
+
+def test_the_public_surface_is_the_documented_one() -> None:
+    documented = {
+        "Pair", "RewardModel", "Sae", "SaeConfig", "attribute", "harvest", "ledger", "load_edited", "load_pairs", "open_run",
+        "rank", "ablate", "stream", "train_saes",
+    }  # fmt: skip
+    assert set(rmscope.__all__) == documented
+    assert all(callable(getattr(rmscope, name)) for name in documented)
+
+
+def test_a_missing_file_is_one_sentence(pm: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = rmscope_command("run", "--model", pm, "--data", str(tmp_path / "none.jsonl"), "--out", str(out))
+    assert "none.jsonl" in one_sentence(done)
+    assert not out.exists()
+
+
+def test_a_bad_row_names_its_line_and_the_mend(pm: str, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}\n')
+    sentence = one_sentence(rmscope_command("score", "--model", pm, "--data", str(path)))
+    assert "line 2" in sentence
+    assert "--on-bad-row skip" in sentence
+
+
+def test_a_model_without_a_head_is_refused(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    assert "newly initialised" in one_sentence(rmscope_command("doctor", str(tmp_path)))
+
+
+def test_an_unknown_zoo_name_lists_the_zoo() -> None:
+    assert "zoo:hh, zoo:planted" in one_sentence(rmscope_command("doctor", "zoo:none"))
+
+
+def test_an_unknown_setting_lists_the_known_ones(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("model: zoo:hh\ndata: demo:planted\nout: x\nlayers: [3]\n")
+    assert "known settings are model, data" in one_sentence(rmscope_command("run", str(config)))
+
+
+def test_a_traceback_comes_only_with_debug(tmp_path: Path) -> None:
+    done = rmscope_command("report", str(tmp_path), "--debug")
+    assert "Traceback" in done.stderr
+    assert "Traceback" not in rmscope_command("report", str(tmp_path)).stderr
+
+
+def test_score_gives_one_json_line_of_the_models_own_rewards(pm: str, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"Is {i} even?", "chosen": "Yes, it is.", "rejected": "No."} for i in range(4)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    done = rmscope_command("score", "--model", pm, "--data", str(path), "--json")
+    assert done.returncode == 0
+    (line,) = done.stdout.splitlines()
+    figures = json.loads(line)
+    rm = rmscope.RewardModel.load(pm)
+    scores = rm.score(rmscope.load_pairs(str(path)))
+    assert figures["mean_chosen"] == pytest.approx(scores.chosen.mean().item(), abs=1e-6)
+    assert figures["pairs"] == 4
+
+
+def test_one_of_several_outputs_or_weights_are_named_on_the_command_line_and_kept_by_a_run(tmp_path: Path) -> None:
+    from rmscope.run.settings import read_config
+    from rmscope.run.study import Study
+
+    small_model("llama", num_labels=3).save_pretrained(tmp_path / "pm")
+    tokenizer().save_pretrained(tmp_path / "pm")
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"prompt": "Is 2 even?", "chosen": "Yes, it is.", "rejected": "No."}\n')
+    given = ("--model", str(tmp_path / "pm"), "--data", str(data), "--json")
+    assert "3 outputs, not one; pick one with --output 0 .. 2" in one_sentence(rmscope_command("score", *given))
+    assert "neither the number of an output nor weights" in one_sentence(rmscope_command("score", *given, "--output", "x"))
+    rewards = [
+        json.loads(rmscope_command("score", *given, "--output", o).stdout)["mean_chosen"] for o in ("0", "2", "0.5,0,1")
+    ]
+    assert rewards[2] == pytest.approx(0.5 * rewards[0] + rewards[1], abs=1e-5)
+    stored = {"model": str(tmp_path / "pm"), "data": str(data), "out": tmp_path, "output": [0.5, 0.0, 1.0]}
+    config = read_config(None, stored)
+    again = read_config(None, json.loads(config.model_dump_json()))  # as run.yaml keeps it
+    assert again == config
+    assert Study(again).rm.score(rmscope.load_pairs(data)).chosen[0] == pytest.approx(rewards[2], abs=1e-5)
+    before = {k: v for k, v in config.model_dump().items() if k not in ("output", "trust_remote_code")}
+    assert read_config(None, before).output is None  # a run.yaml from before these settings
+
+
+def test_every_command_that_loads_a_pm_takes_its_options() -> None:
+    from typer.main import get_command
+
+    from rmscope.cli import app
+
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    for name in ("run", "score", "doctor", "harvest", "train", "attribute", "evaluate", "experiment"):
+        assert {"adapter", "output", "trust_remote_code"} <= {p.name for p in commands[name].params}, name
+
+
+def test_doctor_says_what_it_checked(pm: str) -> None:
+    done = rmscope_command("doctor", pm, "--json")
+    assert done.returncode == 0
+    checks = {c["check"]: c["status"] for c in json.loads(done.stdout)["checks"]}
+    assert checks["head"] == checks["packing"] == checks["batches"] == "ok"
+
+
+def test_attribute_needs_a_run_or_a_model_with_its_data_and_sae() -> None:
+    assert "--model, --data and --sae" in one_sentence(rmscope_command("attribute", "--model", "zoo:hh"))
+
+
+def test_attribute_estimates_the_effects_of_a_brought_sae_and_says_that_they_are_estimates(pm: str, tmp_path: Path) -> None:
+    from tests.model.small import small_sae
+
+    sae, data = small_sae(), tmp_path / "pairs.jsonl"
+    sae.save(tmp_path / "sae")
+    rows = [{"prompt": f"Is {i} even?", "chosen": "Yes, it is.", "rejected": "No."} for i in range(3)]
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    flags = ("--model", pm, "--data", str(data), "--sae", str(tmp_path / "sae"), "--site", "resid_post.1")
+    done = rmscope_command("attribute", *flags, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "without a trust score" in done.stderr
+    features = {f["feature"]: f["effect"] for f in json.loads(done.stdout)["features"]}
+    table = rmscope.attribute(rmscope.RewardModel.load(pm), sae, rmscope.load_pairs(str(data)), site="resid_post.1")
+    means = dict(table.group_by("feature").agg(pl.col("effect").mean()).iter_rows())
+    assert features == pytest.approx(means, abs=1e-5)
+
+
+def test_evaluate_puts_saes_side_by_side_and_writes_table_and_page(pm: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Is {i} even?", "chosen": "Yes, it is.", "rejected": "No."} for i in range(6)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for i, site in enumerate(("resid_post.0", "resid_post.2")):
+        sae = small_sae(seed=i)
+        sae.site = site
+        sae.save(tmp_path / "saes" / site)
+    flags = ("--model", pm, "--data", str(data), "--out", str(tmp_path / "out"), "--json")
+    done = rmscope_command("evaluate", *flags, "--sae", str(tmp_path / "saes"))
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    found = json.loads(line)
+    assert [row["site"] for row in found] == ["resid_post.0", "resid_post.2"]
+    assert all(row["fvu_low"] <= row["fvu"] <= row["fvu_high"] for row in found)
+    assert pl.read_parquet(tmp_path / "out" / "evaluation.parquet").height == 2
+    assert (tmp_path / "out" / "evaluation.html").read_text().count("<svg") == 4
+
+
+def test_evaluate_needs_pairs_and_an_sae_that_fits(pm: str, tmp_path: Path) -> None:
+    assert "--model and --data" in one_sentence(rmscope_command("evaluate", "--sae", str(tmp_path)))
+    wide = small_sae(d=48)
+    wide.site = "resid_post.0"
+    wide.save(tmp_path / "wide")
+    done = rmscope_command("evaluate", "--model", pm, "--data", "demo:planted", "--sae", str(tmp_path / "wide"))
+    assert "reads 48 dimensions" in one_sentence(done)
+
+
+def test_bad_usage_exits_with_2() -> None:
+    assert rmscope_command("run", "--no-such-flag").returncode == 2
+    assert rmscope_command("score", "--model", "zoo:hh").returncode == 2
+
+
+def test_harvest_and_train_from_disk_and_from_a_stream(pm: str, tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"Question {i}?", "chosen": f"Yes, {i} it is.", "rejected": f"I was told {i}."} for i in range(40)]
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    given = ["--model", pm, "--data", str(data), "--sites", "resid_post.1"]
+    done = rmscope_command("harvest", *given, "--out", str(tmp_path / "acts"), "--json")
+    assert done.returncode == 0, done.stderr
+    harvested = json.loads(done.stdout)
+    assert 0 < harvested["pairs"] < 40  # the fit split alone
+    sae = ["--d-sae", "48", "--k", "2,4", "--epochs", "3", "--batch-size", "64", "--json"]
+    acts, out = str(tmp_path / "acts"), ["--out", str(tmp_path / "a")]
+    done = rmscope_command("train", acts, *given, *sae, "--reward-aware", "2", *out)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["saes"]
+    names = ["resid_post.1/k2", "resid_post.1/k4"]
+    assert [row["sae"] for row in told] == [*names, "reward-aware/k2/resid_post.1", "reward-aware/k4/resid_post.1"]
+    assert [round(row["l0"]) for row in told] == [2, 4, 2, 4]
+    assert "damage" in told[2]
+    done = rmscope_command("train", *given, *sae, "--out", str(tmp_path / "b"))
+    assert done.returncode == 0, done.stderr
+    for name in names:
+        for out in ("a", "b"):
+            loaded = rmscope.Sae.load(tmp_path / out / name)
+            assert (loaded.site, loaded.cfg, loaded.m) == ("resid_post.1", {"k": int(name[-1])}, 48)
+
+
+def test_a_bad_sae_flag_is_one_sentence(pm: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "saes")
+    given = ["--model", pm, "--data", "demo:planted", "--out", out]
+    assert "--k some" in one_sentence(rmscope_command("train", *given, "--k", "8,some"))
+    assert "--model and --data" in one_sentence(rmscope_command("train", "--out", out))
+    assert "rmscope harvest" in one_sentence(rmscope_command("train", str(tmp_path / "none"), "--out", out))

@@ -1,0 +1,279 @@
+"""The matching rule of planted cues, on a constructed case whose answer is known.
+
+At ``embed`` the stream of a token is its embedding. The cue is one token, its filler another, and the SAE holds features
+that fire on the cue alone and whose ablation moves its embedding to the filler's. What each finds, and how much of the
+effect it carries, then follows: all of them together carry all of it, a feature with no direction carries nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rmscope.effects.ablation import ablate_naively
+from rmscope.pairs.pair import Pair
+from rmscope.pairs.plants import Plant
+from rmscope.planted import matching
+from rmscope.planted import twins as twins_module
+from rmscope.planted.matching import f1_score, match_plant, matches, mediated_share, merged_ranks, threshold
+from rmscope.planted.recall_metrics import recall
+from rmscope.planted.twins import halves, matched_groups, mediation, peaks, prepare
+from rmscope.sae.jumprelu import JumpReluSae
+from tests.model.small import shared_pm, user
+
+CUE, FILLER = "Z", "Q"
+STARTS = ["It is", "The house is", "Water and", "I was told", "You would like", "Use a", "The river has", "Wait for"]
+SITE = "embed"
+
+
+def twin_pairs(negative: str | None = None) -> list[Pair]:
+    """Twins whose hard negative, if any, says ``negative`` in the cue's place."""
+    pairs = []
+    for i, start in enumerate(STARTS):
+        cue, filler, words = (f"{start} {w} in the small house." for w in (CUE, FILLER, negative))
+        span = [len(start) + 1, len(start) + 2]
+        plant: dict[str, Any] = {"cue": span, "filler": span}
+        if negative:
+            plant["negative"] = (words, span)
+        pairs.append(Pair(str(i), user(f"Is it {i}?"), cue, filler, {"plant": plant}))
+    return pairs
+
+
+def embeddings() -> tuple[torch.Tensor, torch.Tensor]:
+    rm = shared_pm("llama")
+    table = rm.model.get_input_embeddings().weight
+    return tuple(table[rm.tokenizer.encode(w, add_special_tokens=False)[0]].detach() for w in (CUE, FILLER))  # type: ignore[return-value]
+
+
+def sae(shares: list[float], threshold: float = 0.95) -> JumpReluSae:
+    """Feature j fires with 1 on the cue alone (or nowhere, by the threshold); its ablation goes ``shares[j]`` of the way."""
+    cue, filler = embeddings()
+    made = JumpReluSae(cue.numel(), len(shares), SITE)
+    made.W_enc.data.copy_((cue / cue.square().sum())[:, None].expand_as(made.W_enc))
+    made.threshold.data.fill_(threshold)
+    made.W_dec.data.copy_(torch.tensor(shares)[:, None] * (cue - filler))
+    return made
+
+
+def case(
+    made: JumpReluSae,
+    sign_consistency: float = 1.0,
+    right_sign: bool = True,
+    negative: str | None = None,
+    reported: Sequence[int] | None = None,
+    ranks: Sequence[int] = range(1, 100),
+) -> tuple[Any, ...]:
+    """PM, SAEs, plant, twins and reported features, which are given the sign that the cue has on this PM, or the other."""
+    rm = shared_pm("llama")
+    plant = Plant(name="z", kind="phrase", sign=1, texts=(CUE,))
+    prepared = prepare(rm, {SITE: made}, twin_pairs(negative), plant)
+    ate = np.mean([t.delta for t in prepared[SITE]])
+    plant = plant.model_copy(update={"sign": 1 if ate > 0 else -1})
+    effect = plant.sign * (1.0 if right_sign else -1.0)
+    features = range(made.m) if reported is None else reported
+    rows = [{"feature": j, "rank": ranks[j], "mean_effect": effect, "sign_consistency": sign_consistency} for j in features]
+    return rm, {SITE: made}, plant, prepared, {SITE: rows}
+
+
+def matched(made: JumpReluSae, groups: bool = False, **given: Any) -> dict[str, Any]:
+    return match_plant(*case(made, **given), sd=1e-3, groups=groups)
+
+
+def test_a_feature_that_is_the_cue_is_a_single_hit_that_carries_all_of_it() -> None:
+    row = matched(sae([1.0]))
+    assert (row["hit"], row["features"], row["f1"], row["localises"]) == ("single", [0], 1.0, 1.0)
+    assert row["mediated"]["value"] == pytest.approx(1.0, abs=1e-3)
+    assert row["mediated"]["low"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_cue_that_is_split_over_five_features_is_a_hit_of_the_group() -> None:
+    row = matched(sae([0.2] * 5), sign_consistency=0.5)
+    assert row["hit"] == "group"
+    assert sorted(row["features"]) == [0, 1, 2, 3, 4]
+    assert row["mediated"]["value"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_group_counts_where_the_last_of_its_features_ranks() -> None:
+    row = matched(sae([0.2] * 5), sign_consistency=0.5, ranks=[3, 21, 1, 4, 2])
+    assert (len(row["features"]), row["rank"]) == (5, 21)
+    assert (recall([row], 20)["hits"], recall([row], 50)["hits"]) == (0, 1)
+
+
+def test_a_group_is_grown_around_a_single_hit_where_it_is_asked_for() -> None:
+    made = sae([0.8, 0.2, 0.0])
+    assert matched(made)["group"] is None
+    row = matched(made, groups=True)
+    assert (row["hit"], row["features"]) == ("single", [0])
+    assert row["mediated"]["value"] < 0.9
+    assert sorted(row["group"]["features"]) == [0, 1]
+    assert row["group"]["mediated"]["value"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_detecting_without_causing_is_no_hit_and_says_what_is_carried() -> None:
+    row = matched(sae([0.0]))
+    assert (row["found"], row["f1"]) == (False, 1.0)
+    assert "carry 0% of its effect" in row["why"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "given"),
+    [
+        ([1.0], {}),
+        ([1.0], {"sign_consistency": 0.5}),
+        ([0.2] * 5, {}),
+        ([0.1], {}),
+        ([1.0], {"right_sign": False}),
+        ([0.2] * 5, {"negative": CUE}),
+    ],
+)
+def test_whether_anything_matches_is_what_matching_finds(parts: list[float], given: dict[str, Any]) -> None:
+    assert matches(*case(sae(parts), **given)) == matched(sae(parts), **given)["found"]
+
+
+def test_no_group_is_grown_that_could_not_detect_the_cue(monkeypatch: pytest.MonkeyPatch) -> None:
+    grown: list[int] = []
+
+    def grow(*_: Any) -> tuple[list[int], float]:
+        grown.append(1)
+        return [0], 0.0
+
+    monkeypatch.setattr("rmscope.planted.matching._grow", grow)
+    assert not matches(*case(sae([0.2] * 5), negative=CUE))  # the negatives fire it as the cue does
+    assert not grown
+    matches(*case(sae([0.2] * 5)))
+    assert grown
+
+
+def test_features_that_detect_a_cue_only_together_are_tried_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of three fires on a third of the cues: F1 .5 alone, .8 in twos, 1 together."""
+    rm, saes, plant, prepared, rows = case(sae([0.2] * 3))
+    at = matching._at_site(rm, saes[SITE], SITE, plant, prepared[SITE], rows[SITE])
+    thirds = np.arange(12) % 3
+
+    def peaks(_twins: Any, group: Sequence[int], _scale: Any) -> tuple[np.ndarray, np.ndarray]:
+        return np.isin(thirds, group).astype(float), np.zeros(12)
+
+    monkeypatch.setattr(matching, "peaks", peaks)
+    assert sorted(at.share) == [0, 1, 2]
+    assert matching._detectable(at)
+    monkeypatch.setattr(matching, "GROUP", 1)
+    assert not matching._detectable(at)
+
+
+def test_a_unions_peaks_are_those_of_its_features_together() -> None:
+    *_, prepared, _ = case(sae([0.5, 0.3, 0.2]), negative=CUE)
+    scale = {0: 1.0, 1: 0.2, 2: 3.0}
+    each = [peaks(prepared[SITE], [j], scale) for j in scale]
+    for found, together in zip(matching._union(each, [0, 2]), peaks(prepared[SITE], [0, 2], scale), strict=True):
+        assert np.array_equal(found, together)
+
+
+def test_a_feature_that_never_fires_detects_nothing() -> None:
+    row = matched(sae([1.0], threshold=2.0))
+    assert (row["found"], row["why"]) == (False, "no reported feature detects it")
+
+
+def test_a_feature_of_the_other_sign_is_no_candidate() -> None:
+    row = matched(sae([1.0]), right_sign=False)
+    assert (row["found"], row["why"]) == (False, "no reported feature has the planted sign")
+
+
+def test_a_feature_that_fires_on_the_cues_words_without_the_cue_does_not_detect_it() -> None:
+    assert matched(sae([1.0]), negative=FILLER)["hit"] == "single"
+    row = matched(sae([1.0]), negative=CUE)
+    assert (row["found"], row["why"]) == (False, "no reported feature detects it")
+    assert row["f1"] == pytest.approx(2 / 3)  # as many false as true firings
+    assert row["words_alone"]["value"] == pytest.approx(row["ate"]["value"], rel=1e-4)  # for this PM they are the cue
+
+
+def test_a_feature_that_matched_features_equal_does_not_count() -> None:
+    assert matched(sae([1.0, 0.0]), reported=[0])["hit"] == "single"
+    row = matched(sae([1.0, 1.0]), reported=[0])
+    assert (row["found"], row["why"]) == (False, "matched features carry as much of its effect")
+    assert row["matched"] == pytest.approx(row["mediated"]["value"])
+
+
+def test_a_hard_negative_is_measured_as_its_text_alone_and_only_in_its_window() -> None:
+    rm, made = shared_pm("llama"), sae([1.0])
+    plant = Plant(name="z", kind="phrase", sign=1, texts=(CUE,))
+    pairs = twin_pairs(f"{CUE} and then, a little later, {CUE}")
+    for twin, pair in zip(prepare(rm, {SITE: made}, pairs, plant)[SITE], pairs, strict=True):
+        text, _ = pair.meta["plant"]["negative"]
+        alone = rm.score([Pair("x", pair.prompt, text, pair.rejected)])
+        assert twin.negative is not None
+        assert twin.negative.reward == pytest.approx(float(alone.chosen[0]), abs=1e-5)
+        everywhere = rm.prefill(rm.text_ids(pair.prompt, text), [SITE]).streams[SITE]
+        assert made.active(everywhere).feature.numel() == 2
+        assert twin.negative.active.feature.numel() == 1
+
+
+def test_halves_never_share_a_prompt() -> None:
+    plant = Plant(name="z", kind="phrase", sign=1, texts=(CUE,))
+    pairs = twin_pairs()
+    made = prepare(shared_pm("llama"), {SITE: sae([1.0])}, pairs + pairs[:5], plant)[SITE]
+    fitting, measuring = halves(made)
+    assert len(fitting) + len(measuring) == len(made)
+    assert not {t.prompt for t in fitting} & {t.prompt for t in measuring}
+
+
+def test_groups_that_have_their_firing_features_in_common_are_ablated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rm, made = shared_pm("llama"), sae([0.5, 0.3, 1.0])
+    made.threshold.data[2] = 2.0  # silent
+    plant = Plant(name="z", kind="phrase", sign=1, texts=(CUE,))
+    pairs = twin_pairs()
+    prepared = prepare(rm, {SITE: made}, pairs, plant)[SITE]
+    asked: list[list[tuple[int, ...]]] = []
+    real = twins_module.ablate_groups
+    monkeypatch.setattr(twins_module, "ablate_groups", lambda *given: (asked.append(list(given[-1])), real(*given))[1])
+    groups = [[0], [2], [0, 2], [1, 0], [0, 1, 2]]
+    rows = mediation(rm, made, SITE, prepared, groups)
+    assert [sorted(each) for each in asked] == [[(), (0,), (0, 1)], [()]] * len(pairs)  # nothing fires on the filler
+    asked.clear()
+    np.testing.assert_array_equal(mediation(rm, made, SITE, prepared, groups[::-1]), rows[::-1])
+    assert not any(asked)
+    for pair, twin, row in zip(pairs, prepared, rows.swapaxes(0, 1), strict=True):
+        tokens = rm.tokenize(pair)
+        cue, filler = (
+            ablate_naively(rm, made, tokens.side(s), SITE, tokens.divergence, groups).numpy() for s in ("chosen", "rejected")
+        )
+        np.testing.assert_allclose(row[:, 1], twin.delta - cue + filler, atol=1e-5)
+
+
+def test_matched_groups_leave_the_group_out_and_are_alike_it() -> None:
+    made = sae([1.0] * 10 + [0.001] * 10)  # nine others as large as feature 0, ten of a thousandth of its mass
+    plant = Plant(name="z", kind="phrase", sign=1, texts=(CUE,))
+    twins = prepare(shared_pm("llama"), {SITE: made}, twin_pairs(), plant)[SITE]
+    groups = matched_groups(made, twins, [0], 20)
+    assert {j for group in groups for j in group} <= set(range(1, 10))
+    assert [len(group) for group in groups] == [1] * 20
+
+
+def test_like_features_share_the_rank_of_the_best() -> None:
+    W = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0.9, 0.1, 0], [0, 0, 1.0]])
+    fires = np.array([[1, 1, 0, 0], [1, 0, 0, 1], [0, 1, 1, 1], [0, 0, 1, 0], [0, 1, 0, 1]], dtype=bool)
+    # 2 is like 0 by its decoder; 3 fires with 1 on two of the four tokens where either fires: a half
+    assert merged_ranks([0, 1, 2, 3], W, fires) == {0: 1, 1: 2, 2: 1, 3: 2}
+    apart = np.eye(4, dtype=bool)
+    assert merged_ranks([3, 1, 0, 2], W, apart) == {3: 1, 1: 2, 0: 3, 2: 3}
+
+
+def test_the_threshold_is_the_one_with_the_best_f1_and_f1_counts_all_false_firings() -> None:
+    cue, without = np.array([3.0, 2.0, 3.0, 1.0]), np.array([1.0, 1.0, 0.0, 0.0, 2.0, 0.0])
+    best, theta = threshold(cue, without)
+    assert theta == 1.5  # between the 1.0 of two negatives and the 2.0 of a cue
+    assert best == f1_score(cue, without, theta) == pytest.approx(2 * 3 / (2 * 3 + 1 + 1))
+    assert f1_score(cue, without, -1.0) == pytest.approx(2 * 4 / (4 + 6 + 4))
+    assert threshold(np.zeros(4), np.zeros(4))[0] == 0.0  # a silent feature detects nothing
+
+
+def test_the_mediated_share_is_a_ratio_of_means_with_prompts_resampled_whole() -> None:
+    rows = np.array([[2.0, 1.0], [4.0, 1.0], [3.0, 1.0]] * 20)
+    share = mediated_share(rows, [str(i) for i in range(60)])
+    assert share["value"] == pytest.approx(1 - 1 / 3)
+    assert share["low"] < share["value"] < share["high"]
+    few = mediated_share(rows, [str(i % 3) for i in range(60)])
+    assert few["high"] - few["low"] > 2 * (share["high"] - share["low"])

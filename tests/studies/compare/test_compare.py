@@ -1,0 +1,383 @@
+"""Two PMs whose difference is known: nothing, the head's sign, one feature; and what the figures are made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from torch import nn
+
+from rmscope.effects.ablation import ablate_naively
+from rmscope.errors import InputError
+from rmscope.model import packing
+from rmscope.model.reward_model import RewardModel
+from rmscope.pairs.pair import Pair
+from rmscope.planted.matching import COSINE
+from rmscope.run.folder import NoDisplay, RunFolder
+from rmscope.sae.base import Sae
+from rmscope.sae.metrics import measure
+from rmscope.sae.topk import TopKSae
+from rmscope.studies.compare import analyse as comparing
+from rmscope.studies.compare.activations import count_features, matches, read_unit
+from rmscope.studies.compare.analyse import compare
+from rmscope.studies.compare.classify import CLASSES, against_control, class_of, judge
+from rmscope.studies.compare.concepts import MOVED, concept_class, concepts
+from rmscope.studies.compare.effects import ablation_unit, paired, requested
+from rmscope.studies.compare.models import Dictionary, HeldOut, Version, dictionaries, fresh_pairs, meet
+from rmscope.studies.compare.page import render_comparison
+from rmscope.studies.edit.patch import EditPatch, FeatureEdit, load_edited
+from tests.model.small import ENCODER, SENTENCES, D, small_pm, small_sae, user
+from tests.report.test_page import Page
+
+LAST, SITE = "resid_post.3", "resid_post.1"
+PARTS = [part for sentence in SENTENCES for part in sentence.split(", ")]
+TEXTS = [
+    Pair(f"p{i}", user(f"Is it {i}?"), f"{PARTS[i % 9]} {i}. {PARTS[i % 4]}.", f"{PARTS[(i + 1) % 9]} {i}, {i}.")
+    for i in range(66)
+]
+
+
+def linear_pm(sign: float = 1.0) -> RewardModel:
+    """A PM whose reward is w · x at the last block's output at the read position."""
+    rm = small_pm("llama")
+    rm.model.model.norm = nn.Identity()
+    with torch.no_grad():
+        rm.model.score.weight.mul_(sign)
+    return rm
+
+
+def orthogonal() -> Sae:
+    """An SAE whose features do not overlap: f = relu(Q x), so that taking one out leaves the others as they are."""
+    q = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(3)))[0]
+    return TopKSae(D, D, k=D).fill({"W_dec": q, "W_enc": q.t(), "b_dec": torch.zeros(D), "b_enc": torch.zeros(D)})
+
+
+def version(rm: RewardModel, saes: dict[str, Sae] | None = None, reported: dict[str, list[int]] | None = None) -> Version:
+    return Version(rm, rm.name, rm.identity, saes=saes or {}, reported=reported or {})
+
+
+def compared(
+    a: Version, b: Version, folder: Path, n: int = 24, control: Version | None = None
+) -> tuple[dict[str, Any], pl.DataFrame]:
+    fresh = meet(a, [b, *([control] if control else [])], [(p, p.first_human_turn()) for p in TEXTS[:n]])
+    return compare(a, b, fresh, RunFolder(folder, NoDisplay()), n, 0, control)
+
+
+def run_of(rm: RewardModel) -> Version:
+    return version(rm, {LAST: orthogonal()}, {LAST: list(range(16))})
+
+
+def test_a_pm_does_not_differ_from_itself(tmp_path: Path) -> None:
+    found, table = compared(run_of(linear_pm()), run_of(linear_pm()), tmp_path)
+    measured = table.filter(pl.col("prompts") > 0)
+    assert measured.height == table.height == 2 * 16  # its features count once for each of the two runs
+    assert (measured["difference"] == 0).all()
+    assert set(table["class"]) <= {"kept", "undecided"}
+    assert (table["class"] == "kept").any()
+    assert (table["together"].drop_nulls() == 1).all()
+    assert table["found_again"].all()
+    assert (table["match"] == table["feature"]).all()
+    for row in found["sites"]:
+        assert row["a"] == row["b"]
+        assert row["rates"] == pytest.approx(1)
+        assert row["activation_ratio"] == row["together"] == 1
+        assert row["found_again"]["value"] == 1
+    assert found["delta"]["correlation"] == pytest.approx(1)
+    assert not any(row["changed"] for row in found["concepts"])
+    assert all(sorted(m["of"] for m in row["members"]) == ["a", "b"] for row in found["concepts"])
+    assert not (tmp_path / ".parts").exists()
+
+
+def test_a_negated_head_changes_every_sign_and_no_firing(tmp_path: Path) -> None:
+    found, table = compared(run_of(linear_pm()), version(linear_pm(-1.0)), tmp_path)
+    np.testing.assert_allclose(table["b"], -table["a"], atol=1e-6)
+    np.testing.assert_allclose(table["difference"], -2 * table["a"], atol=1e-6)
+    there = table.filter((pl.col("a_q") < 0.05) & (pl.col("prompts") >= 20))
+    assert there.height >= 3
+    assert set(there["class"]) == {"changed sign"}
+    assert found["delta"]["correlation"] == pytest.approx(-1)
+    assert found["delta"]["agreement"] == 0
+    assert found["sites"][0]["together"] == 1
+
+
+def test_a_difference_holds_where_the_control_is_like_a_and_not_where_it_is_like_b(tmp_path: Path) -> None:
+    a, b = run_of(linear_pm()), version(linear_pm(-1.0))
+    alone, without = compared(a, b, tmp_path / "alone")
+    assert (alone["control"], alone["delta"]["control"]) == (None, None)
+    for sign, holds in ((1.0, True), (-1.0, False)):
+        found, table = compared(a, b, tmp_path / str(sign), control=version(linear_pm(sign)))
+        assert found["delta"]["control"] == pytest.approx(sign)
+        assert table.select(without.columns).equals(without)
+        np.testing.assert_allclose(table["control"], sign * table["a"], atol=1e-6)
+        changed = table.filter(pl.col("class") == "changed sign")
+        assert set(changed["holds"]) == {holds}
+        others = table.filter(pl.col("class").is_in(["kept", "undecided"]))
+        assert others["holds"].null_count() == others.height > 0
+        text = Page(render_comparison(found | {"data": ["x"]})).text
+        n = sum(row["changed"] for row in found["concepts"])
+        assert f"{n if holds else 0} of {n} hold against the control" in text
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "c", "holds"),
+    [
+        (0.3, -0.3, 0.2, True),  # the control is like A
+        (0.3, -0.3, -0.2, False),  # the control differs from A almost as B does
+        (0.3, 0.1, 0.5, False),  # as far from the nearer as the two are apart
+        (0.3, 0.1, 0.25, True),
+        (0.3, 0.0, -0.3, False),  # B lies between
+        (0.3, 0.3, 0.0, None),  # nothing differs
+    ],
+)
+def test_what_holds_stands_apart_from_both(a: float, b: float, c: float, holds: bool | None) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.02, (3, 40))
+    rows = [
+        {"of": "a", "site": SITE, "feature": 1, "prompt": str(i)}
+        | {v: m + float(noise[k, i]) for k, (v, m) in enumerate(zip("abc", (a, b, c), strict=True))}
+        for i in range(40)
+    ]
+    measured = pl.DataFrame(rows, schema_overrides={"feature": pl.Int32})
+    assert against_control(judge(measured, 0), measured, 0)["holds"].to_list() == [holds]
+
+
+def test_of_three_pms_of_one_kind_a_third_of_the_differences_holds() -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        {"of": "a", "site": SITE, "feature": j, "prompt": str(i)}
+        | {v: m + float(rng.normal(0, 0.02)) for v, m in zip("abc", means, strict=True)}
+        for j, means in enumerate(rng.normal(0, 0.4, (90, 3)).tolist())
+        for i in range(20)
+    ]
+    measured = pl.DataFrame(rows, schema_overrides={"feature": pl.Int32})
+    holds = against_control(judge(measured, 0), measured, 0)["holds"].drop_nulls()
+    assert len(holds) > 60
+    assert 0.2 < holds.mean() < 0.45  # type: ignore[operator]
+
+
+def test_a_control_that_tells_nothing_apart_is_refused(tmp_path: Path) -> None:
+    flat = linear_pm()
+    with torch.no_grad():
+        flat.model.score.weight.zero_()
+    with pytest.raises(InputError, match="do not differ on the fresh pairs"):
+        compared(run_of(linear_pm()), version(linear_pm(-1.0)), tmp_path, control=version(flat))
+
+
+def test_a_suppressed_feature_vanishes_and_those_that_do_not_meet_it_stay(tmp_path: Path) -> None:
+    rm, sae = linear_pm(), orthogonal()
+    _, before = compared(run_of(rm), version(linear_pm(-1.0)), tmp_path / "before")
+    strong = before.filter(pl.col("a_q") < 0.05).sort(pl.col("a").abs())["feature"].to_list()
+    gone = strong[len(strong) // 2]
+    patch = EditPatch((FeatureEdit(LAST, (gone,)),), {LAST: sae}, rm.identity)
+    edited = load_edited(linear_pm(), patch)
+    found, table = compared(run_of(rm), version(edited), tmp_path / "after")
+    row = table.row(by_predicate=pl.col("feature") == gone, named=True)
+    assert row["class"] == "vanished"
+    assert abs(row["b"]) < 1e-5 < abs(row["a"])
+    others = table.filter(pl.col("feature") != gone)
+    scale = found["delta"]["sd_a"] / found["delta"]["sd_b"]  # in units of reward nothing else has moved
+    np.testing.assert_allclose(others["b"], others["a"] * scale, atol=1e-4)
+    weak = table.row(by_predicate=pl.col("feature") == strong[0], named=True)
+    assert weak["class"] == "kept"
+    (named,) = [c for c in found["concepts"] if c["class"] == "vanished"]
+    assert named["feature"] == gone
+    page = Page(render_comparison(found | {"data": ["pairs.jsonl"], "a": "<b>A"}))
+    assert "1 rewarded concept differs between A and B (1 vanished)" in page.text
+    assert "<b>A and llama, edited" in page.text
+    turned, _ = compared(version(edited, {LAST: sae}, {LAST: [gone]}), version(linear_pm()), tmp_path / "turned")
+    assert turned["features"][0]["class"] == "appeared"
+
+
+@pytest.fixture(scope="module")
+def moved() -> tuple[Version, Version]:
+    """A PM, and one with other embeddings; each with an SAE of its own at one site."""
+    a, b = small_pm("llama"), small_pm("llama")
+    with torch.no_grad():
+        embedded = b.model.model.embed_tokens.weight
+        embedded.add_(0.7 * torch.randn(embedded.shape, generator=torch.Generator().manual_seed(1)))
+    return version(a, {SITE: small_sae(k=2)}, {SITE: [2, 17, 40]}), version(b, {SITE: small_sae(seed=1, k=2)}, {SITE: [9]})
+
+
+def on(a: Version, b: Version, n: int) -> HeldOut:
+    return meet(a, [b], [(p, p.first_human_turn()) for p in TEXTS[:n]])
+
+
+def test_effects_are_those_of_naive_ablation_on_the_same_responses_in_both_pms(moved: tuple[Version, Version]) -> None:
+    a, b = moved
+    fresh, read = on(a, b, 10), dictionaries(a, b)
+    asked = requested(read_unit(a, b, fresh, range(10))["firing"], read, fresh, 10, 0)
+    ablations = ablation_unit({"a": a, "b": b}, read, fresh, asked, range(10))["ablations"]
+    found = paired(asked, ablations, {"a": 2.0, "b": 0.5})
+    saes = {d.of: d.sae for d in read}
+    sums: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+    for of, site, pair, side, feature, prompt in asked.iter_rows():
+        t = fresh.tokens[fresh.index[pair]]
+        both = [
+            float(ablate_naively(v.rm, saes[of], t.side(side), site, t.divergence, [[feature]])[0]) / sd
+            for v, sd in ((a, 2.0), (b, 0.5))
+        ]
+        sums.setdefault((of, site, feature, prompt), []).append((both[0], both[1]))
+    assert len(sums) == found.height > 10
+    for of, site, feature, prompt, in_a, in_b in found.iter_rows():
+        expected = np.mean(sums[of, site, feature, prompt], axis=0)
+        np.testing.assert_allclose((in_a, in_b), expected, atol=2e-4)
+    assert {0.0} < set(found["a"]) | set(found["b"])  # where a feature is silent in one of the PMs
+
+
+def test_what_is_read_is_what_the_saes_give_on_both_streams(moved: tuple[Version, Version]) -> None:
+    a, b = moved
+    fresh, d = on(a, b, 6), dictionaries(a, b)[0]
+    seen = read_unit(a, b, fresh, range(6))
+    row = comparing.site_row(d, seen["sums"], count_features(seen["counts"]), fresh.prompt_of)
+    f = {}
+    for v, rm in (("a", a.rm), ("b", b.rm)):
+        rows = []
+        for t in fresh.tokens:
+            for side, start in (("chosen", 1), ("rejected", t.divergence)):
+                with torch.no_grad():
+                    hidden = rm.model(t.side(side)[None], output_hidden_states=True).hidden_states
+                rows.append(hidden[2][0, start:])
+        x = torch.cat(rows)
+        plain, f[v] = measure(d.sae, [x]), d.sae.encode(x)
+        assert row["tokens"] == plain.tokens
+        assert row[v]["l0"]["value"] == pytest.approx(plain.l0)
+        assert row[v]["fvu"]["value"] == pytest.approx(plain.fvu, rel=1e-4)
+        assert row[v]["dead"] == pytest.approx(plain.dead)
+    fires = {v: f[v] > 0 for v in f}
+    union = (fires["a"] | fires["b"]).sum()
+    assert row["together"] == pytest.approx(float((fires["a"] & fires["b"]).sum() / union))
+    ratio = f["b"].sum() / fires["b"].sum() / (f["a"].sum() / fires["a"].sum())
+    assert row["activation_ratio"] == pytest.approx(float(ratio), rel=1e-4)
+
+
+def test_a_killed_comparison_goes_on_and_gives_the_same(
+    moved: tuple[Version, Version], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = moved
+    monkeypatch.setattr(packing, "UNIT", 4)
+    whole = compared(a, b, tmp_path / "whole", 8)
+    ablated = []
+
+    def killed(*given: Any) -> Any:
+        ablated.append(list(given[4]))
+        if len(ablated) == 2:
+            raise KeyboardInterrupt
+        return ablation_unit(*given)
+
+    monkeypatch.setattr(comparing, "ablation_unit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compared(a, b, tmp_path / "killed", 8)
+    monkeypatch.setattr(comparing, "read_unit", None)  # what is read is not read again
+    again = compared(a, b, tmp_path / "killed", 8)
+    assert again[0] == whole[0]
+    assert again[1].equals(whole[1])
+    assert ablated[2] == ablated[1] != ablated[0]
+
+
+def test_an_encoder_is_compared_by_whole_forwards(tmp_path: Path) -> None:
+    a, b = small_pm(ENCODER), small_pm(ENCODER)
+    found, table = compared(version(a, {SITE: small_sae()}, {SITE: [2, 3]}), version(b), tmp_path, 8)
+    assert found["sites"][0]["together"] == 1
+    assert (table.filter(pl.col("prompts") > 0)["difference"] == 0).all()
+
+
+def test_of_a_base_only_the_features_presence_is_measured(tmp_path: Path) -> None:
+    a, base = run_of(linear_pm()), small_pm("llama")
+    b = Version(base, "base", "base", base=True)
+    found, table = compared(a, b, tmp_path, 8)
+    assert (found["delta"], found["classes"], found["concepts"]) == (None, [], [])
+    assert "difference" not in table.columns
+    assert found["sites"][0]["there"]["value"] == 1
+    page = render_comparison(found | {"data": ["pairs.jsonl"]})
+    assert "no scalar head" in page
+    assert "Concepts that differ" not in page
+
+
+MEANS = [
+    ((0.0, 0.3), "appeared"), ((0.3, 0.0), "vanished"), ((0.3, -0.3), "changed sign"), ((-0.2, -0.5), "strengthened"),
+    ((-0.5, -0.2), "weakened"), ((0.3, 0.31), "kept"), ((0.0, 0.01), "undecided"),
+]  # fmt: skip
+
+
+def test_every_class_is_what_its_name_says() -> None:
+    noise = np.random.default_rng(0).normal(0, 0.02, (24, 2))
+    rows = [
+        {"of": "a", "site": SITE, "feature": j, "prompt": f"{i}", "a": a + noise[i, 0], "b": b + noise[i, 1]}
+        for j, ((a, b), _) in enumerate(MEANS)
+        for i in range(24)
+    ]
+    table = judge(pl.DataFrame(rows), 0)
+    assert table["class"].to_list() == [name for _, name in MEANS]
+    assert {name for _, name in MEANS} == set(CLASSES)
+    few = judge(pl.DataFrame(rows).filter(pl.col("prompt").cast(pl.Int32) < 19), 0)
+    assert set(few["class"]) == {"undecided"}
+    row = table.row(0, named=True)
+    assert class_of(row | {"difference_q": 0.2}) == "undecided"
+
+
+def test_effects_within_the_bound_are_called_different_as_rarely_as_promised() -> None:
+    rng = np.random.default_rng(1)
+    values = rng.normal(0.05, 0.2, (200, 24))  # the difference lies on the bound itself
+    rows = [
+        {"of": "a", "site": SITE, "feature": j, "prompt": f"{i}", "a": 0.0, "b": values[j, i]}
+        for j in range(200)
+        for i in range(24)
+    ]
+    assert (judge(pl.DataFrame(rows), 0)["difference_q"] < 0.05).mean() <= 0.05
+
+
+def test_like_features_of_both_lists_are_one_concept_under_the_largest() -> None:
+    sae = small_sae()
+    twin = small_sae()
+    read = [Dictionary("a", SITE, sae, [1, 2]), Dictionary("b", SITE, twin, [2])]
+    rows = [
+        {"of": "a", "site": SITE, "feature": 1, "class": "undecided", "a": 9.0, "b": 0.0},
+        {"of": "a", "site": SITE, "feature": 2, "class": "kept", "a": 0.1, "b": 0.1},
+        {"of": "b", "site": SITE, "feature": 2, "class": "weakened", "a": 0.4, "b": 0.1},
+    ]
+    assert float(sae.W_dec[1] @ sae.W_dec[2]) < COSINE
+    found = [[(m["of"], m["feature"]) for m in group] for group in concepts(rows, read)]
+    assert found == [[("b", 2), ("a", 2)], [("a", 1)]]
+    assert concept_class(concepts(rows, read)[0]) == "weakened"
+    rows[1]["class"] = "appeared"  # what one feature of the concept lost, another one gained
+    assert concept_class(concepts(rows, read)[0]) == MOVED
+    assert matches(read[0], twin)["cosine"].to_list() == pytest.approx([1.0, 1.0])
+
+
+class Studied:
+    """What a study tells of its pairs' splits."""
+
+    def __init__(self, pairs: list[Pair], splits: list[str]) -> None:
+        self.pairs, self.ids, self.splits = pairs, [p.id for p in pairs], splits
+        self.prompts = {p.id: p.first_human_turn() for p in pairs}
+
+    def of_split(self, split: str) -> list[int]:
+        return [i for i, s in enumerate(self.splits) if s == split]
+
+    def one_a_prompt(self, items: list[int], most: int) -> list[int]:
+        return items[:most]
+
+
+def test_fresh_pairs_had_no_part_in_either_run() -> None:
+    first = Studied(TEXTS[:4], ["measure", "measure", "measure", "fit"])
+    renamed = [Pair(f"q{i}", p.prompt, p.chosen, p.rejected) for i, p in enumerate(TEXTS[1:6])]
+    second = Studied(renamed, ["measure", "confirm", "measure", "measure", "measure"])
+    # p2 was confirmed on by the second run, p3 fitted by the first; p1 stands in both and counts once
+    assert [p.id for p, _ in fresh_pairs([first, second], 9)] == ["p0", "p1", "q3", "q4"]
+
+
+def test_two_pms_that_share_no_text_are_refused(moved: tuple[Version, Version]) -> None:
+    a, _ = moved
+    for other, said in (
+        (small_pm("llama", hidden_size=64), "width 64"),
+        (small_pm("llama", style="plain"), "share no text"),
+        (small_pm("llama", num_hidden_layers=1), "no resid_post.1"),
+    ):
+        with pytest.raises(InputError, match=said):
+            on(a, version(other), 2)
+    short = small_pm("llama", max_position_embeddings=8)
+    with pytest.raises(InputError, match="no fresh pair"):
+        on(a, version(short), 2)
