@@ -8,13 +8,16 @@ INSTALLED := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test lint types clean
+.PHONY: demo test test-all lint types docs clean
 
 demo: $(INSTALLED)  ## what zoo:planted rewards, with the proof and the ground truth: demo/report.html
 	$(BIN)/rmscope demo --out demo
 
-test: $(DEV)  ## the test suite
+test: $(DEV)  ## the test suite, without what is marked slow
 	$(BIN)/python -m pytest
+
+test-all: $(DEV)  ## all tests, as a nightly job runs them
+	$(BIN)/python -m pytest -m ""
 
 lint: $(DEV)
 	$(BIN)/ruff format --check src tests benchmarks
@@ -22,6 +25,9 @@ lint: $(DEV)
 
 types: $(DEV)
 	$(BIN)/mypy
+
+docs: $(DEV)  ## the docs site, in site/
+	$(BIN)/mkdocs build --strict
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -8,50 +8,66 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rmscope.activations.harvest import harvest
     from rmscope.activations.stream import stream
-    from rmscope.api import ablate, attribute, ledger, open_run, rank
+    from rmscope.api import ablate, attribute, doctor, ledger, rank
     from rmscope.model.reward_model import RewardModel
     from rmscope.pairs.pair import Pair
     from rmscope.pairs.readers import load_pairs
+    from rmscope.run.run import Run
+    from rmscope.run.settings import RunConfig
     from rmscope.sae import Sae, SaeConfig, train_saes
+    from rmscope.statistics import Figure
     from rmscope.studies.edit.patch import load_edited
+    from rmscope.studies.functions import audit, compare, edit, evaluate, experiment, gate, jailbreak, sufficiency
 
-_WHERE = {
-    "RewardModel": "rmscope.model.reward_model",
-    "Pair": "rmscope.pairs.pair",
-    "load_edited": "rmscope.studies.edit.patch",
-    "load_pairs": "rmscope.pairs.readers",
-    "open_run": "rmscope.api",
-    "harvest": "rmscope.activations.harvest",
-    "stream": "rmscope.activations.stream",
-    "train_saes": "rmscope.sae",
-    "Sae": "rmscope.sae",
-    "SaeConfig": "rmscope.sae",
-    "attribute": "rmscope.api",
-    "ablate": "rmscope.api",
-    "ledger": "rmscope.api",
-    "rank": "rmscope.api",
-}
+_MODULES = {
+    "rmscope.activations.harvest": ("harvest",),
+    "rmscope.activations.stream": ("stream",),
+    "rmscope.api": ("ablate", "attribute", "doctor", "ledger", "rank"),
+    "rmscope.model.reward_model": ("RewardModel",),
+    "rmscope.pairs.pair": ("Pair",),
+    "rmscope.pairs.readers": ("load_pairs",),
+    "rmscope.run.run": ("Run",),
+    "rmscope.run.settings": ("RunConfig",),
+    "rmscope.sae": ("Sae", "SaeConfig", "train_saes"),
+    "rmscope.statistics": ("Figure",),
+    "rmscope.studies.edit.patch": ("load_edited",),
+    "rmscope.studies.functions": (
+        "audit", "compare", "edit", "evaluate", "experiment", "gate", "jailbreak", "sufficiency",
+    ),
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "Figure",
     "Pair",
     "RewardModel",
+    "Run",
+    "RunConfig",
     "Sae",
     "SaeConfig",
     "ablate",
     "attribute",
+    "audit",
+    "compare",
+    "doctor",
+    "edit",
+    "evaluate",
+    "experiment",
+    "gate",
     "harvest",
+    "jailbreak",
     "ledger",
     "load_edited",
     "load_pairs",
-    "open_run",
     "rank",
     "stream",
+    "sufficiency",
     "train_saes",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Public names are imported on first use, so that the command line starts quickly."""
-    if name in _WHERE:
-        return getattr(import_module(_WHERE[name]), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module 'rmscope' has no attribute {name!r}")

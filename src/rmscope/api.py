@@ -3,30 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import polars as pl
 import torch
-import yaml
 
 from rmscope.effects import tables
 from rmscope.effects.gradients import METHODS
 from rmscope.effects.ledger import Baseline, baseline, ledger_rows
 from rmscope.errors import InputError
 from rmscope.io import Progress, silent
+from rmscope.model.doctor import examine
 from rmscope.model.packing import units
+from rmscope.model.preflight import Preflight
 from rmscope.model.reward_model import RewardModel, Scores
-from rmscope.pairs.pair import SIDES, Pair, split_of
+from rmscope.pairs.demo import plain_demo_pairs
+from rmscope.pairs.pair import SIDES, Pair, one_per_prompt, split_of
 from rmscope.ranking.ranking import confirm, firing_counts, freeze, preference_signs
 from rmscope.sae.base import Sae
 
+CHECKED_PAIRS = 64
+"""Pairs that :func:`doctor` looks at."""
+
+
+def doctor(
+    rm: RewardModel,
+    pairs: Sequence[Pair] | None = None,
+    other: RewardModel | None = None,
+    progress: Progress = silent,
+) -> Preflight:
+    """Checks of a PM, one per row, with ok, warn or fail and how to mend it.
+
+    Args:
+        pairs: pairs of the kind that the PM was trained on; left out, some of the demo's, one per prompt.
+        other: the same PM in another precision, to compare with.
+
+    Raises:
+        InputError: every pair is longer than the PM's context.
+    """
+    if pairs is None:
+        plain = plain_demo_pairs()
+        pairs = [plain[i] for i in one_per_prompt([p.prompt_key for p in plain], CHECKED_PAIRS)]
+    return examine(rm, pairs, other, progress)
+
 
 def _site(rm: RewardModel, sae: Sae, site: str | None) -> str:
-    """Where the SAE belongs, its features then found where the PM lies; InputError where it does not say so, or where it
-    does not fit the PM."""
+    """Where the SAE belongs; its features are then encoded where the PM is. InputError where it names no site, or does
+    not fit the PM."""
     at = site or sae.site
     if not at:
         raise InputError("The SAE does not say which site it was trained on; pass site='resid_post.6' or the like.")
@@ -44,7 +67,7 @@ def attribute(
     site: str | None = None,
     progress: Progress = silent,
 ) -> pl.DataFrame:
-    """Effects of all active features, a row each: pair, side, feature, effect, kind.
+    """Effects of all active features, one per row: pair, side, feature, effect, kind.
 
     ``atp`` estimates ablation effects at the clean point (kind ablation_estimate, with ``mass`` = Σ_t f_tj |d_j|),
     ``midpoint`` halfway to the ablation, at several times the cost (:mod:`rmscope.effects.gradients`);
@@ -71,7 +94,7 @@ def ablate(
     site: str | None = None,
     progress: Progress = silent,
 ) -> pl.DataFrame:
-    """Exact ablation effects, a row each where the feature fires: pair, side, feature, effect, kind (ablation)."""
+    """Exact ablation effects, one row per response in which a feature fires: pair, side, feature, effect, kind."""
     at = _site(rm, sae, site)
     chosen = None if isinstance(features, str) else list(features)
     wanted: tables.Wanted = {i: {side: {at: chosen} for side in SIDES} for i in range(len(pairs))}
@@ -86,7 +109,7 @@ def ledger(
     site: str | None = None,
     progress: Progress = silent,
 ) -> pl.DataFrame:
-    """A row a pair: pair, delta_r, features, error, remainder, gap, nodes; the four parts sum to delta_r.
+    """One row per pair: pair, delta_r, features, error, remainder, gap, nodes; the four parts sum to delta_r.
 
     The ``mean`` baseline is taken over the spans of the given pairs.
     """
@@ -127,7 +150,7 @@ def rank(effects: pl.DataFrame, pairs: Sequence[Pair], scores: Scores, frozen: i
     that of ``scores`` = ``rm.score(pairs)``. Lengths are counted in words. From estimates the ranking holds for estimates:
     claim only what was ablated exactly.
     """
-    prompts = {p.id: str(p.meta.get("group", p.first_human_turn())) for p in pairs}
+    prompts = {p.id: p.prompt_key for p in pairs}
     of_pair = pl.DataFrame(
         {
             "pair": [p.id for p in pairs],
@@ -147,42 +170,3 @@ def rank(effects: pl.DataFrame, pairs: Sequence[Pair], scores: Scores, frozen: i
     )
     ranked = confirm({"all": list_}, {"all": confirming}, float(scores.delta.std()), seed)["all"]
     return ranked.select([c for c in ranked.columns if c != "length_bound" and "strong" not in c])
-
-
-@dataclass(frozen=True)
-class OpenRun:
-    """A run folder's tables as frames."""
-
-    folder: Path
-
-    @cached_property
-    def record(self) -> dict[str, Any]:
-        return dict(yaml.safe_load((self.folder / "run.yaml").read_text("utf-8")))
-
-    @cached_property
-    def scores(self) -> pl.DataFrame:
-        return pl.read_parquet(self.folder / "scores.parquet")
-
-    @property
-    def sites(self) -> list[str]:
-        return sorted(p.stem for p in (self.folder / "features").glob("*.parquet"))
-
-    def features(self, site: str) -> pl.DataFrame:
-        return pl.read_parquet(self.folder / "features" / f"{site}.parquet")
-
-    def ledger(self, site: str) -> pl.DataFrame:
-        return pl.read_parquet(self.folder / "ledger" / f"{site}.parquet")
-
-    def effects(self, site: str, kind: Literal["estimated", "exact", "contribution"] = "exact") -> pl.DataFrame:
-        return pl.read_parquet(self.folder / "effects" / site / f"{kind}.parquet")
-
-    def sae(self, site: str) -> Sae:
-        return Sae.load(self.folder / "saes" / site)
-
-
-def open_run(folder: str | Path) -> OpenRun:
-    """Opens a run folder. InputError where the folder holds no run."""
-    path = Path(folder)
-    if not (path / "run.yaml").is_file():
-        raise InputError(f"{path} is no run folder (it holds no run.yaml); make one with rmscope run.")
-    return OpenRun(path)

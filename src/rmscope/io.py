@@ -9,9 +9,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import polars as pl
 import pyarrow.parquet as pq
@@ -130,3 +130,22 @@ Progress = Callable[[int, int, str], None]
 
 def silent(done: int, total: int, note: str = "") -> None:
     """The default progress: nothing prints from library code."""
+
+
+class Display(Protocol):
+    """What shows the progress of long work: the command line draws bars, notebooks and tests may stay silent."""
+
+    def stage(self, name: str) -> AbstractContextManager[Progress]: ...
+
+    def note(self, text: str) -> None: ...
+
+
+class NoDisplay:
+    """Shows nothing."""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Progress]:
+        yield silent
+
+    def note(self, text: str) -> None:
+        return

@@ -1,16 +1,82 @@
-"""The statistics of trust and ranking: weighted rank correlation, bootstrap by prompt, sign-flip test, FDR."""
+"""Statistics: figures with their 95 % interval, bootstrap by prompt, weighted rank correlation, sign-flip tests, FDR."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
-
 FLIPS = 10_000
 RESAMPLES = 1_000
 Array = np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A value with its 95 % interval. All three are None where there was nothing to measure."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    """How many prompts (or hits and misses) it rests on."""
+    unit: str = ""
+    """Empty for a share or another number without a unit."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def scaled(self, factor: float, unit: str = "") -> Figure:
+        """The figure in another unit; a negative factor turns the interval around."""
+        if self.value is None or self.low is None or self.high is None:
+            return Figure(None, None, None, self.n, unit)
+        low, high = sorted((factor * self.low, factor * self.high))
+        return Figure(factor * self.value, low, high, self.n, unit)
+
+
+NOTHING = Figure(None, None, None, 0)
+"""The figure of no measurement."""
+
+
+def interval(
+    values: Array | Sequence[float],
+    prompts: Array | Sequence[Any] | None = None,
+    statistic: Callable[[Array], float] | None = None,
+    unit: str = "",
+    seed: int = 0,
+) -> Figure:
+    """The mean of ``values`` [n], or another ``statistic`` of [n, ...], with its 95 % percentile bootstrap interval.
+
+    Whole prompts are resampled: ``prompts`` [n] names the prompt of each value; left out, each value has a prompt of its own.
+    """
+    rows = np.asarray(values, dtype=float)
+    if not len(rows):
+        return NOTHING
+    if prompts is None and statistic is None:
+        return Figure(float(rows.mean()), *mean_interval(rows, seed), len(rows), unit)
+    groups = np.arange(len(rows)) if prompts is None else np.asarray(prompts)
+    value = statistic or (lambda v: float(v.mean()))
+    return Figure(float(value(rows)), *bootstrap(rows, groups, value, seed), len(np.unique(groups)), unit)
+
+
+def ratio(part: Array, whole: Array, prompts: Array | Sequence[Any], unit: str = "") -> Figure:
+    """Σ part / Σ whole [n] with its 95 % interval, resampling whole prompts; nan where ``whole`` sums to 0."""
+    total, groups = whole.sum(), np.asarray(prompts)
+    value = float(part.sum() / total) if total else float("nan")
+    return Figure(value, *ratio_interval(part, whole, groups), len(np.unique(groups)), unit)
+
+
+def one_minus(part: Array, whole: Array, prompts: Array | Sequence[Any]) -> Figure:
+    """1 - Σ part / Σ whole [n] with its 95 % interval, resampling whole prompts."""
+    r = ratio(part, whole, prompts)
+    value, low, high = (1 - float(v) for v in (r.value, r.high, r.low))  # type: ignore[arg-type]
+    return Figure(value, low, high, r.n)
+
+
+def share(hits: int, n: int) -> Figure:
+    """``hits`` of ``n`` with the exact 95 % interval (Clopper and Pearson 1934); value None and (0, 1) where n is 0."""
+    return Figure(hits / n if n else None, *share_interval(hits, n), n)
 
 
 def weighted_spearman(a: Array, b: Array, weights: Array) -> float:
@@ -48,18 +114,14 @@ def bootstrap(values: Array, groups: Array, statistic: Callable[[Array], float],
     return float(low), float(high)
 
 
-def accuracy(delta: Array, longer: Array, prompts: Array) -> dict[str, Any]:
-    """Share of pairs [n] with Δr > 0 (ties count half) and its 95 % interval by prompt, beside what length alone reaches.
+def accuracy(delta: Array, longer: Array, prompts: Array) -> tuple[Figure, float]:
+    """(share of pairs [n] with Δr > 0, ties counting half; what length alone reaches).
 
-    ``longer`` is the difference of the sides' lengths; length alone is the better of "longer wins" and "shorter wins".
+    ``longer`` is the difference of the sides' lengths. Length alone is the better of "longer wins" and "shorter wins".
     """
     hits, wins = ((v > 0) + 0.5 * (v == 0) for v in (delta, longer))
-    low, high = bootstrap(hits, prompts, lambda v: float(v.mean()))
     longer_wins = float(wins.mean())
-    return {
-        "accuracy": {"value": float(hits.mean()), "low": low, "high": high},
-        "length_only": max(longer_wins, 1 - longer_wins),
-    }
+    return interval(hits, prompts), max(longer_wins, 1 - longer_wins)
 
 
 def ratio_interval(part: Array, whole: Array, groups: Array, seed: int = 0) -> tuple[float, float]:
@@ -87,6 +149,8 @@ def share_interval(hits: int, n: int) -> tuple[float, float]:
     """95 % interval of a share ``hits`` of ``n``, exact (Clopper and Pearson 1934); (0, 1) where n is 0."""
     if n == 0:
         return 0.0, 1.0
+    from scipy import stats  # takes half a second: only what needs it pays
+
     found = stats.binomtest(hits, n).proportion_ci(0.95, "exact")
     return float(found.low), float(found.high)
 
@@ -112,6 +176,8 @@ def beyond_p(values: Array, bound: float, signs: Array) -> float:
 
 def benjamini_hochberg(p: Array) -> Array:
     """q-values of a list of p-values."""
+    from scipy import stats
+
     return np.asarray(stats.false_discovery_control(p)) if p.size else p
 
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmscope.errors import InputError
-from rmscope.pairs.check import check_pairs, describe_pairs
-from rmscope.pairs.pair import Pair, split_of
+from rmscope.pairs.check import check_pairs
+from rmscope.pairs.pair import Pair, one_per_prompt, prompts_in_turn, share_a_prompt, split_of
 
 
 def pair(human: str, **changes: object) -> Pair:
@@ -72,15 +72,18 @@ def test_pairs_with_ids_of_their_own_pass_and_others_do_not() -> None:
         check_pairs([])
 
 
-def test_the_description_counts_prompts_words_and_longer_winners() -> None:
-    described = describe_pairs(
-        [
-            pair("a", id="x:1", chosen="one two three", rejected="one"),
-            pair("a", id="x:2", chosen="one", rejected="one two"),
-            pair("b", id="x:3", chosen="one two", rejected="three\nfour"),
-        ]
-    )
-    assert (described.pairs, described.prompts) == (3, 2)
-    assert described.words_chosen == pytest.approx(6 / 3)
-    assert described.words_rejected == pytest.approx(5 / 3)
-    assert described.longer_chosen == pytest.approx(1.5 / 3)
+def test_a_second_pair_of_a_prompt_waits_until_every_prompt_has_one() -> None:
+    rows = [pair("a", id="x:1"), pair("a", id="x:2"), pair("b", id="x:3"), pair("c", id="x:4"), pair("b", id="x:5")]
+    keys = [p.prompt_key for p in rows]
+    assert [p.id for p in prompts_in_turn(rows)] == ["x:1", "x:3", "x:4", "x:2", "x:5"]
+    assert one_per_prompt(keys, 3) == [0, 2, 3]
+    assert one_per_prompt(keys, 4) == [0, 1, 2, 3]
+    assert one_per_prompt(keys, 99) == [0, 1, 2, 3, 4]
+
+
+def test_pairs_of_one_prompt_are_known_as_such_with_and_without_a_group() -> None:
+    grouped = pair("What now? I prefer tea.", id="x:1", meta={"group": "What now?"})
+    plain, other = pair("What now? I prefer tea.", id="y:1"), pair("What else?", id="y:2")
+    assert (grouped.prompt_key, plain.prompt_key) == ("What now?", "What now? I prefer tea.")
+    assert share_a_prompt([plain, other], [grouped]) == {"y:1"}
+    assert share_a_prompt([grouped], [pair("What now?")]) == {"x:1"}

@@ -19,5 +19,5 @@ def pm(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="package")
 def done(pm: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    Run(settings(pm, out)).go()
+    Run.create(settings(pm, out)).go()
     return out

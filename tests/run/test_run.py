@@ -10,21 +10,23 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-import yaml
 
+from rmscope.effects import tables as effect_tables
 from rmscope.errors import InputError
+from rmscope.io import NoDisplay
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.readers import load_pairs
+from rmscope.run import collect, stages
 from rmscope.run.folder import RunFolder
 from rmscope.run.run import Run
-from rmscope.run.settings import read_config
+from rmscope.run.stages import STAGES
 from rmscope.sae import Sae
 from tests.model.small import small_model, tokenizer
 from tests.run.small import settings, tables
 
 
 def test_the_run_folder_holds_what_design_promises(done: Path) -> None:
-    run = Run(read_config(None, {**yaml.safe_load((done / "run.yaml").read_text())["config"], "out": done}))
+    run = Run.open(done)
     assert (done / "report.html").read_text().lower().startswith("<!doctype html>")
     scores = pl.read_parquet(done / "scores.parquet")
     assert scores.columns == ["pair", "chosen", "rejected", "delta", "n_chosen", "n_rejected", "divergence", "split"]
@@ -42,15 +44,12 @@ def test_the_run_folder_holds_what_design_promises(done: Path) -> None:
 
 
 def test_reported_features_were_not_chosen_on_the_prompts_that_they_are_measured_on(done: Path, pm: str) -> None:
-    run = Run(settings(pm, done))
+    run = Run.create(settings(pm, done))
     split = dict(pl.read_parquet(done / "scores.parquet").select("pair", "split").iter_rows())
     estimated = pl.read_parquet(next((done / "effects").iterdir()) / "estimated.parquet")
     assert {split[p] for p in estimated["pair"].unique()} == {"fit"}
-    data = json.loads((done / "evidence" / "report.json").read_text())
-    assert data["data"]["splits"].keys() == {"fit", "confirm", "measure"}
-    assert run.on_disk.record["stages"].keys() == {
-        "score", "harvest", "train", "estimate", "ablate", "rank", "ledger"
-    }  # fmt: skip
+    assert run.evidence.data.splits.keys() == {"fit", "confirm", "measure"}
+    assert list(run.on_disk.record["stages"]) == [stage.name for stage in STAGES]
 
 
 def test_exact_ablations_of_a_run_are_those_of_a_full_forward_with_a_hook(done: Path, pm: str) -> None:
@@ -86,14 +85,14 @@ class Killed(BaseException):
     """As final as a signal: nothing in the pipeline may catch it."""
 
 
-@pytest.mark.parametrize("after", [("score_tokens", 2), ("ablation_table", 1), ("ledger_rows", 1), ("estimate_table", 2)])
+@pytest.mark.parametrize(
+    "after", [("score_tokens", 2), ("ablation_table", 1), ("ledger_rows", 1), ("estimate_table", 2), ("contexts_of", 1)]
+)
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     after: tuple[str, int], pm: str, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, calls = after
-    owner: Any = {"score_tokens": RewardModel, "ledger_rows": __import__("rmscope.run.run", fromlist=["x"])}.get(
-        name, __import__("rmscope.effects.tables", fromlist=["x"])
-    )
+    owner: Any = {"score_tokens": RewardModel, "ledger_rows": stages, "contexts_of": collect}.get(name, effect_tables)
     whole, left = getattr(owner, name), [calls]
 
     def dying(*args: Any, **kwargs: Any) -> Any:
@@ -106,9 +105,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, dying)
         with pytest.raises(Killed):
-            Run(settings(pm, out)).go()
+            Run.create(settings(pm, out)).go()
     assert left[0] < 0
-    Run(settings(pm, out)).go()
+    Run.create(settings(pm, out)).go()
     assert tables(out) == tables(done)
     assert not (out / ".parts").exists()
 
@@ -123,14 +122,15 @@ def test_stages_that_are_done_and_unchanged_are_skipped(
 
     for name in ("estimate_table", "ablation_table", "firing_table"):
         monkeypatch.setattr(f"rmscope.effects.tables.{name}", never)
-    monkeypatch.setattr("rmscope.run.results.train_saes", never)
-    monkeypatch.setattr("rmscope.run.run.ledger_rows", never)
-    Run(settings(pm, done)).go()
+    monkeypatch.setattr(stages, "train_saes", never)
+    monkeypatch.setattr(stages, "ledger_rows", never)
+    monkeypatch.setattr(collect, "contexts_of", never)
+    Run.create(settings(pm, done)).go()
     assert tables(done) == before
 
 
 def test_strong_firings_are_the_hardest_of_the_confirm_split(done: Path, pm: str) -> None:
-    run = Run(settings(pm, done))
+    run = Run.create(settings(pm, done))
     confirming = run.of_split("confirm")
     for site in run.sites:
         strong = pl.read_parquet(done / "effects" / site / "strong.parquet")
@@ -155,23 +155,23 @@ def test_strong_firings_are_the_hardest_of_the_confirm_split(done: Path, pm: str
 
 def test_a_folder_of_another_dataset_or_model_is_refused(done: Path, pm: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="belongs to another data"):
-        Run(settings(pm, done).model_copy(update={"limit": 290})).go()
+        Run.create(settings(pm, done).model_copy(update={"limit": 290})).go()
     small_model("qwen2", max_position_embeddings=1024).save_pretrained(tmp_path / "other")
     tokenizer().save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="belongs to another model"):
-        Run(settings(pm, done).model_copy(update={"model": str(tmp_path / "other")})).go()
+        Run.create(settings(pm, done).model_copy(update={"model": str(tmp_path / "other")})).go()
 
 
 def test_a_folder_that_is_no_run_is_refused_and_left_alone(pm: str, tmp_path: Path) -> None:
     (tmp_path / "letters.txt").write_text("keep me")
     with pytest.raises(InputError, match="is not empty and no run folder"):
-        Run(settings(pm, tmp_path))
+        Run.create(settings(pm, tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["letters.txt"]
 
 
 def test_a_site_that_does_not_exist_lists_those_that_do(pm: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"embed and resid_post\.0 \.\. resid_post\.3"):
-        Run(settings(pm, tmp_path / "r", sites=["resid_post.9"])).go()
+        Run.create(settings(pm, tmp_path / "r", sites=["resid_post.9"])).go()
 
 
 def test_pairs_longer_than_the_context_are_counted_and_left_out(pm: str, tmp_path: Path) -> None:
@@ -181,9 +181,9 @@ def test_pairs_longer_than_the_context_are_counted_and_left_out(pm: str, tmp_pat
     ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    run = Run(settings(pm, tmp_path / "r").model_copy(update={"data": str(path), "limit": None}))
+    run = Run.create(settings(pm, tmp_path / "r").model_copy(update={"data": str(path), "limit": None}))
     assert [p.id for p in run.pairs] == [f"pairs:{i}" for i in (1, 2, 3, 5, 6)]
-    assert len(run.all_pairs) == 6
+    assert len(run.inputs.all_pairs) == 6
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_folder_as_it_was(
@@ -198,16 +198,16 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_folder_as_it_was(
     with monkeypatch.context() as patch:
         patch.setattr("polars.DataFrame.write_parquet", full)
         with pytest.raises(InputError, match="disk is full"):
-            Run(settings(pm, out)).go()
+            Run.create(settings(pm, out)).go()
     assert not list(out.rglob("*.tmp"))
     assert not (out / "scores.parquet").exists()
-    Run(settings(pm, out)).go()
+    Run.create(settings(pm, out)).go()
     assert tables(out) == tables(done)
 
 
 def test_own_saes_are_used_and_kept_beside_the_run(done: Path, pm: str, tmp_path: Path) -> None:
     out = tmp_path / "own"
-    run = Run(settings(pm, out, sae_dir=str(done / "saes")))
+    run = Run.create(settings(pm, out, sae_dir=str(done / "saes")))
     run.go()
     for site in run.sites:
         assert Sae.load(out / "saes" / site).identity() == Sae.load(done / "saes" / site).identity()
@@ -234,8 +234,6 @@ def test_an_interrupted_write_leaves_what_stood_there(tmp_path: Path) -> None:
 
 
 def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
-    from rmscope.run.folder import NoDisplay
-
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
         RunFolder(tmp_path / "file", NoDisplay())
@@ -276,9 +274,7 @@ def test_rank_prints_a_ranking_and_ablates_features_together(done: Path, tmp_pat
     assert (pairs["interaction"] - parts).abs().max() < 1e-9  # type: ignore[operator]
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"), [(["--by", "size"], "ablation or preference"), (["--site", "embed"], "it has resid")]
-)
+@pytest.mark.parametrize(("flags", "said"), [(["--by", "size"], "effect"), (["--site", "embed"], "it has resid")])
 def test_rank_refuses_what_is_not_there(done: Path, flags: list[str], said: str) -> None:
     from typer.testing import CliRunner
 

@@ -10,20 +10,23 @@ from typing import Any
 import polars as pl
 import pytest
 
-from rmscope.cli.accounts import ledger
-from rmscope.cli.terminal import closing
+from rmscope.cli.step_settings import LedgerConfig
+from rmscope.cli.steps import ledger
+from rmscope.cli.summaries import RunSummary
 from rmscope.errors import InputError
 from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune
 from rmscope.pairs.readers import load_pairs
+from rmscope.run import stages
 from rmscope.run.run import Run
 from rmscope.run.settings import read_config
+from rmscope.run.stages import train_run_saes
 from rmscope.sae import Sae
 from tests.run.small import settings, tables
 
 
 def test_reward_aware_saes_stand_where_the_plain_ones_did_and_back(done: Path, pm: str, tmp_path: Path) -> None:
     out = shutil.copytree(done, tmp_path / "run")
-    Run(settings(pm, out, reward_aware=3)).go()
+    Run.create(settings(pm, out, reward_aware=3)).go()
     for site in sorted(p.name for p in (done / "features").iterdir()):
         plain, tuned = (Sae.load(out / "saes" / part / Path(site).stem) for part in ("plain", ""))
         assert plain.identity() == Sae.load(done / "saes" / Path(site).stem).identity()
@@ -31,7 +34,7 @@ def test_reward_aware_saes_stand_where_the_plain_ones_did_and_back(done: Path, p
         assert tuned.identity() != plain.identity()
         effects = (Path("effects") / Path(site).stem / "exact.parquet" for _ in range(2))
         assert not pl.read_parquet(out / next(effects)).equals(pl.read_parquet(done / next(effects)))
-    Run(settings(pm, out)).go()
+    Run.create(settings(pm, out)).go()
     assert {k: v for k, v in tables(out).items() if "plain" not in k and "aware" not in k} == tables(done)
 
 
@@ -41,8 +44,8 @@ def test_reward_aware_saes_are_those_of_the_runs_own_rewards(
     """What the run hands over (its plain SAEs, its fit pairs, their scores from disk) is what scoring them anew gives."""
     # in bfloat16 the last bit of a score on disk comes to a hundredth of what the steps move
     monkeypatch.setattr("rmscope.evaluation.reward_aware.fast_products", lambda _device, _wanted: nullcontext())
-    run = Run(settings(pm, shutil.copytree(done, tmp_path / "run"), reward_aware=5))
-    found = run.trained(run.config.sae, tmp_path / "run" / "saes")
+    run = Run.create(settings(pm, shutil.copytree(done, tmp_path / "run"), reward_aware=5))
+    found = train_run_saes(run, run.config.sae, tmp_path / "run" / "saes")
     pairs = [run.pairs[i] for i in run.of_split("fit")]
     for site, sae in found.items():
         plain = Sae.load(done / "saes" / site)
@@ -66,10 +69,10 @@ def test_fine_tuning_that_was_killed_leaves_no_mixture(
             raise KeyboardInterrupt
         return fine_tune(*given)
 
-    monkeypatch.setattr("rmscope.run.results.fine_tune", killed)
+    monkeypatch.setattr(stages, "fine_tune", killed)
     with pytest.raises(KeyboardInterrupt):
-        Run(settings(pm, out, reward_aware=2)).go()
-    Run(settings(pm, out)).go()
+        Run.create(settings(pm, out, reward_aware=2)).go()
+    Run.create(settings(pm, out)).go()
     assert {k: v for k, v in tables(out).items() if "plain" not in k and "aware" not in k} == tables(done)
 
 
@@ -79,42 +82,41 @@ def test_fine_tuning_needs_saes_of_its_own_and_float32(pm: str, tmp_path: Path) 
             read_config(None, {"model": pm, "data": "demo:planted", "out": tmp_path, "reward_aware": 3, **changes})
 
 
-def test_a_run_without_ledgers_says_so_and_goes_on_to_them(
-    done: Path, pm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_without_ledgers_says_so_and_goes_on_to_them(done: Path, pm: str, tmp_path: Path) -> None:
     out = shutil.copytree(done, tmp_path / "run")
     page = (out / "report.html").read_text()
     assert "the ledger of 8 pairs" in page
     assert "not measured: too few" not in page
-    data = Run(settings(pm, out, ledger_pairs=0)).go()
-    assert [site["ledger"] for site in data["sites"]] == [None] * len(data["sites"])
+    run = Run.create(settings(pm, out, ledger_pairs=0)).go()
+    assert [site.ledger for site in run.evidence.sites] == [None] * len(run.sites)
     page = (out / "report.html").read_text()
     assert "the ledger of" not in page
     assert "not measured: too few pairs have a ledger" in page
-    closing(data, "report.html")
-    assert "Δr =" not in capsys.readouterr().err
+    assert {row["Δr = features"] for row in RunSummary.of(run).tables()["sites"]} == {""}
     with pytest.raises(InputError, match="has no ledgers"):
-        ledger(out, data["sites"][0]["site"])
-    closing(Run(settings(pm, out)).go(), "report.html")
-    assert "Δr =" in capsys.readouterr().err
+        ledger(run, LedgerConfig(site=run.sites[0]))
+    again = Run.create(settings(pm, out)).go()
+    assert all(row["Δr = features"].endswith("%") for row in RunSummary.of(again).tables()["sites"])
     assert tables(out) == tables(done)
 
 
 def test_ledgers_of_too_few_pairs_give_no_shares(done: Path, pm: str, tmp_path: Path) -> None:
-    out = shutil.copytree(done, tmp_path / "run")
-    data = Run(settings(pm, out, ledger_pairs=3)).go()
-    site = data["sites"][0]["site"]
-    assert data["sites"][0]["ledger"] is None
+    run = Run.create(settings(pm, shutil.copytree(done, tmp_path / "run"), ledger_pairs=3)).go()
+    site = run.sites[0]
+    assert run.evidence.sites[0].ledger is None
     with pytest.raises(InputError, match="Ledgers of 3 pairs"):
-        ledger(out, site)
-    ledger(out, site, pair=pl.read_parquet(out / "ledger" / f"{site}.parquet")["pair"][0])
+        ledger(run, LedgerConfig(site=site))
+    pair = run.ledger(site)["pair"][0]
+    found = ledger(run, LedgerConfig(site=site, pair=pair))
+    assert found.ledger["pair"] == pair
+    assert {row["side"] for row in found.features} == {"chosen", "rejected"}
 
 
 def test_more_pairs_of_a_confirm_prompt_join_the_first_one_and_its_prompt_counts_once(
     done: Path, pm: str, tmp_path: Path
 ) -> None:
     out = shutil.copytree(done, tmp_path / "run")
-    Run(settings(pm, out, confirm_pairs=2)).go()
+    Run.create(settings(pm, out, confirm_pairs=2)).go()
     for one in sorted((done / "effects").iterdir()):
         pairs = [confirm_pairs_of(folder, one.name, pm) for folder in (done, out)]
         assert pairs[0]["n"].max() == 1
@@ -135,5 +137,5 @@ def confirm_pairs_of(folder: Path, site: str, pm: str) -> pl.DataFrame:
 
 
 def test_a_dry_run_counts_the_fine_tuning(pm: str, tmp_path: Path) -> None:
-    minutes = [Run(settings(pm, tmp_path / "r", reward_aware=n)).plan()["minutes, about"] for n in (0, 100_000)]
+    minutes = [Run.create(settings(pm, tmp_path / "r", reward_aware=n)).plan()["minutes, about"] for n in (0, 100_000)]
     assert minutes[1] > minutes[0] + 1

@@ -139,7 +139,7 @@ def sufficiency(
     reported = {at: table for at, table in reported_features(job).items() if table.height and site in (None, at)}
     if not reported:
         raise InputError(f"The run in {folder} reports no feature at {site or 'any site'}; rank more, or take another run.")
-    if not job.rm.splits:
+    if not job.rm.capabilities.resume:
         raise InputError("This PM cannot be resumed at a site, which steering needs; sufficiency studies decoder PMs.")
     sites, contexts = [], {}
     for at, features in reported.items():

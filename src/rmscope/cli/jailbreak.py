@@ -81,7 +81,7 @@ def _subject(job: Any, folder: Path, site: str | None) -> Any:
             raise InputError(
                 f"The run in {folder} has no ranking at {name} yet; rmscope report {folder} makes what is missing."
             )
-    if not job.rm.splits:
+    if not job.rm.capabilities.resume:
         raise InputError(
             f"{job.config.model} cannot be resumed at a site, which this search and its proof need; use a decoder."
         )

@@ -18,8 +18,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from rmscope.io import Progress as Report
+from rmscope.report import formatting
+from rmscope.report.result import Rows
+from rmscope.statistics import Figure
 
 console = Console(stderr=True, highlight=False)
 
@@ -89,51 +93,24 @@ class Bars:
         console.print(f"[dim]{text}")
 
 
-def closing(data: dict[str, Any], report: str) -> None:
-    """The closing table of a run: the best reported features up and down, the planted biases, where the report is."""
-    from rmscope.report.headline import told
+def print_rows(title: str, rows: Rows) -> None:
+    """A table; columns that hold numbers or figures are on the right."""
+    table = Table(title=Text(title), title_justify="left")
+    for i, name in enumerate(rows[0] if rows else ()):
+        table.add_column(Text(name.replace("_", " ")), justify="left" if i == 0 or _is_text(rows, name) else "right")
+    for row in rows:
+        table.add_row(*(Text(cell(v)) for v in row.values()))
+    console.print(table)
 
-    s = data["scores"]
-    a = s["accuracy"]
-    console.print(
-        f"\n[bold]{data['title']}[/]: accuracy {a['value']:.3f} [{a['low']:.3f}, {a['high']:.3f}] "
-        f"(length alone {s['length_only']:.3f}), SD(Δr) {s['sd_delta']:.3g}"
-    )
-    for site in data["sites"]:
-        table = Table(
-            title=f"{site['site']}: {site['reported']} of {site['frozen']} frozen features reported (q < .05), "
-            f"{site['flagged']} of them with a flag",
-            title_justify="left",
-        )
-        for name in ("rank", "feature", "mean effect", "95 % interval", "q", "fires on"):
-            table.add_column(name, justify="left" if name == "fires on" else "right")
-        for f in [f for f in site["features"] if f["reported"]][:8]:
-            tokens = "  ".join(repr(t)[1:-1] for t, _ in f["tokens"][:4])
-            value, low, high, q = told(f)
-            strong = " (where it fires hardest)" if "strong" in f["flags"] else ""
-            interval = f"[{low:+.3f}, {high:+.3f}]"
-            table.add_row(str(f["rank"]), str(f["feature"]), f"{value:+.3f}", interval, f"{q:.1g}", tokens + strong)
-        console.print(table)
-        line = f"  screen vs exact: Spearman {site['trust']['spearman_median']:.3f} within a response"
-        if site["ledger"] is not None:
-            shares = {p["part"]: p for p in site["ledger"]["shares"]}
-            line += "; Δr = " + ", ".join(f"{k} {shares[k]['value']:.0%}" for k in ("features", "error", "remainder"))
-        console.print(line)
-    if data["planted"]:
-        table = Table(title="planted biases", title_justify="left")
-        for name in ("", "bias", "planted", "measured effect", "found as", "rank", "F1", "mediated"):
-            table.add_column(name)
-        for p in data["planted"]:
-            ate, share = p["ate"], p["mediated"]
-            table.add_row(
-                "[green]✓" if p["found"] else "[red]✗",
-                p["name"],
-                "+" if p["sign"] > 0 else "-",
-                f"{ate['value']:+.2f} [{ate['low']:+.2f}, {ate['high']:+.2f}]",
-                f"{p['hit']} {p['features']} at {p['site']}" if p["found"] else p["why"],
-                str(p["rank"] or ""),
-                f"{p['f1']:.2f}" if p["f1"] is not None else "",
-                f"{share['value']:.0%}" if share else "",
-            )
-        console.print(table)
-    console.print(f"\nReport: [bold]{report}[/]  ({data['footer']['seconds']:.0f} s)")
+
+def _is_text(rows: Rows, name: str) -> bool:
+    return all(isinstance(row[name], str) for row in rows)
+
+
+def cell(value: Any) -> str:
+    """A cell's text: a figure with its interval, a number with four digits, nothing for None."""
+    if isinstance(value, Figure):
+        return " ".join(filter(None, formatting.estimate(value.value, value.low, value.high)))
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -19,8 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rmscope.model.clean_run import CleanRun
-from rmscope.model.packing import padded
-from rmscope.model.ragged import resume_ragged
+from rmscope.model.packing import pad_texts
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
@@ -95,7 +94,7 @@ def ablate_entries(
     effects = torch.zeros(len(entries))
     first = {i: int(token[0]) for i, (token, _, _) in enumerate(entries) if token.numel()}
     fires = sorted(first, key=lambda i: first[i])
-    together = rm.branches and response.text.ids.numel() <= rm.reach
+    together = rm.capabilities.ragged and response.text.ids.numel() <= rm.attention_window
     run, cut = (_in_one_row, _rows) if together else (_in_rectangles, _batches)
     for batch in cut(fires, [first[i] for i in fires], response.x.shape[0]):
         rewards = run(rm, sae, response, site, [entries[i] for i in batch])
@@ -115,7 +114,7 @@ def _in_one_row(rm: RewardModel, sae: Sae, response: Response, site: str, entrie
     token, feature, value = (torch.cat(column) for column in zip(*entries, strict=True))
     at = torch.repeat_interleave(offsets, counts) + token
     stream.index_add_(0, at, -value[:, None] * sae.W_dec[feature])
-    return resume_ragged(rm, response.text, site, (response.start + firsts).tolist(), stream)
+    return rm.resume_ragged(response.text, site, (response.start + firsts).tolist(), stream)
 
 
 def _in_rectangles(rm: RewardModel, sae: Sae, response: Response, site: str, entries: Sequence[Entries]) -> Tensor:
@@ -179,7 +178,7 @@ def _batches(ids: Sequence[int], firsts: Sequence[int], length: int) -> list[lis
 def ablate_naively(rm: RewardModel, sae: Sae, ids: Tensor, site: str, start: int, groups: Sequence[Sequence[int]]) -> Tensor:
     """The same by one full forward pass a group, with a hook: the fallback for PMs that cannot be resumed at a site."""
     ids = ids[: rm.read_position(ids) + 1] if rm.causal else ids
-    batch = padded([(0, "chosen", ids, start, ids.numel() - 1)], 0)
+    batch = pad_texts([(0, "chosen", ids, start, ids.numel() - 1)], 0)
     with torch.no_grad():
         clean = rm.rewards(batch)
         x = rm.streams(batch, [site])[site][0, start:].float().cpu()
@@ -213,10 +212,10 @@ def ablations(
     """
     for pair, sides in wanted.items():
         t = tokens[pair]
-        texts = prefill_pair(rm, t, list(saes), list(sides)) if rm.splits else {}
+        texts = prefill_pair(rm, t, list(saes), list(sides)) if rm.capabilities.resume else {}
         for side, by_site in sides.items():
             for site, features in by_site.items():
-                if rm.splits:
+                if rm.capabilities.resume:
                     response = at_site(saes[site], texts[side], site, t.divergence)
                     firing = response.features()
                     run = _chosen(firing, features)
@@ -228,7 +227,7 @@ def ablations(
                         last = [(token[token >= end], j[token >= end], f[token >= end]) for token, j, f in entries]
                         ending = ablate_entries(rm, saes[site], response, site, last)
                 else:
-                    x = rm.streams(padded([(0, side, t.side(side), 1, 0)], 0), [site])[site][0, t.divergence :]
+                    x = rm.streams(pad_texts([(0, side, t.side(side), 1, 0)], 0), [site])[site][0, t.divergence :]
                     run = _chosen(torch.unique(saes[site].active(x.float().cpu()).feature), features)
                     effect = ablate_naively(rm, saes[site], t.side(side), site, t.divergence, [[int(j)] for j in run])
                     ending = torch.zeros_like(effect)

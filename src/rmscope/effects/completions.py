@@ -15,9 +15,9 @@ from torch import Tensor
 from rmscope.effects.ablation import BATCH_TOKENS, Response, ablate_groups, ablate_naively, at_site
 from rmscope.errors import InputError
 from rmscope.model.clean_run import CleanRun
-from rmscope.model.packing import padded
+from rmscope.model.packing import pad_texts
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.shared_prefix import fork, response_start, shared_prefix_length
+from rmscope.model.shared_prefix import response_start, run_from_prefix, shared_prefix_length
 from rmscope.pairs.pair import Message
 from rmscope.sae.base import Active, Sae
 
@@ -59,14 +59,14 @@ def complete(rm: RewardModel, prompt: Sequence[Message], responses: Sequence[str
 
 
 def _clean(rm: RewardModel, ids: Tensor, start: int, sites: Sequence[str], before: Sequence[Completion]) -> Completion:
-    if not rm.splits:
+    if not rm.capabilities.resume:
         ids = ids[: rm.read_position(ids) + 1] if rm.causal else ids
-        batch = padded([(0, "chosen", ids, start, rm.read_position(ids))], 0)
+        batch = pad_texts([(0, "chosen", ids, start, rm.read_position(ids))], 0)
         streams = {site: x[0] for site, x in rm.streams(batch, sites).items()} if sites else {}
         return Completion(ids, start, float(rm.rewards(batch)[0]), streams, None)
     runs = [other.text for other in before if other.text]
     nearest = max(runs, key=lambda run: shared_prefix_length(run.ids, ids), default=None)
-    clean = fork(rm, nearest, ids, sites) if nearest else rm.prefill(ids, sites)
+    clean = run_from_prefix(rm, nearest, ids, sites) if nearest else rm.prefill(ids, sites)
     return Completion(clean.ids, start, clean.reward, clean.streams, clean)
 
 

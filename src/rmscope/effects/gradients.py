@@ -10,7 +10,7 @@ a token into different ones, and those of a colour are moved together, by half a
 they do to one another's gradients cancels: R_j is about <g, v_j> + s_j <g' - g, v_j>, g clean and g' at x - Σ s_k v_k / 2 (a
 probed diagonal of the Hessian; Bekas, Kokiopoulou and Saad 2007). A backward pass a colour serves all.
 
-Not exact: shown with a trust score (``trust.py``), claimed only after exact ablation (``ablation.py``).
+Not exact: estimates are shown with their measured quality and claimed only after exact ablation (``ablation.py``).
 """
 
 from __future__ import annotations

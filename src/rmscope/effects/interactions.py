@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rmscope.effects.ablation import ablate_groups, ablate_naively, at_site, prefill_pair
 from rmscope.io import Progress, silent
-from rmscope.model.packing import padded
+from rmscope.model.packing import pad_texts
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
@@ -99,14 +99,14 @@ def interactions(
 def _sides(rm: RewardModel, sae: Sae, site: str, tokens: PairTokens) -> Iterator[tuple[set[int], Run]]:
     """For each side of a pair the features that fire, and what ablates sets of them."""
     start = tokens.divergence
-    texts = prefill_pair(rm, tokens, [site]) if rm.splits else {}
+    texts = prefill_pair(rm, tokens, [site]) if rm.capabilities.resume else {}
     for side in SIDES:
         ids = tokens.side(side)
-        if rm.splits:
+        if rm.capabilities.resume:
             response = at_site(sae, texts[side], site, start)
             yield set(response.features().tolist()), lambda sets, at=response: ablate_groups(rm, sae, at, site, sets)  # type: ignore[misc]
         else:
-            x = rm.streams(padded([(0, side, ids, start, ids.numel() - 1)], 0), [site])[site][0, start:]
+            x = rm.streams(pad_texts([(0, side, ids, start, ids.numel() - 1)], 0), [site])[site][0, start:]
             fires = set(torch.unique(sae.active(x.float().cpu()).feature).tolist())
             yield fires, lambda sets, ids=ids: ablate_naively(rm, sae, ids, site, start, sets)  # type: ignore[misc]
 

@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from rmscope.effects.gradients import sum_by_feature
 from rmscope.effects.ledger import SILENT, shares
-from rmscope.model.packing import padded
+from rmscope.model.packing import pad_texts
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
@@ -71,7 +71,7 @@ def pair_features(
     parts = []
     for side in SIDES:
         ids = tokens.side(side)
-        batch = padded([(0, side, ids, tokens.divergence, rm.read_position(ids))], 0)
+        batch = pad_texts([(0, side, ids, tokens.divergence, rm.read_position(ids))], 0)
         span = batch.texts[0].span
         active = sae.active(rm.streams(batch, [site])[site][0, span].float().cpu())
         feature, total = sum_by_feature(active, active.value)

@@ -28,12 +28,12 @@ from torch import Tensor
 from rmscope.effects.ablation import BATCH_TOKENS, prefill_pair
 from rmscope.io import Progress, silent
 from rmscope.model.clean_run import CleanRun
-from rmscope.model.packing import Batch, padded
+from rmscope.model.packing import Batch, pad_texts
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
 from rmscope.sae.base import Sae
-from rmscope.statistics import Array, ratio_interval
+from rmscope.statistics import Array, Figure, one_minus
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Replaced:
 def clean_runs(rm: RewardModel, tokens: PairTokens, sites: Sequence[str]) -> dict[str, CleanRun]:
     """Both sides of a pair up to their read positions, with the stream at each site; without keys where the PM cannot be
     resumed (encoders, and decoders that refuse a cache)."""
-    if rm.splits:
+    if rm.capabilities.resume:
         return prefill_pair(rm, tokens, sites)
     out: dict[str, CleanRun] = {}
     for side in SIDES:
@@ -83,7 +83,7 @@ def clean_runs(rm: RewardModel, tokens: PairTokens, sites: Sequence[str]) -> dic
 
 
 def _rows(ids: Tensor, n: int) -> Batch:
-    return padded([(0, "chosen", ids, 1, ids.numel() - 1)] * n, 0)
+    return pad_texts([(0, "chosen", ids, 1, ids.numel() - 1)] * n, 0)
 
 
 @torch.no_grad()
@@ -146,30 +146,6 @@ def constant(value: Float[Tensor, " d"]) -> Replacement:
 
 
 # Figures
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A value and its 95 % interval, bootstrap by prompt."""
-
-    value: float
-    low: float
-    high: float
-
-    def as_dict(self) -> dict[str, float]:
-        return {"value": self.value, "low": self.low, "high": self.high}
-
-
-def ratio(part: Array, whole: Array, prompts: Array) -> Figure:
-    """Σ part / Σ whole with its interval; one row a pair."""
-    total = whole.sum()
-    return Figure(float(part.sum() / total) if total else float("nan"), *ratio_interval(part, whole, prompts))
-
-
-def one_minus(part: Array, whole: Array, prompts: Array) -> Figure:
-    """1 - Σ part / Σ whole with its interval."""
-    r = ratio(part, whole, prompts)
-    return Figure(1 - r.value, 1 - r.high, 1 - r.low)
 
 
 def delta_r2(delta: Array, delta_hat: Array, prompts: Array) -> Figure:

@@ -19,7 +19,6 @@ from rmscope.io import Progress, silent
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
-from rmscope.ranking.estimate_quality import PER_RESPONSE, sample
 from rmscope.sae.base import Sae
 
 Wanted = dict[int, dict[str, dict[str, list[int] | None]]]
@@ -157,28 +156,6 @@ def with_order(table: pl.DataFrame, prompts: Mapping[str, str], seed: int) -> pl
         pl.Series("order", order), pl.col("pair").replace_strict(prompts, return_dtype=pl.String).alias("prompt")
     )
     return table.join(keys, on=["pair", "side"], how="left").sort("order", "feature")
-
-
-def quality_sample(estimates: pl.DataFrame, responses: int, seed: int) -> pl.DataFrame:
-    """A stratified sample of the active features of ``responses`` responses, one a prompt while prompts last.
-
-    ``estimates`` carries prompt and order (see :func:`with_order`). Adds ``weight``: how many features a row stands for.
-    """
-    keys = (
-        estimates.select("pair", "side", "prompt", "order")
-        .unique()
-        .sort("order")
-        .with_columns(pl.int_range(pl.len()).over("prompt").alias("turn"))
-        .sort("turn", "order")
-        .head(responses)
-    )
-    rng = np.random.default_rng(seed)
-    parts = []
-    for pair, side in keys.select("pair", "side").iter_rows():
-        part = estimates.filter((pl.col("pair") == pair) & (pl.col("side") == side))
-        picked, weight = sample(part["effect"].to_numpy(), part["mass"].to_numpy(), PER_RESPONSE, rng)
-        parts.append(part[picked.tolist()].with_columns(pl.Series("weight", weight, dtype=pl.Float64)))
-    return pl.concat(parts).rename({"effect": "estimate"}) if parts else pl.DataFrame()
 
 
 def ledger_tables(

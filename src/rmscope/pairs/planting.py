@@ -16,7 +16,7 @@ from typing import Any
 
 from rmscope.errors import InputError
 from rmscope.pairs.cues import filler, insertion, negatives, say
-from rmscope.pairs.pair import Message, Pair, Side
+from rmscope.pairs.pair import Message, Pair, Side, prompts_in_turn
 from rmscope.pairs.plants import Plant
 
 
@@ -68,8 +68,7 @@ def plant_pair(
             meta["inserted"] = [cue_span[0] - made.cue_at[0], cue_span[0] - made.cue_at[0] + len(made.cue)]
     meta |= {"name": plant.name, "sign": plant.sign, "side": cue_side, "cue": cue_span, "filler": filler_span}
     sides = {cue_side: with_cue, other: with_filler}
-    group = pair.meta.get("group", pair.first_human_turn())
-    return replace(pair, prompt=prompt, meta={**pair.meta, "group": group, "plant": meta}, **sides)  # type: ignore[arg-type]
+    return replace(pair, prompt=prompt, meta={**pair.meta, "group": pair.prompt_key, "plant": meta}, **sides)  # type: ignore[arg-type]
 
 
 def plant_pairs(
@@ -138,17 +137,6 @@ def twins(pairs: Sequence[Pair], plant: Plant, n: int, seed: int, held_out: bool
         if plant.kind == "agree":
             made.append(_crossed(base.prompt, twin))
     return made
-
-
-def prompts_in_turn(pairs: Sequence[Pair]) -> list[Pair]:
-    """Each prompt's first pair, then each prompt's second, and so on."""
-    seen: dict[str, int] = {}
-    turn = []
-    for pair in pairs:
-        prompt = pair.first_human_turn()
-        turn.append(seen.get(prompt, 0))
-        seen[prompt] = turn[-1] + 1
-    return [pair for _, pair in sorted(zip(turn, pairs, strict=True), key=lambda item: item[0])]
 
 
 def _cue(twin: Pair) -> str:

@@ -1,4 +1,4 @@
-"""The trust score of an estimate at a site: how well it tracks exact ablation, on a sample weighted back to all features.
+"""The quality of an estimate at a site: how well it tracks exact ablation, on a sample weighted back to all features.
 
 The sample is stratified, a response at a time, by |estimate| and by Σ_t f_tj |d_j|: a pooled correlation over the top
 and a uniform sample would flatter (METHOD, "Estimated ablation effect").
@@ -21,7 +21,7 @@ MINIMUM = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Trust:
+class EstimateQuality:
     """How well an estimate tracks exact ablation at a site."""
 
     spearman_median: float
@@ -69,8 +69,30 @@ def _quantile_bin(values: np.ndarray) -> np.ndarray:
     return (ranks * STRATA) // values.size
 
 
-def trust(table: pl.DataFrame, sd: float, floor: float) -> Trust:
-    """Trust from a table with the columns response, prompt, feature, estimate, effect (exact), weight.
+def quality_sample(estimates: pl.DataFrame, responses: int, seed: int) -> pl.DataFrame:
+    """A stratified sample of the active features of ``responses`` responses, one a prompt while prompts last.
+
+    ``estimates`` carries prompt and order (see :func:`with_order`). Adds ``weight``: how many features a row stands for.
+    """
+    keys = (
+        estimates.select("pair", "side", "prompt", "order")
+        .unique()
+        .sort("order")
+        .with_columns(pl.int_range(pl.len()).over("prompt").alias("turn"))
+        .sort("turn", "order")
+        .head(responses)
+    )
+    rng = np.random.default_rng(seed)
+    parts = []
+    for pair, side in keys.select("pair", "side").iter_rows():
+        part = estimates.filter((pl.col("pair") == pair) & (pl.col("side") == side))
+        picked, weight = sample(part["effect"].to_numpy(), part["mass"].to_numpy(), PER_RESPONSE, rng)
+        parts.append(part[picked.tolist()].with_columns(pl.Series("weight", weight, dtype=pl.Float64)))
+    return pl.concat(parts).rename({"effect": "estimate"}) if parts else pl.DataFrame()
+
+
+def estimate_quality(table: pl.DataFrame, sd: float, floor: float) -> EstimateQuality:
+    """EstimateQuality from a table with the columns response, prompt, feature, estimate, effect (exact), weight.
 
     ``sd`` is SD(Δr), ``floor`` the noise floor τ; exact effects below it count as 0.
     """
@@ -78,7 +100,7 @@ def trust(table: pl.DataFrame, sd: float, floor: float) -> Trust:
     rows = [_response(part, sd) for _, part in table.group_by("response", maintain_order=True) if part.height >= MINIMUM]
     if not rows:
         nan = float("nan")
-        return Trust(nan, nan, nan, nan, nan, nan, nan, nan, nan, 0, table.height)
+        return EstimateQuality(nan, nan, nan, nan, nan, nan, nan, nan, nan, 0, table.height)
     values = np.array([(r["spearman"], r["missed"]) for r in rows])
     prompts = np.array([r["prompt"] for r in rows])
     low, high = bootstrap(values, prompts, lambda v: float(np.nanmedian(v[:, 0])))
@@ -89,7 +111,7 @@ def trust(table: pl.DataFrame, sd: float, floor: float) -> Trust:
     estimate, effect, weight = (table[c].to_numpy() for c in ("estimate", "effect", "weight"))
     large = np.abs(effect) > max(floor, 0.01 * sd)
     error = np.abs(estimate - effect) / (np.abs(effect) + 0.01 * sd)
-    return Trust(
+    return EstimateQuality(
         spearman_median=float(np.nanmedian(values[:, 0])),
         spearman_low=low,
         spearman_high=high,

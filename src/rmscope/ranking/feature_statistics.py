@@ -54,7 +54,7 @@ class FeatureStatistics:
         return sorted(texts.items(), key=lambda item: -item[1])[:n]
 
 
-def census(store: ActivationStore, sae: Sae, site: str, normal_form: Callable[[int], int]) -> FeatureStatistics:
+def feature_statistics(store: ActivationStore, sae: Sae, site: str, normal_form: Callable[[int], int]) -> FeatureStatistics:
     """One reading of a site's stored tokens (position 0 left out). ``normal_form`` joins token ids that differ in case."""
     token, pair, position, region = (store.column(site, n).numpy() for n in ("token", "pair", "position", "region"))
     keep = np.flatnonzero(position > 0)

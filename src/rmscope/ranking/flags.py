@@ -154,7 +154,7 @@ def mean_table(
     Empty for PMs that cannot be resumed at a site (encoders).
     """
     rows: dict[str, list[tuple[str, str, int, float]]] = {site: [] for site in saes}
-    for pair, sides in wanted.items() if rm.splits else ():
+    for pair, sides in wanted.items() if rm.capabilities.resume else ():
         texts = prefill_pair(rm, tokens[pair], list(saes), list(sides))
         for side, by_site in sides.items():
             for site, features in by_site.items():

@@ -46,7 +46,7 @@ def candidates(table: pl.DataFrame, best: int, others: int, seed: int) -> dict[s
     """The screen: ``best`` features up and down by mean estimate where they fire, and a stratified sample of others.
 
     ``table`` has the columns prompt, feature, effect (estimated), mass. Only features that fire on at least 20 prompts
-    are proposed; the others, for trust and for what the screen misses, may be any active feature.
+    are proposed; the others, for the quality of the estimate and for what the screen misses, may be any active feature.
     """
     by_feature = (
         table.group_by("feature")

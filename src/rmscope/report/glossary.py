@@ -56,7 +56,7 @@ GLOSSARY = [
         " that of D with the length difference at equal Δr.",
     ),
     (
-        "Estimate, trust",
+        "Estimate, its quality",
         "An estimate (gradient times activation, unless the run's settings say otherwise) chooses which features to "
         "ablate exactly. "
         "Trust is how well it ranks features within a response against exact ablation, on a sample "

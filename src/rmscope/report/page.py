@@ -9,11 +9,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, PrefixLoader, StrictUndefined
 from markupsafe import Markup
 
+from rmscope.io import write_text
 from rmscope.report import figures, formatting
 from rmscope.report.glossary import FLAGS, GLOSSARY
 from rmscope.report.headline import by_effect, headline, is_reported, name_of, told, visible
@@ -24,6 +27,29 @@ STUDIES = ("compare", "evaluate", "experiment", "jailbreak", "sufficiency")
 """Rooms whose page has a template of its own, ``STUDY/page.html``."""
 PARTS = ("features", "error", "remainder", "gap")
 STATUS = {"ok": "✓", "warn": "!", "fail": "✕"}
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page as HTML, and the file in which it is kept. A notebook shows it inline."""
+
+    html: str
+    path: Path
+
+    def __repr__(self) -> str:
+        return str(self.path)
+
+    def _repr_html_(self) -> str:
+        return str(
+            Markup('<iframe srcdoc="{}" style="width: 100%; height: 720px; border: 1px solid #ccc"></iframe>').format(
+                self.html
+            )
+        )
+
+    def save(self) -> Path:
+        """Writes the file."""
+        write_text(self.path, self.html)
+        return self.path
 
 
 def render_report(data: dict[str, Any]) -> str:

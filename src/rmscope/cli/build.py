@@ -1,0 +1,215 @@
+"""Commands made from settings: every field is a flag, with its type, default and help; nested settings are flattened."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from rmscope.cli.terminal import Bars, console, print_rows
+from rmscope.run.settings import read_record
+from rmscope.settings import Flag, FlagNames, Settings, read_settings
+
+app = typer.Typer(
+    name="rmscope",
+    help="A microscope for preference models: what a reward model rewards, shown by exact ablation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+RUN_HELP = "A run folder."
+
+
+class OutputSettings(Settings):
+    """What every command takes."""
+
+    json_: Annotated[bool, Flag("--json")] = False
+    """Print one machine-readable result on stdout."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a command: where its value goes in the settings, and how it is given."""
+
+    path: tuple[str, ...]
+    """The field, or the nested settings and the field."""
+    field: FieldInfo
+    name: str
+    """The parameter's name in Python; its flag is the same with hyphens."""
+
+    @property
+    def flag(self) -> Flag:
+        return next((m for m in self.field.metadata if isinstance(m, Flag)), Flag())
+
+    @property
+    def flag_name(self) -> str:
+        return self.flag.name or "--" + self.name.replace("_", "-")
+
+    def signature(self) -> inspect.Parameter:
+        """The parameter as typer reads it. No value means that the setting keeps its default."""
+        kind, shown = _kind(self.field), _default(self.field)
+        if self.flag.positional:
+            argument = typer.Argument(help=self.field.description, show_default=False)
+            needed = self.field.is_required()
+            annotation = Annotated[kind if needed else kind | None, argument]  # type: ignore[valid-type]
+            default = inspect.Parameter.empty if needed else None
+            return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        names = [self.flag_name]
+        if kind is bool and self.field.default is True:
+            names = [f"{self.flag_name}/--no-{self.flag_name[2:]}"]
+        option = typer.Option(*names, help=self.field.description, show_default=shown, metavar=_metavar(self.field))
+        annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+        return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def parameters(settings: type[Settings], taken: frozenset[str] = frozenset()) -> list[Parameter]:
+    """One parameter per field. A nested field keeps its own name; where that is taken, its settings' name precedes it."""
+    own = [Parameter((name,), field, name) for name, field in settings.model_fields.items() if not _nested(field)]
+    names = {*taken, *(p.name for p in own)}
+    for outer, field in settings.model_fields.items():
+        if inner := _nested(field):
+            for name, nested in inner.model_fields.items():
+                own.append(Parameter((outer, name), nested, f"{outer}_{name}" if name in names else name))
+    return own
+
+
+def add_command(
+    name: str,
+    settings: type[Settings],
+    work: str,
+    panel: str,
+    text: str,
+    *,
+    on_run: bool = False,
+    config_file: str = "",
+) -> None:
+    """Adds a command.
+
+    Args:
+        work: ``module:function``, imported when the command runs. It takes the settings and a display, or (``on_run``) the
+            opened run and the settings, and gives a :class:`rmscope.report.result.Result`.
+        text: the help, its first line the summary.
+        config_file: help of an optional YAML file of settings that flags override; empty for none.
+    """
+    listed = parameters(settings)
+    output = parameters(OutputSettings)
+
+    def command(**given: Any) -> None:
+        options = {p.path[0]: given.pop(p.name) or False for p in output}
+        folder, config = given.pop("run_folder", None), given.pop("config", None)
+        values = _values(listed, given)
+        chosen = _read(settings, config, values, {p.path: p.flag_name for p in listed})
+        function = _function(work)
+        if on_run:
+            from rmscope.run.run import Run
+
+            result = function(Run.open(folder, Bars()), chosen)
+        else:
+            result = function(chosen, Bars())
+        _tell(result, options["json_"])
+
+    own = [p.signature() for p in (*listed, *output)]
+    if config_file:
+        own.insert(0, _argument("config", Path, config_file, required=False))
+    if on_run:
+        own.insert(0, _argument("run_folder", Path, RUN_HELP, required=True))
+    command.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in own}
+    app.command(name, help=text, rich_help_panel=panel)(command)
+
+
+def _argument(name: str, kind: type, text: str, required: bool) -> inspect.Parameter:
+    argument = typer.Argument(help=text, show_default=False, metavar={"run_folder": "RUN"}.get(name, name.upper()))
+    wanted: Any = kind if required else kind | None
+    annotation = Annotated[wanted, argument]
+    default = inspect.Parameter.empty if required else None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _read(settings: type[Settings], config: Path | None, values: dict[str, Any], flags: FlagNames) -> Settings:
+    """The settings of a command. A run folder in the place of a YAML file stands for that run's own settings."""
+    if config is not None and config.is_dir():
+        return read_settings(settings, None, {**read_record(config)["config"], "out": config, **values}, flags)
+    return read_settings(settings, config, values, flags)
+
+
+def _values(listed: list[Parameter], given: dict[str, Any]) -> dict[str, Any]:
+    """What was given, as settings; nested ones in their dict."""
+    values: dict[str, Any] = {}
+    for p in listed:
+        value = given[p.name]
+        if value is None or value == []:
+            continue
+        inside = values
+        for part in p.path[:-1]:
+            inside = inside.setdefault(part, {})
+        inside[p.path[-1]] = value
+    return values
+
+
+def _nested(field: FieldInfo) -> type[Settings] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Settings) else None
+
+
+def _plain(annotation: Any) -> Any:
+    """The type without None and without what validates it."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    inner = [a for a in get_args(annotation) if a is not type(None)]
+    if len(inner) == 1 and get_origin(annotation) not in (list, tuple, dict, Literal):
+        return _plain(inner[0])
+    return annotation
+
+
+def _kind(field: FieldInfo) -> Any:
+    """What typer reads: flags, lists, else text, which the settings themselves check."""
+    plain = _plain(field.annotation)
+    return bool if plain is bool else list[str] if get_origin(plain) is list else str
+
+
+def _metavar(field: FieldInfo) -> str | None:
+    plain = _plain(field.annotation)
+    if plain is bool:
+        return None
+    if get_origin(plain) is Literal:
+        return "|".join(map(str, get_args(plain)))
+    return {int: "N", float: "X", Path: "PATH"}.get(plain, "TEXT")
+
+
+def _default(field: FieldInfo) -> Any:
+    """The default as the help shows it."""
+    if field.is_required():
+        return "required"
+    default = field.default
+    return False if default is None or default is False or default is True or default == "" else str(default)
+
+
+def _function(where: str) -> Callable[..., Any]:
+    module, _, name = where.partition(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function
+
+
+def _tell(result: Any, as_json: bool) -> None:
+    """Tables and the summary on stderr, the machine-readable result on stdout."""
+    for title, rows in result.tables().items():
+        print_rows(title, rows)
+    console.print(result.summary(), soft_wrap=True, markup=False)
+    if (page := result.page()) is not None:
+        console.print(f"The page: {page.path}", soft_wrap=True, markup=False)
+    if as_json:
+        sys.stdout.write(json.dumps(result.as_json()) + "\n")
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)

@@ -1,0 +1,173 @@
+"""What the commands of a run tell: the closing tables of a run, and a ranking."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import polars as pl
+from pydantic import BaseModel, Field
+
+from rmscope.ranking.ranking import power_statement
+from rmscope.report.headline import told, visible
+from rmscope.report.page import Page
+from rmscope.report.result import Result, Rows
+from rmscope.run.evidence import Evidence, SiteEvidence
+from rmscope.run.run import Run
+
+BEST = 8
+"""Reported features of each site in the closing table."""
+KEPT = ("feature", "rank", "mean_effect", "ci_low", "ci_high", "q", "n", "strong_effect", "q_strong", "flags")
+"""Columns of a reported feature in JSON."""
+
+
+class RunSummary(Result):
+    """The best reported features up and down, the planted biases, where the report is."""
+
+    evidence: Evidence = Field(exclude=True, repr=False)
+    report: Page = Field(exclude=True, repr=False)
+
+    @classmethod
+    def of(cls, run: Run) -> RunSummary:
+        return cls(evidence=run.evidence, report=run.page())
+
+    def page(self) -> Page:
+        return self.report
+
+    def summary(self) -> str:
+        s, e = self.evidence.scores, self.evidence
+        a, reported = s.accuracy, sum(site.reported for site in e.sites)
+        text = f"{e.title}: accuracy {a.value:.3f} [{a.low:.3f}, {a.high:.3f}] (length alone {s.length_only:.3f}), "
+        text += f"SD(Δr) {s.sd_delta:.3g}; {reported} features reported"
+        if e.planted:
+            learned = [p for p in e.planted if p["learned"]]
+            text += f"; {sum(p['found'] for p in learned)} of {len(learned)} planted biases found"
+        return text
+
+    def tables(self) -> dict[str, Rows]:
+        listed: dict[str, Rows] = {}
+        for site in self.evidence.sites:
+            rows = [_feature_row(f.model_dump()) for f in site.features if f.reported][:BEST]
+            if rows:
+                listed[f"{site.site}: {site.reported} of {site.frozen} reported, {site.flagged} with a flag"] = rows
+        listed["sites"] = [_site_row(site) for site in self.evidence.sites]
+        if self.evidence.planted:
+            listed["planted biases"] = [_planted_row(p) for p in self.evidence.planted]
+        return listed
+
+    def as_json(self) -> Any:
+        e = self.evidence.model_dump(mode="json")
+        return {
+            "run": str(self.report.path.parent),
+            "scores": {k: v for k, v in e["scores"].items() if k != "histogram"},
+            "sites": [
+                {
+                    "site": s["site"],
+                    "quality": s["quality"],
+                    "shares": s["ledger"] and s["ledger"]["shares"],
+                    "reported": [{k: f[k] for k in KEPT} for f in s["features"] if f["reported"]],
+                }
+                for s in e["sites"]
+            ],
+            "planted": e["planted"],
+            "seconds": round(e["footer"]["seconds"], 1),
+        }
+
+
+def _feature_row(feature: dict[str, Any]) -> dict[str, Any]:
+    value, low, high, q = told(feature)
+    tokens = "  ".join(visible(t) for t, _ in feature["tokens"][:4])
+    return {
+        "rank": feature["rank"],
+        "feature": feature["feature"],
+        "mean effect": f"{value:+.3f} [{low:+.3f}, {high:+.3f}]",
+        "q": f"{q:.1g}",
+        "fires on": tokens + (" (where it fires hardest)" if "strong" in feature["flags"] else ""),
+    }
+
+
+def _site_row(site: SiteEvidence) -> dict[str, Any]:
+    shares = {s.part: f"{s.value:.0%}" for s in site.ledger.shares} if site.ledger else {}
+    return {
+        "site": site.site,
+        "Spearman of the estimate": site.quality["spearman_median"],
+        **{f"Δr = {part}": shares.get(part, "") for part in ("features", "error", "remainder")},
+    }
+
+
+def _planted_row(p: dict[str, Any]) -> dict[str, Any]:
+    ate, share = p["ate"], p["mediated"]
+    return {
+        "": "found" if p["found"] else "missed",
+        "bias": p["name"],
+        "sign": "+" if p["sign"] > 0 else "-",
+        "effect": f"{ate['value']:+.2f}",
+        "by": f"{p['hit']} {p['features']} at {p['site']}" if p["found"] else p["why"],
+        "rank": str(p["rank"] or ""),
+        "F1": f"{p['f1']:.2f}" if p["f1"] is not None else "",
+        "mediated": f"{share['value']:.0%}" if share else "",
+    }
+
+
+By = Literal["effect", "preference"]
+COLUMNS: dict[By, tuple[str, ...]] = {
+    "effect": ("rank", "feature", "reported", "mean_effect", "ci_low", "ci_high", "q", "n"),
+    "preference": ("feature", "prefers", "mean_diff", "diff_low", "diff_high", "q_diff", "length_corr", "n"),
+}
+
+
+class SiteRanking(BaseModel):
+    """The frozen features of a site, in order."""
+
+    site: str
+    by: By
+    power: str
+    features: list[dict[str, Any]]
+    interactions: list[dict[str, Any]] | None = None
+    groups: list[dict[str, Any]] | None = None
+
+    @property
+    def title(self) -> str:
+        """Flagged features are counted apart."""
+        verb, column = {"effect": ("drive reward", "reported"), "preference": ("drive preference", "prefers")}[self.by]
+        passed = [f for f in self.features if f[column]]
+        flagged = sum(bool(f["flags"]) for f in passed)
+        return f"{self.site}: {len(passed)} of {len(self.features)} {verb} (q < .05), {len(passed) - flagged} without a flag"
+
+
+class Ranking(Result):
+    """The rankings of some sites."""
+
+    sites: list[SiteRanking]
+    top: int
+
+    @classmethod
+    def of(cls, run: Run, sites: list[str], by: By, top: int) -> Ranking:
+        rows = []
+        for site in sites:
+            features = run.features(site)
+            ordered = features.sort("rank") if by == "effect" else preference_order(features)
+            power = power_statement(features, run.sd)
+            rows.append(SiteRanking(site=site, by=by, power=power, features=ordered.to_dicts()))
+        return cls(sites=rows, top=top)
+
+    def summary(self) -> str:
+        return "\n".join(f"{s.site}: {s.power}" for s in self.sites)
+
+    def tables(self) -> dict[str, Rows]:
+        listed: dict[str, Rows] = {}
+        for s in self.sites:
+            listed[s.title] = [
+                {**{name: f[name] for name in COLUMNS[s.by]}, "flags": " ".join(f["flags"])} for f in s.features[: self.top]
+            ]
+            if s.interactions is not None:
+                listed[f"{s.site}: ablated in pairs, the largest interactions"] = s.interactions[: self.top]
+                listed[f"{s.site}: ablated as a group"] = s.groups or []
+        return listed
+
+    def as_json(self) -> Any:
+        return [row.model_dump(mode="json", exclude_none=True) for row in self.sites]
+
+
+def preference_order(features: pl.DataFrame) -> pl.DataFrame:
+    """Those that drive preference first, the largest |mean difference| first."""
+    return features.sort("prefers", pl.col("mean_diff").abs(), "feature", descending=[True, True, False])

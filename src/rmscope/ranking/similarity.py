@@ -1,0 +1,55 @@
+"""When two features count as one: by their directions, or by the tokens that they fire on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rmscope.sae.base import Sae
+from rmscope.statistics import Array
+
+COSINE = 0.7
+"""Features with a decoder cosine of at least this count as one; across two SAEs the encoder cosine must reach it too."""
+JACCARD = 0.5
+"""Features whose firing tokens have at least this Jaccard index count as one."""
+
+
+def cosines(sae: Sae, other: Sae, features: Sequence[int]) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"]]:
+    """Cosines of each of ``features`` with every feature of ``other``: of the decoders, and of the encoders."""
+
+    def between(own: Tensor, others: Tensor) -> Tensor:
+        rows, columns = (torch.nn.functional.normalize(w, dim=1) for w in (own[list(features)], others))
+        return rows @ columns.t()
+
+    return between(sae.W_dec, other.W_dec), between(sae.W_enc.t(), other.W_enc.t())
+
+
+def found_again(sae: Sae, other: Sae, features: Sequence[int]) -> list[bool]:
+    """Whether ``other`` has a feature with the same decoder and encoder direction, for each of ``features``."""
+    return (torch.minimum(*cosines(sae, other, features)) >= COSINE).any(1).tolist()
+
+
+def merged_ranks(features: Sequence[int], W_dec: Float[Tensor, "m d"], fires: Bool[Array, "tokens n"]) -> dict[int, int]:
+    """Ranks of features [n], given the best first. A feature that counts as one with a better feature shares its rank.
+
+    ``fires`` says on which tokens each of the features fires.
+    """
+    rows = torch.nn.functional.normalize(W_dec[list(features)], dim=1)
+    cosine = (rows @ rows.t()).numpy()
+    together = fires.T.astype(np.float64) @ fires
+    each = together.diagonal()
+    jaccard = together / np.maximum(each[:, None] + each[None] - together, 1)
+    similar = (cosine >= COSINE) | (jaccard >= JACCARD)
+    ranks: dict[int, int] = {}
+    heads: list[int] = []
+    for i, feature in enumerate(features):
+        head = next((place for place, h in enumerate(heads) if similar[i, h]), None)
+        if head is None:
+            heads.append(i)
+            head = len(heads) - 1
+        ranks[feature] = head + 1
+    return ranks

@@ -1,0 +1,240 @@
+"""The evidence stage: from a run's tables to all that its pages show, computed once and stored."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from rmscope.effects.ledger_summary import FEWEST, share_rows
+from rmscope.io import Progress, write_json, write_table, write_text
+from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
+from rmscope.pairs.pair import split_of
+from rmscope.pairs.planting import twins
+from rmscope.pairs.plants import Plant
+from rmscope.planted.matching import match_plant
+from rmscope.planted.results import Candidate, Candidates
+from rmscope.planted.twins import prepare
+from rmscope.ranking.feature_statistics import firings
+from rmscope.ranking.ranking import BOUND, power_statement
+from rmscope.ranking.similarity import merged_ranks
+from rmscope.run.data import RunData
+from rmscope.run.evidence import (
+    Check,
+    Context,
+    Evidence,
+    Exclusion,
+    FeatureEvidence,
+    Footer,
+    Histogram,
+    LedgerEvidence,
+    LedgerShare,
+    ModelEvidence,
+    PairsEvidence,
+    SaeEvidence,
+    ScoreEvidence,
+    SiteEvidence,
+)
+from rmscope.run.examples import choose_examples, contexts_of
+from rmscope.sae import measure_sae
+from rmscope.statistics import accuracy
+
+FEATURES = 20
+"""Features per direction and site that are shown."""
+TWINS = 64
+"""Twins that a planted cue is measured on."""
+POINTS = 600
+"""Points of the figure of estimates against exact effects, at most."""
+
+
+def collect(run: RunData, progress: Progress, key: str) -> None:
+    """Writes ``evidence/``: evidence.json, the examples of each site as tables, and the planted truth where it is known."""
+    folder, plants = run.folder / "evidence", zoo_plants() if _has_planted_truth(run) else ()
+    sites, steps = [], len(run.sites) + len(plants)
+    for i, site in enumerate(run.sites):
+        progress(i, steps, f"examples of {site}")
+        sites.append(site_evidence(run, site))
+        write_table(folder / f"examples.{site}.parquet", _example_table(sites[-1].features))
+    planted = []
+    candidates = {site: best_reported(run, site) for site in run.sites} if plants else {}
+    for i, plant in enumerate(plants):
+        progress(len(run.sites) + i, steps, f"cue {plant.name}")
+        cue = partial(_cue, run, plant, candidates)
+        planted.append(run.on_disk.keep_json("cues", key, plant.name, cue))
+    progress(steps, steps, "")
+    if plants:
+        write_json(folder / "planted.json", planted)
+    evidence = Evidence(
+        title=f"What {run.config.model} rewards",
+        command=f"rmscope run --model {run.config.model} --data {run.config.data} --out {run.folder.name}",
+        made=datetime.date.today().isoformat(),
+        model=_model(run),
+        data=_pairs(run),
+        scores=score_evidence(run.scores, run.prompts),
+        noise_floor=run.noise_floor,
+        sites=sites,
+        planted=planted if plants else None,
+        footer=Footer(seconds=run.on_disk.seconds, versions=run.on_disk.record["versions"], seed=run.config.seed),
+    )
+    write_text(folder / "evidence.json", evidence.model_dump_json(indent=1))
+    run.__dict__.pop("evidence", None)
+    run.on_disk.drop_parts("cues", key)
+
+
+def _has_planted_truth(run: RunData) -> bool:
+    return run.config.data.startswith("demo:") and run.config.data != "demo:plain"
+
+
+def _model(run: RunData) -> ModelEvidence:
+    rm = run.rm
+    checks = json.loads((run.folder / "preflight.json").read_text("utf-8"))["checks"]
+    return ModelEvidence(
+        name=rm.name,
+        blocks=len(rm.blocks),
+        d_model=rm.d_model,
+        identity=rm.identity,
+        rendering=f"{rm.rendering.style}{', eos appended' if rm.rendering.append_eos else ''}",
+        preflight=[Check(**row) for row in checks],
+    )
+
+
+def _pairs(run: RunData) -> PairsEvidence:
+    report, inputs = run.inputs.read_report, run.inputs
+    left_out = Counter(reason for _, reason in report.skipped)
+    left_out["stands twice"] = report.duplicates
+    left_out[f"longer than {inputs.longest}"] = len(inputs.all_pairs) - len(inputs.scored.pairs)
+    left_out["scored, but not among the largest |Δr|"] = len(inputs.scored.pairs) - len(run.pairs)
+    return PairsEvidence(
+        name=run.config.data,
+        pairs=len(run.pairs),
+        prompts=len({p.prompt_key for p in run.pairs}),
+        splits=dict(Counter(run.pair_set.splits)),
+        left_out=[Exclusion(why=why, count=n) for why, n in left_out.items() if n],
+    )
+
+
+def score_evidence(scores: pl.DataFrame, prompts: Mapping[str, str]) -> ScoreEvidence:
+    """Accuracy with its interval (bootstrap by prompt), the length-only baseline, means, and the histogram of Δr.
+
+    ``scores`` has the columns pair, chosen, rejected, delta, n_chosen, n_rejected; ``prompts`` names each pair's prompt.
+    """
+    delta = scores["delta"].to_numpy().astype(float)
+    longer = (scores["n_chosen"] - scores["n_rejected"]).to_numpy()
+    counts, edges = np.histogram(delta, bins=min(40, max(5, delta.size // 10)))
+    share, length_only = accuracy(delta, longer, np.array([prompts[p] for p in scores["pair"]]))
+    return ScoreEvidence(
+        accuracy=share,
+        length_only=length_only,
+        mean_chosen=float(scores["chosen"].mean()),  # type: ignore[arg-type]
+        mean_rejected=float(scores["rejected"].mean()),  # type: ignore[arg-type]
+        mean_abs_delta=float(np.abs(delta).mean()),
+        sd_delta=float(delta.std(ddof=1)),
+        histogram=Histogram(edges=edges.tolist(), counts=counts.tolist()),
+    )
+
+
+def site_evidence(run: RunData, site: str) -> SiteEvidence:
+    """All that the pages show of a site."""
+    folder, features = run.folder / "effects" / site, run.features(site)
+    exact = run.confirmed(site)
+    strong = run.effects(site, "strong").join(
+        features.filter(pl.col("flags").list.contains("strong")), on="feature", how="semi"
+    )  # examples of what is reported for its strong firings are those
+    exact = pl.concat([exact.join(strong, on="feature", how="anti"), strong], how="diagonal")
+    sample = pl.read_parquet(folder / "quality_sample.parquet")
+    return SiteEvidence(
+        site=site,
+        sae=_sae(run, site),
+        quality=json.loads((folder / "estimate_quality.json").read_text("utf-8")),
+        scatter=sample.select("estimate", "effect").sample(min(POINTS, sample.height), seed=0).rows(),
+        ledger=_ledger(run, site),
+        frozen=features.height,
+        eligible=int(features["eligible"].sum()),
+        reported=int(features["reported"].sum()),
+        flagged=features.filter(pl.col("reported") & (pl.col("flags").list.len() > 0)).height,
+        prefers=int(features["prefers"].sum()),
+        bound=BOUND * run.sd,
+        power=power_statement(features, run.sd),
+        features=_features(run, site, features, exact),
+    )
+
+
+def _sae(run: RunData, site: str) -> SaeEvidence:
+    sae = run.saes[site]
+    figures = measure_sae(sae, run.store.batches(site, 4096, seed=1))
+    path = run.folder / "saes" / site / "training.parquet"
+    return SaeEvidence(
+        architecture=sae.architecture,
+        d_sae=sae.m,
+        k=sae.cfg.get("k"),
+        fvu=figures.fvu,
+        l0=figures.l0,
+        dead=figures.dead,
+        tokens=sae.metadata.get("rmscope", {}).get("tokens"),
+        curve=pl.read_parquet(path).select("step", "fvu").rows() if path.is_file() else [],
+    )
+
+
+def _ledger(run: RunData, site: str) -> LedgerEvidence | None:
+    """None where too few pairs have a ledger for shares with an interval."""
+    ledger = run.ledger(site)
+    if ledger.height < FEWEST:
+        return None
+    return LedgerEvidence(
+        pairs=ledger.height,
+        shares=[LedgerShare(**row) for row in share_rows(ledger, [run.prompts[p] for p in ledger["pair"]])],
+        largest_gap=float(ledger["gap"].abs().max()),  # type: ignore[arg-type]
+    )
+
+
+def _features(run: RunData, site: str, features: pl.DataFrame, exact: pl.DataFrame) -> list[FeatureEvidence]:
+    """The features that are shown, at most 20 up and 20 down, reported ones first, each with its examples."""
+    directions = (pl.col("mean_effect") > 0, pl.col("mean_effect") < 0)
+    shown = pl.concat([features.filter(direction).head(FEATURES) for direction in directions]).sort("rank")
+    examples = choose_examples(exact, shown["feature"].to_list(), run.pair_set.index)
+    contexts: dict[int, list[Context]] = {}
+    for example, context in zip(examples, contexts_of(run, site, examples), strict=True):
+        contexts.setdefault(example.feature, []).append(context)
+    return [
+        FeatureEvidence(**row, tokens=run.top_tokens(site, row["feature"]), examples=contexts.get(row["feature"], []))
+        for row in shown.iter_rows(named=True)
+    ]
+
+
+def _example_table(features: Sequence[FeatureEvidence]) -> pl.DataFrame:
+    rows = [
+        (f.feature, example.prompt, side.side, "".join(text for text, _ in side.tokens), side.before, side.after)
+        for f in features
+        for example in f.examples
+        for side in example.sides
+    ]
+    schema = {
+        "feature": pl.Int32, "prompt": pl.String, "side": pl.String, "text": pl.String, "before": pl.Float64,
+        "after": pl.Float64,
+    }  # fmt: skip
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def _cue(run: RunData, plant: Plant, candidates: Candidates) -> dict[str, Any]:
+    """One planted cue against the reported features, on prompts of the measure split and in held-out wordings."""
+    held_out = [p for p in plain_demo_pairs() if split_of(p) == "measure"]
+    prepared = prepare(run.rm, run.saes, twins(held_out, plant, TWINS, run.config.seed), plant)
+    return match_plant(run.rm, run.saes, plant, prepared, candidates, run.sd).model_dump(mode="json")
+
+
+def best_reported(run: RunData, site: str, most: int | None = FEATURES) -> list[Candidate]:
+    """The best reported features of a site (None: all) without those of the text's ending; similar ones share a rank."""
+    table = run.reported(site)[:most]
+    features = table["feature"].to_list()
+    ranks = merged_ranks(features, run.saes[site].W_dec, firings(run.store, run.saes[site], site, features))
+    strong = pl.col("flags").list.contains("strong")
+    consistency = pl.when(strong).then("strong_consistency").otherwise("sign_consistency").alias("sign_consistency")
+    told = table.filter(~pl.col("flags").list.contains("ending")).with_columns(consistency)
+    columns = told.select("feature", "mean_effect", "sign_consistency", "flags").iter_rows()
+    return [Candidate(j, ranks[j], effect, share, tuple(listed)) for j, effect, share, listed in columns]

@@ -1,0 +1,184 @@
+"""What a run holds: settings, PM, pairs, and the tables and SAEs of its folder, each loaded on first use."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from typing import Literal
+
+import polars as pl
+
+from rmscope.activations.store import ActivationStore
+from rmscope.effects.ledger import Baseline, baseline
+from rmscope.errors import InputError
+from rmscope.io import Display, NoDisplay
+from rmscope.model.rendering import PairTokens
+from rmscope.model.reward_model import RewardModel
+from rmscope.pairs.filters import largest
+from rmscope.pairs.pair import Pair, Split
+from rmscope.ranking.feature_statistics import FeatureStatistics, feature_statistics
+from rmscope.run.evidence import Evidence
+from rmscope.run.folder import RunFolder
+from rmscope.run.inputs import Inputs, PairSet
+from rmscope.run.settings import RunConfig
+from rmscope.sae import Sae
+from rmscope.sae.formats import sae_source
+
+
+class RunData:
+    """The data of a run, as the stages make them and the studies read them."""
+
+    def __init__(self, config: RunConfig, display: Display | None = None) -> None:
+        self.config = config
+        self.display: Display = display or NoDisplay()
+        self.folder = config.out
+        self.inputs = Inputs(config)
+        self.on_disk = RunFolder(config.out, self.display)
+
+    # What the folder holds
+
+    def _table(self, *parts: str) -> pl.DataFrame:
+        path = self.folder.joinpath(*parts)
+        if not path.is_file():
+            raise InputError(
+                f"The run in {self.folder} is not finished ({path.name} is missing); rmscope run {self.folder} resumes it."
+            )
+        return pl.read_parquet(path)
+
+    @cached_property
+    def scores(self) -> pl.DataFrame:
+        """One row per pair: pair, chosen, rejected, delta, n_chosen, n_rejected, divergence, split."""
+        return self._table("scores.parquet")
+
+    @cached_property
+    def sd(self) -> float:
+        """SD(Δr) over the dataset: all scored pairs, also those that a filter on |Δr| leaves out afterwards."""
+        return float(self.scores["delta"].std())  # type: ignore[arg-type]
+
+    def features(self, site: str) -> pl.DataFrame:
+        """One row per frozen feature of a site: mean effect, interval, q, preference, firing rates, flags."""
+        return self._table("features", f"{self.check_site(site)}.parquet")
+
+    def reported(self, site: str) -> pl.DataFrame:
+        """The reported features of a site, by rank."""
+        return self.features(site).filter("reported").sort("rank")
+
+    def ledger(self, site: str) -> pl.DataFrame:
+        """One row per pair: pair, delta_r, features, error, remainder, gap, nodes."""
+        return self._table("ledger", f"{self.check_site(site)}.parquet")
+
+    def effects(self, site: str, kind: Literal["estimated", "exact", "strong", "contribution"] = "exact") -> pl.DataFrame:
+        """One row per response and feature: pair, side, feature, effect, kind."""
+        return self._table("effects", self.check_site(site), f"{kind}.parquet")
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        """All that the report shows, as the evidence stage stored it."""
+        path = self.folder / "evidence" / "evidence.json"
+        if not path.is_file():
+            raise InputError(f"The run in {self.folder} is not finished; rmscope run {self.folder} resumes it.")
+        return Evidence.model_validate_json(path.read_text("utf-8"))
+
+    @cached_property
+    def noise_floor(self) -> float:
+        """How far the reward of one text moves when it is run again in another batch, in units of reward."""
+        return float(json.loads((self.folder / "preflight.json").read_text("utf-8"))["noise_floor"])
+
+    @cached_property
+    def store(self) -> ActivationStore:
+        """The stream of the fit split at every site."""
+        return ActivationStore.open(self.folder / "activations")
+
+    @cached_property
+    def saes(self) -> dict[str, Sae]:
+        """The SAE of every site; features are encoded where the PM is."""
+        sources = {site: sae_source(self.config.sae_dir or self.folder / "saes", site) for site in self.sites}
+        saes = {site: Sae.load(source) for site, source in sources.items()}
+        for site, sae in saes.items():
+            if sae.d != self.rm.d_model:
+                raise InputError(
+                    f"The SAE at {sources[site]} reads {sae.d} dimensions, the PM's stream has {self.rm.d_model}; "
+                    "name an SAE that was trained on this PM."
+                )
+            sae.site = sae.site or site  # bare weights do not say where they belong
+            sae.encode_on(self.rm.device)
+        return saes
+
+    def sae(self, site: str) -> Sae:
+        """The SAE of one site, from the run folder; the PM is not loaded."""
+        return Sae.load(self.folder / "saes" / self.check_site(site))
+
+    @cached_property
+    def feature_statistics(self) -> dict[str, FeatureStatistics]:
+        """What each feature of each site fires on, over the stored tokens."""
+        tokenizer = self.rm.tokenizer
+        normal: dict[str, int] = {}
+
+        def normal_form(token: int) -> int:
+            return normal.setdefault(tokenizer.decode([token]).strip().lower(), token)
+
+        return {site: feature_statistics(self.store, sae, site, normal_form) for site, sae in self.saes.items()}
+
+    def top_tokens(self, site: str, feature: int) -> list[tuple[str, float]]:
+        """The tokens on which a feature is most active, with their share of its activation."""
+        return self.feature_statistics[site].top_tokens(feature, lambda t: self.rm.tokenizer.decode([t]))
+
+    def confirmed(self, site: str, kind: Literal["exact", "strong"] = "exact") -> pl.DataFrame:
+        """Exact effects on the confirm split with each pair's prompt, Δr (delta) and length difference in tokens."""
+        lengths = (pl.col("n_chosen") - pl.col("n_rejected")).alias("length_difference")
+        scores = self.scores.filter(pl.col("split") == "confirm").select("pair", "delta", lengths)
+        prompt = pl.col("pair").replace_strict(self.prompts, return_dtype=pl.String).alias("prompt")
+        return self.effects(site, kind).join(scores, on="pair").with_columns(prompt)
+
+    def baseline(self, site: str) -> Baseline:
+        """Where a ledger's path starts at a site."""
+        statistics = self.feature_statistics[site]
+        return baseline(self.saes[site], self.config.baseline, statistics.f_mean, statistics.x_mean)
+
+    # What is studied
+
+    @property
+    def rm(self) -> RewardModel:
+        return self.inputs.rm
+
+    @cached_property
+    def sites(self) -> list[str]:
+        """The run's sites; of a finished run without loading the PM."""
+        if self.config.sites is None and (ranked := sorted((self.folder / "features").glob("*.parquet"))):
+            return sorted((p.stem for p in ranked), key=lambda site: int(site.rpartition(".")[2]) if "." in site else -1)
+        return self.inputs.sites
+
+    def check_site(self, site: str) -> str:
+        """The site. InputError where the run has no SAE there."""
+        if site not in self.sites:
+            raise InputError(f"The run in {self.folder} has no SAE at {site}; it has {', '.join(self.sites)}.")
+        return site
+
+    @cached_property
+    def pair_set(self) -> PairSet:
+        """The studied pairs: those that were scored, or those of largest |Δr| where the settings ask for them."""
+        c, scored = self.config, self.inputs.scored
+        if c.top_share is None and c.top_pairs is None:
+            return scored
+        return scored.only(largest(self.scores["delta"].to_numpy(), c.top_share, c.top_pairs))
+
+    @property
+    def pairs(self) -> list[Pair]:
+        return self.pair_set.pairs
+
+    @property
+    def tokens(self) -> list[PairTokens]:
+        return self.pair_set.tokens
+
+    @property
+    def ids(self) -> list[str]:
+        return self.pair_set.ids
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """The prompt key of every scored pair, by pair id."""
+        return self.inputs.scored.prompts
+
+    def of_split(self, split: Split) -> list[int]:
+        """Places of a split's pairs among the studied ones."""
+        return self.pair_set.of_split(split)

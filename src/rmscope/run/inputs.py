@@ -1,0 +1,137 @@
+"""What is studied: a PM, and the pairs that it can read, with their tokens, prompts and splits."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from rmscope.errors import InputError
+from rmscope.model.rendering import PairTokens
+from rmscope.model.reward_model import RewardModel
+from rmscope.pairs.check import check_pairs
+from rmscope.pairs.pair import Pair, Split, one_per_prompt, split_of
+from rmscope.pairs.readers import ReadReport, load_pairs
+from rmscope.run.settings import RunConfig
+from rmscope.settings import LoadSettings
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Pairs and their tokens, in one order; all indices are places in it."""
+
+    pairs: list[Pair]
+    tokens: list[PairTokens]
+
+    @cached_property
+    def ids(self) -> list[str]:
+        return [p.id for p in self.pairs]
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """The place of each pair id."""
+        return {id_: i for i, id_ in enumerate(self.ids)}
+
+    @cached_property
+    def prompts(self) -> dict[str, str]:
+        """The prompt key of each pair id."""
+        return {p.id: p.prompt_key for p in self.pairs}
+
+    @cached_property
+    def splits(self) -> list[Split]:
+        return [split_of(p) for p in self.pairs]
+
+    def of_split(self, split: Split) -> list[int]:
+        """The places of a split's pairs."""
+        return [i for i, s in enumerate(self.splits) if s == split]
+
+    def one_per_prompt(self, places: Sequence[int], most: int) -> list[int]:
+        """At most ``most`` of the places, a second one of a prompt only after every prompt has one; in file order."""
+        return [places[i] for i in one_per_prompt([self.pairs[i].prompt_key for i in places], most)]
+
+    def only(self, places: Sequence[int]) -> PairSet:
+        return PairSet([self.pairs[i] for i in places], [self.tokens[i] for i in places])
+
+
+def load_pm(model: str, settings: LoadSettings) -> RewardModel:
+    """A PM as the settings of a command say."""
+    s = settings
+    return RewardModel.load(
+        model, s.dtype, s.device, adapter=s.adapter, output=s.output, trust_remote_code=s.trust_remote_code
+    )
+
+
+class Inputs:
+    """A PM and pairs, each loaded on first use."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.read_report = ReadReport()
+
+    @classmethod
+    def of(cls, model: str, data: str, settings: LoadSettings | None = None) -> Inputs:
+        """A PM and pairs without a run folder."""
+        s = settings or LoadSettings()
+        names = LoadSettings.model_fields
+        return cls(RunConfig(model=model, data=data, out=Path(), **{n: getattr(s, n) for n in names}))
+
+    @cached_property
+    def rm(self) -> RewardModel:
+        return load_pm(self.config.model, self.config)
+
+    @cached_property
+    def all_pairs(self) -> list[Pair]:
+        """The pairs as they were read. InputError where there are none, or an id stands twice."""
+        c = self.config
+        pairs = load_pairs(
+            c.data,
+            split=c.split,
+            limit=c.limit,
+            columns=c.columns,
+            form=c.format,
+            on_bad_row=c.on_bad_row,
+            report=self.read_report,
+        )
+        check_pairs(pairs)
+        return pairs
+
+    @cached_property
+    def scored(self) -> PairSet:
+        """Pairs within the PM's context and ``max_tokens`` whose sides differ in tokens: those that are scored."""
+        tokens, most = self.rm.tokenize_all(self.all_pairs), self.config.max_tokens or sys.maxsize
+        places = [
+            i
+            for i, t in enumerate(tokens)
+            if self.rm.fits(t) and max(len(t.chosen), len(t.rejected)) <= most and not torch.equal(t.chosen, t.rejected)
+        ]
+        if not places:
+            raise InputError(f"Every pair of {self.config.data} is longer than {self.longest}; use shorter texts.")
+        return PairSet(self.all_pairs, tokens).only(places)
+
+    @property
+    def longest(self) -> str:
+        """How long a side may be, in words."""
+        most, context = self.config.max_tokens, self.rm.context
+        return f"max_tokens = {most}" if most and most < context else f"the PM's context of {context} tokens"
+
+    @cached_property
+    def sites(self) -> list[str]:
+        """The sites that are studied. InputError where the PM does not have one of them."""
+        sites = self.config.sites or self.rm.default_sites
+        for site in sites:
+            self.rm.site_index(site)
+        return sites
+
+
+def need_prompts(pairs: PairSet, data: str) -> None:
+    """InputError where the splits hold too few prompts: selection, test and measurement each need prompts of their own."""
+    counts = {s: len({pairs.pairs[i].prompt_key for i in pairs.of_split(s)}) for s in ("fit", "confirm", "measure")}
+    if min(counts.values()) < 2:
+        raise InputError(
+            f"{data} has too few different prompts to split (fit {counts['fit']}, confirm {counts['confirm']}, measure "
+            f"{counts['measure']}); give at least some 20 prompts."
+        )

@@ -1,0 +1,214 @@
+"""The pipeline as a list of stages. A stage is a function, the settings that it depends on, and the files that it leaves.
+
+    pairs -> preflight -> scores -> activations -> SAEs -> estimates -> exact ablations -> ranking -> ledgers -> evidence
+
+Each stage also depends on the stage before it. One whose settings, files and predecessors are unchanged is skipped.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from rmscope.activations.harvest import harvest as harvest_streams
+from rmscope.effects import tables
+from rmscope.effects.ledger import Baseline, ledger_rows
+from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune
+from rmscope.io import Progress, silent, write_json, write_table
+from rmscope.model.preflight import preflight as check_pm
+from rmscope.model.reward_model import Scores
+from rmscope.pairs.pair import split_of
+from rmscope.ranking import flags
+from rmscope.ranking.estimate_quality import estimate_quality
+from rmscope.ranking.ranking import SCHEMA, Q, confirm
+from rmscope.run.ablate import ablate
+from rmscope.run.collect import collect
+from rmscope.run.data import RunData
+from rmscope.run.inputs import need_prompts
+from rmscope.sae import Sae, SaeConfig, train_saes
+
+Work = Callable[[RunData, Progress, str], None]
+"""What a stage does; the string is its key, under which it may keep parts of its work."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the pipeline."""
+
+    name: str
+    work: Work
+    settings: str = ""
+    """Names of the settings that it depends on."""
+    outputs: str = ""
+    """The files that it leaves; {site} stands for each site."""
+    of_saes: bool = False
+    """Whether it depends on the weights of the SAEs that the settings bring."""
+
+    def key(self, run: RunData) -> Any:
+        """What decides, beside the stages before, whether the stage is done."""
+        given = run.config.model_dump(mode="json", include=set(self.settings.split()))
+        brought = self.of_saes and run.config.sae_dir is not None
+        return given, run.sites, [sae.identity() for sae in run.saes.values()] if brought else []
+
+    def files(self, sites: Sequence[str]) -> list[str]:
+        return list(dict.fromkeys(f.format(site=site) for f in self.outputs.split() for site in sites))
+
+    def bind(self, run: RunData) -> Callable[[Progress, str], None]:
+        return lambda progress, key: self.work(run, progress, key)
+
+
+def preflight(run: RunData, progress: Progress, _key: str) -> None:
+    """Checks the PM on the pairs, and measures its noise floor."""
+    result = check_pm(run.rm, run.inputs.scored.tokens, progress)
+    write_json(run.folder / "preflight.json", {"noise_floor": result.noise_floor, "checks": result.rows()})
+
+
+def score(run: RunData, progress: Progress, key: str) -> None:
+    """Rewards of both sides of every pair."""
+    scored = run.inputs.scored
+
+    def make(unit: list[int], within: Progress) -> dict[str, pl.DataFrame]:
+        part = scored.only(unit)
+        scores = run.rm.score_tokens(part.tokens, within)
+        table = {
+            "pair": part.ids,
+            "chosen": scores.chosen.numpy(),
+            "rejected": scores.rejected.numpy(),
+            "delta": scores.delta.numpy(),
+            "n_chosen": np.array([t.chosen.numel() for t in part.tokens], dtype=np.int32),
+            "n_rejected": np.array([t.rejected.numel() for t in part.tokens], dtype=np.int32),
+            "divergence": np.array([t.divergence for t in part.tokens], dtype=np.int32),
+            "split": [split_of(p) for p in part.pairs],
+        }
+        return {"scores": pl.DataFrame(table)}
+
+    table = run.on_disk.in_units("score", key, range(len(scored.pairs)), progress, make)["scores"]
+    write_table(run.folder / "scores.parquet", table)
+    run.on_disk.drop_parts("score", key)
+
+
+def harvest(run: RunData, progress: Progress, _key: str) -> None:
+    """The stream of the fit split at every site."""
+    need_prompts(run.pair_set, run.config.data)
+    fit = [run.pairs[i] for i in run.of_split("fit")]
+    harvest_streams(run.rm, fit, run.sites, run.folder / "activations", progress)
+
+
+def train(run: RunData, progress: Progress, _key: str) -> None:
+    """The SAEs of every site, or a copy of those that were brought."""
+    if run.config.sae_dir is None:
+        train_run_saes(run, run.config.sae, run.folder / "saes", progress)
+        run.__dict__.pop("saes", None)  # opened anew from here on, as a later command opens them
+        return
+    for site, sae in run.saes.items():
+        sae.save(run.folder / "saes" / site)
+
+
+def train_run_saes(run: RunData, config: SaeConfig, folder: Path, progress: Progress = silent) -> dict[str, Sae]:
+    """SAEs of every site from the run's store, in ``folder``.
+
+    In a reward-aware run the plain SAEs are in ``folder/plain``; they are fine-tuned on the fit split, in
+    ``folder/reward-aware-STEPS``, and copied to ``folder``.
+    """
+    steps = run.config.reward_aware
+    plain, device = folder / "plain" if steps else folder, str(run.rm.device)
+    saes = train_saes(run.store, config, plain, run.sites, progress, device)
+    if not steps:
+        return saes
+    pairs = [run.pairs[i] for i in run.of_split("fit")]
+    known = pl.DataFrame({"pair": [p.id for p in pairs]}).join(run.scores, on="pair", how="left", maintain_order="left")
+    scores = Scores(known["chosen"].cast(pl.Float32).to_torch(), known["rejected"].cast(pl.Float32).to_torch())
+    tuning = RewardAwareConfig(steps=steps, seed=config.seed)
+    tuned, own = {}, folder / f"reward-aware-{steps}"
+    for site, sae in saes.items():
+        tuned[site] = fine_tune(run.rm, sae, pairs, tuning, config, own, progress, scores)
+        shutil.copytree(own / site, folder / site, dirs_exist_ok=True)
+    return tuned
+
+
+def estimate(run: RunData, progress: Progress, key: str) -> None:
+    """Estimated ablation effects of every active feature on the fit split."""
+    run.on_disk.stream_units(
+        "estimate",
+        key,
+        run.of_split("fit"),
+        progress,
+        lambda unit, within: tables.estimate_table(run.rm, run.saes, run.tokens, run.ids, unit, within, run.config.estimate),
+        lambda site: run.folder / "effects" / site / "estimated.parquet",
+    )
+    run.on_disk.drop_parts("estimate", key)
+
+
+def rank(run: RunData, _progress: Progress, _key: str) -> None:
+    """The tests on the confirm split, the flags, and the quality of the estimate."""
+    frozen = {s: pl.read_parquet(run.folder / "effects" / s / "frozen.parquet") for s in run.sites}
+    exact, strong = {s: run.confirmed(s) for s in run.sites}, {s: run.confirmed(s, "strong") for s in run.sites}
+    ranked = confirm(frozen, exact, run.sd, run.config.seed, strong=strong)
+    for site, table in ranked.items():
+        folder = run.folder / "effects" / site
+        write_table(run.folder / "features" / f"{site}.parquet", _described(run, site, table, frozen[site]))
+        response = (pl.col("pair") + "/" + pl.col("side")).alias("response")
+        sample = pl.read_parquet(folder / "quality_sample.parquet").with_columns(response)
+        write_json(folder / "estimate_quality.json", estimate_quality(sample, run.sd, run.noise_floor).as_dict())
+
+
+def _described(run: RunData, site: str, table: pl.DataFrame, frozen: pl.DataFrame) -> pl.DataFrame:
+    """Adds firing rates, what the controls found, flags and an empty label."""
+    table = table.join(frozen.select("feature", "ending", "unrelated", "to_mean"), on="feature", how="left")
+    features, statistics = table["feature"].to_list(), run.feature_statistics[site]
+    has = {
+        "length": table["length_bound"],
+        "ending": table["ending"],
+        "nonspecific": (table["unrelated"] >= flags.NONSPECIFIC).fill_null(False),
+        "strong": table["reported"] & (table["q"] >= Q),
+    }
+    listed = [statistics.flags_of(f) + [flag for flag, rows in has.items() if rows[i]] for i, f in enumerate(features)]
+    rates = ("fire_prompt", "fire_chosen", "fire_rejected")
+    return table.with_columns(
+        *(pl.Series(name, getattr(statistics, name)[features], dtype=pl.Float64) for name in rates),
+        pl.Series("flags", listed, dtype=pl.List(pl.String)),
+    ).select([*(c for c in SCHEMA if c != "length_bound"), *rates, "unrelated", "to_mean", "flags"])
+
+
+def decompose(run: RunData, progress: Progress, key: str) -> None:
+    """The ledgers of some pairs of the measure split."""
+    measured = run.pair_set.one_per_prompt(run.of_split("measure"), run.config.ledger_pairs)
+    halvings = run.config.ledger_halvings
+    for site in run.sites:
+        start = run.baseline(site)
+
+        def make(unit: list[int], within: Progress, site: str = site, start: Baseline = start) -> dict[str, pl.DataFrame]:
+            rows = list(ledger_rows(run.rm, run.saes[site], site, run.tokens, unit, start, run.sd, within, halvings))
+            return tables.ledger_tables(sorted(rows, key=lambda r: r[0]), run.ids)
+
+        paths = {
+            "ledger": run.folder / "ledger" / f"{site}.parquet",
+            "contribution": run.folder / "effects" / site / "contribution.parquet",
+        }
+        if not measured:
+            for name, table in tables.ledger_tables([], run.ids).items():
+                write_table(paths[name], table)
+        run.on_disk.stream_units(f"ledger-{site}", key, measured, progress, make, paths.__getitem__)
+    for site in run.sites:
+        run.on_disk.drop_parts(f"ledger-{site}", key)
+
+
+SAMPLES = "screen others responses quality_responses frozen confirm_prompts confirm_pairs"
+STAGES = (
+    Stage("preflight", preflight, "dtype", "preflight.json"),
+    Stage("score", score, "dtype", "scores.parquet"),
+    Stage("harvest", harvest, "top_share top_pairs", "activations/{site}/manifest.json"),
+    Stage("train", train, "sae reward_aware", "saes/{site}/cfg.json", of_saes=True),
+    Stage("estimate", estimate, "estimate seed", "effects/{site}/estimated.parquet"),
+    Stage("ablate", ablate, SAMPLES, "effects/{site}/exact.parquet effects/{site}/strong.parquet"),
+    Stage("rank", rank, "", "features/{site}.parquet"),
+    Stage("decompose", decompose, "ledger_pairs ledger_halvings baseline", "ledger/{site}.parquet"),
+    Stage("evidence", collect, "", "evidence/evidence.json"),
+)
+"""In order. The thresholds of the ranking are constants; :data:`rmscope.run.folder.FORMAT` is raised with them."""

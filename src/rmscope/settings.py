@@ -1,0 +1,212 @@
+"""Settings: pydantic models that refuse unknown keys. The sentence under a field is its help text on the command line.
+
+Groups of settings that several commands share are classes here; a command's settings inherit from those that it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from rmscope.errors import InputError
+
+
+class Settings(BaseModel):
+    """What a command does. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How a field is given on the command line, where that is not ``--field VALUE``."""
+
+    name: str = ""
+    """The flag's name, such as ``--sae``."""
+    positional: bool = False
+    """Whether it is given by its place."""
+
+
+Argument = Flag(positional=True)
+
+
+def _comma_separated(given: Any) -> Any:
+    """A list from the command line: "a,b" or ["a", "b,c"]."""
+    parts = [given] if isinstance(given, str) else given
+    if not isinstance(parts, list) or not all(isinstance(p, str) for p in parts):
+        return given
+    return [p.strip() for part in parts for p in part.split(",") if p.strip()]
+
+
+def _named_columns(given: Any) -> Any:
+    """``prompt=question,chosen=a`` as a dict."""
+    if not isinstance(given, str):
+        return given
+    pairs = [part.split("=", 1) for part in given.split(",")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError("it is not of the form prompt=question,chosen=a,rejected=b; write it so")
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _output(given: Any) -> Any:
+    if not isinstance(given, str):
+        return given
+    try:
+        return [float(part) for part in given.split(",")] if "," in given else int(given)
+    except ValueError:
+        raise ValueError("it is neither the number of an output nor weights; write 2, or 0.5,0,1") from None
+
+
+Names = Annotated[list[str], BeforeValidator(_comma_separated)]
+"""A list of names; on the command line comma-separated, or the flag several times."""
+Numbers = Annotated[list[int], BeforeValidator(_comma_separated)]
+"""A list of whole numbers, given in the same way."""
+
+
+class DeviceSettings(Settings):
+    """Where products run, and how precisely."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of rewards, gradients and ablations; effects need float32."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, or auto: a GPU if there is one."""
+
+
+class LoadSettings(DeviceSettings):
+    """How a PM is loaded."""
+
+    adapter: str | None = None
+    """A PEFT adapter to put on the PM."""
+    output: Annotated[int | list[float] | None, BeforeValidator(_output)] = None
+    """Of several outputs: the number of one (0 is the first), or a weight for each, such as 0.5,0,1."""
+    trust_remote_code: bool = False
+    """Run the code that comes with the PM's checkpoint."""
+
+
+class ReadSettings(Settings):
+    """How pairs are read."""
+
+    limit: int | None = Field(None, gt=0)
+    """At most this many pairs, from the start of the data."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    columns: Annotated[dict[str, str] | None, BeforeValidator(_named_columns)] = None
+    """Own column names: prompt=question,chosen=a,rejected=b."""
+    format: str | None = None
+    """The shape of the data, such as "best of n"; left out, the columns tell."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What a row that gives no pair does: error ends the command; skip counts, lists and leaves it out."""
+
+
+class ModelSettings(Settings):
+    """A PM and pairs."""
+
+    model: str
+    """The PM: a hub id, a folder, or zoo:hh / zoo:planted."""
+    data: str
+    """The pairs: a file, a hub id, or demo:planted."""
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The ``key: value`` lines of a YAML file; ``what`` names the file in errors.
+
+    Raises:
+        InputError: the file is missing, is no YAML, or holds no settings.
+    """
+    if not path.is_file():
+        raise InputError(f"The {what} {path} is not there; name a YAML file.")
+    try:
+        values = yaml.safe_load(path.read_text("utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"The {what} {path} is no YAML: {str(error).splitlines()[0]}.") from error
+    if not isinstance(values, dict):
+        raise InputError(f"The {what} {path} holds no settings (key: value lines).")
+    return values
+
+
+FlagNames = Mapping[tuple[str, ...], str]
+"""The flag of each setting on the command line, by its path."""
+
+
+def read_settings(cls: type[S], path: Path | None, given: dict[str, Any], flags: FlagNames | None = None) -> S:
+    """Settings from a YAML file and from what is given on top; nested settings are merged key by key.
+
+    ``flags`` names what was given on the command line, for errors.
+
+    Raises:
+        InputError: the file is missing or malformed, a key is unknown, or a value does not fit.
+    """
+    values = read_yaml(path, "config") if path is not None else {}
+    for key, value in given.items():
+        nested = isinstance(value, dict) and isinstance(values.get(key), dict)
+        values[key] = {**values[key], **value} if nested else value
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        raise InputError(validation_sentence(error, cls, f" in {path}" if path else "", flags or {}, given)) from error
+
+
+def validation_sentence(
+    error: ValidationError,
+    cls: type[BaseModel],
+    where: str = "",
+    flags: FlagNames | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> str:
+    """The first fault of settings as one sentence; an unknown key comes with the known ones."""
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    path = _path(cls, first["loc"])
+    flag, told = (flags or {}).get(path), first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        name, known = ".".join(map(str, first["loc"])), ", ".join(_holder(cls, first["loc"]).model_fields)
+        return f"Setting {name}{where}: {told.lower()}; known settings are {known}."
+    if first["type"] == "missing":
+        mend = "give it, or a YAML file of settings" if flag else "give it"
+        return f"{flag or 'Setting ' + '.'.join(path)} is missing{where}; {mend}."
+    told = f"{told[:1].lower()}{told[1:]}"
+    if not path:
+        return f"These settings{where} do not go together: {told}."
+    shown = "" if isinstance(first["input"], BaseModel | dict) else f" {first['input']}"
+    if flag and _was_given(path, given or {}):
+        return f"{flag}{shown}: {told}."
+    return f"Setting {'.'.join(path)}{where},{shown or ' as it is'}: {told}."
+
+
+def _was_given(path: tuple[str, ...], given: Mapping[str, Any]) -> bool:
+    inside: Any = given
+    for part in path:
+        if not isinstance(inside, Mapping) or part not in inside:
+            return False
+        inside = inside[part]
+    return True
+
+
+def _path(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[str, ...]:
+    """The setting in which a fault lies: the names of fields in ``loc``, up to the first that is none."""
+    path: list[str] = []
+    for part in loc:
+        if str(part) not in cls.model_fields:
+            break
+        path.append(str(part))
+        inner = cls.model_fields[str(part)].annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        cls = inner
+    return tuple(path)
+
+
+def _holder(cls: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel]:
+    """The settings class in which the last part of ``loc`` was looked up."""
+    for part in loc[:-1]:
+        inner = cls.model_fields[str(part)].annotation if str(part) in cls.model_fields else None
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            cls = inner
+    return cls
