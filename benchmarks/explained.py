@@ -23,7 +23,7 @@ from explained_page import write_page
 
 from rmscope.effects.ledger import baseline, ledger_rows, shares
 from rmscope.effects.splice import agreement, delta_r2, replaced, splice
-from rmscope.evaluation.explained import COARSE, FrozenSelection, SelectSplit, explain
+from rmscope.evaluation.explained import COARSE_GRID, FrozenSelection, SelectSplit, explain
 from rmscope.evaluation.keep import keep, keep_curve
 from rmscope.evaluation.reconstruction import evaluate
 from rmscope.io import write_json
@@ -46,7 +46,7 @@ def lists_of(s: Setting, site: str, sae: Sae, fit: Sequence[int], measured: Sequ
 def site_figures(s: Setting, site: str) -> dict[str, Any]:
     prompts = [p.first_human_turn() for p in s.measured]
     lists = lists_of(s, site, s.saes[site], range(len(s.fit)), s.measured)
-    found = explain(s.rm, site, lists, s.rm.tokenize_all(s.measured), prompts, bar)
+    found = explain(s.rm, site, lists, s.rm.tokenize_all(s.measured), prompts, bar).as_dict()
     return found | {"ledger": ledger_shares(s, site, lists, np.array(prompts))}
 
 
@@ -55,7 +55,7 @@ def aware_figures(s: Setting, site: str) -> dict[str, Any]:
     prompts, tokens = [p.first_human_turn() for p in s.measured], s.rm.tokenize_all(s.measured)
     sae = s.aware(site)
     lists = lists_of(s, site, sae, range(len(s.fit)), s.measured)
-    kept = {"keep": (site, keep(lists.ground, lists.order, FULL))}
+    kept = {"keep": (site, keep(lists.baseline, lists.order, FULL))}
     found = replaced(s.rm, tokens, range(len(tokens)), kept, bar)["keep"]
     (one,) = evaluate(s.rm, {site: sae}, tokens, prompts, bar)
     return {
@@ -102,7 +102,7 @@ def shift_figures(s: Setting) -> dict[str, Any]:
         index = range(done, done + len(pairs))
         done += len(pairs)
         prompts = np.array([p.first_human_turn() for p in pairs])
-        kept = {"keep": (SHIFT_SITE, keep(lists.ground, lists.order, COARSE)), "splice": (SHIFT_SITE, splice(narrow))}
+        kept = {"keep": (SHIFT_SITE, keep(lists.baseline, lists.order, COARSE_GRID)), "splice": (SHIFT_SITE, splice(narrow))}
         found = replaced(s.rm, tokens, index, kept, bar)
         delta, hat = found["splice"].delta, found["splice"].delta_hat[:, 0]
         (one,) = evaluate(s.rm, {place: narrow}, [tokens[i] for i in index], prompts.tolist(), bar)
@@ -110,7 +110,7 @@ def shift_figures(s: Setting) -> dict[str, Any]:
             "pairs": len(pairs), "prompts": len(np.unique(prompts)), "sd": float(delta.std()),
             "fvu": one.figures["fvu"].as_dict(), "splice": delta_r2(delta, hat, prompts).as_dict(),
             "agreement": agreement(delta, hat, prompts).as_dict(),
-            "curve": [p.as_dict() for p in keep_curve(found["keep"], COARSE, prompts)],
+            "curve": [p.as_dict() for p in keep_curve(found["keep"], COARSE_GRID, prompts)],
         }  # fmt: skip
     return out
 

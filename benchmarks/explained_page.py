@@ -8,8 +8,8 @@ from typing import Any
 
 from explained_data import D_SAE, FIT, FULL, LONGEST, SAE, SHIFT_SITE, TUNING
 
-from rmscope.evaluation.explained import COARSE
-from rmscope.evaluation.keep import THRESHOLDS, smallest
+from rmscope.evaluation.explained import COARSE_GRID
+from rmscope.evaluation.keep import THRESHOLDS, smallest_k
 from rmscope.evaluation.reward_aware import RewardAwareConfig
 from rmscope.io import write_text
 from rmscope.report.figures import as_file, keep_curves
@@ -107,7 +107,7 @@ def table(head: Row, rows: Sequence[Row]) -> str:
 
 def reached(curve: Sequence[dict[str, Any]], which: str = "donors") -> str:
     values = [(p["k"], p[which]["value"]) for p in curve]
-    return " / ".join(str(smallest(values, t) or "–") for t in THRESHOLDS)
+    return " / ".join(str(smallest_k(values, t) or "–") for t in THRESHOLDS)
 
 
 def at(curve: Sequence[dict[str, Any]], k: int, which: str = "donors") -> dict[str, float]:
@@ -133,7 +133,7 @@ def write_page(docs: Path, sites: Sequence[dict[str, Any]], aware: Sequence[dict
         m=D_SAE,
         tokens=SAE.tokens,
         grid=", ".join(map(str, FULL)),
-        coarse=", ".join(map(str, COARSE)),
+        coarse=", ".join(map(str, COARSE_GRID)),
         shift_site=SHIFT_SITE,
         tuning=";\n  ".join(f"{site} {_tuned(config)}" for site, config in TUNING.items()),
         short=_short(sites, aware),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,47 +11,56 @@ import pytest
 
 from rmscope.activations.harvest import harvest
 from rmscope.effects.splice import delta_r2, replaced, splice
-from rmscope.evaluation.explained import COARSE, FrozenSelection, SelectSplit, explain
-from rmscope.evaluation.keep import ABLATED
+from rmscope.evaluation.explained import COARSE_GRID, Explained, FrozenSelection, SelectSplit, explain
+from rmscope.evaluation.keep import ABLATE_GRID
 from tests.evaluation.test_keep import OTHERS, SITE
 from tests.model.small import PAIRS, shared_pm, small_sae
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def explained(tmp_path_factory: pytest.TempPathFactory) -> Explained:
     rm, folder = shared_pm("llama"), tmp_path_factory.mktemp("store")
     store: Any = harvest(rm, OTHERS, [SITE], Path(folder))
-    stored = [p.first_human_turn() for p in OTHERS]
+    stored = [p.prompt_key for p in OTHERS]
     select = SelectSplit(store, rm.tokenize_all(OTHERS), stored, range(len(OTHERS)))
     sae = small_sae()
     sae.site = SITE
-    prompts = [p.first_human_turn() for p in PAIRS]
-    lists = FrozenSelection(rm, SITE, sae, select, prompts)
-    return explain(rm, SITE, lists, rm.tokenize_all(PAIRS), prompts)
+    prompts = [p.prompt_key for p in PAIRS]
+    selection = FrozenSelection(rm, SITE, sae, select, prompts)
+    return explain(rm, SITE, selection, rm.tokenize_all(PAIRS), prompts)
 
 
-def test_complete_dictionaries_explain_everything(found: dict[str, Any]) -> None:
+def test_complete_dictionaries_explain_everything(explained: Explained) -> None:
     for name in ("keep_pca", "keep_coordinates"):
-        last = found["curves"][name][-1]
-        assert last["donors"]["value"] == pytest.approx(1.0, abs=1e-4)
-        assert last["mean"]["value"] == pytest.approx(1.0, abs=1e-4)
+        last = explained.curves[name][-1]
+        assert last.donors.value == pytest.approx(1.0, abs=1e-4)
+        assert last.mean.value == pytest.approx(1.0, abs=1e-4)
 
 
-def test_keeping_nothing_is_the_same_whatever_the_list(found: dict[str, Any]) -> None:
-    first = [found["curves"][name][0] for name in ("keep", "unflagged", "keep_pca", "keep_coordinates")]
-    assert {p["k"] for p in first} == {0}
-    np.testing.assert_allclose([p["donors"]["value"] for p in first], first[0]["donors"]["value"], atol=1e-4)
+def test_keeping_nothing_is_the_same_whatever_the_list(explained: Explained) -> None:
+    first = [explained.curves[name][0] for name in ("keep", "unflagged", "keep_pca", "keep_coordinates")]
+    assert {p.k for p in first} == {0}
+    np.testing.assert_allclose([p.donors.value for p in first], first[0].donors.value, atol=1e-4)
 
 
-def test_the_splice_stands_beside_the_curves(found: dict[str, Any]) -> None:
+def test_the_evaluation_beside_the_curves_is_that_of_the_splice(explained: Explained) -> None:
     rm, tokens = shared_pm("llama"), shared_pm("llama").tokenize_all(PAIRS)
     plain = replaced(rm, tokens, range(len(tokens)), {"splice": (SITE, splice(small_sae()))})["splice"]
-    groups = np.array([p.first_human_turn() for p in PAIRS])
-    wanted = delta_r2(plain.delta, plain.delta_hat[:, 0], groups).value
-    assert found["evaluation"]["delta_r2"]["value"] == pytest.approx(wanted, abs=1e-5)
+    groups = np.array([p.prompt_key for p in PAIRS])
+    expected = delta_r2(plain.delta, plain.delta_hat[:, 0], groups).value
+    assert explained.evaluation.figures["delta_r2"].value == pytest.approx(expected, abs=1e-5)
 
 
-def test_every_figure_has_its_control_at_each_k(found: dict[str, Any]) -> None:
-    assert [p["k"] for p in found["ablated"]] == [k for k in ABLATED if 2 * k <= small_sae().m]
-    assert [p["k"] for p in found["curves"]["unflagged"]] == list(COARSE)
-    assert set(found["controls"]) == {"pca", "random", "noise", "length", "error", "error_mean"}
+def test_every_figure_has_its_control_at_each_k(explained: Explained) -> None:
+    assert [p.k for p in explained.ablated] == [k for k in ABLATE_GRID if 2 * k <= small_sae().m]
+    assert [p.k for p in explained.curves["unflagged"]] == list(COARSE_GRID)
+    assert set(explained.controls) == {"pca", "random", "noise", "length", "error", "error_mean"}
+
+
+def test_the_stored_form_is_json_with_every_figure(explained: Explained) -> None:
+    stored = json.loads(json.dumps(explained.as_dict()))
+    assert stored["controls"]["pca"]["low"] <= stored["controls"]["pca"]["value"] <= stored["controls"]["pca"]["high"]
+    assert stored["evaluation"]["dead"] == explained.evaluation.dead
+    assert stored["ablated"][0]["list"]["value"] == explained.ablated[0].list.value
+    assert [p["k"] for p in stored["curves"]["keep"]] == [p.k for p in explained.curves["keep"]]
+    assert (stored["pairs"], stored["prompts"]) == (len(PAIRS), len({p.prompt_key for p in PAIRS}))

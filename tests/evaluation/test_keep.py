@@ -13,12 +13,12 @@ from rmscope.effects.ablation import ablate_groups, at_site, prefill_pair
 from rmscope.effects.splice import Span, replaced, splice
 from rmscope.errors import InputError
 from rmscope.evaluation.controls import (
-    matched,
+    matched_controls,
     noise,
-    norm_matched,
+    norm_matched_moves,
     principal_components,
     random_dictionary,
-    signed,
+    signed_basis,
     signed_units,
 )
 from rmscope.evaluation.keep import (
@@ -28,9 +28,9 @@ from rmscope.evaluation.keep import (
     error_alone,
     keep,
     keep_curve,
-    lost,
-    smallest,
-    stretched,
+    lost_share,
+    smallest_k,
+    stretch,
 )
 from rmscope.evaluation.selection import Profile, Responses, differences, forward_order, length_flags, profile
 from rmscope.pairs.pair import SIDES, Pair
@@ -56,7 +56,7 @@ def donors(responses: Responses) -> Donors:
 
 
 @pytest.fixture(scope="module")
-def ground(donors: Donors, responses: Responses) -> AblationBaseline:
+def baseline(donors: Donors, responses: Responses) -> AblationBaseline:
     sae = small_sae()
     x = torch.cat([responses.x(i) for i in range(len(responses))])
     return AblationBaseline(sae, donors, sae.encode(x).mean(0), x.mean(0))
@@ -90,19 +90,19 @@ def test_too_few_prompts_for_donors_are_told(responses: Responses) -> None:
 
 def test_a_donor_is_stretched_from_first_to_last() -> None:
     x = torch.arange(5.0)[:, None].expand(-1, D)
-    assert stretched(x, 9)[:, 0].tolist()[::8] == [0.0, 4.0]
-    assert stretched(x, 5).equal(x)
-    assert stretched(x, 2)[:, 0].tolist() == [0.0, 4.0]
-    assert stretched(x, 1)[:, 0].tolist() == [4.0]
-    assert stretched(x, 0).shape == (0, D)
+    assert stretch(x, 9)[:, 0].tolist()[::8] == [0.0, 4.0]
+    assert stretch(x, 5).equal(x)
+    assert stretch(x, 2)[:, 0].tolist() == [0.0, 4.0]
+    assert stretch(x, 1)[:, 0].tolist() == [4.0]
+    assert stretch(x, 0).shape == (0, D)
 
 
-def test_keeping_none_is_the_donor_and_all_is_the_splice_with_the_donors_error(ground: AblationBaseline) -> None:
-    sae, at = ground.sae, Span(1, "chosen", torch.randn(7, D))
+def test_keeping_none_is_the_donor_and_all_is_the_splice_with_the_donors_error(baseline: AblationBaseline) -> None:
+    sae, at = baseline.sae, Span(1, "chosen", torch.randn(7, D))
     order = np.random.default_rng(0).permutation(sae.m)[:, None]
-    found = keep(ground, order, (0, 40, sae.m))(at).reshape(6, 3, 7, D)
+    found = keep(baseline, order, (0, 40, sae.m))(at).reshape(6, 3, 7, D)
     x_hat = sae(at.x)
-    for b, (x0, f0) in enumerate(ground.bases(at)):
+    for b, (x0, f0) in enumerate(baseline.bases(at)):
         torch.testing.assert_close(found[b, 0], x0)
         torch.testing.assert_close(found[b, 2], x_hat + x0 - sae.decode(f0), atol=1e-4, rtol=1e-4)
         kept = torch.from_numpy(order[:40, 0])
@@ -111,20 +111,20 @@ def test_keeping_none_is_the_donor_and_all_is_the_splice_with_the_donors_error(g
         torch.testing.assert_close(found[b, 1], sae.decode(f) + x0 - sae.decode(f0), atol=1e-4, rtol=1e-4)
 
 
-def test_the_error_alone_is_the_mirror_of_keeping_all(ground: AblationBaseline) -> None:
+def test_the_error_alone_is_the_mirror_of_keeping_all(baseline: AblationBaseline) -> None:
     at = Span(0, "rejected", torch.randn(5, D))
-    everything = keep(ground, np.arange(ground.sae.m)[:, None], (ground.sae.m,))(at)
-    both = torch.stack([at.x + x0 for x0, _ in ground.bases(at)])
-    torch.testing.assert_close(everything + error_alone(ground)(at), both, atol=1e-4, rtol=1e-4)
+    everything = keep(baseline, np.arange(baseline.sae.m)[:, None], (baseline.sae.m,))(at)
+    both = torch.stack([at.x + x0 for x0, _ in baseline.bases(at)])
+    torch.testing.assert_close(everything + error_alone(baseline)(at), both, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["llama", ENCODER])
 def test_keeping_every_coordinate_changes_no_reward(architecture: str, donors: Donors) -> None:
-    rm, sae = shared_pm(architecture), signed(torch.linalg.qr(torch.randn(D, D))[0], torch.randn(D))
-    ground = AblationBaseline(sae, donors, torch.rand(2 * D), torch.randn(D))  # all coordinates kept: no mean is left
+    rm, sae = shared_pm(architecture), signed_basis(torch.linalg.qr(torch.randn(D, D))[0], torch.randn(D))
+    baseline = AblationBaseline(sae, donors, torch.rand(2 * D), torch.randn(D))  # all coordinates kept: no mean is left
     tokens = rm.tokenize_all(PAIRS[:2])
-    ground = AblationBaseline(sae, donors, ground.f_mean, sae.decode(ground.f_mean))
-    rows = replaced(rm, tokens, [0, 1], {"k": (SITE, keep(ground, signed_units(D), (0, D)))})["k"]
+    baseline = AblationBaseline(sae, donors, baseline.f_mean, sae.decode(baseline.f_mean))
+    rows = replaced(rm, tokens, [0, 1], {"k": (SITE, keep(baseline, signed_units(D), (0, D)))})["k"]
     curve = keep_curve(rows, (0, D), np.arange(2))
     assert curve[1].donors.value == pytest.approx(1, abs=1e-3)
     assert curve[1].mean.value == pytest.approx(1, abs=1e-3)
@@ -146,9 +146,9 @@ def test_ablating_a_set_is_the_exact_ablation_of_its_group() -> None:
 
 def test_lost_is_0_when_nothing_changes_and_1_when_nothing_is_left() -> None:
     delta, prompts = np.random.default_rng(0).normal(size=30), np.arange(30)
-    assert lost(delta, delta, prompts).value == 0
-    assert lost(delta, 0 * delta, prompts).value == 1
-    assert lost(delta, delta / 4, prompts).value == pytest.approx(0.75)
+    assert lost_share(delta, delta, prompts).value == 0
+    assert lost_share(delta, 0 * delta, prompts).value == 1
+    assert lost_share(delta, delta / 4, prompts).value == pytest.approx(0.75)
 
 
 def test_differences_add_up_to_the_reward_difference_without_an_error() -> None:
@@ -206,11 +206,11 @@ def test_signed_directions_are_exact_together_and_the_largest_ones_alone_a_proje
     torch.testing.assert_close(basis @ basis.t(), torch.eye(D), atol=1e-5, rtol=0)
     variances = ((x - x.mean(0)) @ basis.t()).var(0)
     assert bool((variances.diff() <= 1e-3).all())
-    torch.testing.assert_close(signed(basis, x.mean(0))(x), x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(signed_basis(basis, x.mean(0))(x), x, atol=1e-4, rtol=1e-4)
     z = (x - x.mean(0)) @ basis.t()
     cut = z.abs().topk(5, dim=1).values[:, -1:]
     torch.testing.assert_close(
-        signed(basis, x.mean(0), k=5)(x), torch.where(z.abs() >= cut, z, 0.0) @ basis + x.mean(0), atol=1e-3, rtol=1e-4
+        signed_basis(basis, x.mean(0), k=5)(x), torch.where(z.abs() >= cut, z, 0.0) @ basis + x.mean(0), atol=1e-3, rtol=1e-4
     )
 
 
@@ -224,27 +224,27 @@ def test_a_random_dictionary_has_the_l0_and_the_best_scale() -> None:
         assert worse.square().sum() > error
 
 
-def test_noise_has_the_errors_norm(ground: AblationBaseline) -> None:
+def test_noise_has_the_errors_norm(baseline: AblationBaseline) -> None:
     at = Span(2, "chosen", torch.randn(9, D))
-    moved = noise(ground.sae)(at)[0] - at.x
-    torch.testing.assert_close(moved.norm(dim=1), (at.x - ground.sae(at.x)).norm(dim=1), atol=1e-4, rtol=1e-4)
-    assert not torch.equal(noise(ground.sae)(Span(2, "rejected", at.x))[0] - at.x, moved)
+    moved = noise(baseline.sae)(at)[0] - at.x
+    torch.testing.assert_close(moved.norm(dim=1), (at.x - baseline.sae(at.x)).norm(dim=1), atol=1e-4, rtol=1e-4)
+    assert not torch.equal(noise(baseline.sae)(Span(2, "rejected", at.x))[0] - at.x, moved)
 
 
-def test_moving_along_real_differences_goes_as_far_as_the_ablation(ground: AblationBaseline, donors: Donors) -> None:
+def test_moving_along_real_differences_goes_as_far_as_the_ablation(baseline: AblationBaseline, donors: Donors) -> None:
     at = Span(1, "chosen", torch.randn(6, D))
     sets = [np.arange(10), np.arange(96)]
-    moved = norm_matched(ground.sae, donors, sets)(at) - at.x
-    gone = at.x - ablate(ground.sae, [sets])(at)
+    moved = norm_matched_moves(baseline.sae, donors, sets)(at) - at.x
+    gone = at.x - ablate(baseline.sae, [sets])(at)
     torch.testing.assert_close(moved.norm(dim=2), gone.norm(dim=2), atol=1e-4, rtol=1e-4)
 
 
-def test_matched_features_are_alike_others_and_used_once() -> None:
+def test_matched_controls_are_the_nearest_features_and_used_once() -> None:
     rng = np.random.default_rng(0)
     size = np.exp(rng.normal(0, 2, 300))
     traits = Profile(size * 1e-3, size * 1e-3, size, *(np.zeros(300, dtype=bool),) * 2, torch.zeros(300), torch.zeros(1))
     features = np.arange(20)
-    found = matched(traits, features, features)
+    found = matched_controls(traits, features, features)
     assert len(set(found.tolist())) == 20
     assert not set(found.tolist()) & set(features.tolist())
     apart = np.abs(np.log(size[found] / size[features])).mean()
@@ -253,14 +253,14 @@ def test_matched_features_are_alike_others_and_used_once() -> None:
 
 def test_the_smallest_k_that_reaches_a_threshold() -> None:
     curve = [(0, 0.0), (8, 0.4), (16, 0.85), (32, 0.95)]
-    assert [smallest(curve, t) for t in (0.5, 0.8, 0.9, 0.99)] == [16, 16, 32, None]
+    assert [smallest_k(curve, t) for t in (0.5, 0.8, 0.9, 0.99)] == [16, 16, 32, None]
 
 
 def test_splice_and_keep_agree_where_the_error_is_nothing(donors: Donors) -> None:
     rm, sae = shared_pm("llama"), perfect()
-    ground = AblationBaseline(sae, donors, torch.zeros(2 * D), sae.b_dec.detach())
+    baseline = AblationBaseline(sae, donors, torch.zeros(2 * D), sae.b_dec.detach())
     order = np.arange(2 * D)[:, None]
     tokens = rm.tokenize_all(PAIRS)
-    rows = replaced(rm, tokens, range(4), {"s": (SITE, splice(sae)), "k": (SITE, keep(ground, order, (2 * D,)))})
+    rows = replaced(rm, tokens, range(4), {"s": (SITE, splice(sae)), "k": (SITE, keep(baseline, order, (2 * D,)))})
     for b in range(6):
         np.testing.assert_allclose(rows["k"].delta_hat[:, b], rows["s"].delta_hat[:, 0], atol=5e-4)

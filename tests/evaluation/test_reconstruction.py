@@ -8,13 +8,12 @@ import torch
 
 from rmscope.effects.splice import constant, replaced, splice
 from rmscope.evaluation.reconstruction import FIGURES, as_table, evaluate
-from rmscope.sae.metrics import measure
-from rmscope.studies.evaluate.page import render_evaluation
+from rmscope.sae.metrics import measure_sae
 from tests.effects.test_splice import perfect
 from tests.model.small import ENCODER, PAIRS, shared_pm, small_sae
 
 SITE = "resid_post.1"
-PROMPTS = [p.first_human_turn() for p in PAIRS]
+PROMPTS = [p.prompt_key for p in PAIRS]
 
 
 def at(sae, site=SITE):  # type: ignore[no-untyped-def]
@@ -34,7 +33,7 @@ def test_the_figures_are_those_of_the_plain_metrics_and_of_the_splice(architectu
                 stream = rm.model(t.side(side)[None], output_hidden_states=True).hidden_states[2][0]
                 rows.append(stream[first:])
                 spans.append(stream[t.divergence :])
-    plain = measure(sae, [torch.cat(rows)])
+    plain = measure_sae(sae, [torch.cat(rows)])
     assert found.tokens == plain.tokens
     assert found.figures["l0"].value == pytest.approx(plain.l0)
     assert found.figures["fvu"].value == pytest.approx(plain.fvu, rel=1e-4)
@@ -49,7 +48,7 @@ def test_the_figures_are_those_of_the_plain_metrics_and_of_the_splice(architectu
     assert found.figures["reward_recovered"].value == pytest.approx(1 - damage[0] / damage[1], abs=1e-3)
 
 
-def test_a_perfect_sae_explains_everything_and_stands_beside_a_poor_one() -> None:
+def test_a_perfect_sae_explains_everything_and_a_poor_one_less() -> None:
     rm = shared_pm("llama")
     saes = {"perfect": at(perfect()), "poor": at(small_sae(k=1), "resid_post.2")}
     best, poor = evaluate(rm, saes, rm.tokenize_all(PAIRS), PROMPTS)
@@ -62,14 +61,3 @@ def test_a_perfect_sae_explains_everything_and_stands_beside_a_poor_one() -> Non
     table = as_table([best, poor])
     assert table["sae"].to_list() == ["perfect", "poor"]
     assert {f"{n}{end}" for n in FIGURES for end in ("", "_low", "_high")} <= set(table.columns)
-
-
-def test_the_page_shows_every_sae_and_asks_for_nothing() -> None:
-    rm = shared_pm("llama")
-    saes = {"a<b": at(small_sae()), "poor": at(small_sae(k=1))}
-    page = render_evaluation(evaluate(rm, saes, rm.tokenize_all(PAIRS), PROMPTS), "small", "four pairs", 4)
-    assert "a&lt;b" in page
-    assert "a<b" not in page
-    assert page.count("<svg") == 4
-    assert "http://" not in page.replace("http://www.w3.org", "")
-    assert "https://" not in page

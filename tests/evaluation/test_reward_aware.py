@@ -11,14 +11,14 @@ from torch import Tensor
 from rmscope.errors import InputError
 from rmscope.evaluation.reward_aware import Damage, RewardAwareConfig, by_pair, fine_tune, splice_gradients, training_rows
 from rmscope.hardware import has_fast_bfloat16
-from rmscope.model.packing import padded
+from rmscope.model.packing import pad_texts
 from rmscope.model.reward_model import RewardModel, Scores
 from rmscope.pairs.pair import SIDES
 from rmscope.sae import Sae, SaeConfig
 from rmscope.sae.jumprelu import JumpReluSae
 from rmscope.sae.registry import training_class
 from rmscope.sae.standard import StandardSae
-from rmscope.sae.steps import Run, learn
+from rmscope.sae.steps import TrainingRun, train_step
 from tests.model.small import PAIRS, shared_pm, small_pm, small_sae
 
 SITE = "resid_post.1"
@@ -59,7 +59,7 @@ def naive(rm: RewardModel, sae: Sae, kind: str, scale: float, level: float) -> t
         change = []
         for side in SIDES:
             ids = t.side(side)
-            batch = padded([(0, side, ids, 1, rm.read_position(ids))], 0)
+            batch = pad_texts([(0, side, ids, 1, rm.read_position(ids))], 0)
             span = slice(t.divergence, rm.read_position(ids) + 1)
 
             def edit(x: Tensor, span: slice = span) -> Tensor:
@@ -156,12 +156,12 @@ def test_without_weight_it_is_plain_training() -> None:
     aware = fine_tune(rm, sae, PAIRS, RewardAwareConfig(steps=5, pairs=4, weight=1.0, lr=1e-3, fast=False))
     plain = sae_of("topk")
     plain.change_units(1 / 0.5)
-    run = Run.of(training_class("topk")(plain, own.model_copy(update={"warmup": 0.0})), 5, site=SITE)
+    run = TrainingRun.of(training_class("topk")(plain, own.model_copy(update={"warmup": 0.0})), 5, site=SITE)
     tokens = rm.tokenize_all(PAIRS)
     rows = [training_rows(b, rm.streams(b, [SITE])[SITE]) for b in rm.unit_batches(tokens, range(len(PAIRS)), 1 << 30)]
     with torch.no_grad():
         for _ in range(5):
-            learn(run, torch.cat(rows) * 0.5, 1.0)
+            train_step(run, torch.cat(rows) * 0.5, 1.0)
     plain.change_units(0.5)
     for (name, a), b, c in zip(tuned.named_parameters(), plain.parameters(), aware.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)

@@ -1,7 +1,7 @@
-"""How much of Δr one site explains, on held-out pairs: splice, keep K and ablate K, each with its controls beside it.
+"""How much of Δr one site explains, on held-out pairs: splice, keep K and ablate K, each with its controls.
 
-Everything that is chosen (the list's order, flags, means, donors, control dictionaries) comes from stored responses of the
-select split and is frozen; the figures come from other prompts (METHOD, "Explained").
+Everything that is chosen (the order of the list, flags, means, donors, control dictionaries) is computed from stored
+responses of the select split and then frozen. The figures are measured on other prompts.
 """
 
 from __future__ import annotations
@@ -16,24 +16,35 @@ import torch
 from rmscope.activations.store import ActivationStore
 from rmscope.effects.splice import Replaced, delta_r2, replaced, slope, splice
 from rmscope.evaluation import controls
-from rmscope.evaluation.keep import ABLATED, GRID, AblationBaseline, Donors, ablate, error_alone, keep, keep_curve, lost
-from rmscope.evaluation.reconstruction import evaluate
+from rmscope.evaluation.keep import (
+    ABLATE_GRID,
+    GRID,
+    AblationBaseline,
+    Donors,
+    KeepPoint,
+    ablate,
+    error_alone,
+    keep,
+    keep_curve,
+    lost_share,
+)
+from rmscope.evaluation.reconstruction import Evaluation, evaluate
 from rmscope.evaluation.selection import Responses, differences, forward_order, length_flags, profile
 from rmscope.io import Progress, silent
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.sae.base import Sae
-from rmscope.statistics import Array
+from rmscope.statistics import Array, Figure
 
-SELECTED = 96
-"""Select pairs on which the lists are made."""
-COARSE = (0, 8, 32, 128, 512)
-"""The grid of the curves that stand beside the main one."""
-MATCHED = 3
-"""Draws of matched features beside a list that is ablated."""
+SELECT_PAIRS = 96
+"""Select pairs on which the lists are ordered."""
+COARSE_GRID = (0, 8, 32, 128, 512)
+"""K of the control curves."""
+MATCHED_DRAWS = 3
+"""Draws of matched features for each ablated list."""
 PCA_TOKENS = 20_000
-FLAGGED_OF = 64
-"""The first features of a list whose flags are counted."""
+FLAG_WINDOW = 64
+"""The first features of a list, of which the flagged ones are counted."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +58,18 @@ class SelectSplit:
 
 
 class FrozenSelection:
-    """What is frozen on the select split at a site: orders, flags, means, donors, control dictionaries."""
+    """All that is frozen at a site on the select split: orders, flags, means, donors, control dictionaries."""
 
     def __init__(
         self, rm: RewardModel, site: str, sae: Sae, select: SelectSplit, prompts: Sequence[str], progress: Progress = silent
     ) -> None:
-        """``prompts`` names the prompt of each pair that will be measured: donors never share it."""
+        """``prompts`` names the prompt of each pair that will be measured: donors never share it.
+
+        1. Stored responses give means, firing rates and flags.
+        2. They also give the control dictionaries, which have as many active units on a token as the SAE.
+        3. Contributions on select pairs put the units of each dictionary in order.
+        4. Donors and means become the baselines.
+        """
         self.sae, tokens = sae, select.tokens
         responses = Responses(select.store, site, set(select.pairs))
 
@@ -61,105 +78,154 @@ class FrozenSelection:
             return rm.ending(ids[: rm.read_position(ids) + 1]) - tokens[pair].divergence
 
         self.profile = p = profile(sae, responses, ending)
+
         x, d = responses.sample(PCA_TOKENS), rm.d_model
         basis = controls.principal_components(x)
         l0 = max(1, round(float((sae.encode(x[:4096]) > 0).sum(1).float().mean())))
-        self.pca, self.coordinates = controls.signed(basis, p.x_mean), controls.signed(torch.eye(d), p.x_mean)
-        self.sparse_pca = controls.signed(basis, p.x_mean, l0)
+        self.pca = controls.signed_basis(basis, p.x_mean)
+        self.coordinates = controls.signed_basis(torch.eye(d), p.x_mean)
+        self.sparse_pca = controls.signed_basis(basis, p.x_mean, l0)
         self.random = controls.random_dictionary(x, sae.m, l0)
-        chosen = [tokens[i] for i in select.pairs[:SELECTED]]
-        f_pca, f_coordinates = (one.encode(x).mean(0) for one in (self.pca, self.coordinates))
-        dictionaries = {
-            "features": (sae, p.f_mean), "pca": (self.pca, f_pca), "coordinates": (self.coordinates, f_coordinates),
-        }  # fmt: skip
-        D, delta = differences(rm, dictionaries, site, chosen, p.x_mean, progress=progress)
-        lengths = np.array([t.chosen.numel() - t.rejected.numel() for t in chosen], dtype=float)
+
+        selected = [tokens[i] for i in select.pairs[:SELECT_PAIRS]]
+        means = {"features": p.f_mean, "pca": self.pca.encode(x).mean(0), "coordinates": self.coordinates.encode(x).mean(0)}
+        saes = {"features": sae, "pca": self.pca, "coordinates": self.coordinates}
+        dictionaries = {name: (one, means[name]) for name, one in saes.items()}
+        D, delta = differences(rm, dictionaries, site, selected, p.x_mean, progress=progress)
+        lengths = np.array([t.chosen.numel() - t.rejected.numel() for t in selected], dtype=float)
         self.length_slope = slope(delta, lengths)
-        order = forward_order(D["features"], delta)
         self.flagged = p.dense | p.ending | length_flags(D["features"], lengths)
+        order = forward_order(D["features"], delta)
         self.order, self.unflagged = order[:, None], order[~self.flagged[order]][:, None]
-        pairs_of = controls.signed_units(d)
-        both = {name: D[name][:, :d] + D[name][:, d:] for name in ("pca", "coordinates")}
-        self.pca_order, self.coordinate_order = (pairs_of[forward_order(both[n], delta)] for n in ("pca", "coordinates"))
-        self.donors = donors = Donors(responses, select.prompts, prompts)
-        self.ground = AblationBaseline(sae, donors, p.f_mean, p.x_mean)
-        self.pca_ground = AblationBaseline(self.pca, donors, f_pca, p.x_mean)
-        self.coordinate_ground = AblationBaseline(self.coordinates, donors, f_coordinates, p.x_mean)
+        units = controls.signed_units(d)
+        self.pca_order, self.coordinate_order = (
+            units[forward_order(D[name][:, :d] + D[name][:, d:], delta)] for name in ("pca", "coordinates")
+        )
+
+        self.donors = Donors(responses, select.prompts, prompts)
+        self.baseline, self.pca_baseline, self.coordinate_baseline = (
+            AblationBaseline(one, self.donors, means[name], p.x_mean) for name, one in saes.items()
+        )
 
     @property
-    def ablated(self) -> list[int]:
-        """The K at which a list is ablated: of ABLATED, those that leave as many features to match."""
-        return [k for k in ABLATED if 2 * k <= self.sae.m]
+    def ablate_grid(self) -> list[int]:
+        """The K at which the list is ablated: those of ABLATE_GRID that leave as many features to match."""
+        return [k for k in ABLATE_GRID if 2 * k <= self.sae.m]
 
-    def sets(self) -> list[list[Array]]:
-        """The list's top K, then MATCHED draws of matched features, at each K that is ablated."""
-        top = [self.order[:k, 0] for k in self.ablated]
-        draws = [controls.matched(self.profile, top[-1], top[-1], seed) for seed in range(MATCHED)]
-        return [top, *([draw[:k] for k in self.ablated] for draw in draws)]
+    def ablation_sets(self) -> list[list[Array]]:
+        """The list's top K, then MATCHED_DRAWS draws of matched features, at each K of :attr:`ablate_grid`."""
+        top = [self.order[:k, 0] for k in self.ablate_grid]
+        draws = [controls.matched_controls(self.profile, top[-1], top[-1], seed) for seed in range(MATCHED_DRAWS)]
+        return [top, *([draw[:k] for k in self.ablate_grid] for draw in draws)]
+
+
+@dataclass(frozen=True, slots=True)
+class AblatePoint:
+    """Ablate K at one K: the share of Δr that is lost."""
+
+    k: int
+    list: Figure
+    """Without the list's top K."""
+    matched: Figure
+    """Without K matched features, the mean over draws."""
+    norm: Figure
+    """With a move as large as the ablation, along differences of real activations."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"k": self.k, **{name: getattr(self, name).as_dict() for name in ("list", "matched", "norm")}}
+
+
+@dataclass(frozen=True)
+class Explained:
+    """How much of Δr a site explains. Every figure is a delta_r2 or a share; intervals are 95 %, bootstrap by prompt."""
+
+    site: str
+    evaluation: Evaluation
+    """The splice, sparsity and reconstruction of the SAE."""
+    controls: dict[str, Figure]
+    """delta_r2 of pca, random, noise (each spliced), length (alone), error and error_mean (the error alone)."""
+    flagged: int
+    """Flagged features of the SAE."""
+    flagged_first: int
+    """Flagged features among the first FLAG_WINDOW of the list."""
+    curves: dict[str, list[KeepPoint]]
+    """Keep K: keep (the list), unflagged (the list without flagged features), keep_pca, keep_coordinates."""
+    ablated: list[AblatePoint]
+    pairs: int
+    prompts: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able, as ``explained.json`` stores it."""
+        e = self.evaluation
+        return {
+            "site": self.site,
+            "evaluation": {name: f.as_dict() for name, f in e.figures.items()} | {"dead": e.dead},
+            "controls": {name: f.as_dict() for name, f in self.controls.items()},
+            "flagged": self.flagged,
+            f"flagged_of_{FLAG_WINDOW}": self.flagged_first,
+            "curves": {name: [p.as_dict() for p in points] for name, points in self.curves.items()},
+            "ablated": [p.as_dict() for p in self.ablated],
+            "pairs": self.pairs,
+            "prompts": self.prompts,
+        }
 
 
 def explain(
     rm: RewardModel,
     site: str,
-    lists: FrozenSelection,
+    selection: FrozenSelection,
     tokens: Sequence[PairTokens],
     prompts: Sequence[str],
     progress: Progress = silent,
-) -> dict[str, Any]:
-    """All figures of a site on the given pairs: ``evaluation`` (splice), ``controls``, ``curves`` (keep K), ``ablated``.
-
-    Each figure is {value, low, high}, the interval 95 %, bootstrap by prompt. ``curves`` has a row a K: with donors, from
-    the mean, with a single donor, agreement; beside it the list without flagged features, PCA and coordinates.
-    """
-    sae, groups, full = lists.sae, np.array(prompts), (*(k for k in GRID if k < lists.sae.m), lists.sae.m)
-    sets = lists.sets()
-    found = replaced(
-        rm,
-        tokens,
-        range(len(tokens)),
-        {
-            name: (site, replacement)
-            for name, replacement in {
-                "pca": splice(lists.sparse_pca), "random": splice(lists.random), "noise": controls.noise(sae),
-                "error": error_alone(lists.ground), "keep": keep(lists.ground, lists.order, full),
-                "unflagged": keep(lists.ground, lists.unflagged, COARSE),
-                "keep_pca": keep(lists.pca_ground, lists.pca_order, COARSE),
-                "keep_coordinates": keep(lists.coordinate_ground, lists.coordinate_order, COARSE),
-                "ablate": ablate(sae, sets), "norm": controls.norm_matched(sae, lists.donors, sets[0]),
-            }.items()
-        },
-        progress,
-    )  # fmt: skip
-    delta = found["keep"].delta
-    (measured,) = evaluate(rm, {site: sae}, tokens, list(prompts))
-    lengths = np.array([t.chosen.numel() - t.rejected.numel() for t in tokens], dtype=float)
-    one = {n: delta_r2(delta, found[n].delta_hat[:, 0], groups) for n in ("pca", "random", "noise")}
-    one["length"] = delta_r2(delta, lists.length_slope * lengths, groups)
-    one["error"] = delta_r2(delta, found["error"].delta_hat[:, :-1].mean(1), groups)
-    one["error_mean"] = delta_r2(delta, found["error"].delta_hat[:, -1], groups)
-    grids = {"keep": full, "unflagged": COARSE, "keep_pca": COARSE, "keep_coordinates": COARSE}
-    return {
-        "site": site,
-        "evaluation": {n: f.as_dict() for n, f in measured.figures.items()} | {"dead": measured.dead},
-        "controls": {n: f.as_dict() for n, f in one.items()},
-        "flagged": int(lists.flagged.sum()),
-        f"flagged_of_{FLAGGED_OF}": int(lists.flagged[lists.order[:FLAGGED_OF, 0]].sum()),
-        "curves": {n: [p.as_dict() for p in keep_curve(found[n], g, groups)] for n, g in grids.items()},
-        "ablated": _ablated(found, lists.ablated, groups),
-        "pairs": len(tokens),
-        "prompts": len(np.unique(groups)),
+) -> Explained:
+    """Every figure of a site on the given pairs; ``prompts`` names the prompt of each pair."""
+    sae, groups, s = selection.sae, np.array(prompts), selection
+    full = (*(k for k in GRID if k < sae.m), sae.m)
+    sets = s.ablation_sets()
+    replacements = {
+        "pca": splice(s.sparse_pca),
+        "random": splice(s.random),
+        "noise": controls.noise(sae),
+        "error": error_alone(s.baseline),
+        "keep": keep(s.baseline, s.order, full),
+        "unflagged": keep(s.baseline, s.unflagged, COARSE_GRID),
+        "keep_pca": keep(s.pca_baseline, s.pca_order, COARSE_GRID),
+        "keep_coordinates": keep(s.coordinate_baseline, s.coordinate_order, COARSE_GRID),
+        "ablate": ablate(sae, sets),
+        "norm": controls.norm_matched_moves(sae, s.donors, sets[0]),
     }
+    at_site = {name: (site, replacement) for name, replacement in replacements.items()}
+    rows = replaced(rm, tokens, range(len(tokens)), at_site, progress)
+    delta, error = rows["keep"].delta, rows["error"].delta_hat
+    lengths = np.array([t.chosen.numel() - t.rejected.numel() for t in tokens], dtype=float)
+    control = {name: delta_r2(delta, rows[name].delta_hat[:, 0], groups) for name in ("pca", "random", "noise")}
+    control["length"] = delta_r2(delta, s.length_slope * lengths, groups)
+    control["error"] = delta_r2(delta, error[:, :-1].mean(1), groups)
+    control["error_mean"] = delta_r2(delta, error[:, -1], groups)
+    grids = {"keep": full, "unflagged": COARSE_GRID, "keep_pca": COARSE_GRID, "keep_coordinates": COARSE_GRID}
+    (evaluation,) = evaluate(rm, {site: sae}, tokens, list(prompts))
+    return Explained(
+        site=site,
+        evaluation=evaluation,
+        controls=control,
+        flagged=int(s.flagged.sum()),
+        flagged_first=int(s.flagged[s.order[:FLAG_WINDOW, 0]].sum()),
+        curves={name: keep_curve(rows[name], grid, groups) for name, grid in grids.items()},
+        ablated=_ablate_points(rows, s.ablate_grid, groups),
+        pairs=len(tokens),
+        prompts=len(np.unique(groups)),
+    )
 
 
-def _ablated(found: dict[str, Replaced], ks: Sequence[int], prompts: Array) -> list[dict[str, Any]]:
-    delta = found["ablate"].delta
-    hat = found["ablate"].delta_hat.reshape(len(delta), 1 + MATCHED, len(ks))
+def _ablate_points(rows: dict[str, Replaced], ks: Sequence[int], prompts: Array) -> list[AblatePoint]:
+    delta = rows["ablate"].delta
+    hat = rows["ablate"].delta_hat.reshape(len(delta), 1 + MATCHED_DRAWS, len(ks))
     return [
-        {
-            "k": k,
-            "list": lost(delta, hat[:, 0, i], prompts).as_dict(),
-            "matched": lost(delta, hat[:, 1:, i].mean(1), prompts).as_dict(),
-            "norm": lost(delta, found["norm"].delta_hat[:, i], prompts).as_dict(),
-        }
+        AblatePoint(
+            k,
+            list=lost_share(delta, hat[:, 0, i], prompts),
+            matched=lost_share(delta, hat[:, 1:, i].mean(1), prompts),
+            norm=lost_share(delta, rows["norm"].delta_hat[:, i], prompts),
+        )
         for i, k in enumerate(ks)
     ]

@@ -1,9 +1,9 @@
 """How good SAEs are, side by side on the same held-out pairs: sparsity, reconstruction, and the reward that survives.
 
-Sparsity and reconstruction are over every token of the pairs but position 0, a shared prompt once; the reward figures
-replace the stream on the span (``splice.py``). FVU is centred per dimension and summed over dimensions. Intervals are
-95 %, bootstrap by prompt; ``dead`` has none: it is the share of features that stay silent on these tokens, and falls
-with their number.
+Sparsity and reconstruction are measured over every token of the pairs but position 0; a shared prompt counts once. The
+reward figures replace the stream on the span (:mod:`rmscope.effects.splice`). FVU is centred per dimension and summed over
+dimensions. Intervals are 95 %, bootstrap by prompt. ``dead`` has no interval: it is the share of features that stay silent
+on these tokens, and it falls with their number.
 """
 
 from __future__ import annotations
@@ -18,13 +18,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmscope.effects.splice import (
-    Figure,
     Span,
     agreement,
     clean_runs,
     cross_scaled,
     delta_r2,
-    ratio,
     reward_recovered,
     rewards_on_span,
     splice,
@@ -35,19 +33,20 @@ from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
 from rmscope.sae.base import Sae
-from rmscope.statistics import Array
+from rmscope.statistics import Array, Figure, ratio
 
 FIGURES = (
     "l0", "fvu", "cosine", "norm_ratio", "reward_recovered", "delta_r2", "delta_r2_scaled", "agreement",
 )  # fmt: skip
-"""Each with its interval: ``l0`` features a token, ``cosine`` of x and x^, ``norm_ratio`` E|x^| / E|x|; the last four under
-splice, ``delta_r2_scaled`` after one slope fitted on the other half of the prompts."""
+"""Each has an interval. ``l0`` counts active features per token, ``cosine`` is that of x and x^, ``norm_ratio`` is
+E|x^| / E|x|. The last four are measured under splice, ``delta_r2_scaled`` after one slope fitted on the other half of the
+prompts."""
 SUMS = ("tokens", "l0", "error", "variance", "cosine", "norm", "norm_hat")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One SAE on the pairs. ``density`` [m] is the share of tokens on which each feature fires."""
+    """One SAE on the pairs."""
 
     name: str
     site: str
@@ -55,18 +54,22 @@ class Evaluation:
     m: int
     tokens: int
     figures: dict[str, Figure]
+    """By the names in :data:`FIGURES`."""
     density: Float[Array, " m"]
+    """Share of tokens on which each feature fires."""
     delta: Float[Array, " pairs"]
+    """Δr, in units of reward."""
     delta_hat: Float[Array, " pairs"]
+    """Δr under splice."""
 
     @property
     def dead(self) -> float:
-        """Share of features that never fired on these tokens."""
+        """Share of features that never fire on these tokens."""
         return float((self.density == 0).mean())
 
-    def row(self) -> dict[str, float | int | str]:
-        """One flat row: every figure as value, ``_low``, ``_high``."""
-        flat: dict[str, float | int | str] = {
+    def row(self) -> dict[str, float | int | str | None]:
+        """One flat row: each figure in three columns, its name, ``_low`` and ``_high``."""
+        flat: dict[str, float | int | str | None] = {
             "sae": self.name, "site": self.site, "architecture": self.architecture, "d_sae": self.m,
             "pairs": len(self.delta), "tokens": self.tokens, "dead": self.dead,
         }  # fmt: skip
@@ -82,7 +85,12 @@ def evaluate(
     prompts: Sequence[str],
     progress: Progress = silent,
 ) -> list[Evaluation]:
-    """Every SAE (by name; each at its own ``site``) on the same pairs; ``prompts`` names the prompt of each pair."""
+    """Evaluates every SAE on the same pairs.
+
+    Args:
+        saes: by name; each is evaluated at its own ``site``.
+        prompts: the prompt of each pair; the bootstrap resamples them.
+    """
     sites = sorted({sae.site for sae in saes.values()}, key=rm.site_index)
     centre, span_mean = _means(rm, tokens, sites)
     for sae in saes.values():
@@ -101,15 +109,14 @@ def evaluate(
                 on_span = texts[side].streams[sae.site][t.divergence :].float().cpu()
                 ablated = span_mean[sae.site].expand_as(on_span)[None]
                 streams = torch.cat([splice(sae)(Span(i, side, on_span)), ablated])
-                found = rewards_on_span(rm, texts[side], sae.site, t.divergence, streams)
-                rewards[name][i, s] = found.double().numpy()
+                rewards[name][i, s] = rewards_on_span(rm, texts[side], sae.site, t.divergence, streams).double().numpy()
         progress(i + 1, len(tokens), "pairs evaluated")
     groups = np.asarray(prompts)
     return [_evaluation(name, sae, sums[name], fires[name], clean, rewards[name], groups) for name, sae in saes.items()]
 
 
 def first_counted(rm: RewardModel, t: PairTokens, side: str) -> int:
-    """The first token that counts: what the sides share counts once where it is the same stream in both."""
+    """The first token that counts: the shared prefix counts once where its stream is the same on both sides."""
     return max(1, t.shared) if side == "rejected" and rm.causal else 1
 
 
@@ -138,7 +145,7 @@ def _means(
 
 
 def _sums(sae: Sae, x: Float[Tensor, "tokens d"], centre: Float[Tensor, " d"], fires: Tensor) -> list[float]:
-    """The parts of a pair that the figures are ratios of, in the order of :data:`SUMS`; counts firings into ``fires``."""
+    """The sums of a pair from which the figures are ratios, in the order of :data:`SUMS`; adds its firings to ``fires``."""
     active = sae.active(x)
     fires += torch.bincount(active.feature, minlength=sae.m)
     y, y_hat = x.double(), sae.decode_active(active).double()
@@ -168,6 +175,6 @@ def _evaluation(name: str, sae: Sae, sums: Array, fires: Tensor, clean: Array, r
     return Evaluation(name, sae.site, sae.architecture, sae.m, n, figures, density, delta, delta_hat)
 
 
-def as_table(found: Sequence[Evaluation]) -> pl.DataFrame:
-    """A row an SAE."""
-    return pl.DataFrame([e.row() for e in found])
+def as_table(evaluations: Sequence[Evaluation]) -> pl.DataFrame:
+    """One row per SAE."""
+    return pl.DataFrame([e.row() for e in evaluations])

@@ -1,18 +1,19 @@
-"""Reward-aware fine-tuning: a second phase of SAE training that also minds what the splice does to the reward difference.
+"""Reward-aware fine-tuning: a second phase of SAE training whose loss counts what the splice does to the reward.
 
     L = λ d E [(Δr^ - Δr)² + μ (s^ - s)²] / SD(Δr)²  +  the family's own loss on the tokens of the same pairs
 
 Δr^ and s^ are the difference and the sum of a pair's two rewards with x replaced by x^ on the span of both sides. Only
-differences mean anything, but a loss of differences alone lets both rewards of a pair drift as far as they like together,
-off what the blocks above were trained on; at μ = 1 each reward is minded by itself, as (a - b)² + (a + b)² = 2 (a² + b²).
-In the units of training E|x|² = d (d_model), so the terms are relative errors times d. The first is backpropagated
-through the PM's blocks above the site (PM frozen, float32, its products in bfloat16 where that is fast) to x^, and from
-there through the SAE's own equations: to W_dec and b_dec, and to the encoder at the entries that fire. What fires is
-chosen as ever, and thresholds move by the family's own loss alone.
+differences of rewards mean anything. But a loss of differences alone would let both rewards of a pair drift together, away
+from what the blocks above were trained on. At μ = 1 each reward counts by itself, as (a - b)² + (a + b)² = 2 (a² + b²).
 
-After Karvonen 2025 (arXiv 2503.17272), who fine-tunes with the language model's KL divergence for a short while at the
-end; here the output is a reward. What it gains may be features that carry the reward better, or the reward written into
-the code: ``benchmarks/reward_aware.py`` holds the two apart.
+In the units of training E|x|² = d (d_model), so both terms are relative errors times d. The damage is backpropagated
+through the PM's blocks above the site to x^, and from there through the SAE's own equations: to W_dec and b_dec, and to
+the encoder at the entries that fire. The PM is frozen and in float32; its products run in bfloat16 where that is fast.
+Which features fire is decided as in plain training, and only the family's own loss moves thresholds.
+
+The method follows Karvonen 2025 (arXiv 2503.17272), who fine-tunes an SAE at the end of training with the language model's
+KL divergence; here the output is a reward. The gain may come from features that carry the reward better, or from the
+reward written into the code. ``benchmarks/reward_aware.py`` separates the two.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from rmscope.activations.harvest import data_identity
-from rmscope.activations.store import shuffled
+from rmscope.activations.store import shuffle_batches
 from rmscope.errors import InputError
 from rmscope.hardware import fast_products
 from rmscope.io import Progress, content_hash, silent
@@ -42,13 +43,14 @@ from rmscope.pairs.pair import SIDES, Pair
 from rmscope.sae.base import Sae
 from rmscope.sae.config import SaeConfig
 from rmscope.sae.registry import training_class
-from rmscope.sae.steps import Added, Run, checkpoint, finished, learn, resume, seal
+from rmscope.sae.steps import ExtraLoss, TrainingRun, finish, load_checkpoint, load_finished, save_checkpoint, train_step
+from rmscope.settings import Settings
 
-SLOWER = 0.25
-"""The learning rate beside the family's own, from random weights."""
+LR_SHARE = 0.25
+"""The default learning rate, as a share of the one with which the family trains from random weights."""
 
 
-class RewardAwareConfig(BaseModel):
+class RewardAwareConfig(Settings):
     """How an SAE is fine-tuned. Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -56,17 +58,17 @@ class RewardAwareConfig(BaseModel):
     steps: int = Field(200, gt=0)
     """Optimiser steps."""
     pairs: int = Field(16, gt=0)
-    """Pairs a step."""
+    """Pairs per step."""
     weight: float = Field(1.0, ge=0)
-    """Weight λ of the damage to the rewards; at 0 the SAE is only trained on."""
+    """Weight λ of the damage to the rewards; at 0 only the SAE's own loss is left."""
     level: float = Field(0.01, ge=0)
-    """Weight μ of the damage to the sum of a pair's rewards beside that to their difference; at 0 the sum may drift, and a
-    little holds it."""
+    """Weight μ of the damage to the sum of a pair's rewards, relative to that to their difference; at 0 the sum may drift, a
+    small weight holds it."""
     lr: float | None = Field(None, gt=0)
     """Adam's learning rate; left out, a quarter of the family's own."""
     fast: bool = True
-    """Whether the PM's products run in bfloat16 where the machine is fast at them; gradients are then right to a few
-    percent (docs/reward_aware.md), and no figure is taken from these rewards."""
+    """Run the PM's products in bfloat16 where the machine is fast at them. Gradients are then right to a few percent, and no
+    figure is taken from these rewards."""
     checkpoint_steps: int = Field(50, gt=0)
     """Steps between two checkpoints."""
     seed: int = Field(0, ge=0)
@@ -75,7 +77,7 @@ class RewardAwareConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """What a splice does to the rewards of pairs, and what it counts for."""
+    """What a splice does to the rewards of pairs, and its weight in the loss."""
 
     scores: Scores
     level: float = 0.0
@@ -103,26 +105,26 @@ def fine_tune(
 
     Args:
         rm: the PM, in float32; it stays as it is.
-        sae: any family; its ``site`` says where it belongs.
-        pairs: of the fit split; figures belong to other prompts.
+        sae: an SAE of any family, with its ``site``.
+        pairs: pairs of the fit split; measure figures on other prompts.
         config: see :class:`RewardAwareConfig`.
-        own: the settings of the family's own loss; those that the SAE was trained with when left out.
-        out: where ``<site>/cfg.json``, ``sae_weights.safetensors`` and ``training.parquet`` go, and checkpoints until then;
-            a fine-tuning that is finished there is loaded, a checkpoint is gone on from.
+        own: the settings of the family's own loss; left out, those with which the SAE was trained.
+        out: a folder for ``<site>/cfg.json``, ``sae_weights.safetensors``, ``training.parquet`` and checkpoints. A finished
+            fine-tuning there is loaded; an unfinished one resumes from its checkpoint.
         progress: called as (step, steps, figures in words).
-        scores: the PM's rewards of the pairs where they are known (several SAEs of one PM, say); else the pairs are scored.
+        scores: the PM's rewards of the pairs, if they are known already; left out, the pairs are scored.
 
     Raises:
-        InputError: no site, another width than the PM's, pairs that are too long or whose rewards do not differ, scores of
-            other pairs, a checkpoint of other settings, or a loss that is no longer finite.
+        InputError: the SAE has no site or another width than the PM, pairs are too long or their rewards do not differ, the
+            scores are of other pairs, a checkpoint has other settings, or the loss is no longer finite.
     """
     config = config or RewardAwareConfig()
     tokens = rm.tokenize_all(pairs)
     _check(rm, sae, tokens)
-    family = _own(sae, own, config)
+    family = _family_config(sae, own, config)
     key = content_hash(config.model_dump(), family.model_dump(), sae.identity(), sae.site, rm.identity, data_identity(pairs))
     folder = Path(out) / sae.site if out is not None else None
-    if done := finished(folder, key):
+    if done := load_finished(folder, key):
         return done
 
     scores = scores or rm.score_tokens(tokens, progress)
@@ -132,23 +134,23 @@ def fine_tune(
         )
     spread = float(scores.delta.std())
     if not spread > 0:
-        raise InputError("The rewards of these pairs do not differ, so there is no damage to mind; give other pairs.")
+        raise InputError("The rewards of these pairs do not differ, so a splice cannot damage them; give other pairs.")
     run = _begin(rm, sae, tokens, family, config.steps, key, folder)
 
     damage, began, seen = Damage(scores, config.level, config.weight * rm.d_model / spread**2), time.perf_counter(), 0
     size = min(config.pairs, len(pairs))
     epochs = -(-config.steps // (len(pairs) // size))
-    order = shuffled(torch.arange(len(pairs)), size, epochs, config.seed, run.step)
+    order = shuffle_batches(torch.arange(len(pairs)), size, epochs, config.seed, run.step)
     for picked in islice(order, config.steps - run.step):
         x, added = _losses(rm, run, tokens, picked, damage, config.fast)
         seen += len(x)
         with torch.no_grad():
-            note = learn(run, x, seen / (time.perf_counter() - began), added if config.weight else None)
+            note = train_step(run, x, seen / (time.perf_counter() - began), added if config.weight else None)
         progress(run.step, config.steps, note)
         if folder and run.step % config.checkpoint_steps == 0 and run.step < config.steps:
-            checkpoint(run)
+            save_checkpoint(run)
     origin = {"from": sae.identity(), "model": rm.identity, "data": data_identity(pairs)}
-    return seal(run, _metadata(run, sae, {**config.model_dump(), **origin}))
+    return finish(run, _metadata(run, sae, {**config.model_dump(), **origin}))
 
 
 def _check(rm: RewardModel, sae: Sae, tokens: Sequence[PairTokens]) -> None:
@@ -163,35 +165,35 @@ def _check(rm: RewardModel, sae: Sae, tokens: Sequence[PairTokens]) -> None:
         raise InputError(f"Fine-tuning needs rewards in float32, the PM is in {rm.dtype}; load it with dtype='float32'.")
 
 
-def _own(sae: Sae, own: SaeConfig | None, config: RewardAwareConfig) -> SaeConfig:
-    """The family's settings for the second phase: no warm-up, a lower learning rate, its own seed for revival."""
-    told: dict[str, Any] = (sae.metadata.get("rmscope") or {}).get("config") or {}
-    if own is None and told:
-        own = SaeConfig(**told)
+def _family_config(sae: Sae, own: SaeConfig | None, config: RewardAwareConfig) -> SaeConfig:
+    """The settings of the family's own loss in the second phase: no warm-up, a lower learning rate, this phase's seed."""
+    stored: dict[str, Any] = (sae.metadata.get("rmscope") or {}).get("config") or {}
+    if own is None and stored:
+        own = SaeConfig(**stored)
     if own is None:
         own = SaeConfig(architecture=sae.architecture, d_sae=sae.m, **{k: v for k, v in sae.cfg.items() if k == "k"})
-    rate = config.lr or SLOWER * own.rate(sae.m)
+    rate = config.lr or LR_SHARE * own.rate(sae.m)
     return own.model_copy(update={"lr": rate, "warmup": 0.0, "seed": config.seed})
 
 
 def _begin(
     rm: RewardModel, sae: Sae, tokens: Sequence[PairTokens], own: SaeConfig, steps: int, key: str, folder: Path | None
-) -> Run:
-    """The training on a copy of the SAE, in the units of training; from its checkpoint where there is one."""
+) -> TrainingRun:
+    """The training of a copy of the SAE, in the units of training; it resumes from a checkpoint where there is one."""
     scale = float((sae.metadata.get("rmscope") or {}).get("scale") or _norm_scale(rm, sae.site, tokens[:UNIT]))
     work = copy.deepcopy(sae).to(rm.device)
     work.change_units(1 / scale)
     training = training_class(own.architecture)(work, own)
-    run = Run.of(training, steps, site=sae.site, name="reward-aware", scale=scale, key=key, folder=folder)
-    resume(run)
+    run = TrainingRun.of(training, steps, site=sae.site, name="reward-aware", scale=scale, key=key, folder=folder)
+    load_checkpoint(run)
     return run
 
 
-def _metadata(run: Run, sae: Sae, reward_aware: dict[str, Any]) -> dict[str, Any]:
-    """What the SAE said of itself, and how it was fine-tuned."""
-    told = {"config": run.config.model_dump(), **(sae.metadata.get("rmscope") or {})}
-    told |= {"scale": run.scale, "training": run.key, "reward_aware": {**reward_aware, "lr": run.config.lr}}
-    return {**sae.metadata, "trained_as": run.config.architecture, "rmscope": told}
+def _metadata(run: TrainingRun, sae: Sae, reward_aware: dict[str, Any]) -> dict[str, Any]:
+    """The SAE's own metadata, and how it was fine-tuned."""
+    own = {"config": run.config.model_dump(), **(sae.metadata.get("rmscope") or {})}
+    own |= {"scale": run.scale, "training": run.key, "reward_aware": {**reward_aware, "lr": run.config.lr}}
+    return {**sae.metadata, "trained_as": run.config.architecture, "rmscope": own}
 
 
 def _norm_scale(rm: RewardModel, site: str, tokens: Sequence[PairTokens]) -> float:
@@ -202,24 +204,24 @@ def _norm_scale(rm: RewardModel, site: str, tokens: Sequence[PairTokens]) -> flo
 
 
 def training_rows(batch: Batch, stream: Float[Tensor, "rows width d"]) -> Float[Tensor, "tokens d"]:
-    """The tokens that SAEs are trained on, float32: both spans and, once a pair, the prefix without the first token."""
-    found = []
+    """The tokens on which SAEs are trained, float32: both spans and, once per pair, the prefix without its first token."""
+    parts = []
     for text in batch.texts:
         start = 1 if text.side == "chosen" else text.divergence
-        found.append(stream[text.row, text.columns[start : text.read + 1].to(stream.device)])
-    rows = torch.cat(found)
+        parts.append(stream[text.row, text.columns[start : text.read + 1].to(stream.device)])
+    rows = torch.cat(parts)
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _losses(
     rm: RewardModel,
-    run: Run,
+    run: TrainingRun,
     tokens: Sequence[PairTokens],
     picked: Int[Tensor, " pairs"],
     damage: Damage,
     fast: bool,
-) -> tuple[Float[Tensor, "tokens d"], Added]:
-    """One step's tokens, in the units of training, and the splice's damage with its gradients."""
+) -> tuple[Float[Tensor, "tokens d"], ExtraLoss]:
+    """The tokens of one step, in the units of training, and the splice's damage with its gradients."""
     rows, loss, share = [], 0.0, damage.weight / len(picked)
     total = {name: torch.zeros_like(p) for name, p in run.parameters.items()} if share else {}
     lengths = [packed_length(tokens[i]) for i in picked.tolist()]
@@ -234,7 +236,7 @@ def _losses(
                 loss += share * part
                 for name, gradient in gradients.items():
                     total[name].add_(gradient, alpha=share)
-    return torch.cat(rows) * run.scale, Added("damage", loss, total)
+    return torch.cat(rows) * run.scale, ExtraLoss("damage", loss, total)
 
 
 def splice_gradients(
@@ -247,10 +249,10 @@ def splice_gradients(
     scale: float = 1.0,
     fast: bool = False,
 ) -> tuple[float, dict[str, Tensor]]:
-    """The damage to the pairs of a batch and its gradients (keys of ``storage``), for an SAE of scale·x.
+    """The damage to the pairs of a batch and its gradients, for an SAE that reads scale·x.
 
-    Only blocks above the site run; ``fast`` lets their products run in bfloat16 where that is fast. ``batch`` holds both
-    sides of its pairs.
+    The gradients have the keys of :func:`rmscope.sae.training.storage`. Only blocks above the site run; with ``fast`` their
+    products run in bfloat16 where that is fast. ``batch`` holds both sides of its pairs.
     """
     leaves = {name: p.detach().requires_grad_(True) for name, p in sae.named_parameters()}
 
@@ -261,12 +263,12 @@ def splice_gradients(
         spliced = on_spans(batch, stream, reconstruct)
         with fast_products(rm.device, fast):
             rewards = rm.rewards_from(batch, site, spliced)
-        lost = damage.of(batch, rewards)
-        found = torch.autograd.grad(lost, list(leaves.values()), allow_unused=True)
-    gradients = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+        loss = damage.of(batch, rewards)
+        by_leaf = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    gradients = {name: g for name, g in zip(leaves, by_leaf, strict=True) if g is not None}
     if "W_enc" in gradients:
         gradients["W_enc.T"] = gradients.pop("W_enc").t()
-    return float(lost.detach()), gradients
+    return float(loss.detach()), gradients
 
 
 def on_spans(
@@ -274,7 +276,7 @@ def on_spans(
     stream: Float[Tensor, "rows width d"],
     replace: Callable[[Float[Tensor, "tokens d"]], Float[Tensor, "tokens d"]],
 ) -> Float[Tensor, "rows width d"]:
-    """The stream of a batch with x replaced on the span of every text; differentiable in what it is replaced by."""
+    """The stream of a batch with x replaced on the span of every text; differentiable in the replacement."""
     where = [(text.row, int(column)) for text in batch.texts for column in text.span]
     rows, columns = torch.tensor(where, dtype=torch.long, device=stream.device).view(-1, 2).unbind(1)
     return stream.index_put((rows, columns), replace(stream[rows, columns]).to(stream.dtype))

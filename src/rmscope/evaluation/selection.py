@@ -1,10 +1,9 @@
-"""One global list of features, frozen on the select split: which explain the reward difference, and what each is like.
+"""One global list of features, frozen on the select split: which of them explain the reward difference, in which order.
 
-The list orders features by how much of Δr their contributions take away, one after the other (forward selection): with
-D_j = A_j chosen - A_j rejected, integrated gradients from the dataset's mean (``ledger.py``), the next feature is the one
-that leaves the smallest Σ(Δr - Σ_K D_j)² over the select pairs. One path gradient a pair serves every dictionary, so
-features, principal components and coordinates are ordered by the same rule. Means, firing rates and flags come from the
-store of the select pairs.
+The order is forward selection on contributions. With D_j = A_j chosen - A_j rejected, by integrated gradients from the
+dataset's mean (:mod:`rmscope.effects.ledger`), the next feature is the one that leaves the smallest Σ(Δr - Σ_K D_j)² over
+the select pairs. One path gradient per pair serves every dictionary, so features, principal components and coordinates are
+ordered by the same rule. Means, firing rates and flags come from the stored responses of the select pairs.
 """
 
 from __future__ import annotations
@@ -31,13 +30,14 @@ from rmscope.sae.base import Sae
 from rmscope.statistics import Array
 
 CUTS = (0.0, 1.0)
-"""Of the path, for choosing; what is chosen is then measured by running the model."""
+"""The path is not cut further: it serves the choice alone, and what is chosen is measured by running the model."""
 
 
 class Responses:
-    """The responses in a store at one site (of some of its pairs), each with its stream from divergence to read position."""
+    """The stored responses at one site, each with its stream from the divergence to the read position."""
 
     def __init__(self, store: ActivationStore, site: str, pairs: Collection[int] | None = None) -> None:
+        """``pairs``: places of the pairs in the store whose responses are read; all where left out."""
         self._store, self._site = store, site
         pair, region = (store.column(site, name).numpy().astype(np.int64) for name in ("pair", "region"))
         key = pair * len(REGIONS) + region
@@ -51,10 +51,11 @@ class Responses:
         return len(self._parts)
 
     def x(self, i: int) -> Float[Tensor, "span d"]:
+        """The stream of response ``i``."""
         return self._store.rows(self._site, torch.arange(*self._parts[i]))
 
     def sample(self, n: int, seed: int = 0) -> Float[Tensor, "tokens d"]:
-        """At most ``n`` of their tokens, drawn once."""
+        """At most ``n`` of their tokens, drawn without replacement."""
         rows = torch.cat([torch.arange(a, b) for a, b in self._parts])
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n]
         return self._store.rows(self._site, rows[order])
@@ -62,21 +63,25 @@ class Responses:
 
 @dataclass(frozen=True)
 class Profile:
-    """Per feature of an SAE over stored responses [m]: token firing rates a side, Σ_t f_tj |d_j| a response, flags; and the
-    means f [m], x [d] over their tokens."""
+    """What each feature of an SAE does on stored responses; arrays are [m]."""
 
     fire_chosen: Array
+    """Share of the tokens of chosen responses on which it fires."""
     fire_rejected: Array
     mass: Array
+    """Σ_t f_tj |d_j| of a response, on average."""
     dense: Array
+    """Flag: it fires on more than 10 % of the tokens."""
     ending: Array
-    """At least .8 of its activation lies on the responses' endings: the screen's stand-in for the exact flag."""
+    """Flag: at least .8 of its activation is on the endings of responses. The exact flag would need ablations."""
     f_mean: Float[Tensor, " m"]
+    """Mean activation over the tokens."""
     x_mean: Float[Tensor, " d"]
+    """Mean stream over the tokens."""
 
 
 def profile(sae: Sae, responses: Responses, ending: Callable[[int, str], int]) -> Profile:
-    """One reading of the responses. ``ending`` (pair, side) gives the place in the span where the ending begins."""
+    """The profile over some responses. ``ending`` (pair, side) gives the place in the span at which the ending begins."""
     fires: dict[str, Tensor] = {side: torch.zeros(sae.m).double() for side in SIDES}
     tokens: dict[str, int] = dict.fromkeys(SIDES, 0)
     total, last, x_total = torch.zeros(sae.m).double(), torch.zeros(sae.m).double(), torch.zeros(sae.d).double()
@@ -112,8 +117,8 @@ def differences(
     cuts: Sequence[float] = CUTS,
     progress: Progress = silent,
 ) -> tuple[dict[str, Float[Array, "pairs m"]], Float[Array, " pairs"]]:
-    """(D of every feature of each dictionary, Δr). A dictionary comes with its mean features f0 [m]."""
-    found = {name: np.zeros((len(tokens), sae.m), dtype=np.float32) for name, (sae, _) in dictionaries.items()}
+    """(D of every feature of each dictionary, Δr). A dictionary is (SAE, mean features f0 [m])."""
+    D = {name: np.zeros((len(tokens), sae.m), dtype=np.float32) for name, (sae, _) in dictionaries.items()}
     delta, done = np.zeros(len(tokens)), 0
     for batch in rm.batches(tokens):
         path = Path(rm, site, batch, x_mean)
@@ -126,14 +131,14 @@ def differences(
             delta[text.pair] += sign * rewards[i]
             for name, (sae, f_mean) in dictionaries.items():
                 A = ((sae.encode(x) - f_mean) * (g @ sae.W_dec.t())).sum(0)
-                found[name][text.pair] += sign * A.numpy()
+                D[name][text.pair] += sign * A.numpy()
         done += len({t.pair for t in batch.texts})
         progress(done, len(tokens), "pairs attributed")
-    return found, delta
+    return D, delta
 
 
 def forward_order(D: Float[Array, "pairs units"], delta: Float[Array, " pairs"]) -> Int[Array, " units"]:
-    """All units: those that lower Σ(Δr - Σ_K D_j)² one after the other, then the rest by Σ D_j², smallest first."""
+    """All units: first those that lower Σ(Δr - Σ_K D_j)² one after the other, then the rest by Σ D_j², smallest first."""
     own = (D.astype(float) ** 2).sum(0)
     rest, left, order = delta.astype(float).copy(), np.ones(D.shape[1], dtype=bool), []
     while left.any():
@@ -149,5 +154,5 @@ def forward_order(D: Float[Array, "pairs units"], delta: Float[Array, " pairs"])
 
 
 def length_flags(D: Float[Array, "pairs m"], lengths: Float[Array, " pairs"]) -> Array:
-    """Features whose mean D loses half once it is regressed on the length difference."""
+    """The features whose mean D loses at least half in a regression on the length difference, as flags [m]."""
     return np.array([length_bound(d.astype(float), lengths.astype(float)) for d in D.T])
