@@ -27,7 +27,7 @@ types: $(DEV)
 	$(BIN)/mypy
 
 docs: $(DEV)  ## the docs site, in site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
