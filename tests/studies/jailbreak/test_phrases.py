@@ -1,9 +1,11 @@
-"""Phrases: what is mined fires its feature alone, in whole words of the fit split; blind ones are stretches of that text."""
+"""Phrases: a mined one fires its feature alone, in whole words of the fit split; the controls are fair."""
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +14,19 @@ from rmscope.activations.store import ActivationStore
 from rmscope.model.shared_prefix import response_start
 from rmscope.pairs.pair import Pair
 from rmscope.sae.base import Sae
-from rmscope.studies.jailbreak.phrases import KEEPS, Phrase, blind, count_tokens, hardest, mine, normal, spans
+from rmscope.studies.jailbreak.phrases import (
+    PEAK_SHARE,
+    FeatureMeans,
+    Phrase,
+    blind_phrases,
+    count_tokens,
+    features_without_effect,
+    hardest_firings,
+    mine_phrases,
+    normal_form,
+    shuffle_phrases,
+    word_spans,
+)
 from tests.model.small import SENTENCES, shared_pm, small_sae, user
 
 SITE = "resid_post.1"
@@ -34,7 +48,7 @@ def test_the_hardest_contexts_are_the_largest_activations_of_the_responses(
     store, sae, features = case
     rm = shared_pm("llama")
     tokens = rm.tokenize_all(PAIRS)
-    for j, contexts in hardest(store, sae, SITE, features).items():
+    for j, contexts in hardest_firings(store, sae, SITE, features).items():
         values = [c.value for c in contexts]
         assert values == sorted(values, reverse=True)
         assert len({(c.pair, c.side) for c in contexts}) == len(contexts)
@@ -46,16 +60,16 @@ def test_the_hardest_contexts_are_the_largest_activations_of_the_responses(
         assert values[0] == pytest.approx(max(peaks)[0], rel=0.05)  # the store holds bfloat16
 
 
-def test_a_mined_phrase_alone_keeps_the_firing_and_stands_in_the_fit_split(
+def test_a_mined_phrase_alone_keeps_the_firing_and_is_text_of_the_fit_split(
     case: tuple[ActivationStore, Sae, list[int]],
 ) -> None:
     store, sae, features = case
     rm = shared_pm("llama")
     tokens = rm.tokenize_all(PAIRS)
-    found = mine(rm, {SITE: sae}, store, PAIRS, tokens, {SITE: features}, 12)
+    found = mine_phrases(rm, {SITE: sae}, store, PAIRS, tokens, {SITE: features}, 12)
     assert found
-    assert len({normal(p.text) for p in found}) == len(found) <= 12
-    peaks = hardest(store, sae, SITE, features)
+    assert len({normal_form(p.text) for p in found}) == len(found) <= 12
+    peaks = hardest_firings(store, sae, SITE, features)
     for phrase in found:
         assert any(phrase.text in f"{pair.chosen}\n{pair.rejected}" for pair in PAIRS)
         assert phrase.tokens == count_tokens(rm, phrase.text)
@@ -66,7 +80,9 @@ def test_a_mined_phrase_alone_keeps_the_firing_and_stands_in_the_fit_split(
             start = response_start(rm, ids, rm.text_ids(pair.prompt, ""))
             x = rm.prefill(ids, [SITE]).streams[SITE][start:]
             best = max(best, float(sae.encode(x)[:, phrase.feature].max()))
-        assert best >= KEEPS * peaks[phrase.feature][-1].value * 0.95  # its own context's peak is not below the last one's
+        assert (
+            best >= PEAK_SHARE * peaks[phrase.feature][-1].value * 0.95
+        )  # its own context's peak is not below the last one's
 
 
 def test_spans_are_whole_words_from_one_up_that_end_at_the_position() -> None:
@@ -75,7 +91,7 @@ def test_spans_are_whole_words_from_one_up_that_end_at_the_position() -> None:
     ids = rm.text_ids(prompt, "It is Paris, on the Seine. You would like it.")
     start = response_start(rm, ids, rm.text_ids(prompt, ""))
     at = next(i for i in range(start, ids.numel()) if "Sein" in rm.tokenizer.decode(ids[start : i + 1]))
-    found = spans(rm, ids, start, at)
+    found = word_spans(rm, ids, start, at)
     assert found == [
         "Seine.",
         "the Seine.",
@@ -89,10 +105,27 @@ def test_spans_are_whole_words_from_one_up_that_end_at_the_position() -> None:
 def test_blind_phrases_are_as_many_stretches_of_as_many_words() -> None:
     rm = shared_pm("llama")
     like = [Phrase("a b c", 3), Phrase("d", 1), Phrase("e f", 2)]
-    lists = blind(rm, PAIRS, like, seed=3)
+    lists = blind_phrases(rm, PAIRS, like, seed=3)
     first, second = next(lists), next(lists)
     assert [p.text for p in first] != [p.text for p in second]
     for drawn in (first, second):
         assert sorted(len(p.text.split()) for p in drawn) == [1, 2, 3]
         assert all(any(p.text in f"{pair.chosen}\n{pair.rejected}" for pair in PAIRS) for p in drawn)
         assert all(p.feature is None for p in drawn)
+
+
+def test_shuffling_keeps_the_words_and_how_many_a_phrase_has() -> None:
+    texts = ["Thank you! No problem.", "You're right.", "yes"]
+    mixed = shuffle_phrases(texts, random.Random(1))
+    assert sorted(" ".join(mixed).split()) == sorted(" ".join(texts).split())
+    assert [len(t.split()) for t in mixed] == [4, 2, 1]
+    assert mixed != texts
+
+
+def test_features_without_effect_are_weak_matched_and_never_used_twice() -> None:
+    means = {j: FeatureMeans(10 + j, 5.0 + j, 0.5 if j < 5 else 0.001) for j in range(30)}
+    lists = list(features_without_effect(means, [0, 1, 2], 0.01, seed=0))
+    drawn = [j for one in lists for j in one]
+    assert len(drawn) == len(set(drawn)) == 25
+    assert min(drawn) >= 5
+    assert np.mean(lists[0]) < 15  # the nearest ones in firing and mass come first

@@ -1,1 +1,1 @@
-"""Makes completions that fool the PM out of its verified features, and proves what carries them."""
+"""jailbreak: bad text that the PM prefers to good answers, built from its own features, and what carries it."""

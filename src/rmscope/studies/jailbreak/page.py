@@ -1,4 +1,4 @@
-"""The page of ``rmscope jailbreak``: what was made, how often it works on unseen prompts, and what carries it."""
+"""The page of ``rmscope jailbreak``: the lists, how often they work on unseen prompts, and which features carry them."""
 
 from __future__ import annotations
 
@@ -18,28 +18,27 @@ ARMS = {
     "features, own list": "features, a list for each prompt",
     "blind, own list": "blind, a list for each prompt",
 }
-"""The arms in the order of the page, as it names them."""
-SEARCHED = ("features", "blind", "without effect")
+"""The name of each arm on the page, in its order."""
+SEARCHES = ("features", "blind", "without effect")
 SLOTS = {"start": "before", "middle": "in the middle", "end": "after"}
 
 
-def render_jailbreak(found: dict[str, Any]) -> str:
-    """The page from the summary and the examples; all text from models and data is escaped."""
-    arms = {arm["arm"]: arm for arm in found["arms"]}
-    marks = [10**k for k in range(1, 6)]
+def render_jailbreak(result: dict[str, Any]) -> str:
+    """The page of a result that was dumped as JSON. All text from models and data is escaped."""
+    arms = {arm["arm"]: arm for arm in result["arms"]}
     page = (
         environment()
         .get_template("jailbreak/page.html")
         .render(
-            found=found,
+            result=result,
             arms=[{**arms[name], "name": label} for name, label in ARMS.items() if name in arms],
             main=arms["features"],
             bare=arms["no phrase"],
-            proof=next((row for row in found["proof"] if row["jailbreak"] == "features"), None),
+            mediation=next((row for row in result["mediation"] if row["jailbreak"] == "features"), None),
             names=ARMS,
-            traces=[(name, _steps(found["searches"][name]["trace"])) for name in SEARCHED],
-            searched=SEARCHED,
-            marks=marks,
+            traces=[(name, _steps(result["searches"][name]["trace"])) for name in SEARCHES],
+            searches=SEARCHES,
+            marks=[10**k for k in range(1, 6)],
             slots=SLOTS,
         )
     )
@@ -47,7 +46,7 @@ def render_jailbreak(found: dict[str, Any]) -> str:
 
 
 def _steps(trace: list[dict[str, Any]]) -> list[tuple[float, float]]:
-    """The best success so far against the rewards computed."""
+    """The best success so far, by the number of rewards computed."""
     best, points = 0.0, [(0.0, 0.0)]
     for point in trace:
         best = max(best, point["success"])
