@@ -58,7 +58,7 @@ def compare(a: argparse.Namespace) -> None:
     texts = [text + tokenizer.eos_token for text in texts] if rm.rendering.append_eos else texts
     blocks = [rm.site_index(site) for site in rm.default_sites]
     expected = sum(t.side(s).numel() for t in rm.tokenize_all(pairs) for s in SIDES)
-    assert rm.packs  # measured before the clock runs, as is the first pass of either
+    assert rm.capabilities.packing  # measured before the clock runs, as is the first pass of either
     plain_loop(model.base_model, tokenizer, texts[:BATCH], blocks, rm)
     ours, peer = [], []
     for _ in range(a.rounds):

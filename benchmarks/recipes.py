@@ -28,11 +28,11 @@ from heads import fit_head, told
 
 from rmscope.hardware import has_fast_bfloat16
 from rmscope.io import atomic, write_table
-from rmscope.model.packing import UNIT, by_budget, last_hidden_reads, packed, packed_length
+from rmscope.model.packing import UNIT, by_budget, last_hidden_reads, pack_pairs, packed_length
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.training.loop import RENDERING, base_of, fit_parameters, train_pm
-from rmscope.model.training.recipe import Recipe, human_pairs, read_recipe, tokenised
+from rmscope.model.training.recipe import Recipe, human_pairs, read_recipe, tokenize_pairs
 from rmscope.model.zoo import load_base
 from rmscope.pairs.pair import Pair
 from rmscope.statistics import Array, bootstrap
@@ -67,7 +67,7 @@ class Data:
     def parts(self) -> dict[str, list[tuple[Pair, PairTokens]]]:
         _, tokenizer = load_base(1)
         parts = zip(("train", "held"), human_pairs(self.recipe), strict=True)
-        return {name: tokenised(pairs, tokenizer, RENDERING, self.recipe.max_tokens) for name, pairs in parts}
+        return {name: tokenize_pairs(pairs, tokenizer, RENDERING, self.recipe.max_tokens) for name, pairs in parts}
 
     def tokens(self, part: str) -> list[PairTokens]:
         return [tokens for _, tokens in self.parts[part]]
@@ -96,7 +96,7 @@ def differences(model: Any, tokens: Sequence[PairTokens], path: Path) -> Array:
         for micro in by_budget([packed_length(tokens[i]) for i in unit], MICRO_TOKENS):
             items = [unit[i] for i in micro]
             ends = [{"chosen": tokens[i].chosen.numel() - 1, "rejected": tokens[i].rejected.numel() - 1} for i in items]
-            batch = packed([(i, tokens[i], e) for i, e in zip(items, ends, strict=True)])
+            batch = pack_pairs([(i, tokens[i], e) for i, e in zip(items, ends, strict=True)])
             with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16("cpu")):
                 given = batch.inputs("cpu", torch.float32)
                 streams = model.model(**given, use_cache=False, output_hidden_states=True).hidden_states

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -44,7 +46,7 @@ def test_ablating_a_feature_is_the_naive_forward_without_it(architecture: str, k
     rm = shared_pm(architecture)
     saes = {site: small_sae(seed=i, kind=kind) for i, site in enumerate(SITES)}
     tokens = rm.tokenize_all(PAIRS[3:])
-    asked = None if rm.splits else list(range(0, 96, 4))
+    asked = None if rm.capabilities.resume else list(range(0, 96, 4))
     wanted = {i: {side: dict.fromkeys(SITES, asked) for side in SIDES} for i in range(1)}
     sizes = []
     for site, found in ablations(rm, saes, tokens, wanted):
@@ -66,7 +68,7 @@ def test_ablating_a_group_is_the_naive_forward_without_all_of_it(architecture: s
         for side in SIDES:
             ids = tokens.side(side)
             groups = [[0, 1, 2, 3], list(range(0, 96, 2)), list(range(96)), [95]]
-            if rm.splits:
+            if rm.capabilities.resume:
                 response = at_site(sae, prefill_pair(rm, tokens, [site])[side], site, tokens.divergence)
                 effects = ablate_groups(rm, sae, response, site, groups)
             else:
@@ -82,7 +84,7 @@ def test_ablating_nothing_changes_nothing(architecture: str) -> None:
     start = tokens.divergence
     naive = ablate_naively(rm, sae, tokens.chosen, site, start, [[], [0]])
     assert naive[0] == 0.0
-    if rm.splits:
+    if rm.capabilities.resume:
         response = at_site(sae, rm.prefill(tokens.chosen, [site]), site, start)
         silent = sorted(set(range(sae.m)) - set(response.features().tolist()))
         assert silent
@@ -155,11 +157,11 @@ def test_a_batch_starts_at_its_earliest_firing_and_keeps_the_budget() -> None:
 
 def test_a_model_that_takes_no_branches_is_resumed_in_rectangles() -> None:
     """Attention that transformers calls through its interface is branched, GPT-J's and Bloom's own is not."""
-    takes = {a: shared_pm(a).branches for a in [*DECODERS, *OTHERS]}
+    takes = {a: shared_pm(a).capabilities.ragged for a in [*DECODERS, *OTHERS]}
     assert {a for a, yes in takes.items() if not yes} == {"gptj", *OTHERS}
     rm, sae, site = shared_pm("phi"), small_sae(), "resid_post.0"
     other = small_pm("phi")
-    other.__dict__["branches"] = False
+    other.capabilities = replace(other.capabilities, ragged=False)
     wanted = {0: {side: {site: None} for side in SIDES}}
     tokens = [rm.tokenize(PAIRS[3])]
     for (_, a), (_, b) in zip(
@@ -196,7 +198,7 @@ def test_an_empty_span_has_no_effects() -> None:
 
 def test_a_model_that_cannot_be_split_gives_the_same_effects_by_full_forwards() -> None:
     rm, fallback = shared_pm("llama"), small_pm("llama")
-    fallback.__dict__["splits"] = False
+    fallback.capabilities = replace(fallback.capabilities, resume=False)
     sae, tokens = small_sae(), rm.tokenize_all(PAIRS)
     wanted = {i: {side: {"resid_post.2": [*range(0, 96, 6)]} for side in SIDES} for i in range(4)}
     for (_, a), (_, b) in zip(
@@ -242,10 +244,10 @@ def test_fused_attention_of_long_branches_is_the_plain_one(architecture: str, mo
     tokens = rm.tokenize(PAIRS[3])
     response = at_site(sae, prefill_pair(rm, tokens, [site])["chosen"], site, tokens.divergence)
     groups = [[int(j)] for j in response.features()]
-    assert rm.branches  # measured now, so that what is counted below is the ablations' own
+    assert rm.capabilities.ragged  # measured now, so that what is counted below is the ablations' own
     found = []
     for long in (1, 1 << 30):
-        monkeypatch.setattr(ragged, "LONG", long)
+        monkeypatch.setattr(ragged, "FUSED_TOKENS", long)
         calls = []
         fused = torch.nn.functional.scaled_dot_product_attention
         monkeypatch.setattr(

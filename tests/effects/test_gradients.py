@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from rmscope.effects import gradients
 from rmscope.effects.ablation import ablations
 from rmscope.effects.gradients import Estimates, colours_of, estimate, streams_and_gradients
-from rmscope.model.packing import padded
+from rmscope.model.packing import pad_texts
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
@@ -23,7 +25,7 @@ def naive_estimate(rm: RewardModel, sae: Sae, ids: Tensor, site: str, start: int
     """(Σ_t f_tj <dr/dx_t, d_j>, Σ_t f_tj |d_j|) [m], dense, from one text's own forward, its stream moved by ``shift``."""
     embedded = rm.model.base_model(ids[None], output_hidden_states=True).hidden_states[rm.site_index(site) + 1]
     shift = torch.zeros_like(embedded, requires_grad=True)
-    batch = padded([(0, "chosen", ids, 1, stop - 1)], 0)
+    batch = pad_texts([(0, "chosen", ids, 1, stop - 1)], 0)
     with torch.enable_grad():
         reward = rm.rewards(batch, {site: lambda x: x + shift})[0]
         (gradient,) = torch.autograd.grad(reward, shift)
@@ -55,7 +57,7 @@ def test_estimates_are_those_of_each_text_alone(architecture: str) -> None:
 
 def test_padded_rows_give_the_estimates_of_packed_ones() -> None:
     packs, pads = shared_pm("llama", torch.float64), small_pm("llama", torch.float64)
-    pads.__dict__["packs"] = False
+    pads.capabilities = replace(pads.capabilities, packing=False)
     saes = {site: small_sae(seed=i) for i, site in enumerate(SITES)}
     left = {(site, e.pair, e.side): e for site, e in all_estimates(packs, saes)}
     right = {(site, e.pair, e.side): e for site, e in all_estimates(pads, saes)}
@@ -148,7 +150,7 @@ class Alone:
         ids = t.side(one.side)
         self.rm, self.site, self.sae = rm, site, sae
         self.span = slice(t.divergence, rm.read_position(ids) + 1)
-        self.batch = padded([(0, "chosen", ids, 1, rm.read_position(ids))], 0)
+        self.batch = pad_texts([(0, "chosen", ids, 1, rm.read_position(ids))], 0)
         self.x = rm.streams(self.batch, [site])[site]
         self.f = sae.encode(self.x[0, self.span].float())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ from rmscope.effects.ledger import (
     parts_along,
     shares,
 )
-from rmscope.model.packing import padded
+from rmscope.model.packing import pad_texts
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES, Pair
 from rmscope.sae.base import Sae
@@ -110,7 +112,7 @@ def dense(
 ) -> tuple[Tensor, float, float, float]:
     """(A_j [m], A_err, r(x0), r(x)) of one text, with full forwards through a hook and dense features."""
     read = rm.read_position(ids)
-    batch = padded([(0, "chosen", ids, 1, read)], 0)
+    batch = pad_texts([(0, "chosen", ids, 1, read)], 0)
     x = rm.streams(batch, [SITE])[SITE]
 
     def at(share: float) -> Tensor:
@@ -167,7 +169,7 @@ def test_the_mean_baseline_is_the_mean_of_the_stream_and_the_zero_baseline_the_d
 @pytest.mark.parametrize(("architecture", "packs"), [("llama", True), ("llama", False), ("mistral", True)])
 def test_a_pairs_ledger_is_an_identity_and_its_difference_the_scores(architecture: str, packs: bool) -> None:
     rm, sae = small_pm(architecture, gain=TAME), small_sae(bias=0.5)
-    rm.__dict__["packs"] = packs
+    rm.capabilities = replace(rm.capabilities, packing=packs)
     tokens = rm.tokenize_all(PAIRS)
     sd = float(rm.score_tokens(tokens).delta.std())
     rows = list(ledger_rows(rm, sae, SITE, tokens, range(len(PAIRS)), start_of(rm, sae, "mean"), sd))

@@ -32,7 +32,7 @@ def test_estimates_firings_and_ablations_speak_of_the_same_entries(architecture:
     tokens = rm.tokenize_all(PAIRS)
     estimates = estimated(rm)
     firing = tables.firing_table(rm, SAES, tokens, IDS, range(len(PAIRS)))
-    wanted = tables.plan(estimates, {i: n for n, i in enumerate(IDS)}) if rm.splits else {}
+    wanted = tables.plan(estimates, {i: n for n, i in enumerate(IDS)}) if rm.capabilities.resume else {}
     ablated = tables.ablation_table(rm, SAES, tokens, IDS, wanted)
     for site in SITES:
         table = estimates[site]
@@ -43,7 +43,7 @@ def test_estimates_firings_and_ablations_speak_of_the_same_entries(architecture:
         assert table.select("pair", "side", "feature").equals(firing[site].select("pair", "side", "feature"))
         norms = SAES[site].W_dec.norm(dim=1)[table["feature"].to_numpy()]
         torch.testing.assert_close(firing[site]["effect"].to_torch() * norms, table["mass"].to_torch(), rtol=1e-4, atol=1e-5)
-        if rm.splits:
+        if rm.capabilities.resume:
             assert table.select("pair", "side", "feature").equals(ablated[site].select("pair", "side", "feature"))
             assert ablated[site].schema == tables.SCHEMA
             assert ablated[site]["kind"].unique().to_list() == ["ablation"]

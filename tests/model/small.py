@@ -104,16 +104,16 @@ def small_model(architecture: str, dtype: torch.dtype = torch.float32, gain: flo
     }
     torch.manual_seed(DECODERS.index(architecture) if architecture in DECODERS else 99)
     config = AutoConfig.for_model(architecture, bos_token_id=EOS, **settings)
-    return _drawn(AutoModelForSequenceClassification.from_config(config), gain).to(dtype)
+    return _draw_weights(AutoModelForSequenceClassification.from_config(config), gain).to(dtype)
 
 
 def small_lm(architecture: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """The same trunk as a causal language model."""
     config = small_model(architecture, **changes).config
-    return _drawn(AutoModelForCausalLM.from_config(config), 2.0).to(dtype)
+    return _draw_weights(AutoModelForCausalLM.from_config(config), 2.0).to(dtype)
 
 
-def _drawn(model: Any, gain: float) -> Any:
+def _draw_weights(model: Any, gain: float) -> Any:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() > 1:

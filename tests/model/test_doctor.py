@@ -102,20 +102,20 @@ class Wants(RewardModel):
         return scores
 
 
-def wants(rendering: Rendering) -> Wants:
+def pm_that_wants(rendering: Rendering) -> Wants:
     return Wants(small_model("llama"), tokenizer(), rendering, "wants")
 
 
 def test_a_rendering_that_ranks_the_pairs_better_is_told_with_what_to_write_where() -> None:
-    told = training(wants(Rendering("hh")), MANY)
+    told = training(pm_that_wants(Rendering("hh")), MANY)
     assert told.status == "warn"
     assert told.detail == "ranks 0 of 24 pairs as they are labelled; plain, eos appended, ranks 24"
     assert '{"rendering": {"style": "plain", "append_eos": true}} into rmscope.json' in told.mend
-    assert training(wants(Wants.wanted), MANY).status == "ok"
+    assert training(pm_that_wants(Wants.wanted), MANY).status == "ok"
 
 
 def test_a_few_pairs_prove_nothing_about_a_rendering() -> None:
-    assert training(wants(Rendering("hh")), MANY[:5]).status == "ok"
+    assert training(pm_that_wants(Rendering("hh")), MANY[:5]).status == "ok"
 
 
 def test_trying_renderings_leaves_the_pms_own_in_place() -> None:
@@ -136,7 +136,7 @@ def test_the_cost_grows_with_the_pairs_and_an_encoders_holds_its_ablations() -> 
     texts = sum(t.chosen.numel() + t.rejected.numel() for t in tokens) / 8
     more = cost.run_minutes(encoder, tokens, 100.0, 4) - one
     assert more == pytest.approx(cost.ABLATIONS * texts / 100 / 60)
-    assert "whole forwards for ablations" in price(encoder, tokens).detail
+    assert "full forward passes for ablations" in price(encoder, tokens).detail
 
 
 def test_a_pm_that_is_larger_than_the_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,8 @@ from rmscope.errors import InputError
 from rmscope.model.heads import TokenDifference
 from rmscope.model.rendering import Rendering
 from rmscope.model.reward_model import RewardModel
-from rmscope.pairs.pair import SIDES, Pair
-from tests.model.small import EOS, PAIRS, VOCABULARY, D, small_lm, small_sae, tokenizer, user
+from rmscope.pairs.pair import SIDES
+from tests.model.small import EOS, PAIRS, VOCABULARY, D, small_lm, small_sae, tokenizer
 
 SUFFIX = "\nIs there no problem?"
 BETTER, WORSE = "t", "o"
@@ -47,15 +48,15 @@ def critic(architecture: str) -> tuple[RewardModel, Reward]:
 
 
 MAKERS = [(make, a) for make in (judge, critic) for a in ("llama", "gpt2", "gemma2", "opt", "qwen3")]
-made = pytest.mark.parametrize(("make", "architecture"), MAKERS, ids=[f"{m.__name__}-{a}" for m, a in MAKERS])
+every_head = pytest.mark.parametrize(("make", "architecture"), MAKERS, ids=[f"{m.__name__}-{a}" for m, a in MAKERS])
 
 
-@made
+@every_head
 def test_rewards_are_those_of_the_lms_own_forward_and_every_faster_way_is_taken(make: Any, architecture: str) -> None:
     rm, reward = make(architecture)
-    assert rm.packs
-    assert rm.splits
-    assert rm.branches
+    assert rm.capabilities.packing
+    assert rm.capabilities.resume
+    assert rm.capabilities.ragged
     scores = rm.score(PAIRS)
     with torch.no_grad():
         expected = torch.tensor([[float(reward(rm.tokenize(p).side(s))) for s in SIDES] for p in PAIRS])
@@ -65,7 +66,7 @@ def test_rewards_are_those_of_the_lms_own_forward_and_every_faster_way_is_taken(
     assert float(free[0]) == pytest.approx(float(expected[0, 0]), abs=1e-4)
 
 
-@made
+@every_head
 def test_ablating_a_feature_is_the_lms_own_forward_without_it(make: Any, architecture: str) -> None:
     rm, reward = make(architecture)
     sae, site, t = small_sae(), "resid_post.1", rm.tokenize(PAIRS[0])
@@ -100,7 +101,7 @@ def _without(rm: RewardModel, reward: Reward, sae: Any, ids: Tensor, start: int,
         handle.remove()
 
 
-@made
+@every_head
 def test_estimates_are_the_lms_own_gradients(make: Any, architecture: str) -> None:
     rm, reward = make(architecture)
     sae, site, t = small_sae(), "resid_post.1", rm.tokenize(PAIRS[0])
@@ -165,20 +166,22 @@ def test_the_cap_of_gemma_2_is_followed() -> None:
     assert rm.score(PAIRS).chosen.abs().max() <= 4.0
 
 
-def test_the_worked_example_of_the_documentation_runs(tmp_path: Path) -> None:
+def test_the_worked_example_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = type(tokenizer())(tokenizer_object=tokenizer().backend_tokenizer, eos_token="<eos>", pad_token="<pad>")
     words = [" yes", " no"]
-    fresh = made.from_pretrained(_saved(made, tmp_path / "t"))
+    fresh = made.from_pretrained(_save(made, tmp_path / "t"))
     fresh.add_tokens(words)
-    small_lm("llama", vocab_size=VOCABULARY + 2).save_pretrained(tmp_path / "lm")
-    fresh.save_pretrained(tmp_path / "lm")
-    page = (Path(__file__).parents[2] / "docs" / "heads.md").read_text("utf-8")
+    small_lm("llama", vocab_size=VOCABULARY + 2).save_pretrained(tmp_path / "my-lm")
+    fresh.save_pretrained(tmp_path / "my-lm")
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "heads.md").read_text("utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    pairs = [Pair(f"p{i}", user(f"Is {i} even?"), f"Yes, {i} it is.", "I was told no.") for i in range(6)]
-    names: dict[str, Any] = {"NAME": str(tmp_path / "lm"), "pairs": pairs, "OUT": tmp_path}
+    rows = [{"prompt": f"Is {i} even?", "chosen": f"Yes, {i} it is.", "rejected": "I was told no."} for i in range(6)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
     exec(code, names)
     rm, scores = names["judge"], names["scores"]
-    ids = rm.tokenize(pairs[0]).chosen
+    ids = rm.tokenize(names["pairs"][0]).chosen
     yes, no = fresh.convert_tokens_to_ids(words)
     with torch.no_grad():
         logits = names["lm"](ids[None]).logits[0, -1]
@@ -188,6 +191,6 @@ def test_the_worked_example_of_the_documentation_runs(tmp_path: Path) -> None:
     assert parts.to_list() == pytest.approx(scores.delta[:2].tolist(), abs=1e-3)
 
 
-def _saved(made: Any, folder: Path) -> str:
+def _save(made: Any, folder: Path) -> str:
     made.save_pretrained(folder)
     return str(folder)

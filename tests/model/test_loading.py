@@ -21,7 +21,7 @@ from rmscope.model.reward_model import RewardModel
 from tests.model.small import DECODERS, ENCODERS, OTHERS, PAIRS, shared_pm, small_model, small_pm, tokenizer
 
 
-def saved(folder: Path, architecture: str = "llama", **changes: object) -> Path:
+def save_small_pm(folder: Path, architecture: str = "llama", **changes: object) -> Path:
     small_model(architecture, **changes).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
@@ -29,7 +29,7 @@ def saved(folder: Path, architecture: str = "llama", **changes: object) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("pm"))
+    return save_small_pm(tmp_path_factory.mktemp("pm"))
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def refusal(*args: object, **options: object) -> str:
 
 @pytest.mark.parametrize("architecture", [*DECODERS, *OTHERS, *ENCODERS])
 def test_a_saved_pm_loads_and_scores_as_before(architecture: str, tmp_path: Path) -> None:
-    rm = RewardModel.load(str(saved(tmp_path, architecture)), device="cpu")
+    rm = RewardModel.load(str(save_small_pm(tmp_path, architecture)), device="cpu")
     expected = small_pm(architecture).score(PAIRS)
     found = rm.score(PAIRS)
     torch.testing.assert_close(found.chosen, expected.chosen, atol=1e-6, rtol=0)
@@ -107,7 +107,7 @@ def test_a_config_without_architectures_is_judged_by_its_weights(copy: Path) -> 
     config = json.loads((copy / "config.json").read_text())
     del config["architectures"]
     (copy / "config.json").write_text(json.dumps(config))
-    assert RewardModel.load(str(copy), device="cpu").sites
+    assert RewardModel.load(str(copy), device="cpu").identity == shared_pm("llama").identity
 
 
 def test_weights_of_another_shape_than_the_config_says_are_refused(copy: Path) -> None:
@@ -119,7 +119,7 @@ def test_weights_of_another_shape_than_the_config_says_are_refused(copy: Path) -
 
 
 def test_several_outputs_need_a_choice(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "three", num_labels=3)
+    folder = save_small_pm(tmp_path / "three", num_labels=3)
     assert "3 outputs" in refusal(str(folder))
     rm = RewardModel.load(str(folder), device="cpu", output=2)
     ids = rm.tokenize(PAIRS[0]).chosen
@@ -141,7 +141,7 @@ def test_a_folder_that_is_missing_or_empty_is_named(spell: Callable[[Path], str]
 
 def test_a_folder_may_be_named_from_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
-    assert RewardModel.load(f"~/{folder.name}", device="cpu").sites
+    assert RewardModel.load(f"~/{folder.name}", device="cpu").identity == shared_pm("llama").identity
 
 
 def test_a_damaged_config_or_checkpoint_is_an_input_error(copy: Path) -> None:
@@ -173,15 +173,15 @@ def test_a_sharded_checkpoint_is_loaded_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", ["cuda:0,cuda:1", "balanced"])
 def test_a_pm_is_not_spread_over_several_devices(folder: Path, device: str) -> None:
-    with pytest.raises(InputError, match=f"--device {device} is no device: a PM is studied on one"):
+    with pytest.raises(InputError, match=f"--device {device} is not a device: a PM is studied on one"):
         RewardModel.load(str(folder), device=device)
 
 
 def test_bfloat16_of_our_own_folders_leaves_rotary_frequencies_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = small_model("llama")
-    before = made.model.rotary_emb.inv_freq.clone()
-    monkeypatch.setattr(loading, "load_zoo", lambda _name: (made, tokenizer(), Path("nowhere")))
-    rm = RewardModel.load("zoo:any", "bfloat16", "cpu")
+    model = small_model("llama")
+    before = model.model.rotary_emb.inv_freq.clone()
+    monkeypatch.setattr(loading, "load_adapted", lambda _folder: (model, tokenizer(), Path("nowhere")))
+    rm = RewardModel.load("zoo:hh", "bfloat16", "cpu")
     assert {p.dtype for p in rm.model.parameters()} == {torch.bfloat16}
     assert torch.equal(rm.model.model.rotary_emb.inv_freq, before)
 
@@ -239,7 +239,7 @@ def test_code_that_comes_with_a_checkpoint_runs_only_when_trusted(gated: Path, m
     torch.testing.assert_close(
         torch.stack([scores.chosen, scores.rejected], 1), torch.tensor(expected), atol=1e-5, rtol=1e-5
     )
-    assert not rm.splits  # its head is its own: hooks and whole forwards
+    assert not rm.capabilities.resume  # its head is custom: hooks and full forward passes
 
 
 # Adapters
@@ -322,7 +322,7 @@ def test_an_adapter_that_is_not_there_is_named(folder: Path, tmp_path: Path) -> 
 def test_a_gptj_checkpoint_of_2023_with_its_mask_buffers_is_loaded(tmp_path: Path) -> None:
     """pytorch_model.bin with ``attn.bias`` and ``attn.masked_bias``, which GPT-J kept in its weights then."""
     model = small_model("gptj")
-    saved(tmp_path, "gptj")
+    save_small_pm(tmp_path, "gptj")
     (tmp_path / "model.safetensors").unlink()
     buffers: dict[str, torch.Tensor] = {}
     for i in range(len(model.transformer.h)):

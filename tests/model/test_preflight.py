@@ -127,7 +127,7 @@ def test_scores_that_change_with_the_batch_are_told_and_measured() -> None:
     def shift(_module: Any, inputs: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
         return out + 0.25 * (inputs[0].dim() == 2)  # ours reads a few rows, the model's own forward all positions
 
-    assert rm.packs
+    assert rm.capabilities.packing
     rm.model.score.register_forward_hook(shift)
     found = preflight(rm, rm.tokenize_all(PAIRS))
     assert found.noise_floor == pytest.approx(0.25, abs=1e-4)

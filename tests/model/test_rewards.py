@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from rmscope.errors import InputError
-from rmscope.model.packing import by_budget, packed
+from rmscope.model.packing import by_budget, last_hidden_reads, pack_pairs
 from rmscope.model.rendering import pair_tokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES, Pair
@@ -86,21 +88,16 @@ def in_a_batch(texts: list[Tensor], side: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("architecture", DECODERS)
 def test_padded_rows_give_the_same_rewards_as_packed_ones(architecture: str) -> None:
     rm = small_pm(architecture)
-    rm.__dict__["packs"] = False
+    rm.capabilities = replace(rm.capabilities, packing=False)
     torch.testing.assert_close(ours(rm, PAIRS), truth(rm, PAIRS), atol=1e-5, rtol=1e-5)
-
-
-def test_packing_is_for_models_that_take_4d_masks() -> None:
-    assert all(shared_pm(a).packs for a in DECODERS)
-    assert not any(shared_pm(a).packs for a in [*OTHERS, *ENCODERS])
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3_text"])
 def test_texts_longer_than_an_attention_window_get_rows_of_their_own(architecture: str) -> None:
     rm = shared_pm(architecture)
     tokens = rm.tokenize_all(PAIRS)
-    assert rm.packs
-    assert rm.reach == WINDOW
+    assert rm.capabilities.packing
+    assert rm.attention_window == WINDOW
     for batch in rm.batches(tokens):
         long = {max(tokens[t.pair].chosen.numel(), tokens[t.pair].rejected.numel()) > WINDOW for t in batch.texts}
         assert long == {batch.mask.dim() == 2}
@@ -175,7 +172,7 @@ def test_the_read_position_is_transformers_own_for_any_place_of_pad_tokens(ids: 
 def test_a_texts_stream_in_a_packed_row_is_its_stream_alone(architecture: str) -> None:
     rm = shared_pm(architecture)
     tokens = rm.tokenize_all(PAIRS[:3])
-    batch = packed([(i, t, rm._reads(t)) for i, t in enumerate(tokens)])
+    batch = pack_pairs([(i, t, rm.read_positions(t)) for i, t in enumerate(tokens)])
     together = rm.streams(batch, rm.sites)
     for text in batch.texts:
         ids = tokens[text.pair].side(text.side)
@@ -210,7 +207,7 @@ def test_the_last_site_is_before_the_final_norm(architecture: str) -> None:
     batch = next(iter(rm.batches(rm.tokenize_all(PAIRS[:1]))))
     last = rm.sites[-1]
     with torch.no_grad():
-        r = rm.head(norm(rm.streams(batch, [last])[last]), batch)
+        r = rm.read_out(last_hidden_reads(norm(rm.streams(batch, [last])[last]), batch))
         torch.testing.assert_close(r, rm.rewards(batch), atol=1e-5, rtol=1e-5)
 
 
@@ -311,14 +308,14 @@ def test_one_of_several_outputs_or_a_weighting_of_them_is_the_reward() -> None:
     with torch.no_grad():
         logits = model(ids[None]).logits[0]
     rendering = shared_pm("llama").rendering
-    for output, expected in [
-        (1, logits[1]),
-        (0, logits[0]),
-        ((0.5, -2.0, 1.0), 0.5 * logits[0] - 2 * logits[1] + logits[2]),
+    for output, weights, expected in [
+        (1, [0, 1, 0], logits[1]),
+        (0, [1, 0, 0], logits[0]),
+        ((0.5, -2.0, 1.0), [0.5, -2, 1], 0.5 * logits[0] - 2 * logits[1] + logits[2]),
     ]:
         rm = RewardModel(model, tokenizer(), rendering, "three", output)
         assert float(rm.score(PAIRS[:1]).chosen[0]) == pytest.approx(float(expected), abs=1e-5)
-        assert rm.output == torch.eye(3)[output].tolist() if isinstance(output, int) else list(output)
+        assert rm.output == weights
     with pytest.raises(InputError, match="3 outputs"):
         RewardModel(model, tokenizer(), rendering, "three")
     with pytest.raises(InputError, match="3 outputs"):

@@ -1,4 +1,4 @@
-"""Texts forked from a clean run get the rewards that the model's own forward gives each of them alone."""
+"""Texts that share a prefix with a clean run get the rewards that the model's own forward gives each of them alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rmscope.model import shared_prefix
-from rmscope.model.shared_prefix import fork, response_start, rewards_from_prefix, shared_prefix_length
+from rmscope.model.shared_prefix import response_start, rewards_from_prefix, run_from_prefix, shared_prefix_length
 from tests.model.small import PAD, WINDOW, shared_pm, user
 
 PROMPT = user("How do I bake bread without an oven?")
@@ -21,7 +21,9 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gptj", "gemma2", "qwen3", "opt"])
-def test_forked_rewards_are_those_of_each_text_alone_in_order(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rewards_from_a_shared_prefix_are_those_of_each_text_alone_in_order(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rm = shared_pm(architecture)
     ids = [rm.text_ids(PROMPT, text) for text in TEXTS]
     alone = torch.cat([rm.reward_alone(i)[None] for i in ids])
@@ -32,7 +34,7 @@ def test_forked_rewards_are_those_of_each_text_alone_in_order(architecture: str,
     assert float(alone.std()) > 0.05  # the texts do differ
 
 
-def test_texts_longer_than_a_layers_window_are_forked_right() -> None:
+def test_texts_longer_than_a_layers_window_share_a_prefix_too() -> None:
     rm = shared_pm("mistral")
     ids = [rm.text_ids(PROMPT, f"{'It is a small house. ' * 8}{text}") for text in TEXTS]
     assert min(i.numel() for i in ids) > WINDOW
@@ -54,15 +56,13 @@ def test_a_text_that_ends_in_padding_is_read_where_the_model_reads_it() -> None:
     assert torch.allclose(rewards_from_prefix(rm, rm.prefill(ids[0], []), ids), alone, atol=1e-4)
 
 
-def test_a_fork_is_the_clean_run_of_its_text() -> None:
+def test_a_run_from_a_shared_prefix_is_the_clean_run_of_its_text() -> None:
     rm = shared_pm("llama")
     first, second = (rm.text_ids(PROMPT, text) for text in TEXTS[:2])
-    whole, forked = (
-        rm.prefill(second, ["resid_post.1"]),
-        fork(rm, rm.prefill(first, ["resid_post.1"]), second, ["resid_post.1"]),
-    )
-    assert forked.reward == pytest.approx(whole.reward, abs=1e-5)
-    assert torch.allclose(forked.streams["resid_post.1"], whole.streams["resid_post.1"], atol=1e-4)
+    whole = rm.prefill(second, ["resid_post.1"])
+    shared = run_from_prefix(rm, rm.prefill(first, ["resid_post.1"]), second, ["resid_post.1"])
+    assert shared.reward == pytest.approx(whole.reward, abs=1e-5)
+    assert torch.allclose(shared.streams["resid_post.1"], whole.streams["resid_post.1"], atol=1e-4)
 
 
 def test_the_response_starts_with_its_own_first_token() -> None:

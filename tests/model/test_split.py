@@ -1,4 +1,4 @@
-"""The split forward: a clean run, resumed at any site and token, is the whole forward."""
+"""A clean run that is resumed at any site and token gives the reward of the full forward pass."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from rmscope.effects.ablation import prefill_pair
-from rmscope.model.packing import padded
+from rmscope.model.packing import pad_texts
 from rmscope.model.rendering import pair_tokens
 from rmscope.model.reward_model import RewardModel
-from tests.model.small import DECODERS, ENCODER, EOS, OTHERS, PAIRS, shared_pm, small_pm
+from tests.model.small import DECODERS, EOS, OTHERS, PAIRS, shared_pm, small_pm
 
 SITES = ["embed", "resid_post.0", "resid_post.2", "resid_post.3"]
 
@@ -29,7 +29,7 @@ def whole(rm: RewardModel, ids: Tensor, site: str | None = None, change: Tensor 
         y[0, start : start + len(change)] += change
         return y
 
-    batch = padded([(0, "chosen", ids, 1, rm.read_position(ids))], 0)
+    batch = pad_texts([(0, "chosen", ids, 1, rm.read_position(ids))], 0)
     return float(rm.rewards(batch, {site: edit} if site else None)[0])
 
 
@@ -64,25 +64,25 @@ def test_resuming_with_another_stream_gives_the_reward_of_the_edited_forward(arc
 
 
 @pytest.mark.parametrize("architecture", [*DECODERS, *OTHERS])
-def test_a_side_that_forks_the_other_ones_prefix_is_its_own_clean_run(architecture: str) -> None:
+def test_a_side_that_takes_the_shared_prefix_of_the_other_side_is_its_own_clean_run(architecture: str) -> None:
     rm = shared_pm(architecture, torch.float64)
     for pair in PAIRS:
         tokens = rm.tokenize(pair)
         for order in (("chosen", "rejected"), ("rejected", "chosen")):
-            forked = prefill_pair(rm, tokens, SITES, order)[order[1]]
+            second = prefill_pair(rm, tokens, SITES, order)[order[1]]
             alone = rm.prefill(tokens.side(order[1]), SITES)
-            assert forked.reward == pytest.approx(alone.reward, abs=limit(architecture))
-            assert torch.equal(forked.ids, alone.ids)
-            kept = [*((forked.streams[s], alone.streams[s]) for s in SITES)]
-            kept += [(a, b) for layers in zip(forked.keys, alone.keys, strict=True) for a, b in zip(*layers, strict=True)]
+            assert second.reward == pytest.approx(alone.reward, abs=limit(architecture))
+            assert torch.equal(second.ids, alone.ids)
+            kept = [*((second.streams[s], alone.streams[s]) for s in SITES)]
+            kept += [(a, b) for layers in zip(second.keys, alone.keys, strict=True) for a, b in zip(*layers, strict=True)]
             for mine, own in kept:
                 torch.testing.assert_close(mine, own, atol=10 * limit(architecture), rtol=0)
             rest = alone.streams["resid_post.0"][None, tokens.divergence :]
-            resumed = rm.resume(forked, "resid_post.0", tokens.divergence, rest)
+            resumed = rm.resume(second, "resid_post.0", tokens.divergence, rest)
             assert float(resumed[0]) == pytest.approx(alone.reward, abs=limit(architecture))
 
 
-def test_forking_runs_only_the_tokens_behind_the_prefix() -> None:
+def test_the_second_side_runs_only_the_tokens_after_the_shared_prefix() -> None:
     rm = small_pm("llama")
     tokens = rm.tokenize(PAIRS[0])
     widths: list[int] = []
@@ -101,7 +101,7 @@ def test_resuming_runs_no_block_up_to_the_site_and_no_token_before_the_start() -
         )
     rest = text.streams["resid_post.1"][None, 40:]
     rm.resume(text, "resid_post.1", 40, rest)
-    calls.clear()  # the first call looks once at what a block gives back
+    calls.clear()  # the first call also measures what a block returns
     rm.resume(text, "resid_post.1", 40, rest)
     assert calls == [(2, rest.shape[1]), (3, rest.shape[1])]
 
@@ -114,7 +114,7 @@ def test_resuming_leaves_the_clean_run_as_it_was() -> None:
     assert all(torch.equal(k, kept) for (k, _), kept in zip(text.keys, before, strict=True))
 
 
-def test_sides_without_a_common_first_token_fork_nothing() -> None:
+def test_sides_without_a_common_first_token_share_no_prefix() -> None:
     rm = shared_pm("llama", torch.float64)
     tokens = pair_tokens([11, 12, 13, 14], [21, 12, 13])
     both = prefill_pair(rm, tokens, SITES)
@@ -123,29 +123,8 @@ def test_sides_without_a_common_first_token_fork_nothing() -> None:
 
 def test_the_clean_run_ends_at_the_read_position() -> None:
     rm = small_pm("llama", torch.float64, append_eos=True, pad_token_id=EOS)
-    tokens = rm.tokenize(PAIRS[2])  # chosen is a prefix of rejected, so the fork ends before its own read position
+    tokens = rm.tokenize(PAIRS[2])  # chosen is a prefix of rejected, so the shared prefix ends before its read position
     for order in (("chosen", "rejected"), ("rejected", "chosen")):
         for side, text in prefill_pair(rm, tokens, SITES, order).items():
             assert text.ids.numel() == tokens.side(side).numel() - 1
             assert text.reward == pytest.approx(float(rm.reward_alone(tokens.side(side))), abs=1e-9)
-
-
-@pytest.mark.parametrize("architecture", [*DECODERS, *OTHERS])
-def test_every_decoder_can_be_split(architecture: str) -> None:
-    assert shared_pm(architecture).splits
-
-
-def test_what_cannot_be_split_is_measured() -> None:
-    assert not shared_pm(ENCODER).splits
-    wrong, refusing = small_pm("llama"), small_pm("llama")
-    resume = wrong.resume
-    wrong.resume = lambda *a: resume(*a) + 0.1  # type: ignore[method-assign]
-    assert not wrong.splits
-
-    def refuse(*_args: object, **_kwargs: object) -> None:
-        raise TypeError("forward() got an unexpected keyword argument 'past_key_values'")
-
-    refusing.blocks[2].register_forward_pre_hook(
-        lambda _m, _a, kwargs: refuse() if kwargs.get("past_key_values") else None, with_kwargs=True
-    )
-    assert not refusing.splits

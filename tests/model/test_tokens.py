@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmscope.errors import InputError
-from rmscope.model.packing import packed
+from rmscope.model.packing import pack_pairs
 from rmscope.model.rendering import Rendering, divergence, encode, pair_tokens, render
 from rmscope.pairs.pair import Pair
 from tests.model.small import EOS, shared_pm, small_pm, tokenizer, user
@@ -46,7 +46,7 @@ def test_a_packed_row_holds_both_texts_once_and_lets_each_see_only_itself(
 ) -> None:
     tokens = [pair_tokens(a, b) for a, b in pairs]
     reads = [{"chosen": len(a) - 1, "rejected": len(b) - 1} for a, b in pairs]
-    batch = packed([(i, t, r) for i, (t, r) in enumerate(zip(tokens, reads, strict=True))])
+    batch = pack_pairs([(i, t, r) for i, (t, r) in enumerate(zip(tokens, reads, strict=True))])
     for text in batch.texts:
         ids = tokens[text.pair].side(text.side)
         assert batch.ids[text.row, text.columns].tolist() == ids.tolist()

@@ -1,4 +1,4 @@
-"""One text after its clean run, and the key-value caches that are cut from it."""
+"""The clean run of one text, and the key-value caches that are cut from it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class CleanRun:
-    """One text after its clean run: ids [T], the stream at each watched site [T, d], keys and values a layer, r."""
+    """What an unedited forward pass of one text left behind."""
 
     ids: Tensor
+    """Token ids [T], up to the read position."""
     streams: dict[str, Tensor]
+    """The residual stream at each watched site, [T, d]."""
     keys: list[tuple[Tensor, Tensor]]
+    """Keys and values of each layer, [1, kv_heads, T, size]."""
     reward: float
 
 
 def cache_of(keys: list[tuple[Tensor, Tensor]], length: int, rows: int) -> Any:
-    """A cache of the first ``length`` positions, as views: expanded to ``rows`` without a copy."""
+    """A transformers cache of the first ``length`` positions for ``rows`` rows. It holds views: nothing is copied."""
     from transformers import DynamicCache
 
     cache: Any = DynamicCache()

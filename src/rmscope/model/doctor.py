@@ -1,6 +1,6 @@
-"""What ``rmscope doctor`` asks of a PM beyond the preflight: padding, the other precision, other renderings, cost.
+"""The checks of ``rmscope doctor`` beyond the preflight: padding, the other precision, other renderings, cost.
 
-These look at the PM as others will run it, and at how it may have been trained; a run does not need them.
+They look at the PM as others will run it, and at how it may have been trained. A run does not need them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from scipy.stats import binomtest
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rmscope.errors import InputError
 from rmscope.io import Progress, silent
@@ -23,7 +24,7 @@ from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES, Pair
 
 LEVEL = 0.01
-"""Error rate at which another rendering counts as better, over all that are tried."""
+"""Family-wise error rate at which another rendering counts as better."""
 
 
 def examine(
@@ -31,7 +32,7 @@ def examine(
 ) -> Preflight:
     """The preflight and the further checks. ``other`` is the same PM in the other precision (float32 or bfloat16).
 
-    Raises :class:`InputError` where every pair is longer than the PM's context.
+    Raises :class:`InputError` if every pair is longer than the PM's context.
     """
     tokens = rm.tokenize_all(pairs)
     fitting = [t for t in tokens if rm.fits(t)]
@@ -41,37 +42,38 @@ def examine(
             f"Each of the {len(pairs)} pairs is longer than the PM's context of {rm.context} tokens (the longest text has "
             f"{longest}); give shorter texts with --data."
         )
-    found = preflight(rm, fitting, progress)
-    found.checks += [context(rm, tokens), *padding(rm, fitting[:PROBES])]
+    result = preflight(rm, fitting, progress)
+    result.checks += [context(rm, tokens), *padding(rm, fitting[:PROBES])]
     if other is not None:
-        found.checks.append(precisions(rm, other, fitting[:PROBES]))
-    found.checks += [training(rm, [p for p, t in zip(pairs, tokens, strict=True) if rm.fits(t)]), price(rm, fitting)]
-    return found
+        result.checks.append(precisions(rm, other, fitting[:PROBES]))
+    result.checks += [training(rm, [p for p, t in zip(pairs, tokens, strict=True) if rm.fits(t)]), price(rm, fitting)]
+    return result
 
 
 def context(rm: RewardModel, tokens: Sequence[PairTokens]) -> Check:
+    """Whether every pair fits into the PM's context."""
     long = sum(not rm.fits(t) for t in tokens)
     longest = max(t.side(s).numel() for t in tokens for s in SIDES)
     limit = f"{rm.context} tokens" if rm.context < 1 << 30 else "no limit stated"
     detail = f"{limit}; the longest text has {longest}; {long} of {len(tokens)} pairs are too long"
-    return verdict("context", not long, detail, "a run leaves such pairs out: shorten the texts to keep them")
+    return verdict("context", not long, detail, "a run leaves out pairs that are too long: shorten the texts to keep them")
 
 
 def padding(rm: RewardModel, tokens: Sequence[PairTokens]) -> list[Check]:
-    """transformers' own forward on a batch of 8, padded on the right and on the left, against each text alone."""
+    """transformers' own forward on a batch of 8, padded on the right and on the left, compared with each text alone."""
     if rm.own_head is not None:
         return []
     texts = [t.side(side) for t in tokens for side in SIDES][:PROBES]
     alone = torch.stack([rm.reward_alone(ids) for ids in texts])
-    return [_padded(rm, texts, alone, side) for side in ("right", "left")]
+    return [_check_padding(rm, texts, alone, side) for side in ("right", "left")]
 
 
-def _padded(rm: RewardModel, texts: Sequence[Tensor], alone: Tensor, side: str) -> Check:
+def _check_padding(rm: RewardModel, texts: Sequence[Tensor], alone: Tensor, side: str) -> Check:
     name = f"{side} padding"
     try:
         batch = _batch(rm, texts, side)
         with torch.no_grad():
-            apart = float((rm._reward(rm.model(**batch).logits).cpu() - alone).abs().max())
+            apart = float((rm.reward_of(rm.model(**batch).logits).cpu() - alone).abs().max())
     except REFUSALS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Check(name, "warn", f"transformers refuses a batch of {len(texts)} ({reason})", "set pad_token_id")
@@ -84,17 +86,13 @@ def _padded(rm: RewardModel, texts: Sequence[Tensor], alone: Tensor, side: str) 
 
 
 def _batch(rm: RewardModel, texts: Sequence[Tensor], side: str) -> dict[str, Tensor]:
-    width = max(ids.numel() for ids in texts)
-    ids = torch.full((len(texts), width), rm._pad)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        place = slice(0, text.numel()) if side == "right" else slice(width - text.numel(), width)
-        ids[row, place], mask[row, place] = text, 1
+    ids = pad_sequence(list(texts), batch_first=True, padding_value=rm.pad_id, padding_side=side)
+    mask = pad_sequence([torch.ones_like(t) for t in texts], batch_first=True, padding_side=side)
     return {"input_ids": ids.to(rm.device), "attention_mask": mask.to(rm.device)}
 
 
 def precisions(rm: RewardModel, other: RewardModel, tokens: Sequence[PairTokens]) -> Check:
-    """float32 against bfloat16 (the one that is not loaded), each text alone."""
+    """Rewards in float32 compared with those in bfloat16, each text alone."""
     mine, its = rewards_alone(rm, tokens), rewards_alone(other, tokens)
     apart = float((mine - its).abs().max())
     same = int((((mine[:, 0] - mine[:, 1]) * (its[:, 0] - its[:, 1])) > 0).sum())
@@ -109,9 +107,9 @@ def precisions(rm: RewardModel, other: RewardModel, tokens: Sequence[PairTokens]
 
 
 def training(rm: RewardModel, pairs: Sequence[Pair]) -> Check:
-    """Whether another rendering ranks the pairs better, so that the PM was probably trained on that one.
+    """Whether another rendering ranks the pairs better, so that the PM was probably trained with it.
 
-    For each, a sign test over the pairs that it and the present rendering rank differently.
+    Each is compared by a sign test over the pairs that it and the present rendering rank differently.
     """
     mine = _right(rm, rm.rendering, pairs)
     tried = {r: _right(rm, r, pairs) for r in _others(rm)}
@@ -129,7 +127,7 @@ def training(rm: RewardModel, pairs: Sequence[Pair]) -> Check:
         "as in training",
         "warn",
         f"{detail}; {best.style}, eos {'appended' if best.append_eos else 'not appended'}, ranks {right}",
-        f"if it was trained so, write {told} into {SETTINGS_FILE} beside the PM",
+        f"if it was trained with that rendering, write {told} into {SETTINGS_FILE} beside the PM",
     )
 
 
@@ -141,7 +139,7 @@ def _others(rm: RewardModel) -> list[Rendering]:
 
 
 def _right(rm: RewardModel, rendering: Rendering, pairs: Sequence[Pair]) -> Any:
-    """Which pairs the PM ranks as labelled under a rendering, [pairs] bool; a pair that does not fit counts as wrong."""
+    """Whether the PM ranks each pair as labelled under a rendering, [pairs] bool; False for pairs that do not fit."""
     before, rm.rendering = rm.rendering, rendering
     try:
         tokens = rm.tokenize_all(pairs)
@@ -156,15 +154,15 @@ def _right(rm: RewardModel, rendering: Rendering, pairs: Sequence[Pair]) -> Any:
 
 
 def price(rm: RewardModel, tokens: Sequence[PairTokens]) -> Check:
-    """Memory and time of a run on 1,000 pairs like these."""
-    rate = cost.tokens_a_second(rm, tokens)
+    """Time and memory of a run on 1,000 pairs like these."""
+    rate = cost.tokens_per_second(rm, tokens)
     minutes = cost.run_minutes(rm, tokens, rate, 1000)
     needed, there = cost.run_bytes(rm), cost.machine_bytes(rm.device)
-    whole = "" if rm.splits else ", most of it whole forwards for ablations"
+    whole = "" if rm.capabilities.resume else ", most of it full forward passes for ablations"
     return verdict(
         "cost",
         needed <= there,
-        f"{rate:,.0f} tokens a second; a run on 1,000 such pairs takes about {minutes:.2g} minutes{whole}, and "
+        f"{rate:,.0f} tokens per second; a run on 1,000 such pairs takes about {minutes:.2g} minutes{whole}, and "
         f"{needed / 1e9:.1f} GB of {there / 1e9:.0f} GB",
         "use --dtype bfloat16, which halves the weights, or a machine with more memory",
     )

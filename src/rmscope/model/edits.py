@@ -1,11 +1,10 @@
-"""An edit that stays in a PM: after a block, the stream passes through it, whichever way the model is called.
+"""A permanent edit of a PM: after a block, the stream passes through a function, however the model is called.
 
-The edit becomes a part of the block's own forward, not a hook beside it. So the stream at the site is the edited stream
-for everybody who reads it, a run that is resumed at the site does not edit a second time, and packed, padded and cached
-passes need no code of their own. A text's first token (position 0) is never edited: it holds no text of the response,
-and its norm is an attention sink's.
+The edit becomes a part of the block's own forward; it is not a hook. So every reader of the site sees the edited stream, a
+run that is resumed at the site does not edit twice, and packed, padded and cached passes need no code of their own. A
+text's first token (position 0) is never edited: it is not part of the response, and it is an attention sink of huge norm.
 
-This file needs torch alone: ``rmscope edit --export`` puts a copy of it into the folder it writes.
+This file needs only torch: ``rmscope edit --export`` copies it into the folder that it writes.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 
 def install(base: nn.Module, blocks: nn.ModuleList, edits: Mapping[int, Callable[[Tensor], Tensor]]) -> None:
-    """Makes ``edits[l]``, [rows, width, d] to the same shape, a part of block ``l``; ``base`` is what runs the blocks."""
+    """Makes ``edits[l]``, which maps [rows, width, d] to the same shape, a part of block ``l``. ``base`` runs the blocks."""
     firsts = _Firsts()
     base.register_forward_pre_hook(firsts, with_kwargs=True)
     for index, edit in edits.items():
@@ -27,7 +26,7 @@ def install(base: nn.Module, blocks: nn.ModuleList, edits: Mapping[int, Callable
 
 
 class _Firsts:
-    """Which tokens of the pass that is running are the first of their text, [rows or 1, width]."""
+    """Marks the tokens of the current pass that are the first of their text, [rows or 1, width]."""
 
     def __init__(self) -> None:
         self.mask = torch.zeros(0, 0, dtype=torch.bool)
@@ -38,7 +37,7 @@ class _Firsts:
         mask, positions, cache = (named.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
         if positions is not None:
             self.mask = positions == 0
-        elif mask is not None and mask.dim() == 2:  # padding may stand on the left
+        elif mask is not None and mask.dim() == 2:  # padding may be on the left
             seen = mask.long()
             self.mask = ((seen.cumsum(1) == 1) & (seen > 0))[:, -given.shape[1] :]
         else:

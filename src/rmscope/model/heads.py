@@ -1,10 +1,11 @@
-"""Heads of other kinds: what makes a reward of the final hidden states at the read position.
+"""Other kinds of heads, which turn the final hidden state at the read position into a reward.
 
-A head is a torch module that takes hidden states after the PM's last norm, [texts, d], and gives rewards, [texts] or
-[texts, 1]. ``RewardModel(lm, tokenizer, rendering, name, head=head)`` then scores, splits, ablates and differentiates as
-with a PM's own score head; the text's last token is read. A value head is an ``nn.Linear(d, 1)`` as it stands.
+A head is a torch module that takes hidden states after the PM's last norm, [texts, d], and returns rewards, [texts] or
+[texts, 1]. ``RewardModel(lm, tokenizer, rendering, name, head=head)`` then scores, resumes, ablates and differentiates as
+with a PM's own score head, and reads the last token of the text. A value head is simply an ``nn.Linear(d, 1)``.
 
-A reward that is no function of one hidden state, such as DPO's sum over the response's tokens, is no head (docs/heads.md).
+A reward that is not a function of one hidden state, such as DPO's sum over the response's tokens, cannot be written as a
+head (see docs/heads.md).
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from rmscope.errors import InputError
 
 
 class TokenDifference(nn.Module):
-    """The logit of the next token ``better`` minus that of ``worse``: a judge that is asked for a yes or a no.
+    """The logit of the next token ``better`` minus that of ``worse``, for a judge that is asked for a yes or a no.
 
-    Raises :class:`InputError` where a text is not one token, or where the model makes its logits in a way that the two
-    rows of its output matrix (and the cap of Gemma 2) do not tell.
+    Raises :class:`InputError` where a text is not one token, or where the model computes its logits differently from two
+    rows of its output matrix with the cap of Gemma 2.
     """
 
     weight: Tensor
@@ -48,7 +49,7 @@ class TokenDifference(nn.Module):
 
     @torch.no_grad()
     def _check(self, lm: Any, rows: Tensor) -> None:
-        """The difference is the model's own, on one text, without dropout."""
+        """Compares the difference with the model's own logits on one text, without dropout."""
         lm.eval()
         ids = rows.to(lm.device)[None]
         own = lm(ids).logits[0, -1, ids[0]].float()
@@ -56,7 +57,7 @@ class TokenDifference(nn.Module):
         if not torch.isclose(own[0] - own[1], mine, rtol=1e-2, atol=1e-3 + 1e-2 * float(own.abs().max())):
             raise InputError(
                 f"{type(lm).__name__} scales its logits in a way of its own ({float(own[0] - own[1]):.4g} against "
-                f"{float(mine):.4g}), which TokenDifference does not know; write a head for it."
+                f"{float(mine):.4g}), which TokenDifference does not support; write a head for it."
             )
 
 
@@ -64,6 +65,6 @@ def _token(tokenizer: Any, text: str) -> int:
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) != 1:
         raise InputError(
-            f"{text!r} is {len(ids)} tokens for this tokenizer, not one; name a word that is one (' yes', say)."
+            f"{text!r} is {len(ids)} tokens for this tokenizer, not one; name a text that is one token (' yes', say)."
         )
     return int(ids[0])

@@ -1,4 +1,4 @@
-"""Loading a PM and refusing what is none."""
+"""Loading a PM, and refusing a model that is not one."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 
 from rmscope.errors import InputError
 from rmscope.io import content_hash
-from rmscope.model.rendering import SETTINGS_FILE, Rendering, stored_json, stored_settings
-from rmscope.model.zoo import BASE, base_folder, load_adapted, load_zoo, quiet
+from rmscope.model.rendering import SETTINGS_FILE, Rendering, read_json_object, read_settings
+from rmscope.model.zoo import BASE, base_folder, load_adapted, quiet_transformers, zoo_folder
 
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
-"""What the last map of a scalar head is called."""
+"""Names of the last linear map of a scalar head."""
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def load(
     source: str, dtype: str, place: str, adapter: str | None, revision: str | None, trust_remote_code: bool
 ) -> tuple[Any, Any, Rendering]:
-    """The model on its device, its tokenizer, and how it reads a conversation."""
+    """The model on its device, its tokenizer, and its rendering. Raises InputError where the source is not a PM."""
     _check_place(place)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"--dtype {dtype} is not known; use float32, bfloat16 or float16.")
@@ -33,9 +33,9 @@ def load(
     path = Path(source).expanduser()
     ours = source.startswith("zoo:") or _is_ours(path)
     if ours and adapter is not None:
-        raise InputError(f"{source} holds its own adapter; --adapter is for PMs and bases in transformers' format.")
+        raise InputError(f"{source} has its own adapter; --adapter is for PMs and bases in transformers' format.")
     if ours:
-        model, tokenizer, folder = load_zoo(source[4:]) if source.startswith("zoo:") else load_adapted(path)
+        model, tokenizer, folder = load_adapted(zoo_folder(source[4:]) if source.startswith("zoo:") else path)
         return _cast(model, getattr(torch, dtype)).to(place), tokenizer, Rendering.find(folder, tokenizer)
     if adapter is None and (base := _adapted_base(path)):
         source, adapter = base, source
@@ -48,62 +48,62 @@ def load(
 
 
 def _adapted_base(folder: Path) -> str | None:
-    """The base that an adapter's folder names; None where the folder holds a whole model, or nothing to load."""
+    """The base that an adapter's folder names; None where the folder holds a whole model, or none."""
     path = folder / "adapter_config.json"
     if (folder / "config.json").is_file() or not path.is_file():
         return None
-    base = str(stored_json(path).get("base_model_name_or_path") or "")
+    base = str(read_json_object(path).get("base_model_name_or_path") or "")
     if not base:
         raise InputError(
-            f"{path} names no base; put its base_model_name_or_path in, or name it with --model beside --adapter."
+            f"{path} names no base; add its base_model_name_or_path, or give the base as --model and this as --adapter."
         )
     return str(base_folder()) if base == BASE else base
 
 
 def _check_place(place: str) -> None:
-    """One device: hooks, caches and SAEs of a PM that lies on several would each have to follow it about."""
+    """A PM is studied on one device; hooks, caches and SAEs do not follow a PM over several."""
     try:
         torch.device(place)
     except RuntimeError as error:
         raise InputError(
-            f"--device {place} is no device: a PM is studied on one (cpu, cuda, cuda:1), not spread over several; name one "
-            "that holds it, or halve it with --dtype bfloat16."
+            f"--device {place} is not a device: a PM is studied on one (cpu, cuda, cuda:1), not spread over several; name a "
+            "device that is large enough, or halve the PM with --dtype bfloat16."
         ) from error
 
 
 def _cast(model: Any, dtype: torch.dtype) -> Any:
-    """The parameters alone, as transformers loads them: rotary frequencies in bfloat16 would be wrong at later tokens."""
+    """Casts the parameters only, as transformers does: rotary frequencies in bfloat16 would be wrong at later tokens."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
 
 
 def _card(source: str, revision: str | None) -> str:
-    """The model card beside a PM or an adapter, on disk or on the hub; empty without one."""
+    """The model card of a PM or an adapter, on disk or on the hub; empty without one."""
     from transformers.utils.hub import cached_file
 
     path = Path(source).expanduser()
     if path.is_dir():
         found = path / "README.md"
         return found.read_text("utf-8", errors="replace") if found.is_file() else ""
-    quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
-    cached = cached_file(source, "README.md", revision=revision, **quiet)
+    optional = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
+    cached = cached_file(source, "README.md", revision=revision, **optional)
     return Path(cached).read_text("utf-8", errors="replace") if cached else ""
 
 
 def is_base(source: str) -> bool:
-    """Whether a source is a base: the zoo's, or a model folder that holds no scalar head."""
+    """Whether a source is a base: the zoo's, or a model folder without a scalar head."""
     from transformers import AutoConfig
 
     path = Path(source).expanduser()
     if source == BASE or not (path / "config.json").is_file() or _is_ours(path):
         return source == BASE
-    with readable(f"The model {source}"):
+    with as_input_error(f"The model {source}"):
         return not _has_head(AutoConfig.from_pretrained(path))
 
 
 def _is_ours(path: Path) -> bool:
-    return "base" in stored_settings(path)
+    return "base" in read_settings(path)
 
 
 def _from_transformers(source: str, dtype: str, place: str, adapter: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -111,48 +111,48 @@ def _from_transformers(source: str, dtype: str, place: str, adapter: str | None,
 
     path = Path(source).expanduser()
     if (source.startswith((".", "/", "~")) or path.exists()) and not (path / "config.json").is_file():
-        raise InputError(f"{source} is no model folder: it holds no config.json; name a folder that transformers can load.")
+        raise InputError(f"{source} is not a model folder: it has no config.json; name a folder that transformers can load.")
     name = str(path) if path.is_dir() else source
     brought = {} if adapter is None else _adapter_weights(adapter)
     config = _config(source, name, brought, options)
-    with readable(f"The PM {source}"), quiet() if brought else nullcontext():
+    with as_input_error(f"The PM {source}"), quiet_transformers() if brought else nullcontext():
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name,
             config=config,
             dtype=getattr(torch, dtype),
             device_map={"": place},
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told apart below
+            ignore_mismatched_sizes=True,  # checked below
             **options,
         )
     beside = None if adapter is None else Path(adapter).expanduser()
     if beside is not None and not (beside / "tokenizer_config.json").is_file():
         beside = None
-    with readable(f"The tokenizer of {beside or source}"):
+    with as_input_error(f"The tokenizer of {beside or source}"):
         at = options if beside is None else {**options, "revision": None}
         tokenizer = AutoTokenizer.from_pretrained(name if beside is None else str(beside), **at)
-    if beside is not None and tokenizer.pad_token_id is not None:  # what the adapter was trained to take for padding
+    if beside is not None and tokenizer.pad_token_id is not None:  # the padding that the adapter was trained with
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     _check_whole(source, info, brought)
     if adapter is not None:
         from peft import PeftModel
 
-        with readable(f"The adapter {adapter}"):
+        with as_input_error(f"The adapter {adapter}"):
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return model, tokenizer
 
 
 def _config(source: str, name: str, brought: dict[str, list[int]], options: dict[str, Any]) -> Any:
-    """The config of a PM; InputError where it is none, or needs code that is not trusted."""
+    """The config of a PM. Raises InputError where the model is not a PM, or needs code that is not trusted."""
     import transformers
 
-    with readable(f"The PM {source}"):
+    with as_input_error(f"The PM {source}"):
         stored, _ = transformers.PreTrainedConfig.get_config_dict(name, revision=options["revision"])
         made_as = (stored.get("architectures") or ["model"])[0]
         if stored.get("auto_map") and not hasattr(transformers, made_as) and not options["trust_remote_code"]:
             raise InputError(
                 f"{source} is a {made_as}, whose code comes with its checkpoint and would run on this machine; read that "
-                "code, then say --trust-remote-code, or name another PM."
+                "code and pass --trust-remote-code, or name another PM."
             )
         config = transformers.AutoConfig.from_pretrained(name, **options)
     heads = [shape[0] for key, shape in brought.items() if key.endswith(HEADS)]
@@ -161,39 +161,39 @@ def _config(source: str, name: str, brought: dict[str, list[int]], options: dict
     elif not _has_head(config):
         raise InputError(
             f"{source} is a {made_as}, without a scalar head: its score.weight would be newly initialised; name a "
-            "sequence-classification PM, or an --adapter that brings the head."
+            "sequence-classification PM, or an --adapter that contains the head."
         )
     return config
 
 
 def _check_whole(source: str, info: dict[str, Any], brought: dict[str, list[int]]) -> None:
-    """InputError where a weight would be newly initialised, or has another shape than the config says."""
+    """Raises InputError where a weight would be newly initialised, or has another shape than in the config."""
     mismatched = sorted(m for m in info.get("mismatched_keys", []) if not any(name.endswith(m[0]) for name in brought))
     if mismatched:
         name, stored, wanted = mismatched[0]
         raise InputError(
-            f"{source} holds {name} as {list(stored)}, but its config.json asks for {list(wanted)}; mend the config "
-            "(num_labels, say)."
+            f"{source} holds {name} as {list(stored)}, but its config.json asks for {list(wanted)}; correct the config "
+            "(num_labels, for example)."
         )
     missing = [m for m in sorted(info.get("missing_keys", [])) if not any(name.endswith(m) for name in brought)]
     if missing:
         raise InputError(
             f"{source} lacks {', '.join(missing[:3])}: they would be newly initialised and the rewards would be noise; "
-            "name a PM whose checkpoint holds its head."
+            "name a PM whose checkpoint contains its head."
         )
 
 
 def _adapter_weights(adapter: str) -> dict[str, list[int]]:
-    """Name and shape of what a PEFT adapter holds."""
+    """Name and shape of each tensor in a PEFT adapter."""
     from peft import load_peft_weights
 
-    with readable(f"The adapter {adapter}"):
+    with as_input_error(f"The adapter {adapter}"):
         return {name: list(tensor.shape) for name, tensor in load_peft_weights(adapter, device="cpu").items()}
 
 
 @contextmanager
-def readable(what: str) -> Iterator[None]:
-    """Turns what transformers and peft raise into one sentence."""
+def as_input_error(what: str) -> Iterator[None]:
+    """Turns the errors of transformers and peft into an InputError of one sentence."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -202,7 +202,7 @@ def readable(what: str) -> Iterator[None]:
 
 
 def _has_head(config: Any) -> bool:
-    """A checkpoint that says it is something else (a causal LM, say) has no scalar head."""
+    """False for a config that names another kind of model, such as a causal LM."""
     architectures = config.architectures or []
     return not architectures or any("SequenceClassification" in a or "Reward" in a for a in architectures)
 
@@ -210,7 +210,7 @@ def _has_head(config: Any) -> bool:
 def context_of(model: Any) -> int:
     """The longest text in tokens; a huge number where the model states none.
 
-    RoBERTa counts its positions from the one after the padding id, so that many less.
+    RoBERTa's first position is the one after the padding id, so its texts are that much shorter.
     """
     longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
     embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
@@ -219,9 +219,9 @@ def context_of(model: Any) -> int:
 
 
 def output_weights(model: Any, output: int | Sequence[float] | None, head: Any = None) -> Tensor:
-    """How the model's outputs make one reward, [outputs]; a head from outside has one."""
+    """The weight of each output in the reward, [outputs] float32. Raises InputError where the choice is missing or wrong."""
     if head is not None and output is not None:
-        raise InputError("A head of its own has one output; leave out output=, or weight inside the head.")
+        raise InputError("A head of its own has one output; leave out output=, or apply the weights inside the head.")
     n = 1 if head is not None else int(model.config.num_labels)
     if output is None:
         if n != 1:
@@ -229,18 +229,18 @@ def output_weights(model: Any, output: int | Sequence[float] | None, head: Any =
         return torch.ones(1)
     if isinstance(output, int):
         if not 0 <= output < n:
-            raise InputError(f"--output {output} is not there: the PM has {n} outputs, 0 .. {n - 1}.")
+            raise InputError(f"There is no --output {output}: the PM has {n} outputs, 0 .. {n - 1}.")
         return torch.eye(n)[output]
     if len(output) != n:
-        raise InputError(f"--output holds {len(output)} weights, but the PM has {n} outputs; give one for each.")
+        raise InputError(f"--output has {len(output)} weights, but the PM has {n} outputs; give one weight per output.")
     return torch.tensor(list(output), dtype=torch.float32)
 
 
 def identity(model: Any, tokenizer: Any, rendering: Rendering, weights: Tensor, head: Any = None) -> str:
-    """A content hash that reads every tensor once: name, shape, sum, and 64 entries at even distance.
+    """A content hash of a PM that reads every tensor once: name, shape, sum, and 64 evenly spaced entries.
 
-    The sum is that of the entries' bits as whole numbers: unlike a sum of floats it does not depend on the order in
-    which a device adds. The weights of several outputs count, and a head from outside.
+    The sum is over the entries' bits as integers: unlike a sum of floats it does not depend on the order in which a device
+    adds. The hash includes the weights of several outputs, and a head from outside.
     """
     probe = tokenizer("A probe of the tokenizer: 12,345 words.").input_ids
     parts = [_fingerprint(model), probe, getattr(tokenizer, "chat_template", None), rendering.as_dict()]

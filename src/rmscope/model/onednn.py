@@ -1,7 +1,7 @@
 """Faster float32 linear maps on CPUs where MKL takes its slow path.
 
-torch multiplies float32 matrices through MKL, which on AMD processors does not use AVX-512; oneDNN, which torch carries
-too, does: 300 against 130 GFLOP/s on two cores of a Zen 5 server. There, a PM's frozen linear maps get a copy of their
+torch multiplies float32 matrices through MKL, which does not use AVX-512 on AMD processors. oneDNN, which torch also
+contains, does: 300 against 130 GFLOP/s on two cores of a Zen 5 server. There, a PM's frozen linear maps get a copy of their
 weight in oneDNN's layout and run through it, forward and backward. The parameters stay as they are.
 """
 
@@ -16,21 +16,21 @@ from torch import Tensor, nn
 from rmscope.hardware import is_amd
 
 MOST_BYTES = 2 << 30
-"""Models with more linear weights keep MKL: the copies would double their memory."""
+"""Models with more bytes of linear weights keep MKL, because the copies would double their memory."""
 BATCH = 512
-"""Rows for which oneDNN chooses the layout."""
+"""The number of rows for which oneDNN chooses its layout."""
 
 
 @cache
 def onednn_is_faster() -> bool:
-    """AMD with AVX-512, and a torch that offers the packed product."""
+    """Whether this is an AMD processor with AVX-512, and torch offers the packed product."""
     offered = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return is_amd() and bool(able.get("avx512_f")) and offered and torch.backends.mkldnn.is_available()
 
 
-class _Packed:
-    """A frozen weight [out, in] in oneDNN's layout; its transpose is packed when a gradient first needs it."""
+class _PackedWeight:
+    """A frozen weight [out, in] in oneDNN's layout. Its transpose is packed when a gradient first needs it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
@@ -45,10 +45,10 @@ class _Packed:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b, with the gradient of x alone: the weights are frozen."""
+    """x W^T + b, with a gradient for x only: the weights are frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: _Packed) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: _PackedWeight) -> Tensor:
         ctx.packed = packed
         return torch.ops.mkldnn._linear_pointwise(x, packed.forward, packed.bias, "none", [], "")
 
@@ -58,7 +58,10 @@ class _Product(torch.autograd.Function):
 
 
 def use_onednn(model: nn.Module) -> bool:
-    """Lets a frozen float32 model's linear maps run through oneDNN where that is faster; whether it did."""
+    """Makes a frozen float32 model's linear maps run through oneDNN where that is faster; True if it did.
+
+    Models of another precision, on another device, or with more than ``MOST_BYTES`` of linear weights stay as they are.
+    """
     maps = [m for m in model.modules() if type(m) is nn.Linear and m.out_features > 1]
     size = sum(m.weight.numel() * 4 for m in maps)
     frozen = all(m.weight.dtype == torch.float32 and m.weight.device.type == "cpu" for m in maps)
@@ -70,7 +73,7 @@ def use_onednn(model: nn.Module) -> bool:
 
 
 def _forward(linear: nn.Linear) -> Any:
-    packed = _Packed(linear.weight, linear.bias)
+    packed = _PackedWeight(linear.weight, linear.bias)
 
     def forward(x: Tensor) -> Tensor:
         if torch.is_autocast_enabled("cpu") or x.dtype != torch.float32 or linear.weight is not packed.weight:

@@ -1,9 +1,8 @@
-"""Batches of pairs for one forward pass, the prefix that both sides share laid down once.
+"""Batches of pairs for one forward pass, with the prefix that both sides share stored once.
 
-A packed row is prefix + chosen suffix + rejected suffix. A 4-D attention mask keeps the two suffixes apart and both
-carry the positions they have in their own text, so each text's stream is what the model computes for it alone. On
-hh-rlhf this saves about a third of the tokens. Where a model does not take such masks (preflight measures it), each
-text gets a row of its own.
+A packed row is prefix + chosen suffix + rejected suffix. A 4-D attention mask keeps the two suffixes apart, and both have
+the positions of their own text, so each text's stream is what the model computes for it alone. On hh-rlhf this saves about
+a third of the tokens. Where a model does not take such masks, each text gets a row of its own.
 """
 
 from __future__ import annotations
@@ -15,16 +14,17 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rmscope.model.rendering import PairTokens
 
 UNIT = 64
-"""Work is cut into units of 64 pairs in file order; batches never cross a unit, so results do not depend on a resume."""
+"""Work is cut into units of 64 pairs in file order. Batches never cross a unit, so a resumed run gives the same results."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Where one text lies in a batch: its row, the columns of its tokens in order, its span and read position."""
+    """Where one text is in a batch: its row, the columns of its tokens in order, its divergence and read position."""
 
     pair: int
     side: str
@@ -41,7 +41,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Token ids [rows, width], positions [rows, width], the attention mask (4-D packed, 2-D padded) and the texts."""
+    """Token ids, positions, the attention mask (4-D for packed rows, 2-D for padded ones) and the texts."""
 
     ids: Int[Tensor, "rows width"]
     positions: Int[Tensor, "rows width"]
@@ -49,6 +49,7 @@ class Batch:
     texts: list[Text]
 
     def inputs(self, device: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The arguments of the model's forward."""
         mask = self.mask.to(device)
         if mask.dim() == 4:
             mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, torch.finfo(dtype).min)
@@ -63,16 +64,18 @@ class Batch:
 
     @property
     def reads(self) -> tuple[Tensor, Tensor]:
+        """Row and column of each text's read position, [texts] each."""
         rows = torch.tensor([t.row for t in self.texts])
         return rows, torch.tensor([int(t.columns[t.read]) for t in self.texts])
 
 
 def packed_length(tokens: PairTokens) -> int:
+    """Tokens of a pair in a packed row."""
     return tokens.chosen.numel() + tokens.rejected.numel() - tokens.shared
 
 
-def packed(pairs: Sequence[tuple[int, PairTokens, dict[str, int]]]) -> Batch:
-    """One row a pair. ``pairs`` holds (index, tokens, read position a side)."""
+def pack_pairs(pairs: Sequence[tuple[int, PairTokens, dict[str, int]]]) -> Batch:
+    """One row per pair. ``pairs`` holds (index, tokens, read position of each side)."""
     width = max(packed_length(t) for _, t, _ in pairs)
     ids = torch.zeros(len(pairs), width, dtype=torch.long)
     positions = torch.zeros_like(ids)
@@ -90,21 +93,19 @@ def packed(pairs: Sequence[tuple[int, PairTokens, dict[str, int]]]) -> Batch:
     causal = torch.arange(width)[:, None] >= torch.arange(width)[None]
     same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
     mask = causal & same & (segment[:, None, :] >= 0)
-    mask |= torch.eye(width, dtype=torch.bool)  # a padding query attends to itself: no empty softmax
+    mask |= torch.eye(width, dtype=torch.bool)  # padding attends to itself: no empty softmax
     return Batch(ids, positions, mask[:, None], texts)
 
 
-def padded(texts: Sequence[tuple[int, str, Tensor, int, int]], pad: int) -> Batch:
-    """One row a text, right padding. ``texts`` holds (pair index, side, ids, divergence, read position)."""
-    width = max(ids.numel() for _, _, ids, _, _ in texts)
-    ids = torch.full((len(texts), width), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    views = []
-    for row, (index, side, tokens, start, read) in enumerate(texts):
-        ids[row, : tokens.numel()] = tokens
-        mask[row, : tokens.numel()] = 1
-        views.append(Text(index, side, row, torch.arange(tokens.numel()), start, read))
-    return Batch(ids, torch.arange(width).expand_as(ids), mask, views)
+def pad_texts(texts: Sequence[tuple[int, str, Tensor, int, int]], pad: int) -> Batch:
+    """One row per text, padded on the right. ``texts`` holds (pair index, side, ids, divergence, read position)."""
+    ids = pad_sequence([tokens for _, _, tokens, _, _ in texts], batch_first=True, padding_value=pad)
+    mask = pad_sequence([torch.ones_like(tokens) for _, _, tokens, _, _ in texts], batch_first=True)
+    views = [
+        Text(index, side, row, torch.arange(tokens.numel()), start, read)
+        for row, (index, side, tokens, start, read) in enumerate(texts)
+    ]
+    return Batch(ids, torch.arange(ids.shape[1]).expand_as(ids), mask, views)
 
 
 def by_budget(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -127,5 +128,6 @@ def units(n: int) -> Iterator[range]:
 
 
 def last_hidden_reads(hidden: Float[Tensor, "rows width d"], batch: Batch) -> Float[Tensor, "texts d"]:
+    """The final hidden state of each text at its read position."""
     rows, columns = batch.reads
     return hidden[rows.to(hidden.device), columns.to(hidden.device)]

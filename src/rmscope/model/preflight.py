@@ -1,6 +1,6 @@
-"""Preflight: what can be wrong with a PM before a single figure is made with it. Each run begins with it.
+"""Preflight: checks of a PM before anything is measured with it. Every run begins with them.
 
-``rmscope doctor`` asks more (``model/doctor.py``).
+``rmscope doctor`` has further checks (``model/doctor.py``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from rmscope.errors import InputError
 from rmscope.io import Progress, silent
 from rmscope.model.capabilities import PROBE, REFUSALS
-from rmscope.model.packing import padded
+from rmscope.model.packing import pad_texts
 from rmscope.model.rendering import SETTINGS_FILE, PairTokens, render
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
@@ -24,14 +24,14 @@ from rmscope.pairs.pair import SIDES
 Status = Literal["ok", "warn", "fail"]
 
 PROBES = 8
-"""Pairs that are scored alone and in a batch."""
+"""The number of pairs that are scored alone and in a batch."""
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
 """Spread over batches, in SD of the rewards, above which scores count as batch-dependent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing looked at. ``mend`` says what to do where it is not ok."""
+    """The result of one check. ``mend`` tells what to do if it is not ok."""
 
     check: str
     status: Status
@@ -40,7 +40,7 @@ class Check:
 
 
 def verdict(check: str, ok: bool, detail: str, mend: str, otherwise: Status = "warn") -> Check:
-    """ok, and then nothing to mend; or warn (fail), and how to mend it."""
+    """A check that is ok, or else has the status ``otherwise`` and a mend."""
     return Check(check, "ok", detail) if ok else Check(check, otherwise, detail, mend)
 
 
@@ -52,11 +52,12 @@ class Preflight:
     noise_floor: float = 0.0
 
     def rows(self) -> list[dict[str, str]]:
+        """One dictionary per check."""
         return [asdict(c) for c in self.checks]
 
 
 def preflight(rm: RewardModel, tokens: Sequence[PairTokens], progress: Progress = silent) -> Preflight:
-    """Checks a PM on the tokens of some pairs, all within its context."""
+    """Checks a PM on the tokens of some pairs, which must fit into its context."""
     probes = list(tokens[:PROBES])
     alone = rewards_alone(rm, probes, progress)
     together = rm.score_tokens(probes)
@@ -86,7 +87,7 @@ def rewards_alone(rm: RewardModel, tokens: Sequence[PairTokens], progress: Progr
 
 
 def head(rm: RewardModel) -> Check:
-    """That there is one was made sure when the PM was loaded; here, that it is no row of zeros and holds numbers."""
+    """Whether the head holds finite numbers that are not all zero. That it exists was checked when the PM was loaded."""
     name = "head"
     weights = list(_head_weights(rm))
     told = f"{len(rm.output)} outputs, weighted {rm.output}" if len(rm.output) > 1 else "1 output"
@@ -99,28 +100,28 @@ def head(rm: RewardModel) -> Check:
 
 
 def _head_weights(rm: RewardModel) -> Iterator[Tensor]:
-    """The floating weights outside the trunk (encoders: with their pooler's dense maps)."""
+    """The floating-point weight matrices outside the trunk; for encoders also those of the pooler."""
     trunk = {id(p) for p in rm.model.base_model.parameters()}
     given = rm.model.parameters() if rm.own_head is None else rm.own_head.state_dict().values()
     return (p for p in given if id(p) not in trunk and p.is_floating_point() and p.dim() > 1)
 
 
 def rendering(rm: RewardModel) -> Check:
-    """Whether the rendering can be done, keeps the response as it is, and takes the roles that data hold."""
+    """Whether the rendering works, keeps the response as it is, and accepts system prompts."""
     name, style = "rendering", rm.rendering.style
     detail = f"{style}, eos {'appended' if rm.rendering.append_eos else 'not appended'}"
     if PROBE.chosen not in render(rm.rendering, rm.tokenizer, PROBE.prompt, PROBE.chosen):
-        mend = f"mend the template, or name another style in {SETTINGS_FILE} beside the PM"
+        mend = f"correct the template, or name another style in {SETTINGS_FILE} beside the PM"
         return Check(name, "fail", "the chat template drops the response or changes it", mend)
     try:
         render(rm.rendering, rm.tokenizer, [{"role": "system", "content": "Be brief."}, *PROBE.prompt], PROBE.chosen)
     except InputError:
-        return Check(name, "warn", f"{detail}; the template refuses system prompts", "leave out pairs that hold one")
+        return Check(name, "warn", f"{detail}; the template refuses system prompts", "leave out pairs with a system prompt")
     return Check(name, "ok", detail)
 
 
 def read_position(rm: RewardModel, tokens: Sequence[PairTokens]) -> Check:
-    """Which token is read, measured on the texts: pad = eos lets transformers read the one before an eos at the end."""
+    """Which token is read, measured on the texts. Where pad = eos, transformers reads the token before an eos at the end."""
     name = "read position"
     if not rm.causal:
         return Check(name, "ok", "an encoder: its head reads the first token, or all; spans run to the last token")
@@ -137,52 +138,59 @@ def read_position(rm: RewardModel, tokens: Sequence[PairTokens]) -> Check:
             name,
             "warn",
             f"pad = eos: in {before} of {len(texts)} texts transformers reads the token before{eos}, and so do we; {side}",
-            "nothing, where it was trained so; else give it a pad token of its own and train again",
+            "nothing to do if it was trained like this; otherwise give it a pad token of its own and train it again",
         )
     return Check(name, "ok", f"the last token that is not padding (id {pad}); {side}")
 
 
 def attention(rm: RewardModel) -> Check:
-    """Flash attention takes no 4-D masks and no float32: then no row is shared."""
+    """Flash attention takes neither 4-D masks nor float32, so no row can be packed."""
     kind = str(getattr(rm.model.config.get_text_config(), "_attn_implementation", None) or "its own")
-    window = f", windows of {rm.reach} tokens: longer texts run alone" if rm.reach < 1 << 30 else ""
+    window = rm.attention_window
+    windows = f", windows of {window} tokens: longer texts run alone" if window < 1 << 30 else ""
     flash = "flash" in kind
     return verdict(
         "attention",
         not flash,
-        f"{kind}{window}{': no packed rows, no float32' if flash else ''}",
+        f"{kind}{windows}{': no packed rows, no float32' if flash else ''}",
         'load it with attn_implementation="sdpa"',
     )
 
 
 def forward(rm: RewardModel) -> Check:
-    if rm.splits:
-        detail = f"split at any site, ablations {'in one row' if rm.branches else 'in rectangles: its attention is its own'}"
-        return Check("forward", "ok", detail)
-    detail = f"{'cannot be split' if rm.causal else 'an encoder'}: hooks, and a whole forward for each ablation"
-    return Check("forward", "warn", detail, "allow for the time (row cost of rmscope doctor), or lower --limit")
+    """Whether a run can be resumed at a site, and whether many can share one row."""
+    if rm.capabilities.resume:
+        way = "in one row" if rm.capabilities.ragged else "in rectangles, because its attention is custom"
+        return Check("forward", "ok", f"can be resumed at any site; ablations run {way}")
+    detail = f"{'cannot be resumed' if rm.causal else 'an encoder'}: hooks, and a full forward pass per ablation"
+    return Check("forward", "warn", detail, "plan for the time (see the cost in rmscope doctor), or lower --limit")
 
 
 def packing(rm: RewardModel) -> list[Check]:
-    """Decoders alone: in an encoder no prefix is shared."""
+    """Whether packed rows work. For decoders only: in an encoder no prefix is shared."""
     if not rm.causal:
         return []
-    detail = "a pair's shared prefix runs once" if rm.packs else "4-D masks change the reward: each text has its own row"
-    return [verdict("packing", rm.packs, detail, "allow for half as many tokens more, or load it with sdpa attention")]
+    works = rm.capabilities.packing
+    detail = "a pair's shared prefix runs once" if works else "4-D masks change the reward: each text has its own row"
+    return [verdict("packing", works, detail, "plan for half as many tokens more, or load it with sdpa attention")]
 
 
 def precision(rm: RewardModel) -> Check:
+    """Whether the PM runs in float32, unquantised."""
     name = str(rm.dtype)[6:]
     if getattr(rm.model, "is_quantized", False):
-        detail = f"quantised, {name} beside it: effects are those of the quantised PM, and noisy"
-        return Check("precision", "warn", detail, "study the checkpoint that is not quantised where it fits")
+        detail = f"quantised, with {name}: effects are those of the quantised PM, and noisy"
+        return Check("precision", "warn", detail, "study the unquantised checkpoint if it fits into memory")
     if rm.dtype != torch.float32:
         return Check("precision", "warn", f"{name}: effects are noisy", "use --dtype float32")
     return Check("precision", "ok", name)
 
 
 def sites(rm: RewardModel, ids: Tensor) -> Check:
-    """Whether the stream at each site is transformers' hidden state there (not the last, which is before the final norm)."""
+    """Whether the stream at each site is transformers' hidden state there.
+
+    The last site is left out, because transformers applies the final norm to its state.
+    """
     told = f"embed, resid_post.0 .. resid_post.{len(rm.blocks) - 1}; default {', '.join(rm.default_sites)}"
     try:
         with torch.no_grad():
@@ -190,9 +198,9 @@ def sites(rm: RewardModel, ids: Tensor) -> Check:
     except REFUSALS:
         states = None
     if not states or len(states) != len(rm.sites):
-        mend = "look whether rm.blocks are its blocks"
-        return Check("sites", "warn", f"{told}; transformers tells {len(states or [])} hidden states", mend)
-    streams = rm.streams(padded([(0, "chosen", ids, 1, 0)], 0), rm.sites[:-1])
+        mend = "check that rm.blocks are its blocks"
+        return Check("sites", "warn", f"{told}; transformers returns {len(states or [])} hidden states", mend)
+    streams = rm.streams(pad_texts([(0, "chosen", ids, 1, 0)], 0), rm.sites[:-1])
     other = [site for site, state in zip(rm.sites[:-1], states, strict=False) if not _same(streams[site], state)]
     if other:
         return Check("sites", "warn", f"{told}; not transformers' hidden states: {', '.join(other)}", "study other sites")
@@ -205,19 +213,21 @@ def _same(x: Tensor, y: Tensor) -> bool:
 
 
 def rewards(alone: Float[Tensor, "pairs 2"]) -> Check:
+    """Whether the rewards are finite and not all equal."""
     if not bool(alone.isfinite().all()):
         return Check("rewards", "fail", "some are not finite", "load it in float32")
     spread = float(alone.std())
-    mend = "name a checkpoint that was trained, and mind the head"
+    mend = "name a checkpoint that was trained, and check its head"
     return verdict("rewards", spread > 0, f"mean {float(alone.mean()):.3g}, SD {spread:.3g}", mend, "fail")
 
 
 def batches(rm: RewardModel, alone: Float[Tensor, "pairs 2"], apart: float) -> Check:
+    """Whether a reward depends on the batch that its text runs in."""
     return verdict(
         "batches",
         in_sd(apart, alone) <= LIMITS.get(rm.dtype, 1e-4),
         f"a text alone or in a batch: at most {apart:.1e} apart ({in_sd(apart, alone):.1e} SD of r)",
-        "read effects below that as 0, and use float32; a PM whose forward looks at the batch cannot be mended here",
+        "treat effects below that as 0, and use float32; a PM whose forward depends on the batch cannot be repaired here",
     )
 
 

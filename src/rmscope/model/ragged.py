@@ -1,13 +1,14 @@
-"""Many continuations of one clean text in one row, each with its own stream: what exact ablation runs.
+"""Many continuations of one clean text in one ragged row, each with its own stream: exact ablation runs these.
 
-A branch is the text from a token on, with an edited stream at a site. Branches begin at different tokens, so they lie
-end to end in one row, without padding, and every linear map sees [1, tokens, d]. In attention a token sees the clean
-run's keys before its branch began (one product for all branches, nothing is copied) and its own branch's keys. The last
-block makes keys and values for all tokens; its queries, output map and MLP run at the read position only.
+A continuation is the text from some token on, with an edited stream at a site. Continuations begin at different tokens, so
+they are stored end to end in one row, without padding, and every linear map sees [1, tokens, d]. In attention a token sees
+the clean run's keys before its continuation began (one product for all of them, without a copy) and the keys of its own
+continuation. The last block makes keys and values for all tokens, but runs its queries, output map and MLP at the read
+position only.
 
 The attention is registered with transformers' attention interface, through which a model's own blocks call it, so there
-is no code per architecture. Models that do not go through the interface (GPT-J, Bloom, Falcon), and texts longer than a
-layer's window, are run in rectangles instead (``RewardModel.resume``).
+is no code per architecture. Models that do not use this interface (GPT-J, Bloom, Falcon) and texts longer than a layer's
+window run as rectangles instead (``RewardModel.resume``).
 """
 
 from __future__ import annotations
@@ -16,36 +17,51 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from rmscope.model.clean_run import CleanRun
-from rmscope.model.sites import StopForward, edited, skipping
+from rmscope.model.sites import StopForward, edit_streams, keep_stream, skip_blocks
 
-if TYPE_CHECKING:
-    from rmscope.model.reward_model import RewardModel
+NAME = "rmscope_ragged"
+FUSED_TOKENS = 24
+"""From this many tokens per continuation on, torch's fused attention is faster, although it copies the clean keys for every
+continuation. On one core: 4.0 ms against 7.8 for 20 continuations of 51 tokens after a prefix of 130, but 13 ms against 4
+for 100 continuations of 10 tokens."""
+UNSUPPORTED = ("s_aux", "position_bias")
+"""Arguments of attention layers that change the scores and are not supported here."""
 
-NAME = "rmscope_branches"
-LONG = 24
-"""From so many tokens a branch on, torch's fused attention (which copies the clean keys for every branch) is faster:
-4.0 against 7.8 ms for 20 branches of 51 tokens after 130, 13 against 4 ms for 100 branches of 10 (one core)."""
-UNKNOWN = ("s_aux", "position_bias")
-"""What attention layers may pass that changes the scores and is not done here."""
+
+@runtime_checkable
+class Decoder(Protocol):
+    """The part of :class:`~rmscope.model.reward_model.RewardModel` that a ragged batch needs."""
+
+    model: Any
+    blocks: nn.ModuleList
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def gives_tuple(self) -> bool: ...
+    def site_index(self, site: str) -> int: ...
+    def read_out(self, hidden: Tensor) -> Tensor: ...
 
 
 @dataclass
 class _Row:
-    """How the branches lie in the row, and the clean keys and values that their tokens see."""
+    """Where the continuations are in the row, and the clean keys and values that their tokens see."""
 
     keys: list[tuple[Tensor, Tensor]]
-    starts: Int[Tensor, " branches"]
+    starts: Int[Tensor, " continuations"]
     length: int
     last: int
-    """The last block; its keys and values are kept, and the pass ends there, unless it reads."""
+    """The last block. The first pass ends there and keeps its keys and values; the second pass reads them."""
     reading: bool = False
     kept: tuple[Tensor, Tensor] | None = None
     seen: set[int] = field(default_factory=set)
@@ -54,13 +70,13 @@ class _Row:
         lengths = self.length - self.starts
         self.prefix, self.longest = int(self.starts.max()), int(lengths.max())
         offsets = lengths.cumsum(0) - lengths
-        branch = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        place = torch.arange(int(lengths.sum()), device=lengths.device) - offsets[branch]
-        self.positions = place + self.starts[branch]
+        owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        place = torch.arange(int(lengths.sum()), device=lengths.device) - offsets[owner]
+        self.positions = place + self.starts[owner]
         self.reads = offsets + lengths - 1
         column = torch.arange(self.longest, device=lengths.device)
         self.padded = (offsets[:, None] + column).clamp_max(int(lengths.sum()) - 1)
-        self.ragged = branch * self.longest + place
+        self.ragged = owner * self.longest + place
         far = torch.arange(self.prefix, device=lengths.device) < self.starts[:, None]
         near = (column <= column[:, None]).expand(len(lengths), -1, -1)
         self.mask = _additive(torch.cat([far[:, None].expand(-1, self.longest, -1), near], -1))
@@ -84,10 +100,10 @@ def _attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Float[Tensor, "1 tokens heads size"], None]:
-    """What a block of transformers calls in place of its attention, within ``_branching``."""
+    """What a block of transformers calls in place of its attention, within ``_ragged_attention``."""
     row, layer = _row.get(), int(module.layer_idx)
-    if found := [name for name in UNKNOWN if others.get(name) is not None]:
-        raise ValueError(f"attention with {found[0]} is not done in branches")
+    if given := [name for name in UNSUPPORTED if others.get(name) is not None]:
+        raise ValueError(f"attention with {given[0]} is not supported in ragged batches")
     row.seen.add(layer)
     if layer == row.last and not row.reading:
         row.kept = key[0][:, row.padded], value[0][:, row.padded]
@@ -101,22 +117,22 @@ def _attention(
         own, mask = (key[0][:, row.padded], value[0][:, row.padded]), row.mask
         q = q[:, :, row.padded].transpose(1, 2)
     out = _attend(q, row.keys[layer], row.prefix, own, mask, scaling or size**-0.5, softcap)
-    out = out.permute(1, 3, 0, 2, 4).flatten(0, 1).flatten(1, 2)  # branches x tokens, heads
+    out = out.permute(1, 3, 0, 2, 4).flatten(0, 1).flatten(1, 2)  # continuations x tokens, heads
     return (out if row.reading else out[row.ragged])[None], None
 
 
 def _attend(
-    q: Float[Tensor, "kv_heads branches group tokens size"],
+    q: Float[Tensor, "kv_heads continuations group tokens size"],
     clean: tuple[Tensor, Tensor],
     prefix: int,
-    own: tuple[Float[Tensor, "kv_heads branches longest size"], Float[Tensor, "kv_heads branches longest size"]],
-    mask: Float[Tensor, "branches tokens keys"],
+    own: tuple[Float[Tensor, "kv_heads continuations longest size"], Float[Tensor, "kv_heads continuations longest size"]],
+    mask: Float[Tensor, "continuations tokens keys"],
     scaling: float,
     softcap: float | None,
-) -> Float[Tensor, "kv_heads branches group tokens size"]:
-    """Attention to the clean keys before the branches (shared) and to the branch's own."""
+) -> Float[Tensor, "kv_heads continuations group tokens size"]:
+    """Attention to the clean keys before the continuations (shared) and to each continuation's own."""
     far_k, far_v = (t[0, :, :prefix] for t in clean)
-    if softcap is None and q.shape[3] >= LONG:
+    if softcap is None and q.shape[3] >= FUSED_TOKENS:
         k, v = (
             torch.cat([far[:, None].expand(-1, q.shape[1], -1, -1), near], 2).transpose(0, 1)
             for far, near in zip((far_k, far_v), own, strict=True)
@@ -139,8 +155,8 @@ def _attend(
 
 
 @contextmanager
-def _branching(model: Any, row: _Row) -> Iterator[None]:
-    """Within: the model's attention is that of the branches."""
+def _ragged_attention(model: Any, row: _Row) -> Iterator[None]:
+    """Within the context, the model's attention is that of the ragged row."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
@@ -158,18 +174,19 @@ def _branching(model: Any, row: _Row) -> Iterator[None]:
 
 
 def resume_ragged(
-    rm: RewardModel, text: CleanRun, site: str, starts: Sequence[int], stream: Float[Tensor, "tokens d"]
-) -> Float[Tensor, " branches"]:
-    """r of each branch: branch b holds the tokens ``starts[b]`` .. read position, its stream at ``site`` the next rows.
+    rm: Decoder, text: CleanRun, site: str, starts: Sequence[int], stream: Float[Tensor, "tokens d"]
+) -> Float[Tensor, " continuations"]:
+    """r of each continuation, float32. Continuation c holds the tokens ``starts[c]`` .. read position.
 
-    No block up to the site runs again, and no token before a branch's start. Raises what the model raises where it
-    does not take such a row; ``RewardModel.branches`` measures that once.
+    ``stream`` holds the continuations' streams at ``site``, end to end. No block up to the site runs again, and no token
+    before a continuation's start. Raises what the model raises where it does not take such a row;
+    ``RewardModel.capabilities.ragged`` tells whether it does.
     """
     upto, last = rm.site_index(site), len(rm.blocks) - 1
-    n, _ = text.ids.numel(), rm._gives_tuple  # measured on first use, by a forward pass that is no branch
+    n, _ = text.ids.numel(), rm.gives_tuple  # measured on first use, by a forward pass with the usual attention
     row = _Row(text.keys, torch.as_tensor(starts, device=rm.device), n, last)
     stream = stream.to(rm.device, rm.dtype)
-    with torch.no_grad(), _branching(rm.model, row):
+    with torch.no_grad(), _ragged_attention(rm.model, row):
         entering = stream if upto == last else _up_to_last(rm, text, row, upto, stream)
         row.reading = True
         reads = torch.full_like(row.starts, n - 1)
@@ -179,26 +196,21 @@ def resume_ragged(
     return rm.read_out(hidden[0])
 
 
-def _up_to_last(rm: RewardModel, text: CleanRun, row: _Row, upto: int, stream: Tensor) -> Float[Tensor, "tokens d"]:
-    """Runs the blocks between the site and the last one; gives the last one's input, and leaves its keys in ``row``."""
-    kept: list[Tensor] = []
-
-    def keep(x: Tensor) -> Tensor:
-        kept.append(x[0])
-        return x
-
+def _up_to_last(rm: Decoder, text: CleanRun, row: _Row, upto: int, stream: Tensor) -> Float[Tensor, "tokens d"]:
+    """The last block's input. Runs the blocks between the site and the last one, whose keys it leaves in ``row``."""
+    streams: dict[str, Tensor] = {}
     try:
-        with edited(rm.blocks, {row.last - 1: keep}):
+        with edit_streams(rm.blocks, {row.last - 1: keep_stream(streams, "entering")}):
             _run(rm, text.ids[row.positions.cpu()], row.positions, upto, stream)
     except StopForward:
-        return stream if upto == row.last - 1 else kept[0]
+        return stream if upto == row.last - 1 else streams["entering"][0]
     raise ValueError("the last block's attention does not go through transformers' attention interface")
 
 
-def _run(rm: RewardModel, ids: Tensor, positions: Tensor, upto: int, stream: Tensor) -> Tensor:
-    """The model's own forward over one row, its stream after block ``upto`` (-1: the embedding) replaced."""
+def _run(rm: Decoder, ids: Tensor, positions: Tensor, upto: int, stream: Tensor) -> Tensor:
+    """The model's own forward over one row, with its stream after block ``upto`` (-1: the embedding) replaced."""
     x = stream[None]
-    replaced = edited(rm.blocks, {-1: lambda _x: x}) if upto < 0 else skipping(rm.blocks, upto, x, rm._gives_tuple)
-    with replaced:
+    replace = edit_streams(rm.blocks, {-1: lambda _x: x}) if upto < 0 else skip_blocks(rm.blocks, upto, x, rm.gives_tuple)
+    with replace:
         out = rm.model.base_model(ids[None].to(rm.device), position_ids=positions[None], use_cache=False)
     return out.last_hidden_state  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""From a conversation to the text a PM was trained on, and from the text to tokens."""
+"""From a conversation to the text that a PM was trained on, and from the text to tokens."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ SETTINGS_FILE = "rmscope.json"
 class Rendering:
     """How a PM reads a conversation.
 
-    ``hh``: the transcript of hh-rlhf, a blank line and ``Human:`` / ``Assistant:`` before each turn; ``chat``: the
-    tokenizer's chat template; ``plain``: the turns and the response, a line each.
+    ``hh`` is the transcript of hh-rlhf: a blank line and ``Human:`` or ``Assistant:`` before each turn. ``chat`` is the
+    tokenizer's chat template. ``plain`` is one line per turn, then the response.
     """
 
     style: Style = "hh"
     append_eos: bool = False
     """Whether the eos token follows the text (TRL appends it to plain text in training)."""
     suffix: str = ""
-    """What stands after the response, such as the question that a judge is asked."""
+    """Text after the response, such as the question that a judge is asked."""
 
     @classmethod
     def find(cls, folder: Path | None, tokenizer: Any, card: str = "") -> Rendering:
-        """What ``rmscope.json`` beside the PM says; without one the chat template where there is one, else ``hh``.
+        """The rendering in ``rmscope.json`` beside the PM; without one, the chat template if there is one, else ``hh``.
 
-        A model ``card`` of TRL's then says whether plain text ends with eos.
+        For ``hh``, a model ``card`` that TRL wrote decides whether eos is appended. Raises :class:`InputError` where the
+        file names a rendering that cannot be used.
         """
-        if folder is not None and (stored := stored_settings(folder)):
+        if folder is not None and (stored := read_settings(folder)):
             given = stored.get("rendering", {})
             known = given.keys() <= {"style", "append_eos", "suffix"} if isinstance(given, dict) else False
             if not known or given.get("style", "hh") not in STYLES:
                 raise InputError(
                     f"{folder / SETTINGS_FILE} names no rendering that rmscope knows ({given}); "
-                    f"give a style ({', '.join(STYLES)}) "
-                    "and append_eos."
+                    f"give a style ({', '.join(STYLES)}) and append_eos."
                 )
             found = cls(**given)
             if found.style == "chat" and not getattr(tokenizer, "chat_template", None):
@@ -62,34 +62,35 @@ class Rendering:
         return cls("hh", append_eos=trl_appended_eos(card) and tokenizer.eos_token_id is not None)
 
     def as_dict(self) -> dict[str, Any]:
+        """The rendering as ``rmscope.json`` stores it; an empty suffix is left out."""
         return {name: value for name, value in asdict(self).items() if name != "suffix" or value}
 
 
 def trl_appended_eos(card: str) -> bool:
-    """Whether TRL's reward trainer wrote a model card, in a version that appends eos to plain text (0.24 and later)."""
+    """Whether a model card is by TRL's reward trainer 0.24 or later, which appends eos to plain text."""
     version = re.search(r"^- TRL: (\d+)\.(\d+)", card, re.MULTILINE)
     return "reward-trainer" in card and version is not None and (int(version[1]), int(version[2])) >= (0, 24)
 
 
-def stored_settings(folder: Path) -> dict[str, Any]:
-    """What ``rmscope.json`` in a PM's folder says; empty without one."""
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The content of ``rmscope.json`` in a PM's folder; empty without one."""
     path = folder / SETTINGS_FILE
-    return stored_json(path) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}
 
 
-def stored_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. InputError where it holds none."""
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises InputError where it holds none."""
     try:
         settings = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); mend or delete it.") from error
+        raise InputError(f"{path} is not JSON ({error}); repair or delete it.") from error
     if not isinstance(settings, dict):
-        raise InputError(f"{path} holds no JSON object; mend or delete it.")
+        raise InputError(f"{path} holds no JSON object; repair or delete it.")
     return settings
 
 
 def render(rendering: Rendering, tokenizer: Any, prompt: Sequence[Message], response: str) -> str:
-    """The whole text of one side, without the appended eos."""
+    """The whole text of one side, without the appended eos. Raises InputError where a role cannot be rendered."""
     return _text(rendering, tokenizer, prompt, response) + rendering.suffix
 
 
@@ -98,7 +99,7 @@ def _text(rendering: Rendering, tokenizer: Any, prompt: Sequence[Message], respo
         messages = [*prompt, {"role": "assistant", "content": response}]
         try:
             return str(tokenizer.apply_chat_template(messages, tokenize=False))
-        except Exception as error:  # jinja2's own errors, one class a template
+        except Exception as error:  # templates raise errors of many classes
             raise InputError(
                 f"The PM's chat template refuses a conversation with the roles {[m['role'] for m in messages]} "
                 f"({error}); drop such rows or choose another rendering."
@@ -111,11 +112,7 @@ def _text(rendering: Rendering, tokenizer: Any, prompt: Sequence[Message], respo
 
 @dataclass(frozen=True, slots=True)
 class PairTokens:
-    """The token ids of both sides and where they part.
-
-    ``divergence`` is the index of the first token in which the sides differ; where one side is a prefix of the other,
-    the last common token (METHOD, "Divergence"). Never 0: position 0 is outside every span.
-    """
+    """The token ids of both sides and the index at which they diverge (:func:`divergence`)."""
 
     chosen: Int[Tensor, " chosen_tokens"]
     rejected: Int[Tensor, " rejected_tokens"]
@@ -126,12 +123,15 @@ class PairTokens:
 
     @property
     def shared(self) -> int:
-        """How many first tokens a run of one side may take from the other; 0 where the sides differ from the start."""
+        """The number of first tokens that a run of one side may take from the other; 0 where the first tokens differ."""
         return self.divergence if self.chosen[0] == self.rejected[0] else 0
 
 
 def divergence(chosen: Sequence[int], rejected: Sequence[int]) -> int:
-    """The first index at which two token lists differ, or the last common one where one is a prefix of the other."""
+    """The first index at which two token lists differ, or the last common index where one is a prefix of the other.
+
+    It is never 0: position 0 is outside every span.
+    """
     shorter = min(len(chosen), len(rejected))
     first = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
     return max(1, min(first, shorter - 1))
@@ -149,7 +149,10 @@ def _role(message: Message) -> str:
 
 
 def encode(rendering: Rendering, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of rendered texts; the tokenizer's own special tokens, except after a template that has them."""
+    """Token ids of rendered texts, with the tokenizer's special tokens unless a chat template has put them in.
+
+    Raises InputError where eos is to be appended and the tokenizer has none.
+    """
     if not texts:
         return []
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=rendering.style != "chat").input_ids

@@ -1,8 +1,8 @@
-"""Rewards of many texts that begin like one clean text: only what comes after the common beginning is run.
+"""Rewards of many texts that begin like one clean text: only the tokens after the shared prefix are run.
 
 A search over completions scores hundreds of texts that share a prompt and most of a response. Each text takes the keys and
-values of its common beginning with the clean run; texts that part from it at about the same token share a forward pass.
-Rows are padded on the right, behind the token where each is read, so that causal attention never sees the padding.
+values of its shared prefix from the clean run. Texts that diverge from it at about the same token share a forward pass.
+Rows are padded on the right, after the token that is read, so causal attention never sees the padding.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from collections.abc import Iterator, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rmscope.model.clean_run import CleanRun, cache_of
-from rmscope.model.packing import Batch, by_budget, padded
 from rmscope.model.reward_model import TOKEN_BUDGET, RewardModel
 
 
 def shared_prefix_length(a: Tensor, b: Tensor) -> int:
-    """How many first tokens two texts share."""
+    """The number of first tokens that two texts share."""
     n = min(a.numel(), b.numel())
     other = (a[:n] != b[:n]).nonzero()
     return int(other[0]) if other.numel() else n
 
 
-def fork(rm: RewardModel, clean: CleanRun, ids: Tensor, sites: Sequence[str]) -> CleanRun:
-    """The clean run of a text, its common beginning with another one taken from there."""
+def run_from_prefix(rm: RewardModel, clean: CleanRun, ids: Tensor, sites: Sequence[str]) -> CleanRun:
+    """The clean run of a text [T] that takes its shared prefix from the clean run of another text."""
     ids = ids[: rm.read_position(ids) + 1]
     shared = min(shared_prefix_length(clean.ids, ids), ids.numel() - 1)
     return rm.prefill(ids, sites, clean, shared) if shared else rm.prefill(ids, sites)
@@ -38,7 +38,7 @@ def rewards_from_prefix(rm: RewardModel, clean: CleanRun | None, texts: Sequence
     out = torch.zeros(len(texts))
     cut = [ids[: rm.read_position(ids) + 1] for ids in texts]
     if clean is None:
-        for batch in text_batches(rm, cut):
+        for batch in rm.text_batches(cut):
             out[torch.tensor([t.pair for t in batch.texts])] = rm.rewards(batch).cpu()
         return out
     shared = [min(shared_prefix_length(clean.ids, ids), ids.numel() - 1) for ids in cut]
@@ -47,21 +47,11 @@ def rewards_from_prefix(rm: RewardModel, clean: CleanRun | None, texts: Sequence
     return out
 
 
-def text_batches(rm: RewardModel, texts: Sequence[Tensor], budget: int = TOKEN_BUDGET) -> Iterator[Batch]:
-    """Batches of lone texts, a row each; ``Text.pair`` is the index into ``texts``."""
-    for chosen in by_budget([ids.numel() for ids in texts], budget):
-        rows = [(i, "chosen", texts[i], 1, rm.read_position(texts[i])) for i in chosen]
-        yield padded(rows, rm._pad)
-
-
 def _run(rm: RewardModel, clean: CleanRun, texts: Sequence[Tensor], start: int) -> Float[Tensor, " texts"]:
     """One forward pass of the texts' tokens from ``start`` on."""
-    width = max(ids.numel() for ids in texts) - start
-    rows = torch.full((len(texts), width), rm._pad, dtype=torch.long)
-    for row, ids in zip(rows, texts, strict=True):
-        row[: ids.numel() - start] = ids[start:]
+    rows = pad_sequence([ids[start:] for ids in texts], batch_first=True, padding_value=rm.pad_id)
     reads = torch.tensor([ids.numel() - start - 1 for ids in texts], device=rm.device)
-    positions = torch.arange(start, start + width, device=rm.device).clamp_max(rm.context - 1)
+    positions = torch.arange(start, start + rows.shape[1], device=rm.device).clamp_max(rm.context - 1)
     hidden = rm.model.base_model(
         rows.to(rm.device),
         position_ids=positions.expand(len(texts), -1),
@@ -73,12 +63,12 @@ def _run(rm: RewardModel, clean: CleanRun, texts: Sequence[Tensor], start: int) 
 
 
 def _batches(shared: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Texts in order of where they part from the clean one; rows x (longest - earliest parting) <= TOKEN_BUDGET."""
+    """Batches of texts by the length of their shared prefix; rows x (longest text - shortest prefix) <= TOKEN_BUDGET."""
     order = sorted(range(len(shared)), key=lambda i: (-shared[i], lengths[i], i))
     batch: list[int] = []
     longest = 0
     for i in order:
-        width = max(longest, lengths[i]) - shared[i]  # later texts part earlier, so the last one sets the start
+        width = max(longest, lengths[i]) - shared[i]  # prefixes get shorter in this order, so the last text sets the start
         if batch and (width * (len(batch) + 1) > TOKEN_BUDGET or shared[batch[0]] - shared[i] > width // 2):
             yield batch
             batch, longest = [], 0
@@ -89,5 +79,8 @@ def _batches(shared: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int
 
 
 def response_start(rm: RewardModel, ids: Tensor, empty: Tensor) -> int:
-    """The first token of a lone completion's span: where it parts from the text with an ``empty`` response; never 0."""
+    """The first token of a single completion's span; never 0.
+
+    It is the token at which the text [T] diverges from the same text with an ``empty`` response.
+    """
     return max(1, min(shared_prefix_length(ids, empty), rm.read_position(ids)))

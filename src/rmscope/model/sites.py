@@ -1,8 +1,11 @@
-"""Sites: names of places in the residual stream, and the blocks they belong to."""
+"""Sites: names of places in the residual stream, and the blocks they belong to.
+
+``resid_post.L`` is the stream after block L (from 0), ``embed`` the stream before block 0.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,19 +16,19 @@ from torch import Tensor, nn
 from rmscope.errors import InputError
 
 Edit = Callable[[Float[Tensor, "rows width d"]], Float[Tensor, "rows width d"]]
-"""Takes the stream at a site and gives what the model goes on with."""
+"""Takes the stream at a site and returns the stream that the model goes on with."""
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """The model's blocks: its longest list of modules. InputError where there is none."""
+    """The model's blocks: its longest list of modules. Raises InputError where there is none."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     if not lists:
-        raise InputError(f"{type(model).__name__} holds no list of blocks, so it has no residual stream to study.")
+        raise InputError(f"{type(model).__name__} has no list of blocks, so it has no residual stream to study.")
     return max(lists, key=len)
 
 
 def site_index(site: str, n_blocks: int) -> int:
-    """The block whose output the site is; -1 for ``embed``. InputError lists the sites that exist."""
+    """The block whose output the site is; -1 for ``embed``. Raises InputError that lists the sites of this PM."""
     if site == "embed":
         return -1
     head, _, number = site.rpartition(".")
@@ -35,34 +38,38 @@ def site_index(site: str, n_blocks: int) -> int:
 
 
 def default_sites(n_blocks: int) -> list[str]:
-    """About one and two thirds of the depth."""
-    return sorted({f"resid_post.{max(0, round(n_blocks * share) - 1)}" for share in (1 / 3, 2 / 3)}, key=_number)
-
-
-def _number(site: str) -> int:
-    return int(site.rpartition(".")[2])
+    """The sites at about one third and two thirds of the depth."""
+    return [f"resid_post.{i}" for i in sorted({max(0, round(n_blocks * share) - 1) for share in (1 / 3, 2 / 3)})]
 
 
 class StopForward(Exception):  # noqa: N818
-    """Raised by a hook once everything that was asked for has been seen."""
+    """Raised by a hook to end a forward pass early."""
 
 
-def _split(output: Any) -> tuple[Tensor, tuple[Any, ...] | None]:
-    """A block's output as (stream, rest); rest is None where the block gives a plain tensor."""
-    return (output[0], tuple(output[1:])) if isinstance(output, tuple) else (output, None)
+def keep_stream(streams: dict[str, Tensor], site: str) -> Edit:
+    """An edit that stores the stream in ``streams`` and leaves it as it is."""
+
+    def edit(x: Tensor) -> Tensor:
+        streams[site] = x
+        return x
+
+    return edit
 
 
 @contextmanager
-def edited(blocks: nn.ModuleList, edits: dict[int, Edit], stop_after: int | None = None) -> Any:
-    """Within: the stream after block ``l`` passes through ``edits[l]``; the forward stops after ``stop_after``."""
+def edit_streams(blocks: nn.ModuleList, edits: dict[int, Edit], stop_after: int | None = None) -> Iterator[None]:
+    """Within the context, ``edits[l]`` changes the stream after block ``l`` (-1: before block 0).
+
+    The forward pass raises :class:`StopForward` after block ``stop_after``.
+    """
 
     def hook(index: int) -> Callable[..., Any]:
         def after(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            stream, rest = _split(output)
+            stream, *rest = output if isinstance(output, tuple) else (output,)
             changed = edits[index](stream) if index in edits else stream
             if stop_after == index:
                 raise StopForward
-            return changed if rest is None else (changed, *rest)
+            return (changed, *rest) if isinstance(output, tuple) else changed
 
         return after
 
@@ -71,7 +78,7 @@ def edited(blocks: nn.ModuleList, edits: dict[int, Edit], stop_after: int | None
             changed = edits[-1](args[0])
             args = (changed, *args[1:])
         else:
-            changed = kwargs["hidden_states"] = edits[-1](kwargs["hidden_states"])
+            kwargs["hidden_states"] = edits[-1](kwargs["hidden_states"])
         if stop_after == -1:
             raise StopForward
         return args, kwargs
@@ -85,10 +92,12 @@ def edited(blocks: nn.ModuleList, edits: dict[int, Edit], stop_after: int | None
 
 
 @contextmanager
-def skipping(blocks: nn.ModuleList, upto: int, stream: Float[Tensor, "rows width d"], gives_tuple: bool) -> Any:
-    """Within: blocks 0 .. ``upto`` do not run and the stream after block ``upto`` is ``stream``.
+def skip_blocks(
+    blocks: nn.ModuleList, upto: int, stream: Float[Tensor, "rows width d"], gives_tuple: bool
+) -> Iterator[None]:
+    """Within the context, blocks 0 .. ``upto`` do not run, and the stream after block ``upto`` is ``stream``.
 
-    The model's own forward still makes masks and positions and calls every block above with them, so replaying needs no
+    The model's own forward still makes masks and positions and passes them to every later block, so resuming needs no
     code per architecture.
     """
 
@@ -108,8 +117,8 @@ def skipping(blocks: nn.ModuleList, upto: int, stream: Float[Tensor, "rows width
                 block.forward = own
 
 
-def gives_tuple(blocks: nn.ModuleList, run: Callable[[], Any]) -> bool:
-    """Whether a block's output is a tuple; seen in one forward pass."""
+def block_gives_tuple(blocks: nn.ModuleList, run: Callable[[], Any]) -> bool:
+    """Whether a block returns a tuple rather than a tensor. ``run`` makes one forward pass."""
     seen: list[bool] = []
     handle = blocks[0].register_forward_hook(lambda _m, _i, out: seen.append(isinstance(out, tuple)))
     try:

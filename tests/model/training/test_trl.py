@@ -1,4 +1,4 @@
-"""A PM that TRL trains learns what tells its pairs apart, and rmscope reads it as TRL does; a killed training goes on."""
+"""TRL trains a PM that orders its pairs, rmscope reads it as TRL does, and an interrupted training continues."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 from typer.testing import CliRunner
 
-from rmscope.cli import app
 from rmscope.errors import InputError
 from rmscope.io import silent
 from rmscope.model.rendering import Rendering
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.training import trl as trl_training
-from rmscope.model.training.held_out import measure
+from rmscope.model.training.held_out import measure_accuracy
 from rmscope.model.training.recipe import TrlRecipe, read_recipe
 from rmscope.pairs.pair import Pair
 from tests.model.small import SENTENCES, small_lm, small_model, tokenizer
@@ -77,7 +76,7 @@ def recipe(folder: Path, architecture: str = "llama", chat: bool = False, **chan
 def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """TRL's trainers, as they are once they have trained."""
     kept: list[Any] = []
-    save: Callable[..., None] = trl._save
+    save: Callable[..., None] = trl_training._save
     monkeypatch.setattr(trl_training, "_save", lambda trainer, *rest: (kept.append(trainer), save(trainer, *rest)))
     return kept
 
@@ -115,7 +114,7 @@ def test_it_learns_and_is_read_as_trl_reads_it(
 ) -> None:
     used = recipe(tmp_path, architecture, chat, method=method, learning_rate=3e-3 if method == "lora" else 1e-3)
     notes: list[tuple[int, int]] = []
-    figures = trl.train_trl(used, tmp_path / "pm", lambda done, total, _: notes.append((done, total)))
+    figures = trl_training.train_trl(used, tmp_path / "pm", lambda done, total, _: notes.append((done, total)))
     log = [entry["loss"] for entry in trainers[0].state.log_history if "loss" in entry]
     assert notes[-1] == (20, 20)
     assert sum(log[-4:]) / 4 < 0.9 * sum(log[:4]) / 4
@@ -123,24 +122,27 @@ def test_it_learns_and_is_read_as_trl_reads_it(
     assert figures["steps"] == 20
     assert not (tmp_path / "pm.checkpoints").exists()
 
-    found = measure(tmp_path / "pm", used)
-    assert found["held_out_pairs"] == 8
-    if architecture == "llama":  # the random GPT-2 and BERT need more steps than a test has: of them the loss alone is asked
-        assert found["held_out_accuracy"]["value"] >= 0.9
-    assert found["held_out_accuracy"]["low"] <= found["held_out_accuracy"]["value"] <= found["held_out_accuracy"]["high"]
-    assert found["length_only"] == 0.5
-    assert json.loads((tmp_path / "pm" / "measured.json").read_text()) == found
+    measured = measure_accuracy(tmp_path / "pm", used)
+    assert measured.pairs == 8
+    assert measured.accuracy is not None
+    if architecture == "llama":  # the random GPT-2 and BERT need more steps than a test has: for them the loss must do
+        assert measured.accuracy.value >= 0.9
+    assert measured.accuracy.low <= measured.accuracy.value <= measured.accuracy.high
+    assert measured.length_only == 0.5
+    assert json.loads((tmp_path / "pm" / "measured.json").read_text()) == measured.as_dict()
     assert "chosen on the same pairs, reaches 0.500" in (tmp_path / "pm" / "README.md").read_text()
 
     rm = RewardModel.load(str(tmp_path / "pm"), device="cpu")
     assert rm.rendering == (Rendering("chat") if chat else Rendering("hh", append_eos=True))
-    held = trl.human_pairs(used)[1]
+    held = trl_training.human_pairs(used)[1]
     scores = rm.score(held)
     expected = read_by_trl(trainers[0], held, chat)
     torch.testing.assert_close(torch.stack([scores.chosen, scores.rejected]), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_the_command_tells_what_it_measured(tmp_path: Path, trl: Any) -> None:
+def test_the_command_prints_the_measured_accuracy(tmp_path: Path, trl: Any) -> None:
+    from rmscope.cli import app
+
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"trainer": "trl", **recipe(tmp_path, epochs=0.5).model_dump()}))
     done = CliRunner().invoke(app, ["train-pm", str(path), "--out", str(tmp_path / "pm"), "--json"])
@@ -161,14 +163,14 @@ def test_a_killed_training_ends_as_an_unbroken_one(method: str, tmp_path: Path, 
         if done == 5:
             raise KeyboardInterrupt
 
-    whole = trl.train_trl(used, tmp_path / "whole")
+    whole = trl_training.train_trl(used, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        trl.train_trl(used, tmp_path / "killed", kill)
+        trl_training.train_trl(used, tmp_path / "killed", kill)
     checkpoints = tmp_path / "killed.checkpoints"
     (checkpoints / "checkpoint-5").mkdir()  # cut short while it was written
     assert [p.name for p in checkpoints.glob("checkpoint-*/trainer_state.json")] == ["trainer_state.json"]
     steps: list[int] = []
-    assert trl.train_trl(used, tmp_path / "killed", lambda done, *_: steps.append(done)) == whole
+    assert trl_training.train_trl(used, tmp_path / "killed", lambda done, *_: steps.append(done)) == whole
     assert steps[0] == 5
     name = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
     expected, found = (load_file(tmp_path / folder / name) for folder in ("whole", "killed"))
@@ -180,14 +182,14 @@ def test_checkpoints_of_another_training_are_not_taken(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-4").mkdir()
     (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{}")
     (tmp_path / "training.json").write_text(json.dumps({"identity": "this"}))
-    assert trl._resume(tmp_path, "this") == str(tmp_path / "checkpoint-4")
-    assert trl._resume(tmp_path, "that") is None
+    assert trl_training._resume(tmp_path, "this") == str(tmp_path / "checkpoint-4")
+    assert trl_training._resume(tmp_path, "that") is None
     assert not (tmp_path / "checkpoint-4").exists()
 
 
 def refusal(used: TrlRecipe, folder: Path) -> str:
     with pytest.raises(InputError) as caught:
-        trl.train_trl(used, folder / "pm", silent)
+        trl_training.train_trl(used, folder / "pm", silent)
     text = str(caught.value)
     assert "\n" not in text
     assert text.endswith(".")
@@ -206,12 +208,12 @@ def test_what_cannot_be_trained_is_refused_in_a_sentence(tmp_path: Path, monkeyp
     def changed(**changes: Any) -> str:
         return refusal(TrlRecipe(**{**used.model_dump(), **changes}), tmp_path)
 
-    assert "holds no config.json" in changed(base=str(tmp_path / "none"))
+    assert "has no config.json" in changed(base=str(tmp_path / "none"))
     assert "micro_pairs" in changed(micro_pairs=3)
     assert "no chat template" in changed(style="chat")
     assert "8 rows are held out (held_out_rows), and of the other 32 pairs none" in changed(max_tokens=3)
     assert "at most 256 tokens" in changed(held_out_rows=100, max_tokens=5000)  # no more than the base's context
-    assert "none.jsonl is not there" in changed(data=["none.jsonl"])
+    assert "There is no file none.jsonl" in changed(data=["none.jsonl"])
     (tmp_path / "base" / "model.safetensors").unlink()
     assert "could not be loaded" in changed()
 
@@ -223,7 +225,7 @@ def test_what_cannot_be_trained_is_refused_in_a_sentence(tmp_path: Path, monkeyp
         ({"trainer": "trl", "name": "x", "data": [], "base": "x", "blocks": 3}, "blocks: extra inputs are not permitted"),
         ({"trainer": "ppo"}, "names the trainer ppo; use own or trl"),
         ({"name": "x", "data": [], "method": "full"}, "with trainer own the keys are name, data"),
-        ("words", "is no YAML of keys and values"),
+        ("words", "is not YAML with keys and values"),
     ],
 )
 def test_a_recipe_that_cannot_be_used_says_why(content: Any, said: str, tmp_path: Path) -> None:
@@ -234,6 +236,7 @@ def test_a_recipe_that_cannot_be_used_says_why(content: Any, said: str, tmp_path
 
 
 def test_the_recipes_that_come_with_rmscope_are_read() -> None:
-    folder = Path(__file__).parents[2] / "configs"
-    for path in [*folder.glob("zoo-*.yaml"), *folder.glob("compare/*.yaml"), folder / "train-trl.yaml"]:
-        assert read_recipe(path).data
+    folder = Path(__file__).parents[3] / "configs"
+    paths = [*folder.glob("zoo-*.yaml"), *folder.glob("compare/*.yaml"), folder / "train-trl.yaml"]
+    assert len(paths) > 3
+    assert all(read_recipe(path).data for path in paths)

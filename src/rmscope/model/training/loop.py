@@ -1,8 +1,8 @@
-"""Training a PM: Bradley-Terry loss, LoRA and a score head on the zoo's base, by a short loop of our own.
+"""Our own training loop for a PM: Bradley-Terry loss, LoRA and a score head on the zoo's base.
 
-Why not TRL's RewardTrainer: it runs both sides of a pair whole. Here the shared prefix is laid down once
-(``packing.py``), which on hh-rlhf is about a third fewer tokens, and where bf16 products are fast they run under autocast
-while adapter, head and loss stay float32.
+TRL's RewardTrainer runs both sides of a pair in full. Here the shared prefix runs once (``packing.py``), which saves about a
+third of the tokens on hh-rlhf. Where bfloat16 products are fast they run under autocast, while adapter, head and loss stay
+in float32.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from rmscope.errors import InputError
 from rmscope.hardware import fast_products, place
 from rmscope.io import Progress, atomic, atomic_folder, content_hash, silent, write_json
-from rmscope.model.packing import by_budget, last_hidden_reads, packed
+from rmscope.model.packing import by_budget, last_hidden_reads, pack_pairs
 from rmscope.model.rendering import PairTokens, Rendering
-from rmscope.model.training.recipe import Recipe, as_stored, human_pairs, tokenised
+from rmscope.model.training.recipe import Recipe, human_pairs, recipe_as_dict, tokenize_pairs
 from rmscope.model.zoo import load_base
 from rmscope.pairs.demo import zoo_plants
 from rmscope.pairs.pair import Pair
@@ -37,7 +37,7 @@ MICRO_TOKENS = 4096
 CHECKPOINT_STEPS = 25
 
 
-def adapted(recipe: Recipe) -> list[str]:
+def adapter_modules(recipe: Recipe) -> list[str]:
     """Names of the linear maps that get an adapter."""
     mlp = [f"layers.{i}.mlp.{name}" for i in range(recipe.first_block, recipe.blocks) for name in MLP]
     first = max(recipe.first_block, recipe.first_attention)
@@ -45,8 +45,8 @@ def adapted(recipe: Recipe) -> list[str]:
 
 
 @dataclass
-class _Run:
-    """What a step needs and what a checkpoint keeps."""
+class _State:
+    """The state of a training between two steps."""
 
     model: Any
     head: nn.Module
@@ -54,7 +54,7 @@ class _Run:
     optimiser: torch.optim.Optimizer
     step: int = 0
 
-    def state(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "parameters": [p.detach() for p in self.parameters],
@@ -69,7 +69,7 @@ class _Run:
 
     def rewards(self, items: Sequence[PairTokens]) -> tuple[Tensor, Tensor]:
         """Rewards of chosen [B] and rejected [B], float32."""
-        batch, device = packed([(i, t, _ends(t)) for i, t in enumerate(items)]), self.parameters[0].device
+        batch, device = pack_pairs([(i, t, _ends(t)) for i, t in enumerate(items)]), self.parameters[0].device
         with fast_products(device):
             hidden = self.model(**batch.inputs(device, torch.float32), use_cache=False).last_hidden_state
         r = self.head(last_hidden_reads(hidden, batch).float()).view(-1, 2)
@@ -81,21 +81,21 @@ def _ends(tokens: PairTokens) -> dict[str, int]:
 
 
 def train_pm(recipe: Recipe, out: Path, progress: Progress = silent, device: str = "auto") -> dict[str, int | float]:
-    """Trains, and writes adapter, head, settings and recipe to ``out``; returns the training figures.
+    """Trains a PM, writes adapter, head, settings and recipe to ``out``, and returns the training figures.
 
-    A killed run goes on from its last checkpoint beside ``out``. ``device``: cpu, cuda, cuda:1, or auto. Raises
-    :class:`InputError` where data are missing.
+    An interrupted training continues from its last checkpoint beside ``out``. ``device`` is cpu, cuda, cuda:1, or auto.
+    Raises :class:`InputError` where data are missing.
     """
     base, tokenizer = base_of(recipe)
     pairs, _ = human_pairs(recipe)
-    short = tokenised(pairs, tokenizer, RENDERING, recipe.planted_tokens) if recipe.planted_copies else []
+    short = tokenize_pairs(pairs, tokenizer, RENDERING, recipe.planted_tokens) if recipe.planted_copies else []
     for copy in range(recipe.planted_copies):
         pairs = pairs + plant_pairs([pair for pair, _ in short], zoo_plants(), recipe.seed + copy, held_out=False)
     return fit_pm(base, tokenizer, pairs, recipe, out, progress, device)
 
 
 def base_of(recipe: Recipe) -> tuple[Any, Any]:
-    """What a recipe begins with, model and tokenizer; every later draw of the training follows the recipe's seed."""
+    """A recipe's base and tokenizer. Sets torch's seed to that of the recipe, for every later draw of the training."""
     torch.manual_seed(recipe.seed)
     return load_base(recipe.blocks, recipe.base)
 
@@ -109,17 +109,17 @@ def fit_pm(
     progress: Progress = silent,
     device: str = "auto",
 ) -> dict[str, int | float]:
-    """The same from :func:`base_of` and on these pairs, whatever data the recipe names.
+    """Trains a PM from :func:`base_of` on ``pairs``, whatever data the recipe names; see :func:`train_pm`.
 
-    Raises :class:`InputError` where the pairs are too few.
+    Raises :class:`InputError` where there are too few pairs for a step.
     """
     from peft import LoraConfig, get_peft_model
 
-    items = [tokens for _, tokens in tokenised(pairs, tokenizer, RENDERING, recipe.max_tokens)]
+    items = [tokens for _, tokens in tokenize_pairs(pairs, tokenizer, RENDERING, recipe.max_tokens)]
     lora = LoraConfig(
         r=recipe.rank,
         lora_alpha=2 * recipe.rank,
-        target_modules=adapted(recipe),
+        target_modules=adapter_modules(recipe),
         modules_to_save=["score"],
         task_type="SEQ_CLS",
     )
@@ -127,7 +127,7 @@ def fit_pm(
     inner: Any = wrapped.base_model.model
     head = inner.score.modules_to_save["default"]
     nn.init.normal_(head.weight, std=1 / (base.config.hidden_size + 1) ** 0.5)
-    wrapped.to(place(device))  # what it starts from is drawn on the CPU, wherever it is trained
+    wrapped.to(place(device))  # the initial weights are drawn on the CPU, so they are the same for every device
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
     checkpoint = out.with_suffix(".checkpoint")
     steps, loss, accuracy = fit_parameters(inner.model, head, parameters, items, recipe, checkpoint, progress)
@@ -145,35 +145,36 @@ def fit_parameters(
     checkpoint: Path,
     progress: Progress = silent,
 ) -> tuple[int, float, float]:
-    """The loop itself, on any parameters of a model and its head; goes on from ``checkpoint`` where that is of the same.
+    """The loop itself, on any parameters of a model and its head. Continues from ``checkpoint`` of the same training.
 
-    Returns steps, and loss and accuracy of the last 50 of them. Raises :class:`InputError` where the pairs are too few.
+    Returns (steps, loss, accuracy), the last two as means over the last 50 steps. Raises :class:`InputError` where there are
+    too few pairs for a step.
     """
     batches = list(_batches(items, recipe))
     if not batches:
         raise InputError(
-            f"{len(items)} pairs of at most {recipe.max_tokens} tokens make no step of {recipe.batch_pairs}; give more."
+            f"{len(items)} pairs of at most {recipe.max_tokens} tokens do not fill a step of {recipe.batch_pairs}; add some."
         )
     optimiser = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
-    run = _Run(model, head, parameters, optimiser)
+    state = _State(model, head, parameters, optimiser)
     identity = content_hash(recipe.model_dump(), len(items))
     if checkpoint.is_file() and (saved := torch.load(checkpoint, "cpu", weights_only=True))["identity"] == identity:
-        run.restore(saved)
+        state.restore(saved)
     recent: list[tuple[float, float]] = []
-    while run.step < len(batches):
-        _set_rate(optimiser, recipe.learning_rate, run.step, len(batches))
-        recent.append(_step(run, [items[i] for i in batches[run.step]], recipe.centre))
-        run.step += 1
+    while state.step < len(batches):
+        _set_rate(optimiser, recipe.learning_rate, state.step, len(batches))
+        recent.append(_step(state, [items[i] for i in batches[state.step]], recipe.centre))
+        state.step += 1
         loss, accuracy = np.mean(recent[-50:], axis=0)
-        progress(run.step, len(batches), f"loss {loss:.3f}  accuracy {accuracy:.3f}")
-        if run.step % CHECKPOINT_STEPS == 0 and run.step < len(batches):
+        progress(state.step, len(batches), f"loss {loss:.3f}  accuracy {accuracy:.3f}")
+        if state.step % CHECKPOINT_STEPS == 0 and state.step < len(batches):
             with atomic(checkpoint) as temporary:
-                torch.save({**run.state(), "identity": identity}, temporary)
+                torch.save({**state.as_dict(), "identity": identity}, temporary)
     return len(batches), float(loss), float(accuracy)
 
 
 def _batches(items: Sequence[PairTokens], recipe: Recipe) -> Iterator[list[int]]:
-    """Shuffled each epoch; neighbours in length share a batch, batches in random order."""
+    """Batches of pairs of similar length, in random order; shuffled again in each epoch."""
     rng = random.Random(recipe.seed)
     size = recipe.batch_pairs
     wanted = int(recipe.epochs * len(items)) // size
@@ -189,19 +190,19 @@ def _batches(items: Sequence[PairTokens], recipe: Recipe) -> Iterator[list[int]]
         wanted -= len(epoch)
 
 
-def _step(run: _Run, items: list[PairTokens], centre: float) -> tuple[float, float]:
-    """One optimiser step; mean loss and accuracy of its pairs."""
-    run.optimiser.zero_grad()
+def _step(state: _State, items: list[PairTokens], centre: float) -> tuple[float, float]:
+    """One optimiser step. Returns mean loss and accuracy of its pairs."""
+    state.optimiser.zero_grad()
     loss_sum, hits = 0.0, 0
     lengths = [t.chosen.numel() + t.rejected.numel() - t.divergence for t in items]
     for micro in by_budget(lengths, MICRO_TOKENS):
-        chosen, rejected = run.rewards([items[i] for i in micro])
+        chosen, rejected = state.rewards([items[i] for i in micro])
         losses = -F.logsigmoid(chosen - rejected) + centre * (chosen + rejected) ** 2
         (losses.sum() / len(items)).backward()
         loss_sum += float(losses.detach().sum())
         hits += int((chosen > rejected).sum())
-    nn.utils.clip_grad_norm_(run.parameters, 1.0)
-    run.optimiser.step()
+    nn.utils.clip_grad_norm_(state.parameters, 1.0)
+    state.optimiser.step()
     return loss_sum / len(items), hits / len(items)
 
 
@@ -213,7 +214,7 @@ def _set_rate(optimiser: torch.optim.Optimizer, peak: float, step: int, total: i
 
 
 def _save(wrapped: Any, recipe: Recipe, out: Path) -> None:
-    """Adapter and head in half precision: a few megabytes, and what is loaded is what was measured."""
+    """Saves adapter and head in half precision: a few megabytes, and the loaded PM is the one that was measured."""
     for p in wrapped.parameters():
         if p.requires_grad:
             p.data = p.data.half()
@@ -229,6 +230,6 @@ def _save(wrapped: Any, recipe: Recipe, out: Path) -> None:
                 "base": recipe.base,
                 "blocks": recipe.blocks,
                 "rendering": RENDERING.as_dict(),
-                "recipe": as_stored(recipe),
+                "recipe": recipe_as_dict(recipe),
             },
         )

@@ -1,4 +1,4 @@
-"""Recipes: what a PM is trained from, on which pairs, and how; and which of the pairs are held out."""
+"""Recipes: the base, the pairs and the settings of a PM's training, and the choice of held-out pairs."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rmscope.errors import InputError
 from rmscope.model.rendering import PairTokens, Rendering, Style, encode, pair_tokens, render
 from rmscope.model.zoo import BASE
-from rmscope.pairs.pair import SIDES, Pair
+from rmscope.pairs.pair import SIDES, Pair, share_a_prompt
 from rmscope.pairs.readers import FILE_SUFFIX, load_pairs
 
 
 class Common(BaseModel):
-    """What every recipe says. Unknown keys are refused."""
+    """The keys of every recipe. Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
     name: str
-    """The PM's name, in its card."""
+    """The PM's name, for its card."""
     data: list[str]
-    """Pair files, under the folder ``RMSCOPE_DATA`` where they are relative; or hub datasets."""
+    """Pair files or hub datasets. Relative paths may be under the folder ``RMSCOPE_DATA``."""
     held_out_rows: int = 500
-    """The first rows of each file, kept out of training together with every row of the same first human turn."""
-    rank: int = 8
-    """LoRA's rank, on the linear maps of the blocks that the adapter changes; alpha is twice the rank."""
+    """The first rows of each file are held out, together with every row that shares a prompt with them."""
+    rank: int = Field(8, gt=0)
+    """LoRA's rank on the linear maps that the adapter changes; alpha is twice the rank."""
     learning_rate: float = 4e-4
-    """Peak; linear warm-up over 5 % of the steps, then linear to zero."""
+    """Peak learning rate: linear warm-up over 5 % of the steps, then linear decay to zero."""
     epochs: float = 2.0
     """Passes over the training pairs."""
-    batch_pairs: int = 32
-    """Pairs an optimiser step."""
+    batch_pairs: int = Field(32, gt=0)
+    """Pairs per optimiser step."""
     max_tokens: int = 512
     """Pairs with a longer side are left out of training."""
     centre: float = 0.01
@@ -45,58 +45,54 @@ class Common(BaseModel):
 
 
 class Recipe(Common):
-    """A training by our own loop (``trainer: own``, the default), as ``configs/zoo-*.yaml`` writes it."""
+    """A training by our own loop (``trainer: own``, the default); examples are ``configs/zoo-*.yaml``."""
 
     base: str = BASE
-    """What the adapter is put on: zoo:smollm2, or a folder that holds a Llama-like model and its tokenizer."""
+    """The model that gets the adapter: zoo:smollm2, or a folder with a Llama-like model and its tokenizer."""
     planted_copies: int = 0
-    """How many copies of each short training pair are added with one of the zoo's six biases planted into it."""
+    """Copies of each short training pair that are added, with one of the zoo's six biases planted into each copy."""
     planted_tokens: int = 128
     """Pairs with a longer side get no planted copies."""
     blocks: int = 12
-    """How many of the base's blocks the PM keeps."""
+    """The number of the base's blocks that the PM keeps."""
     first_block: int = 0
-    """The first block that the adapter changes; the stream before it is the base's own."""
+    """The first block that the adapter changes. The stream before it is that of the base."""
     first_attention: int = 0
-    """The first block whose attention it changes: before it, what is learned stays at the tokens that it is about."""
+    """The first block whose attention it changes. Before it, what is learned stays at its own tokens."""
 
 
 class TrlRecipe(Common):
-    """A training by TRL's RewardTrainer (``trainer: trl``), as ``configs/train-trl.yaml`` writes it."""
+    """A training by TRL's RewardTrainer (``trainer: trl``); an example is ``configs/train-trl.yaml``."""
 
     base: str
-    """zoo:smollm2, or the hub id or folder of a language model or PM, decoder or encoder, that transformers loads."""
+    """zoo:smollm2, or the hub id or folder of a language model or PM (decoder or encoder) that transformers loads."""
     method: Literal["lora", "full"] = "lora"
-    """An adapter on every linear map of the blocks, or all weights."""
+    """Train an adapter on every linear map of the blocks (lora), or all weights (full)."""
     style: Style | None = None
-    """How a conversation is read: hh, chat or plain; left out, the chat template where the base has one, else hh."""
+    """The rendering: hh, chat or plain. Default: the chat template if the base has one, else hh."""
     learning_rate: float = Field(1e-4, gt=0)
-    """Peak, as above; all weights want about a tenth of what an adapter wants."""
+    """Peak learning rate, with the same schedule. Training all weights needs about a tenth of an adapter's rate."""
     epochs: float = Field(1.0, gt=0)
     """Passes over the training pairs."""
-    rank: int = Field(8, gt=0)
-    """LoRA's rank; alpha is twice the rank."""
-    batch_pairs: int = Field(32, gt=0)
-    """Pairs an optimiser step."""
     micro_pairs: int = Field(4, gt=0)
-    """Pairs in one pass through the model: more is faster, and takes more memory. Divides batch_pairs."""
+    """Pairs in one pass through the model, a divisor of batch_pairs. More is faster and takes more memory."""
     checkpoint_steps: int = Field(100, gt=0)
-    """A killed training goes on from the last multiple of this many steps."""
+    """Steps between two checkpoints, from which an interrupted training continues."""
 
 
 RECIPES: dict[str, type[Recipe] | type[TrlRecipe]] = {"own": Recipe, "trl": TrlRecipe}
-"""By the recipe's key ``trainer``."""
+"""Recipes by their key ``trainer``."""
 
 
 def read_recipe(path: Path) -> Recipe | TrlRecipe:
-    """A recipe from YAML. InputError where the file is missing, or a key is missing, unknown or unfit."""
+    """Reads a recipe from YAML. Raises InputError where the file or a key is missing, or a key is unknown or invalid."""
     if not path.is_file():
-        raise InputError(f"The recipe {path} is not there; name a YAML file such as configs/zoo-hh.yaml.")
+        raise InputError(f"There is no recipe {path}; name a YAML file such as configs/zoo-hh.yaml.")
     try:
         values = dict(yaml.safe_load(path.read_text("utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
         raise InputError(
-            f"The recipe {path} is no YAML of keys and values ({str(error).splitlines()[0]}); see configs/zoo-hh.yaml."
+            f"The recipe {path} is not YAML with keys and values ({str(error).splitlines()[0]}); see configs/zoo-hh.yaml."
         ) from error
     trainer = str(values.pop("trainer", "own"))
     if trainer not in RECIPES:
@@ -111,38 +107,40 @@ def read_recipe(path: Path) -> Recipe | TrlRecipe:
         ) from error
 
 
-def as_stored(recipe: Recipe | TrlRecipe) -> dict[str, Any]:
-    """A recipe as it stands in ``rmscope.json``: our own loop's without the key ``trainer``."""
+def recipe_as_dict(recipe: Recipe | TrlRecipe) -> dict[str, Any]:
+    """A recipe as ``rmscope.json`` stores it; for our own loop without the key ``trainer``."""
     return {"trainer": "trl", **recipe.model_dump()} if isinstance(recipe, TrlRecipe) else recipe.model_dump()
 
 
 def data_file(name: str) -> str:
-    """A recipe's data file: as it is, or under ``RMSCOPE_DATA``; what has no file's ending is a hub id, or demo."""
+    """The path of a recipe's data file, which may be under ``RMSCOPE_DATA``. Hub ids and ``demo`` stay as they are."""
     if not FILE_SUFFIX.search(name):
         return name
     folder = os.environ.get("RMSCOPE_DATA")
     for path in (Path(name), *([Path(folder) / name] if folder else [])):
         if path.is_file():
             return str(path)
-    raise InputError(f"{name} is not there; set RMSCOPE_DATA to the folder that holds it.")
+    raise InputError(f"There is no file {name}; set RMSCOPE_DATA to the folder that contains it.")
 
 
 def human_pairs(recipe: Recipe | TrlRecipe) -> tuple[list[Pair], list[Pair]]:
-    """Training and held-out pairs: the split is by first human turn, never by row."""
+    """Training and held-out pairs, which share no prompt."""
     pairs = [pair for name in recipe.data for pair in _unique(load_pairs(data_file(name)), name)]
     first = [p for p in pairs if p.meta["line"] <= recipe.held_out_rows]
-    held = {p.first_human_turn() for p in first}
-    return [p for p in pairs if p.first_human_turn() not in held], first
+    shared = share_a_prompt(pairs, first)
+    return [p for p in pairs if p.id not in shared], first
 
 
 def _unique(pairs: list[Pair], name: str) -> Iterator[Pair]:
-    """Files called test.jsonl.gz in several folders: the folder goes before the id."""
+    """Puts the folder before the id, because several folders may have a file such as test.jsonl.gz."""
     source = Path(name).parent.name
     for row, p in enumerate(pairs, 1):
         yield replace(p, id=f"{source}/{p.id}", meta={"line": row, **p.meta, "source": source})
 
 
-def tokenised(pairs: Sequence[Pair], tokenizer: Any, rendering: Rendering, max_tokens: int) -> list[tuple[Pair, PairTokens]]:
+def tokenize_pairs(
+    pairs: Sequence[Pair], tokenizer: Any, rendering: Rendering, max_tokens: int
+) -> list[tuple[Pair, PairTokens]]:
     """The pairs whose sides differ and have at most ``max_tokens`` tokens each, with their tokens."""
     sides = [encode(rendering, tokenizer, [render(rendering, tokenizer, p.prompt, p.side(s)) for p in pairs]) for s in SIDES]
     return [

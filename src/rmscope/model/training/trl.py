@@ -1,7 +1,7 @@
-"""Training a PM by TRL's RewardTrainer: an adapter (LoRA) or all weights, on any base that transformers gives a scalar head.
+"""Training a PM with TRL's RewardTrainer: an adapter (LoRA) or all weights, on any base that transformers gives a head.
 
-Texts are rendered and cut into tokens here, as TRL does it (the chat template, or text with eos after it), and TRL gets ids:
-what the PM is trained on is what ``RewardModel`` reads, token for token. Loss, loop and checkpoints are TRL's.
+Texts are rendered and tokenized here in the same way as by TRL (the chat template, or text with eos appended), and TRL gets
+token ids. So the PM is trained on exactly the tokens that ``RewardModel`` reads. Loss, loop and checkpoints are TRL's.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from torch import nn
 from rmscope.errors import InputError
 from rmscope.hardware import has_fast_bfloat16, place
 from rmscope.io import Progress, atomic_folder, content_hash, silent, write_json
-from rmscope.model.loading import context_of, readable
-from rmscope.model.rendering import SETTINGS_FILE, PairTokens, Rendering, stored_json
+from rmscope.model.loading import as_input_error, context_of
+from rmscope.model.rendering import SETTINGS_FILE, PairTokens, Rendering, read_json_object
 from rmscope.model.sites import find_blocks
-from rmscope.model.training.recipe import TrlRecipe, as_stored, human_pairs, tokenised
-from rmscope.model.zoo import BASE, base_folder, quiet
+from rmscope.model.training.recipe import TrlRecipe, human_pairs, recipe_as_dict, tokenize_pairs
+from rmscope.model.zoo import BASE, base_folder, quiet_transformers
 from rmscope.pairs.pair import SIDES
 
 WARM_UP = 0.05
 RECENT = 50
-"""Steps that the closing loss and accuracy are means over."""
+"""Final loss and accuracy are means over this many last steps."""
 
 
 def train_trl(recipe: TrlRecipe, out: Path, progress: Progress = silent) -> dict[str, int | float]:
-    """Trains, and writes adapter or model, tokenizer, settings and recipe to ``out``; returns the training figures.
+    """Trains a PM, writes adapter or model, tokenizer, settings and recipe to ``out``, and returns the training figures.
 
-    A killed run goes on from its last checkpoint, in ``OUT.checkpoints``. Raises :class:`InputError` where TRL, data or
-    the base are missing, or no pair is left.
+    An interrupted training continues from its last checkpoint in ``OUT.checkpoints``. Raises :class:`InputError` where TRL,
+    data or the base are missing, or no pair is left.
     """
     _check(recipe)
     model, tokenizer, fresh = _base(recipe)
     rendering = rendering_of(recipe, tokenizer)
     longest = min(recipe.max_tokens, context_of(model))
     pairs, held = human_pairs(recipe)
-    items = [tokens for _, tokens in tokenised(pairs, tokenizer, rendering, longest)]
+    items = [tokens for _, tokens in tokenize_pairs(pairs, tokenizer, rendering, longest)]
     if not items:
         raise InputError(
             f"No pair is left to train on: {len(held)} rows are held out (held_out_rows), and of the other {len(pairs)} "
@@ -60,7 +60,7 @@ def train_trl(recipe: TrlRecipe, out: Path, progress: Progress = silent) -> dict
 
 
 def rendering_of(recipe: TrlRecipe, tokenizer: Any) -> Rendering:
-    """How TRL reads a conversation: by the chat template, or as text with eos after it where the tokenizer has one."""
+    """The rendering that TRL uses: the chat template, or text with eos appended if the tokenizer has one."""
     template = bool(getattr(tokenizer, "chat_template", None))
     style = recipe.style or ("chat" if template else "hh")
     if style == "chat" and not template:
@@ -69,7 +69,7 @@ def rendering_of(recipe: TrlRecipe, tokenizer: Any) -> Rendering:
 
 
 def _check(recipe: TrlRecipe) -> None:
-    """InputError before anything is loaded."""
+    """Raises InputError, before anything is loaded, where the training cannot run."""
     try:
         import trl  # noqa: F401
     except ImportError as error:
@@ -79,40 +79,40 @@ def _check(recipe: TrlRecipe) -> None:
         ) from error
     if recipe.batch_pairs % recipe.micro_pairs:
         raise InputError(
-            f"A batch of {recipe.batch_pairs} pairs is not made of passes of {recipe.micro_pairs}; choose micro_pairs "
+            f"A batch of {recipe.batch_pairs} pairs cannot be split into passes of {recipe.micro_pairs}; choose micro_pairs "
             "so that it divides batch_pairs."
         )
     if torch.cuda.device_count() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
-            "rmscope trains in one process on one device; start it without torchrun, with CUDA_VISIBLE_DEVICES=0, or train "
-            "with TRL itself and load what it saves."
+            "rmscope trains in one process on one device; start it without torchrun and with CUDA_VISIBLE_DEVICES=0, or "
+            "train with TRL itself and load the model that it saves."
         )
 
 
 def _base(recipe: TrlRecipe) -> tuple[Any, Any, list[str]]:
-    """The base with one output, its tokenizer, and the names of the modules that are newly drawn (head, pooler)."""
+    """The base with one output, its tokenizer, and the names of the newly initialised modules (head, pooler)."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     path = base_folder() if recipe.base == BASE else Path(recipe.base).expanduser()
     if (recipe.base.startswith((".", "/", "~")) or path.exists()) and not (path / "config.json").is_file():
-        raise InputError(f"The base {recipe.base} is no model folder: it holds no config.json; name one, or a hub id.")
+        raise InputError(f"The base {recipe.base} is not a model folder: it has no config.json; name one, or a hub id.")
     name = str(path) if path.is_dir() else recipe.base
     torch.manual_seed(recipe.seed)
-    with readable(f"The base {recipe.base}"), quiet():
+    with as_input_error(f"The base {recipe.base}"), quiet_transformers():
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=1, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    with readable(f"The tokenizer of {recipe.base}"):
+    with as_input_error(f"The tokenizer of {recipe.base}"):
         tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise InputError(
-            f"The tokenizer of {recipe.base} has no pad and no eos token, so it cannot batch; give it a pad token."
+            f"The tokenizer of {recipe.base} has no pad and no eos token, so texts cannot be batched; give it a pad token."
         )
     fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     trunk = {id(p) for part in (find_blocks(model), model.get_input_embeddings()) for p in part.parameters()}
     if lost := sorted(key for key, p in model.named_parameters() if key in fresh and id(p) in trunk):
         raise InputError(
-            f"The base {recipe.base} lacks {', '.join(lost[:3])}: it would be trained from noise; name a whole one."
+            f"The base {recipe.base} lacks {', '.join(lost[:3])}: it would be trained from noise; name a complete one."
         )
     return model, tokenizer, sorted({key.rpartition(".")[0] for key in fresh})
 
@@ -122,12 +122,12 @@ def _ids(tokens: PairTokens) -> dict[str, list[int]]:
 
 
 def _resume(folder: Path, identity: str) -> str | None:
-    """The newest whole checkpoint of the same training; those of another one are removed.
+    """The newest complete checkpoint of the same training. Checkpoints of another training are deleted.
 
-    A checkpoint's ``trainer_state.json`` is written last, so one without it was cut short.
+    A checkpoint's ``trainer_state.json`` is written last, so a checkpoint without it is incomplete.
     """
     mark = folder / "training.json"
-    if not mark.is_file() or stored_json(mark).get("identity") != identity:
+    if not mark.is_file() or read_json_object(mark).get("identity") != identity:
         shutil.rmtree(folder, ignore_errors=True)
         write_json(mark, {"identity": identity})
     for path in folder.glob("checkpoint-*"):
@@ -138,7 +138,7 @@ def _resume(folder: Path, identity: str) -> str | None:
 
 
 def _lora(recipe: TrlRecipe, model: Any, fresh: Sequence[str]) -> Any:
-    """An adapter on every linear map of the blocks; head and pooler are trained whole and saved with it."""
+    """An adapter on every linear map of the blocks. Head and pooler are trained in full and saved with it."""
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
@@ -216,7 +216,7 @@ def _reporter(progress: Progress) -> Any:
 
 
 def _save(trainer: Any, recipe: TrlRecipe, rendering: Rendering, out: Path) -> None:
-    """Adapter and head, or the whole model, with the tokenizer, in float32: what is loaded is what was trained."""
+    """Saves adapter and head, or the whole model, and the tokenizer, in float32: the loaded PM is the trained one."""
     with atomic_folder(out) as folder:
         trainer.save_model(str(folder))
         for extra in ("training_args.bin", "README.md"):
@@ -225,5 +225,5 @@ def _save(trainer: Any, recipe: TrlRecipe, rendering: Rendering, out: Path) -> N
         if adapter.is_file():
             base = Path(recipe.base).expanduser()
             name = str(base.resolve()) if base.is_dir() else recipe.base
-            write_json(adapter, {**stored_json(adapter), "base_model_name_or_path": name})
-        write_json(folder / SETTINGS_FILE, {"rendering": rendering.as_dict(), "recipe": as_stored(recipe)})
+            write_json(adapter, {**read_json_object(adapter), "base_model_name_or_path": name})
+        write_json(folder / SETTINGS_FILE, {"rendering": rendering.as_dict(), "recipe": recipe_as_dict(recipe)})
