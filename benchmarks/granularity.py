@@ -31,7 +31,7 @@ from rmscope.pairs.plants import Plant, read_plants
 from rmscope.pairs.readers import load_pairs
 from rmscope.planted.matching import match_plant, threshold
 from rmscope.planted.twins import Twin, all_peaks, halves, mediation, prepare
-from rmscope.sae import Sae, SaeConfig, measure, train_saes
+from rmscope.sae import Sae, SaeConfig, measure_sae, train_saes
 from rmscope.studies.audit.planting import base_pairs
 
 TWINS, DETECTORS, OFTEN = 24, 40, 0.3
@@ -91,7 +91,7 @@ def main() -> None:
         if steps := size.split(":")[4:]:
             family += f", {steps[0]} reward-aware steps"
             sae = fine_tune(rm, sae, fit, RewardAwareConfig(steps=int(steps[0]), fast=False), out=out / name, progress=bar)
-        fvu = measure(sae, [store.sample(args.site, SAMPLE, torch.Generator().manual_seed(0))]).fvu
+        fvu = measure_sae(sae, [store.sample(args.site, SAMPLE, torch.Generator().manual_seed(0))]).fvu
         rows = []
         for plant in read_plants(args.plants).plants:
             made = prepare(rm, {args.site: sae}, twins(held_out, plant, TWINS, 0), plant)

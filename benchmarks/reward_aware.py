@@ -35,7 +35,7 @@ from rmscope.pairs.pair import SIDES, Pair, Side, split_of
 from rmscope.pairs.planting import twins
 from rmscope.planted.matching import f1_score, threshold
 from rmscope.planted.twins import Twin, halves, prepare
-from rmscope.sae import Sae, SaeConfig, measure, train_saes
+from rmscope.sae import Sae, SaeConfig, measure_sae, train_saes
 from rmscope.statistics import Array
 
 SITE = {"hh": "resid_post.7", "planted": "resid_post.12"}
@@ -72,7 +72,7 @@ def prompts_of(pairs: Sequence[Pair]) -> Array:
 def reconstruction(rm: RewardModel, tokens: Sequence[PairTokens], sae: Sae) -> dict[str, float]:
     """L0, FVU and share of dead features on the tokens that training would use."""
     batches = (training_rows(b, rm.streams(b, [sae.site])[sae.site]) for b in rm.batches(tokens))
-    found = measure(sae, batches)
+    found = measure_sae(sae, batches)
     return {"l0": found.l0, "fvu": found.fvu, "dead": found.dead}
 
 

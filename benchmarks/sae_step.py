@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from rmscope.sae.config import SaeConfig
-from rmscope.sae.kernels import exceeded
+from rmscope.sae.kernels import upper_quantiles
 from rmscope.sae.registry import training_class
 from rmscope.sae.training import Training, draw, storage
 
@@ -45,7 +45,7 @@ class Ours:
         draw(sae, torch.zeros(D), torch.Generator().manual_seed(0))
         self.training: Training = cls(sae, config)
         if architecture == "gated":
-            sae.b_gate.copy_(-exceeded(self.x, sae.W_enc.data.t(), L0 / M))
+            sae.b_gate.copy_(-upper_quantiles(self.x, sae.W_enc.data.t(), L0 / M))
             self.training.density = L0 / M
         self.parameters = storage(sae)
         self.optimiser = torch.optim.Adam(self.parameters.values(), lr=RATE, fused=True)

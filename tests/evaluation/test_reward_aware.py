@@ -156,7 +156,7 @@ def test_without_weight_it_is_plain_training() -> None:
     aware = fine_tune(rm, sae, PAIRS, RewardAwareConfig(steps=5, pairs=4, weight=1.0, lr=1e-3, fast=False))
     plain = sae_of("topk")
     plain.change_units(1 / 0.5)
-    run = TrainingRun.of(training_class("topk")(plain, own.model_copy(update={"warmup": 0.0})), 5, site=SITE)
+    run = TrainingRun(training_class("topk")(plain, own.model_copy(update={"warmup": 0.0})), 5, site=SITE)
     tokens = rm.tokenize_all(PAIRS)
     rows = [training_rows(b, rm.streams(b, [SITE])[SITE]) for b in rm.unit_batches(tokens, range(len(PAIRS)), 1 << 30)]
     with torch.no_grad():

@@ -10,7 +10,9 @@ from torch import Tensor
 from rmscope.activations.store import ActivationStore, StoreWriter
 
 
-def planted(n: int, d: int, directions: int, firing: int, seed: int = 0, size: float = 3.0) -> tuple[Tensor, Tensor]:
+def planted_activations(
+    n: int, d: int, directions: int, firing: int, seed: int = 0, size: float = 3.0
+) -> tuple[Tensor, Tensor]:
     """(x [n, d], directions [directions, d])"""
     g = torch.Generator().manual_seed(seed)
     v = torch.randn(directions, d, generator=g)

@@ -18,27 +18,27 @@ from rmscope.sae.matryoshka import prefix_sizes
 from rmscope.sae.metrics import fvu
 from rmscope.sae.standard import StandardSae, StandardTraining
 from rmscope.sae.training import START_OPEN, draw
-from tests.sae.planted import planted, store_of
+from tests.sae.planted import planted_activations, store_of
 from tests.sae.test_trainer import DIRECTIONS, FAMILIES, D, KilledError, config, kill_at
 
 
 @pytest.fixture
 def x() -> torch.Tensor:
-    return planted(3000, D, DIRECTIONS, 3)[0]
+    return planted_activations(3000, D, DIRECTIONS, 3)[0]
 
 
-def trained(tmp_path: Path, x: torch.Tensor, **settings: object) -> Sae:
+def train_sae(tmp_path: Path, x: torch.Tensor, **settings: object) -> Sae:
     return train_saes(store_of(tmp_path, {"embed": x}), config(**settings))["embed"]
 
 
-def drawn(sae: Sae, x: torch.Tensor) -> Sae:
+def with_drawn_weights(sae: Sae, x: torch.Tensor) -> Sae:
     draw(sae, x.mean(dim=0), torch.Generator().manual_seed(0))
     return sae
 
 
 def test_batchtopk_gives_some_tokens_more(tmp_path: Path, x: torch.Tensor) -> None:
     x[:1500] = 0.3 * (x[:1500] - x.mean(0)) + x.mean(0)
-    sae = trained(tmp_path, x, architecture="batchtopk", epochs=20)
+    sae = train_sae(tmp_path, x, architecture="batchtopk", epochs=20)
     assert isinstance(sae, JumpReluSae)
     assert len(sae.threshold.unique()) == 1
     counts = (sae.encode(x) > 0).sum(dim=1).float()
@@ -53,8 +53,8 @@ def test_matryoshkas_prefix_reconstructs_by_itself(tmp_path: Path, x: torch.Tens
         return fvu(x, sae.decode(f))
 
     settings = {"d_sae": 64, "epochs": 25, "dead_after_tokens": 20_000}
-    nested = trained(tmp_path / "m", x, architecture="matryoshka", prefixes=(8, 16), **settings)
-    plain = trained(tmp_path / "b", x, architecture="batchtopk", **settings)
+    nested = train_sae(tmp_path / "m", x, architecture="matryoshka", prefixes=(8, 16), **settings)
+    plain = train_sae(tmp_path / "b", x, architecture="batchtopk", **settings)
     by_size = [by_prefix(nested, size) for size in (8, 16, 64)]
     assert by_size == sorted(by_size, reverse=True)
     for size in (8, 16):
@@ -71,7 +71,7 @@ def test_prefixes() -> None:
 
 
 def test_jumprelus_penalty_moves_its_thresholds(tmp_path: Path, x: torch.Tensor) -> None:
-    low, high = (trained(tmp_path / str(l0), x, architecture="jumprelu", epochs=25, l0=l0) for l0 in (0.05, 2.0))
+    low, high = (train_sae(tmp_path / str(l0), x, architecture="jumprelu", epochs=25, l0=l0) for l0 in (0.05, 2.0))
     assert isinstance(low, JumpReluSae)
     assert len(low.threshold.unique()) > 50
     assert (low.threshold >= 0).all()
@@ -81,7 +81,7 @@ def test_jumprelus_penalty_moves_its_thresholds(tmp_path: Path, x: torch.Tensor)
 
 def test_gates_and_thresholds_start_sparse(x: torch.Tensor) -> None:
     for sae, training in ((GatedSae(D, 64), GatedTraining), (JumpReluSae(D, 64), JumpReluTraining)):
-        drawn(sae, x)
+        with_drawn_weights(sae, x)
         begun = training(sae, SaeConfig())
         begun.begin(x)
         assert begun.density < SPARSE_BELOW
@@ -90,7 +90,7 @@ def test_gates_and_thresholds_start_sparse(x: torch.Tensor) -> None:
 
 
 def test_standard_ends_with_unit_directions(x: torch.Tensor) -> None:
-    sae = drawn(StandardSae(D, 64), x)
+    sae = with_drawn_weights(StandardSae(D, 64), x)
     training = StandardTraining(sae, SaeConfig())
     training.begin(x)
     sae.W_dec.mul_(1 + torch.rand(64, 1))
@@ -102,7 +102,7 @@ def test_standard_ends_with_unit_directions(x: torch.Tensor) -> None:
 
 
 def test_revived_gates_look_at_what_is_lost(x: torch.Tensor) -> None:
-    sae, dead = drawn(GatedSae(D, 64), x), torch.arange(64) < 5
+    sae, dead = with_drawn_weights(GatedSae(D, 64), x), torch.arange(64) < 5
     training = GatedTraining(sae, SaeConfig())
     training.begin(x)
     sae.b_gate[dead] = -1e9

@@ -15,7 +15,7 @@ from rmscope.errors import InputError
 from rmscope.sae import Sae
 from rmscope.sae.formats import hook_name, sae_source, site_of
 from tests.model.small import PAIRS, shared_pm
-from tests.sae.test_sae import KINDS, D, M, made
+from tests.sae.test_sae import KINDS, D, M, random_sae
 
 X = torch.randn(20, D, generator=torch.Generator().manual_seed(5))
 
@@ -26,7 +26,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_round_trip(kind: str, tmp_path: Path) -> None:
-    sae = made(kind)
+    sae = random_sae(kind)
     sae.metadata = {"model_name": "toy/pm", "rmscope": {"tokens": 5}}
     sae.save(tmp_path / "a")
     again = Sae.load(tmp_path / "a")
@@ -42,7 +42,7 @@ def test_round_trip(kind: str, tmp_path: Path) -> None:
 
 
 def test_layout_is_that_of_saelens(tmp_path: Path) -> None:
-    made("topk").save(tmp_path)
+    random_sae("topk").save(tmp_path)
     cfg = json.loads((tmp_path / "cfg.json").read_text())
     assert (cfg["architecture"], cfg["d_in"], cfg["d_sae"], cfg["k"]) == ("topk", D, M, 6)
     assert cfg["apply_b_dec_to_input"] is True
@@ -53,7 +53,7 @@ def test_layout_is_that_of_saelens(tmp_path: Path) -> None:
 
 
 def test_an_old_version_in_the_metadata_is_not_passed_on(tmp_path: Path) -> None:
-    sae = made("gated")
+    sae = random_sae("gated")
     sae.metadata = {"sae_lens_version": "5.9.0"}
     sae.save(tmp_path)
     assert json.loads((tmp_path / "cfg.json").read_text())["metadata"]["sae_lens_version"].startswith("6.")
@@ -169,8 +169,8 @@ def test_sparsify(tmp_path: Path) -> None:
 
 def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder, a file, or the repository itself; only an SAE's files are asked for."""
-    made("gated").save(tmp_path / "layer_2" / "width_32")
-    made("topk").save(tmp_path)
+    random_sae("gated").save(tmp_path / "layer_2" / "width_32")
+    random_sae("topk").save(tmp_path)
     asked: list[tuple[str, list[str]]] = []
 
     def snapshot(repo: str, allow_patterns: list[str]) -> str:
@@ -180,9 +180,9 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    assert Sae.load("hub:owner/repo/layer_2/width_32").identity() == made("gated").identity()
-    assert Sae.load("hub:owner/repo/layer_2/width_32/cfg.json").identity() == made("gated").identity()
-    assert Sae.load("hub:owner/repo").identity() == made("topk").identity()
+    assert Sae.load("hub:owner/repo/layer_2/width_32").identity() == random_sae("gated").identity()
+    assert Sae.load("hub:owner/repo/layer_2/width_32/cfg.json").identity() == random_sae("gated").identity()
+    assert Sae.load("hub:owner/repo").identity() == random_sae("topk").identity()
     assert asked[0][0] == "owner/repo"
     assert "layer_2/width_32/sae_weights.safetensors" in asked[0][1]
     assert "layer_2/width_32/cfg.json" in asked[1][1]
@@ -195,7 +195,7 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_sae_of_another_width_is_refused() -> None:
     pm = shared_pm("llama")
     with pytest.raises(InputError, match=r"width 10, but llama has d_model 32"):
-        attribute(pm, made("topk"), PAIRS)
+        attribute(pm, random_sae("topk"), PAIRS)
 
 
 class Bomb:
@@ -219,7 +219,7 @@ def test_refusals(tmp_path: Path) -> None:
     save_file({"weird": torch.ones(2)}, tmp_path / "weird.safetensors")
     with pytest.raises(InputError, match="no known SAE: weird"):
         Sae.load(tmp_path / "weird.safetensors")
-    made("topk").save(tmp_path / "sae")
+    random_sae("topk").save(tmp_path / "sae")
     cfg = json.loads((tmp_path / "sae" / "cfg.json").read_text())
     (tmp_path / "sae" / "cfg.json").write_text(json.dumps({**cfg, "architecture": "transcoder"}))
     with pytest.raises(InputError, match="no SAE family transcoder"):

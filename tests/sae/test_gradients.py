@@ -16,12 +16,12 @@ from rmscope.sae.kernels import (
     Dense,
     Sparse,
     batch_top_entries,
-    exceeded,
     open_entries,
     open_pattern,
     places,
     top_entries,
     top_k,
+    upper_quantiles,
 )
 from rmscope.sae.matryoshka import MatryoshkaTraining
 from rmscope.sae.standard import StandardSae, StandardTraining
@@ -193,7 +193,7 @@ def test_the_largest_of_a_batch_do_not_depend_on_the_guess(
 def test_exceeded_on_a_share_of_the_tokens() -> None:
     x, rows = some_x(), torch.eye(D, dtype=torch.float64)
     for share, count in ((0.2, 7), (1e-9, 1)):
-        assert ((x > exceeded(x, rows, share)).sum(dim=0) == count).all()
+        assert ((x > upper_quantiles(x, rows, share)).sum(dim=0) == count).all()
 
 
 def test_top_k_over_blocks_is_exact() -> None:

@@ -7,18 +7,18 @@ import torch
 from pydantic import ValidationError
 
 from rmscope.errors import InputError
-from rmscope.sae import Sae, SaeConfig, measure
+from rmscope.sae import Sae, SaeConfig, measure_sae
 from rmscope.sae.gated import GatedSae
 from rmscope.sae.jumprelu import JumpReluSae
 from rmscope.sae.metrics import fvu
-from rmscope.sae.registry import family, sae_class, training_class, trains
+from rmscope.sae.registry import register_sae, register_training, sae_class, training_class
 from rmscope.sae.standard import StandardSae
 from rmscope.sae.topk import TopKSae, TopKTraining
 
 D, M = 10, 32
 
 
-def made(kind: str, seed: int = 0) -> Sae:
+def random_sae(kind: str, seed: int = 0) -> Sae:
     generator = torch.Generator().manual_seed(seed)
     sae = sae_class(kind)(D, M, "resid_post.2", **({"k": 6} if kind == "topk" else {}))
     for p in sae.parameters():
@@ -33,7 +33,7 @@ KINDS = ["topk", "gated", "standard", "jumprelu"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_active_is_encode_written_sparsely(kind: str) -> None:
-    sae, x = made(kind), torch.randn(53, D, generator=torch.Generator().manual_seed(1))
+    sae, x = random_sae(kind), torch.randn(53, D, generator=torch.Generator().manual_seed(1))
     active, f = sae.active(x, chunk=10), sae.encode(x)
     again = torch.zeros_like(f)
     again[active.token, active.feature] = active.value
@@ -50,18 +50,18 @@ def test_active_is_encode_written_sparsely(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_copy_elsewhere_is_no_part_of_the_sae_and_goes_when_units_or_weights_change(kind: str) -> None:
-    sae, x = made(kind), torch.randn(20, D, generator=torch.Generator().manual_seed(1))
+def test_a_copy_on_another_device_is_not_part_of_the_sae_and_is_dropped_when_units_or_weights_change(kind: str) -> None:
+    sae, x = random_sae(kind), torch.randn(20, D, generator=torch.Generator().manual_seed(1))
     known, names = sae.identity(), list(sae.state_dict())
-    sae.encode_on(torch.device("meta"))  # where nothing can be found
+    sae.encode_on(torch.device("meta"))  # no product has values there
     assert (sae.identity(), list(sae.state_dict())) == (known, names)
     with pytest.raises((NotImplementedError, RuntimeError)):
         sae.active(x)
     sae.change_units(2.0)
     sae.active(x)
     sae.encode_on(torch.device("meta"))
-    sae.fill(dict(made(kind, seed=2).state_dict()))
-    torch.testing.assert_close(sae.active(x).value, made(kind, seed=2).active(x).value)
+    sae.fill(dict(random_sae(kind, seed=2).state_dict()))
+    torch.testing.assert_close(sae.active(x).value, random_sae(kind, seed=2).active(x).value)
     sae.encode_on(torch.device("meta"))
     sae.encode_on(torch.device("cpu"))
     sae.active(x)
@@ -69,17 +69,17 @@ def test_a_copy_elsewhere_is_no_part_of_the_sae_and_goes_when_units_or_weights_c
 
 def test_encoders_follow_their_equations() -> None:
     x = torch.randn(4, D, generator=torch.Generator().manual_seed(1))
-    gated = made("gated")
+    gated = random_sae("gated")
     assert isinstance(gated, GatedSae)
     u = (x - gated.b_dec) @ gated.W_enc
     magnitude = (u * gated.r_mag.exp() + gated.b_mag).relu()
     torch.testing.assert_close(gated.encode(x), torch.where(u + gated.b_gate > 0, magnitude, 0.0))
-    jump, standard = made("jumprelu"), made("standard")
+    jump, standard = random_sae("jumprelu"), random_sae("standard")
     assert isinstance(jump, JumpReluSae)
     assert isinstance(standard, StandardSae)
     h = (x - jump.b_dec) @ jump.W_enc + jump.b_enc
     torch.testing.assert_close(jump.encode(x), torch.where(h > jump.threshold, h.relu(), 0.0))
-    topk = made("topk")
+    topk = random_sae("topk")
     assert ((topk.encode(x) > 0).sum(1) <= 6).all()
     assert topk.encode(x[None, None]).shape == (1, 1, 4, M)
 
@@ -87,7 +87,7 @@ def test_encoders_follow_their_equations() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_change_of_units_is_exact(kind: str) -> None:
     """An SAE trained on s x, folded, gives on x the same features and reconstruction divided by s."""
-    sae, x, s = made(kind).double(), torch.randn(9, D).double(), 7.3
+    sae, x, s = random_sae(kind).double(), torch.randn(9, D).double(), 7.3
     f, x_hat = sae.encode(s * x), sae(s * x)
     sae.change_units(s)
     torch.testing.assert_close(sae.encode(x) * s, f, rtol=1e-10, atol=1e-10)
@@ -95,19 +95,19 @@ def test_a_change_of_units_is_exact(kind: str) -> None:
 
 
 def test_identity_sees_weights_settings_and_family() -> None:
-    ids = {made(kind).identity() for kind in KINDS} | {made("topk", seed=1).identity()}
+    ids = {random_sae(kind).identity() for kind in KINDS} | {random_sae("topk", seed=1).identity()}
     assert len(ids) == 5
-    assert made("topk").identity() == made("topk").identity()
-    wider = made("topk")
+    assert random_sae("topk").identity() == random_sae("topk").identity()
+    wider = random_sae("topk")
     wider.cfg["k"] = 7
     assert wider.identity() not in ids
 
 
 def test_registry_refuses_duplicates_and_names_the_known() -> None:
     with pytest.raises(ValueError, match="already an SAE family topk"):
-        family(type("Again", (TopKSae,), {}))
+        register_sae(type("Again", (TopKSae,), {}))
     with pytest.raises(ValueError, match="already a training"):
-        trains("topk")(TopKTraining)
+        register_training("topk")(TopKTraining)
     with pytest.raises(InputError, match="no SAE family topkk; known: gated, jumprelu, standard, topk"):
         sae_class("topkk")
     with pytest.raises(InputError, match="choose one of batchtopk, gated, jumprelu, matryoshka, standard, topk"):
@@ -130,8 +130,8 @@ def test_settings_refuse_unknown_keys_and_document_every_field() -> None:
 
 
 def test_metrics_on_batches_equal_those_on_the_whole() -> None:
-    sae, x = made("topk"), 5 + torch.randn(90, D, generator=torch.Generator().manual_seed(2))
-    found, x_hat, f = measure(sae, x.split(40)), sae(x), sae.encode(x)
+    sae, x = random_sae("topk"), 5 + torch.randn(90, D, generator=torch.Generator().manual_seed(2))
+    found, x_hat, f = measure_sae(sae, x.split(40)), sae(x), sae.encode(x)
     assert found.tokens == 90
     assert found.fvu == pytest.approx(fvu(x, x_hat), rel=1e-5)
     assert found.l0 == pytest.approx(float((f > 0).sum() / 90))
@@ -140,9 +140,9 @@ def test_metrics_on_batches_equal_those_on_the_whole() -> None:
     assert torch.allclose(found.density, (f > 0).float().mean(0))
     assert found.dead == pytest.approx(float(((f > 0).sum(0) == 0).float().mean()))
     with pytest.raises(InputError, match="width 10"):
-        measure(sae, [x[:, :3]])
+        measure_sae(sae, [x[:, :3]])
     with pytest.raises(InputError, match="no activations"):
-        measure(sae, [])
+        measure_sae(sae, [])
 
 
 def test_fvu_is_centred_per_dimension() -> None:

@@ -11,8 +11,8 @@ import torch
 
 from rmscope.errors import InputError
 from rmscope.io import Progress
-from rmscope.sae import Sae, SaeConfig, measure, train_saes
-from tests.sae.planted import planted, store_of
+from rmscope.sae import Sae, SaeConfig, measure_sae, train_saes
+from tests.sae.planted import planted_activations, store_of
 
 D, DIRECTIONS = 24, 40
 
@@ -43,10 +43,10 @@ FAMILIES = {
 
 @pytest.mark.parametrize("settings", [*FAMILIES.values(), {"amp": True}], ids=[*FAMILIES, "topk amp"])
 def test_planted_directions_are_found(tmp_path: Path, settings: dict[str, object]) -> None:
-    x, v = planted(6000, D, DIRECTIONS, 3)
+    x, v = planted_activations(6000, D, DIRECTIONS, 3)
     store = store_of(tmp_path, {"resid_post.1": x})
     sae = train_saes(store, config(tokens=300_000, dead_after_tokens=20_000, **settings))["resid_post.1"]
-    found = measure(sae, x.split(2000))
+    found = measure_sae(sae, x.split(2000))
     nearest = (v @ sae.W_dec.t()).amax(dim=1)
     assert found.fvu < 0.1, found
     assert float((nearest > 0.9).float().mean()) > 0.9, nearest.sort().values
@@ -70,7 +70,7 @@ def kill_at(step: int) -> Progress:
 
 @pytest.mark.parametrize("settings", FAMILIES.values(), ids=FAMILIES)
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, settings: dict[str, object]) -> None:
-    x, _ = planted(3000, D, DIRECTIONS, 3)
+    x, _ = planted_activations(3000, D, DIRECTIONS, 3)
     store = store_of(tmp_path / "acts", {"embed": x, "resid_post.0": x.flip(1)})
     given = config(epochs=5, dead_after_tokens=1500, **settings)
     whole = train_saes(store, given, tmp_path / "whole")
@@ -91,7 +91,7 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, settings: dict[st
 
 
 def test_the_folder_and_a_second_call(tmp_path: Path) -> None:
-    x, _ = planted(2000, D, DIRECTIONS, 3)
+    x, _ = planted_activations(2000, D, DIRECTIONS, 3)
     store = store_of(tmp_path / "acts", {"resid_post.2": 50 * x})
     notes: list[str] = []
     given = config(epochs=2)
@@ -117,7 +117,7 @@ def test_the_folder_and_a_second_call(tmp_path: Path) -> None:
     assert {"step", "tokens", "loss", "fvu", "l0", "dead", "tokens_per_second"} <= set(figures.columns)
     assert "fvu" in notes[-1]
     assert notes[-1].startswith("14/14 ")
-    raw = measure(sae, [50 * x]).fvu
+    raw = measure_sae(sae, [50 * x]).fvu
     assert raw == pytest.approx(float(figures["fvu"][-1]), abs=0.1)  # folded: it works on raw activations
 
     notes.clear()
@@ -128,7 +128,7 @@ def test_the_folder_and_a_second_call(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_saved_is_what_was_trained(tmp_path: Path, family: str) -> None:
-    x, _ = planted(2000, D, DIRECTIONS, 3)
+    x, _ = planted_activations(2000, D, DIRECTIONS, 3)
     store = store_of(tmp_path / "acts", {"resid_post.3": 9 * x})
     sae = train_saes(store, config(epochs=3, **FAMILIES[family]), tmp_path / "saes")["resid_post.3"]
     loaded = Sae.load(tmp_path / "saes" / "resid_post.3")
@@ -142,7 +142,7 @@ def test_what_is_saved_is_what_was_trained(tmp_path: Path, family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scale_makes_training_blind_to_units(tmp_path: Path, family: str) -> None:
-    x, _ = planted(2000, D, DIRECTIONS, 3)
+    x, _ = planted_activations(2000, D, DIRECTIONS, 3)
     given = config(epochs=2, **FAMILIES[family])
     small = train_saes(store_of(tmp_path / "a", {"embed": x}), given)["embed"]
     large = train_saes(store_of(tmp_path / "b", {"embed": 64 * x}), given)["embed"]
@@ -151,7 +151,7 @@ def test_scale_makes_training_blind_to_units(tmp_path: Path, family: str) -> Non
 
 
 def test_the_first_token_is_not_trained_on(tmp_path: Path) -> None:
-    x, _ = planted(2000, D, DIRECTIONS, 3)
+    x, _ = planted_activations(2000, D, DIRECTIONS, 3)
     sinks = x.clone()
     sinks[::10] = 1e6  # position 0 in the planted store
     saes = [
@@ -162,7 +162,7 @@ def test_the_first_token_is_not_trained_on(tmp_path: Path) -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    x, _ = planted(1000, D, DIRECTIONS, 3)
+    x, _ = planted_activations(1000, D, DIRECTIONS, 3)
     store = store_of(tmp_path / "acts", {"embed": x})
     with pytest.raises(InputError, match="holds embed"):
         train_saes(store, config(), sites=["resid_post.8"])

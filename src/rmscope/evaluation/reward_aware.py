@@ -184,7 +184,7 @@ def _begin(
     work = copy.deepcopy(sae).to(rm.device)
     work.change_units(1 / scale)
     training = training_class(own.architecture)(work, own)
-    run = TrainingRun.of(training, steps, site=sae.site, name="reward-aware", scale=scale, key=key, folder=folder)
+    run = TrainingRun(training, steps, site=sae.site, name="reward-aware", scale=scale, key=key, folder=folder)
     load_checkpoint(run)
     return run
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rmscope.sae.base import Active, Sae
     from rmscope.sae.config import SaeConfig
-    from rmscope.sae.metrics import Metrics, measure
+    from rmscope.sae.metrics import Metrics, measure_sae
     from rmscope.sae.trainer import train_saes
 
 _WHERE = {
@@ -16,11 +16,11 @@ _WHERE = {
     "Metrics": "rmscope.sae.metrics",
     "Sae": "rmscope.sae.base",
     "SaeConfig": "rmscope.sae.config",
-    "measure": "rmscope.sae.metrics",
+    "measure_sae": "rmscope.sae.metrics",
     "train_saes": "rmscope.sae.trainer",
 }
 
-__all__ = ["Active", "Metrics", "Sae", "SaeConfig", "measure", "train_saes"]
+__all__ = ["Active", "Metrics", "Sae", "SaeConfig", "measure_sae", "train_saes"]
 
 
 def __getattr__(name: str) -> Any:

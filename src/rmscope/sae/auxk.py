@@ -1,9 +1,9 @@
-"""AuxK (Gao et al. 2024, arXiv 2406.04093, section A.2): what the living leave over, the dead learn.
+"""AuxK (Gao et al. 2024, arXiv 2406.04093, section A.2): dead features learn the error of the others.
 
     L_aux = α E|e - e^|²          e^ = z W_dec
 
-e = x - x^ is held fixed; z is relu of the k_aux largest pre-activations of a token among the dead features.
-BatchTopK and Matryoshka SAEs take the same loss over from TopK.
+e = x - x^ is held fixed. z is relu of the k_aux largest pre-activations of a token among the dead features. BatchTopK and
+Matryoshka SAEs use the same loss.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def auxk(
     error: Float[Tensor, "batch d"],
     dead: Bool[Tensor, " m"] | None,
 ) -> dict[str, float]:
-    """Adds the gradients of L_aux to those of W_dec, W_enc and b_enc; the loss by its name, if there is one.
+    """Adds the gradients of L_aux to those of W_dec, W_enc and b_enc. Returns the loss by name, if there is one.
 
-    ``xc`` is x - b_dec, whose gradient is the caller's: it follows from that of b_enc.
+    ``xc`` is x - b_dec. The caller adds its gradient, which follows from that of b_enc.
     """
     if dead is None or not config.auxk_alpha or not bool(dead.any()):
         return {}

@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 from rmscope.errors import InputError
 from rmscope.io import content_hash
-
-Self = TypeVar("Self", bound="Sae")
+from rmscope.sae.formats import StoredSae, read_sae, write_sae
+from rmscope.sae.registry import sae_class
 
 
 @dataclass(frozen=True, slots=True)
 class Active:
-    """The features that fire, sorted by token, then feature; values in the stream's own units, all > 0."""
+    """The features that fire, sorted by token, then by feature. Values are > 0, in the stream's own units."""
 
     token: Int[Tensor, " nnz"]
     feature: Int[Tensor, " nnz"]
@@ -35,20 +35,19 @@ class Active:
 
 
 class Sae(nn.Module, ABC):
-    """What every family shares: W_enc [d, m], W_dec [m, d], b_dec [d]; further parameters are the family's.
+    """The base of every family: W_enc [d, m], W_dec [m, d], b_dec [d], and the family's own parameters of shape [m].
 
-    All families encode x - b_dec (SAELens' ``apply_b_dec_to_input``); other conventions are folded into the
-    biases on load. Parameters take no gradient until asked to: training uses the closed forms in each
-    family's file. W_enc is stored feature by feature (its transpose is contiguous), so that single features
-    are read in one stretch.
+    All families encode x - b_dec (SAELens' ``apply_b_dec_to_input``); loading folds other conventions into the biases.
+    Parameters take no gradient by default: training uses the closed forms in each family's file. W_enc is stored feature by
+    feature (its transpose is contiguous), so that single features are read from one stretch of memory.
 
-    ``site`` is a name such as ``resid_post.6``, ``cfg`` the family's own settings (as in SAELens' cfg.json),
+    ``site`` is a name such as ``resid_post.6``. ``cfg`` holds the family's own settings (as in SAELens' cfg.json),
     ``metadata`` whatever came with the file.
     """
 
     architecture: ClassVar[str]
     biases: ClassVar[tuple[str, ...]]
-    """The parameters measured in the units of x, which a change of units scales with it."""
+    """The parameters in the units of x; a change of units scales them."""
 
     W_enc: nn.Parameter
     W_dec: nn.Parameter
@@ -57,7 +56,7 @@ class Sae(nn.Module, ABC):
     def __init__(self, d: int, m: int, site: str = "", metadata: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.site, self.cfg, self.metadata = site, dict[str, Any](), dict(metadata or {})
-        self._elsewhere: tuple[Sae, ...] = ()  # in a tuple it is no submodule
+        self._device_copy: tuple[Sae, ...] = ()  # a tuple, so that torch does not register it as a submodule
         self.W_enc = nn.Parameter(torch.zeros(m, d).t(), requires_grad=False)
         self.W_dec = nn.Parameter(torch.zeros(m, d), requires_grad=False)
         self.b_dec = nn.Parameter(torch.zeros(d), requires_grad=False)
@@ -67,14 +66,16 @@ class Sae(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def feature_parameters(cls) -> tuple[str, ...]:
-        """Names of the parameters of shape [m] beside the matrices."""
+        """Names of the family's own parameters, which have the shape [m]."""
 
     @property
     def d(self) -> int:
+        """Width of the stream."""
         return self.W_dec.shape[1]
 
     @property
     def m(self) -> int:
+        """Number of features."""
         return self.W_dec.shape[0]
 
     @abstractmethod
@@ -89,11 +90,11 @@ class Sae(nn.Module, ABC):
 
     @torch.no_grad()
     def active(self, x: Float[Tensor, "tokens d"], chunk: int = 2048) -> Active:
-        """The same features as :meth:`encode`, sparse, where x lies; at most [chunk, m] is ever held."""
-        if self._elsewhere:
-            [there] = self._elsewhere
-            found = there.active(x.to(there.W_dec.device), chunk)
-            return Active(found.token.to(x.device), found.feature.to(x.device), found.value.to(x.device), len(x))
+        """The features of :meth:`encode` in sparse form, on the device of x. At most [chunk, m] is held at once."""
+        if self._device_copy:
+            [sae] = self._device_copy
+            there = sae.active(x.to(sae.W_dec.device), chunk)
+            return Active(there.token.to(x.device), there.feature.to(x.device), there.value.to(x.device), len(x))
         parts = [self._active(part) for part in x.split(chunk)]
         starts = range(0, len(x), chunk)
         empty = torch.empty(0, dtype=torch.int64, device=x.device)
@@ -105,12 +106,14 @@ class Sae(nn.Module, ABC):
         )
 
     def encode_on(self, device: torch.device) -> None:
-        """From now on :meth:`active` looks for features on ``device``, with a copy of the weights as they are now (after a
-        change of weights, ask again): that is where an SAE's work lies, d m multiplications a token, while the few entries
-        that come of it stay with x."""
-        self._elsewhere = ()
+        """Makes :meth:`active` encode on ``device``, with a copy of the present weights.
+
+        Encoding takes d m multiplications per token, so it belongs on the fastest device; the few active entries come back
+        to the device of x. Call it again after a change of weights: a change of units and :meth:`fill` drop the copy.
+        """
+        self._device_copy = ()
         if device != self.W_dec.device:
-            self._elsewhere = (copy.deepcopy(self).to(device),)
+            self._device_copy = (copy.deepcopy(self).to(device),)
 
     def _active(self, x: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
         f = self.encode(x)
@@ -120,24 +123,21 @@ class Sae(nn.Module, ABC):
     def decode_active(self, active: Active) -> Float[Tensor, "tokens d"]:
         """The reconstruction from sparse features; equals ``decode(encode(x))``."""
         return self.b_dec + F.embedding_bag(
-            active.feature,
-            self.W_dec,
-            active.rows()[:-1],
-            mode="sum",
-            per_sample_weights=active.value.to(self.W_dec.dtype),
+            active.feature, self.W_dec, active.rows()[:-1], mode="sum", per_sample_weights=active.value.to(self.W_dec.dtype)
         )
 
-    def centred(self, x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
+    def centre(self, x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
+        """x - b_dec."""
         return x.to(self.W_dec.dtype) - self.b_dec
 
     @torch.no_grad()
     def change_units(self, s: float) -> None:
-        """Turns an SAE that works on s x into one that works on x, features then in the units of x.
+        """Turns an SAE that works on s x into one that works on x, with features in the units of x.
 
-        Exact for every family whose active set does not depend on the overall scale: the matrices stay, what
-        is measured in the units of x (biases, thresholds) is divided by s.
+        This is exact for every family whose active set does not depend on the overall scale: the matrices stay, and the
+        parameters in the units of x (biases, thresholds) are divided by s.
         """
-        self._elsewhere = ()
+        self._device_copy = ()
         for name in self.biases:
             getattr(self, name).div_(s)
 
@@ -150,45 +150,39 @@ class Sae(nn.Module, ABC):
         )
 
     def save(self, folder: Path | str) -> None:
-        """Writes ``cfg.json`` and ``sae_weights.safetensors``, which SAELens opens as they are."""
-        from rmscope.sae.formats import save_sae
-
-        save_sae(self, Path(folder))
+        """Writes ``cfg.json`` and ``sae_weights.safetensors``, which SAELens opens without conversion."""
+        weights = {name: p.data for name, p in self.named_parameters()}
+        write_sae(StoredSae(self.architecture, weights, self.site, self.metadata, self.cfg), Path(folder))
 
     @staticmethod
     def load(source: Path | str) -> Sae:
-        """Opens a folder or a file in any format that :mod:`rmscope.sae.formats` knows, from disk or, as
-        ``hub:owner/repo/path``, from the Hugging Face hub.
+        """Opens an SAE in any format of :mod:`rmscope.sae.formats`: a folder, a file, or ``hub:owner/repo/path``.
 
-        Raises:
-            InputError: nothing there, unknown format, shapes that contradict each other, or a pickle with
-                code.
+        Raises InputError: nothing there, an unknown format or family, contradicting shapes, or a pickle with code.
         """
-        from rmscope.sae.formats import load_sae
-
-        return load_sae(source)
+        stored = read_sae(source)
+        cls: type[Sae] = sae_class(stored.architecture)
+        m, d = stored.weights["W_dec"].shape
+        sae = cls(d, m, stored.site, stored.metadata, **stored.settings)
+        return sae.fill({name: w.float() for name, w in stored.weights.items()})
 
     def check_width(self, d_model: int, model: str) -> None:
-        """InputError where the SAE reads a stream of another width than the PM's."""
+        """Raises InputError where the SAE reads a stream of another width than that of the PM, ``model``."""
         if self.d != d_model:
             raise InputError(
                 f"This SAE reads a stream of width {self.d}, but {model} has d_model {d_model}; it was trained on another "
                 f"model ({self.metadata.get('model_name') or 'which it does not name'})."
             )
 
-    def fill(self: Self, weights: dict[str, Tensor]) -> Self:
-        """Sets all parameters, float32.
-
-        Raises:
-            InputError: one is missing, unknown or of another shape.
-        """
+    def fill(self, weights: dict[str, Tensor]) -> Self:
+        """Sets all parameters, float32. Raises InputError where one is missing, unknown or of another shape."""
         expected = {name: list(p.shape) for name, p in self.named_parameters()}
         given = {name: list(p.shape) for name, p in weights.items()}
         if expected != given:
             wrong = sorted(name for name in expected | given if expected.get(name) != given.get(name))
             told = "; ".join(f"{name}: {given.get(name)}, expected {expected.get(name)}" for name in wrong)
             raise InputError(f"The weights do not fit a {self.architecture} SAE ({told}).")
-        self._elsewhere = ()
+        self._device_copy = ()
         for name, p in self.named_parameters():
             p.data.copy_(weights[name])
         return self

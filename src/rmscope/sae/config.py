@@ -1,46 +1,50 @@
-"""Settings of SAE training; the sentence under a field is its help text."""
+"""Settings of SAE training. The docstring of a field is its help text."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
+
+from rmscope.settings import Settings
 
 WIDEST, WIDEST_K = 8, 32
-"""Where neither is said: at most so many times d_model features, of which so many fire on a token."""
+"""The default dictionary has at most ``WIDEST`` times d_model features, of which ``WIDEST_K`` fire on a token."""
 NARROWEST, LEAST_K = 1, 4
-"""At least so many times d_model, and k."""
-TOKENS_A_FEATURE = 200
+"""The default dictionary has at least ``NARROWEST`` times d_model features, and k is at least ``LEAST_K``."""
+TOKENS_PER_FEATURE = 200
 
 
-class SaeConfig(BaseModel):
+class SaeConfig(Settings):
     """How the SAEs of a run are trained. Unknown keys are refused."""
+
+    title = "SAE training"
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     architecture: str = "topk"
     """Family: topk, batchtopk, matryoshka, jumprelu, gated or standard."""
     d_sae: int | None = Field(None, gt=0)
-    """Features; left out, one for every 200 tokens of the store, but 1 to 8 times d_model."""
+    """Features. Default: one per 200 tokens of the store, between 1 and 8 times d_model."""
     k: int | None = Field(None, gt=0)
-    """Features that fire on a token (topk), or on average (batchtopk, matryoshka); left out, 32 at d_sae = 8 d_model, and
-    in proportion, at least 4."""
+    """Features that fire on a token (topk), or on average (batchtopk, matryoshka). Default: 32 at d_sae = 8 d_model, smaller
+    dictionaries in proportion, at least 4."""
     l1: float = Field(2.0, ge=0)
-    """Weight of the L1 penalty on gates (gated) or features (standard), beside a summed squared error."""
+    """Weight of the L1 penalty on gates (gated) or features (standard), relative to the summed squared error."""
     l0: float = Field(1.0, ge=0)
-    """Weight of each feature that fires, beside a summed squared error (jumprelu)."""
+    """Penalty per feature that fires, relative to the summed squared error (jumprelu)."""
     bandwidth: float = Field(0.3, gt=0)
     """Width of the window around a threshold in which features move it, in units of training (jumprelu)."""
     prefixes: tuple[int, ...] | None = Field(None, min_length=1)
-    """Sizes of the nested dictionaries (matryoshka); left out, 1/32, 3/32, 7/32, 15/32 and all of d_sae."""
+    """Sizes of the nested dictionaries (matryoshka). Default: 1/32, 3/32, 7/32, 15/32 and all of d_sae."""
     lr: float | None = Field(None, gt=0)
-    """Adam's learning rate; left out, 4e-4 sqrt(16384 / d_sae), the scaling of Gao et al. 2024."""
+    """Adam's learning rate. Default: 4e-4 sqrt(16384 / d_sae), the scaling of Gao et al. 2024."""
     batch_size: int = Field(2048, gt=0)
-    """Tokens a step."""
+    """Tokens per step."""
     tokens: int | None = Field(None, gt=0)
-    """Training tokens; left out, 2 million, but at least one and at most 20 epochs of the store."""
+    """Training tokens. Default: 2 million, but at least 1 and at most 20 epochs of the store."""
     epochs: int | None = Field(None, gt=0)
-    """Readings of the store, instead of ``tokens``."""
+    """Passes over the store, instead of ``tokens``."""
     warmup: float = Field(0.05, ge=0, le=1)
     """Share of the steps over which the learning rate and the sparsity penalty rise from zero."""
     decay: float = Field(0.2, ge=0, le=1)
@@ -48,43 +52,44 @@ class SaeConfig(BaseModel):
     auxk_alpha: float = Field(1 / 32, ge=0)
     """Weight of the loss by which dead features model the error (topk, batchtopk, matryoshka)."""
     auxk: int | None = Field(None, gt=0)
-    """Dead features that model the error of a token (same families); left out, d_model / 2."""
+    """Dead features that model the error of a token (same families). Default: d_model / 2."""
     preact_alpha: float = Field(3e-6, ge=0)
     """Weight of the loss that pulls dead features up to their thresholds (jumprelu)."""
     dead_after_tokens: int = Field(200_000, gt=0)
-    """A feature that was silent on so many training tokens in a row counts as dead, and is revived."""
+    """A feature that was silent on this many training tokens in a row counts as dead and is revived."""
     seed: int = Field(0, ge=0)
-    """Fixes the first weights and the order of the tokens."""
+    """Fixes the initial weights and the order of the tokens."""
     scale: Literal["mean_norm", "none"] = "mean_norm"
-    """Units of training: mean norm sqrt(d_model), folded back into the weights; or the stream's own."""
+    """Units of training: scaled to mean norm sqrt(d_model), which is folded back into the weights; or the stream's own."""
     amp: bool = True
-    """Choose what fires by bfloat16 products where the hardware has them; values stay float32."""
+    """Decide which features fire by bfloat16 products where the hardware has fast ones; values stay float32."""
     checkpoint_steps: int = Field(500, gt=0)
     """Steps between two checkpoints."""
 
     def features(self, d: int, tokens: int) -> int:
-        """d_sae for a stream of width d and a store of so many tokens.
+        """d_sae for a stream of width d and a store of ``tokens`` tokens.
 
-        A dictionary that is large for its text gives every wording features of its own: what one direction of the stream
-        does to the reward is then split over dozens of them, and none is found.
+        A dictionary that is too large for its text gives every wording its own features. The effect of one direction of the
+        stream is then split over dozens of features, and none of them is detected.
         """
-        return self.d_sae or min(WIDEST * d, max(NARROWEST * d, tokens // TOKENS_A_FEATURE))
+        return self.d_sae or min(WIDEST * d, max(NARROWEST * d, tokens // TOKENS_PER_FEATURE))
 
-    def firing(self, m: int, d: int) -> int:
+    def k_for(self, m: int, d: int) -> int:
         """k for m features on a stream of width d."""
         return self.k or max(LEAST_K, round(WIDEST_K * m / (WIDEST * d)))
 
     def rate(self, m: int) -> float:
+        """The learning rate for m features."""
         return self.lr or 4e-4 * (16384 / m) ** 0.5
 
     def budget(self, n: int) -> int:
-        """Training tokens from a store that offers n."""
+        """Training tokens for a store of n tokens."""
         if self.epochs is not None:
             return self.epochs * n
         return self.tokens or min(max(2_000_000, n), 20 * n)
 
     def schedule(self, step: int, steps: int) -> tuple[float, float]:
-        """(share of the full learning rate, share of the full penalty) at a step counted from 0."""
+        """(share of the full learning rate, share of the full penalty) at a step, counted from 0."""
         rising = min(1.0, (step + 1) / max(1.0, self.warmup * steps))
         falling = min(1.0, (steps - step) / max(1.0, self.decay * steps))
         return rising * falling, rising

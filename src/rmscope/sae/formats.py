@@ -1,8 +1,7 @@
-"""SAEs as others store them: SAELens (which is also how ours are saved), dictionary_learning, sparsify.
+"""Files of SAEs: SAELens (the format of our own SAEs too), dictionary_learning, sparsify.
 
-Conventions differ in where b_dec is subtracted and in whose norm features are counted; both are folded into
-the weights on load, exactly, so that every loaded SAE encodes x - b_dec in the features' own units. Nothing
-is ever unpickled.
+Conventions differ in where b_dec is subtracted and in the norm of the decoder rows. Reading folds both into the weights,
+exactly, so that every SAE encodes x - b_dec in the features' own units. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,30 @@ from torch import Tensor
 
 from rmscope.errors import InputError
 from rmscope.io import atomic, write_json
-from rmscope.sae.base import Sae
-from rmscope.sae.registry import sae_class
 
 SAELENS_VERSION = "6.54.12"
-"""The release whose layout is written; from 6 on, SAELens reads all settings from cfg.json and its metadata.
-"""
+"""The release whose layout is written. From 6 on, SAELens reads all settings from cfg.json and its metadata."""
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 FILES = (CFG, WEIGHTS, "ae.pt", "config.json", "sae.safetensors")
-"""What the folders of the three tools hold; the name of one of these stands for its folder."""
+"""Files in the folders of the three tools. The name of one of them may be given in place of its folder."""
 HUB = "hub:"
 Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSae:
+    """An SAE as it is read from, or written to, a file."""
+
+    architecture: str
+    """The name of its family."""
+    weights: Weights
+    """W_enc [d, m], W_dec [m, d], b_dec [d], all others [m]; for an SAE that encodes x - b_dec."""
+    site: str
+    """Such as ``resid_post.6``; empty where the file does not name it."""
+    metadata: dict[str, Any]
+    """Whatever came with the file."""
+    settings: dict[str, Any]
+    """The family's own settings, such as k."""
 
 
 def hook_name(site: str) -> str:
@@ -40,44 +53,44 @@ def hook_name(site: str) -> str:
 
 
 def site_of(hook: str | None) -> str:
-    """The inverse (``resid_pre.L`` is ``resid_post.L-1``); a hook that is no site of ours keeps its name."""
+    """The inverse, with ``resid_pre.L`` as ``resid_post.L-1``. A hook that is not one of our sites keeps its name."""
     if hook == "hook_embed" or hook == "blocks.0.hook_resid_pre":
         return "embed"
     found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook or "")
     return f"resid_post.{int(found[1]) - (found[2] == 'pre')}" if found else hook or ""
 
 
-def save_sae(sae: Sae, folder: Path) -> None:
-    """cfg.json and sae_weights.safetensors; SAELens >= 6 opens the folder as it is."""
+def write_sae(stored: StoredSae, folder: Path) -> None:
+    """Writes cfg.json and sae_weights.safetensors in float32, as SAELens >= 6 reads them."""
+    m, d = stored.weights["W_dec"].shape
     cfg = {
-        "architecture": sae.architecture,
-        "d_in": sae.d,
-        "d_sae": sae.m,
+        "architecture": stored.architecture,
+        "d_in": d,
+        "d_sae": m,
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        **sae.cfg,
+        **stored.settings,
         "metadata": {
             "sae_lens_training_version": None,
-            **sae.metadata,
+            **stored.metadata,
             "sae_lens_version": SAELENS_VERSION,
-            "hook_name": hook_name(sae.site) if sae.site else None,
+            "hook_name": hook_name(stored.site) if stored.site else None,
         },
     }
-    weights = {name: p.detach().to("cpu", torch.float32).contiguous() for name, p in sae.named_parameters()}
+    weights = {name: w.detach().to("cpu", torch.float32).contiguous() for name, w in stored.weights.items()}
     with atomic(folder / WEIGHTS) as temporary:
         save_file(weights, temporary)
     write_json(folder / CFG, cfg)
 
 
-def load_sae(source: Path | str) -> Sae:
-    """Opens a folder or file by what lies in it; ``hub:owner/repo/path`` is fetched from the Hugging Face hub first.
+def read_sae(source: Path | str) -> StoredSae:
+    """Reads a folder or file in any known format; ``hub:owner/repo/path`` is fetched from the Hugging Face hub first.
 
-    Raises:
-        InputError: nothing there, a format not known, an unsupported convention, contradicting shapes, or a
-            pickle that holds more than tensors.
+    Raises InputError: nothing there, an unknown format, an unsupported convention, contradicting shapes, or a pickle that
+    holds more than tensors.
     """
     source = _from_hub(source) if isinstance(source, str) and source.startswith(HUB) else Path(source).expanduser()
     if source.name in FILES and not source.is_dir():
@@ -88,8 +101,8 @@ def load_sae(source: Path | str) -> Sae:
         return _from_sparsify(_json(source / CFG), _tensors(source / "sae.safetensors"), source.name)
     if (source / "ae.pt").exists():
         config = source / "config.json"
-        told = _json(config).get("trainer", {}) if config.exists() else {}
-        return _from_dictionary_learning(_tensors(source / "ae.pt"), told)
+        trainer = _json(config).get("trainer", {}) if config.exists() else {}
+        return _from_dictionary_learning(_tensors(source / "ae.pt"), trainer)
     if source.is_file():
         return _from_dictionary_learning(_tensors(source), {})
     raise InputError(
@@ -99,11 +112,10 @@ def load_sae(source: Path | str) -> Sae:
 
 
 def sae_source(saes: Path | str, site: str) -> str:
-    """Where the SAE of a site lies: what ``saes`` names with {site} and {L}, the block's number, filled in; without either
-    a folder (or hub:owner/repo) with one subfolder a site.
+    """The source of a site's SAE: ``saes`` with {site} and {L}, the block's number, filled in.
 
-    Raises:
-        InputError: another name stands in braces, or {L} is to name a site that is no block's.
+    Without either, ``saes`` is a folder (or hub:owner/repo) with one subfolder per site. Raises InputError where there is
+    another name in braces, or {L} is used for ``embed``, which has no block.
     """
     pattern, layer = str(saes), site.partition(".")[2]
     names = set(re.findall(r"\{([^}]*)\}", pattern))
@@ -117,7 +129,7 @@ def sae_source(saes: Path | str, site: str) -> str:
 
 
 def _from_hub(source: str) -> Path:
-    """``hub:owner/repo/path``, the path a folder, a file, or nothing; of a folder, only what an SAE is made of."""
+    """Fetches ``hub:owner/repo/path``, where the path is a folder, a file, or empty. Of a folder, only an SAE's files."""
     from huggingface_hub import snapshot_download
 
     owner, _, rest = source[len(HUB) :].strip("/").partition("/")
@@ -129,7 +141,7 @@ def _from_hub(source: str) -> Path:
     wanted = [f"{path}/{name}" if path else name for name in FILES]
     try:
         root = snapshot_download(f"{owner}/{repo}", allow_patterns=[*wanted, *([path] if path else [])])
-    except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
+    except (OSError, ValueError) as error:  # the hub's own errors are subclasses of these
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{source} could not be fetched from the Hugging Face hub ({reason}); check the name and the network, or "
@@ -138,7 +150,7 @@ def _from_hub(source: str) -> Path:
     return Path(root) / path
 
 
-def _from_saelens(cfg: dict[str, Any], weights: Weights) -> Sae:
+def _from_saelens(cfg: dict[str, Any], weights: Weights) -> StoredSae:
     metadata = cfg.get("metadata") or {
         key: cfg[key] for key in ("hook_name", "model_name", "dataset_path", "context_size") if key in cfg
     }
@@ -160,27 +172,25 @@ def _from_saelens(cfg: dict[str, Any], weights: Weights) -> Sae:
         _unsubtract(weights)
     if cfg.get("rescale_acts_by_decoder_norm"):
         _unit_decoder(weights)
-    settings = {}
-    if architecture == "topk":
-        settings["k"] = cfg["k"] if "k" in cfg else (cfg.get("activation_fn_kwargs") or {}).get("k")
-    return _build(architecture, weights, site_of(metadata.get("hook_name")), metadata, settings)
+    k = cfg["k"] if "k" in cfg else (cfg.get("activation_fn_kwargs") or {}).get("k")
+    return StoredSae(architecture, weights, site_of(metadata.get("hook_name")), metadata, _settings(architecture, k))
 
 
-def _from_sparsify(cfg: dict[str, Any], weights: Weights, name: str) -> Sae:
+def _from_sparsify(cfg: dict[str, Any], weights: Weights, name: str) -> StoredSae:
     if cfg.get("transcode") or cfg.get("skip_connection") or cfg.get("activation", "topk") != "topk":
-        raise InputError("Of the sparsify formats, plain TopK SAEs are supported; this one is another.")
+        raise InputError("Of the sparsify formats, plain TopK SAEs are supported; this is another kind.")
     renamed = _rename(weights, {"encoder.weight": "W_enc", "encoder.bias": "b_enc"})
     if "W_enc" in renamed:
         renamed["W_enc"] = renamed["W_enc"].t()
     layer = re.search(r"layers\.(\d+)$", name)
     site = f"resid_post.{layer[1]}" if layer else ""
     _check_shapes(renamed)
-    return _build("topk", renamed, site, {"sparsify": cfg}, {"k": cfg.get("k")})
+    return StoredSae("topk", renamed, site, {"sparsify": cfg}, _settings("topk", cfg.get("k")))
 
 
-def _from_dictionary_learning(weights: Weights, trainer: dict[str, Any]) -> Sae:
-    """``ae.pt`` of dictionary_learning, or a bare state dict: the keys tell the family."""
-    kind, settings = str(trainer.get("dict_class", "")), dict[str, Any]()
+def _from_dictionary_learning(weights: Weights, trainer: dict[str, Any]) -> StoredSae:
+    """``ae.pt`` of dictionary_learning, or a bare state dict. The keys identify the family."""
+    kind, k = str(trainer.get("dict_class", "")), None
     linear, subtracted = "encoder.weight" in weights, "decoder.bias" not in weights
     if "r_mag" in weights:
         architecture = "gated"
@@ -194,7 +204,7 @@ def _from_dictionary_learning(weights: Weights, trainer: dict[str, Any]) -> Sae:
             architecture = "jumprelu"
             weights["threshold"] = threshold.float().expand(len(weights["encoder.weight"])).clone()
         else:
-            architecture, settings = "topk", {"k": None if k is None else int(k)}
+            architecture, k = "topk", None if k is None else int(k)
     elif linear:
         architecture = "standard"
         names = {"encoder.bias": "b_enc", "bias": "b_dec", "decoder.bias": "b_dec"}
@@ -210,22 +220,22 @@ def _from_dictionary_learning(weights: Weights, trainer: dict[str, Any]) -> Sae:
         _unit_decoder(weights)
     layer, hook = trainer.get("layer"), str(trainer.get("submodule_name", ""))
     site = f"resid_post.{layer}" if isinstance(layer, int) and "resid" in hook else ""
-    return _build(architecture, weights, site, {"model_name": trainer.get("lm_name")}, settings)
+    return StoredSae(architecture, weights, site, {"model_name": trainer.get("lm_name")}, _settings(architecture, k))
 
 
-def _build(architecture: str, weights: Weights, site: str, metadata: dict[str, Any], settings: dict[str, Any]) -> Sae:
-    cls = sae_class(architecture)
-    if architecture == "topk" and not isinstance(settings.get("k"), int):
-        raise InputError("This TopK SAE does not say its k; add it to its config.")
-    m, d = weights["W_dec"].shape
-    return cls(d, m, site, metadata, **settings).fill({name: w.float() for name, w in weights.items()})
+def _settings(architecture: str, k: Any) -> dict[str, Any]:
+    if architecture != "topk":
+        return {}
+    if not isinstance(k, int):
+        raise InputError("This TopK SAE does not name its k; add it to its config.")
+    return {"k": k}
 
 
 def _check_shapes(weights: Weights) -> None:
-    """Before anything is folded: W_enc [d, m], W_dec [m, d], b_dec [d], all else [m]."""
+    """Checks, before anything is folded: W_enc [d, m], W_dec [m, d], b_dec [d], all others [m]."""
     missing = {"W_enc", "W_dec", "b_dec"} - weights.keys()
     if missing or weights["W_dec"].ndim != 2:
-        raise InputError(f"These SAE weights hold no {', '.join(sorted(missing)) or 'decoder matrix'}.")
+        raise InputError(f"These SAE weights contain no {', '.join(sorted(missing)) or 'decoder matrix'}.")
     m, d = weights["W_dec"].shape
     for name, w in weights.items():
         expected = {"W_enc": (d, m), "W_dec": (m, d), "b_dec": (d,)}.get(name, (m,))
@@ -234,7 +244,7 @@ def _check_shapes(weights: Weights) -> None:
 
 
 def _unsubtract(weights: Weights) -> None:
-    """Encoders of x itself: x W + b = (x - b_dec) W + (b + b_dec W)."""
+    """Folds an encoder of x itself into one of x - b_dec: x W + b = (x - b_dec) W + (b + b_dec W)."""
     shift = weights["b_dec"].double() @ weights["W_enc"].double()
     for name in ("b_enc", "b_gate"):
         if name in weights:
@@ -244,10 +254,10 @@ def _unsubtract(weights: Weights) -> None:
 
 
 def _unit_decoder(weights: Weights) -> None:
-    """Counts features in units of the reconstruction, f_j |d_j|, and makes d_j unit: nothing else changes."""
+    """Makes the decoder rows d_j unit and measures features as f_j |d_j|; the reconstruction stays the same."""
     norms = weights["W_dec"].norm(dim=1)
     weights["W_dec"] = weights["W_dec"] / norms[:, None]
-    if "r_mag" in weights:  # only the magnitude is stretched; the gate's sign is its own
+    if "r_mag" in weights:  # only the magnitude is scaled: of the gate, only the sign counts
         weights["r_mag"] = weights["r_mag"] + norms.log()
         weights["b_mag"] = weights["b_mag"] * norms
         return
@@ -276,10 +286,10 @@ def _tensors(path: Path) -> Weights:
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} is a pickle that holds more than tensors and could run code, so it is not opened; "
-            "save its state_dict alone."
+            "save only its state_dict."
         ) from error
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise InputError(f"{path} cannot be read as weights; it may be cut short or of another kind.") from error
     if not isinstance(loaded, dict) or not all(isinstance(w, Tensor) for w in loaded.values()):
-        raise InputError(f"{path} is not a dictionary of tensors; save the state_dict alone.")
+        raise InputError(f"{path} is not a dictionary of tensors; save only the state_dict.")
     return dict(loaded)

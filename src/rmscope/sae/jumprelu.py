@@ -3,21 +3,20 @@
     h = (x - b_dec) W_enc + b_enc           f = h H(h - θ)                         (section 3)
     x^ = f W_dec + b_dec                    L = E|x - x^|² + λ E Σ_j H(h_j - θ_j)
 
-H is the step function, θ a threshold a feature, learned. The loss jumps in θ, so its gradient is estimated
-straight through, with a rectangle of width ε for a kernel, K = 1 where |h - θ| < ε / 2:
+H is the step function, θ the learned threshold of each feature. The loss is discontinuous in θ, so its gradient is a
+straight-through estimate with a rectangular kernel of width ε, K = 1 where |h - θ| < ε / 2:
 
     ∂f/∂θ := -(θ / ε) K                     ∂H(h - θ)/∂θ := -(1 / ε) K             (equations 11 and 12)
 
-and nothing of the jump flows into h: ∂f/∂h = H(h - θ), ∂H/∂h = 0. The kernel is laid on the pre-activations
-h themselves. Everything lives where h > θ - ε / 2, so the step is sparse. θ is kept >= 0.
+The jump contributes nothing to the gradient of h: ∂f/∂h = H(h - θ), ∂H/∂h = 0. The kernel applies to the pre-activations h.
+All terms vanish unless h > θ - ε / 2, so the step is sparse. θ is kept >= 0.
 
-Three things differ from the paper, which trains on 8 10⁹ tokens from θ = ε = .001 sqrt(d) in our units.
-Thresholds start where each feature fires on a given share of tokens (see ``START_OPEN``), because Adam moves
-them by about the learning rate a step and would not arrive from 0 in some thousand steps; θ is learned, not
-its logarithm; and the kernel is wider (d 576, m 2,304, 300,000 tokens: FVU .1122 at L0 23.5 with the paper's
-.024, .1112 at 24.2 with .5; on a small planted dictionary .0986 at 2.7 against .0494 at 3.1). The paper
-revives nothing. Here features that died get the pre-activation loss of Anthropic's January 2025 update,
-λ_P E Σ relu(θ - h) |d_j|, summed over the dead.
+Four things differ from the paper, which trains on 8 10⁹ tokens from θ = ε = .001 sqrt(d) in our units. (1) Thresholds start
+where each feature fires on a given share of tokens (``START_OPEN``), because Adam moves them by about the learning rate per
+step and would not get there from 0 in a few thousand steps. (2) θ is learned, not its logarithm. (3) The kernel is wider
+(d 576, m 2,304, 300,000 tokens: FVU .1122 at L0 23.5 with the paper's .024, .1112 at 24.2 with .5; on a small planted
+dictionary .0986 at 2.7, against .0494 at 3.1). (4) Dead features, which the paper does not revive, get the pre-activation
+loss of Anthropic's January 2025 update, λ_P E Σ relu(θ - h) |d_j|.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from torch import Tensor
 
 from rmscope.sae.base import Sae
 from rmscope.sae.config import SaeConfig
-from rmscope.sae.kernels import exceeded, open_pattern
-from rmscope.sae.registry import family, trains
+from rmscope.sae.kernels import open_pattern, upper_quantiles
+from rmscope.sae.registry import register_sae, register_training
 from rmscope.sae.training import START_OPEN, Step, Training
 
 
-@family
+@register_sae
 class JumpReluSae(Sae):
-    """BatchTopK and Matryoshka SAEs at inference are of this kind too, with one threshold for all."""
+    """Trained BatchTopK and Matryoshka SAEs are of this kind too, with one threshold for all features."""
 
     architecture = "jumprelu"
     biases = ("b_enc", "b_dec", "threshold")
@@ -47,11 +46,11 @@ class JumpReluSae(Sae):
         return ("b_enc", "threshold")
 
     def encode(self, x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens m"]:
-        h = self.centred(x) @ self.W_enc + self.b_enc
+        h = self.centre(x) @ self.W_enc + self.b_enc
         return h.relu() * (h > self.threshold)
 
 
-@trains("jumprelu")
+@register_training("jumprelu")
 class JumpReluTraining(Training):
     sae: JumpReluSae
 
@@ -61,7 +60,7 @@ class JumpReluTraining(Training):
 
     def begin(self, x: Float[Tensor, "sample d"]) -> None:
         sae = self.sae
-        sae.threshold.copy_(exceeded(x - sae.b_dec, sae.W_enc.data.t(), START_OPEN) + sae.b_enc)
+        sae.threshold.copy_(upper_quantiles(x - sae.b_dec, sae.W_enc.data.t(), START_OPEN) + sae.b_enc)
         self.density = START_OPEN
 
     def step(self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
@@ -96,7 +95,7 @@ class JumpReluTraining(Training):
         self.sae.threshold.clamp_(min=0)
 
     def _preact(self, xc: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None) -> dict[str, float]:
-        """Adds the gradients of the pre-activation loss of the dead; that loss by its name."""
+        """Adds the gradients of the pre-activation loss of dead features. Returns that loss by name, if there is one."""
         if dead is None or not self.config.preact_alpha or not bool(dead.any()):
             return {}
         sae, grad, which = self.sae, self.gradients, dead.nonzero().squeeze(1)

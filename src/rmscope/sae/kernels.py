@@ -1,13 +1,12 @@
-"""Products that touch only the features that fire, written once for dense and sparse patterns.
+"""Products over only the features that fire, with one interface for dense and sparse patterns.
 
-A training step needs five products between codes (one value a (token, feature) entry) and matrices. On
-entries that are few, these are gathers and sparse products; where many fire, plain matrix products are
-faster. A pattern says which entries exist and computes all five, so that a family's loss reads as in its
-paper, whichever way it is computed.
+A training step needs five products between codes (one value per (token, feature) entry) and matrices. With few entries
+these are gathers and sparse products; with many, plain matrix products are faster. A pattern knows which entries exist and
+computes all five products, so a family's loss reads as in its paper, whichever way it is computed.
 
-Timed on one core (AVX512-BF16), 2,048 tokens, d 576, m 4,608, k 32, in ms: encoder product float32 124,
-bfloat16 25; ``<g_t, d_j>`` at the entries 4.5 (gathering rows and ``bmm``: 113); decode 1.7; a weight
-gradient into a kept buffer 2.8, of which a fresh allocation would triple the cost at m 16,384 (dense: 125).
+Times on one core (AVX512-BF16) for 2,048 tokens, d 576, m 4,608, k 32, in ms: encoder product 124 in float32, 25 in
+bfloat16; ``<g_t, d_j>`` at the entries 4.5 (by gathering rows and ``bmm``: 113); decode 1.7; a weight gradient into a
+reused buffer 2.8 (dense: 125). At m 16,384 a new allocation would triple the last one.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SPARSE_BELOW = 1 / 8
-"""Density of the entries below which gathers beat matrix products (measured: 69 ns an entry against 13.5)."""
+"""Density of the entries below which gathers are faster than matrix products (69 ns per entry against 13.5)."""
 TILE = {"cpu": (1 << 22, 1 << 14), "cuda": (1 << 27, 1 << 17)}
-"""Entries, and features at most, of the [tokens, features] tiles in which pre-activations are made and read. On a CPU a
-tile stays in the cache until its largest entries are taken, and its memory is handed out again without page faults."""
+"""The largest number of entries, and of features, in a [tokens, features] tile of pre-activations. On a CPU a tile stays in
+the cache until its largest entries are taken, and its memory is reused without page faults."""
 ROWS = 512
-"""Tokens of a tile at least: a product of 256 x 576 by 576 x 16,384 runs at 280 GFLOP/s on two cores, one of 512 at 320."""
+"""The smallest number of tokens in a tile: with 576 by 16,384, 256 tokens run at 280 GFLOP/s on two cores, 512 at 320."""
 
 
 class Pattern(Protocol):
-    """The (token, feature) entries of a batch; ``codes`` hold a value an entry, in the pattern's layout."""
+    """The (token, feature) entries of a batch. ``codes`` hold one value per entry, in the pattern's layout."""
 
     def at(self, vector: Float[Tensor, " m"]) -> Tensor:
         """A per-feature vector, read at the entries."""
@@ -87,7 +86,7 @@ class Sparse:
 
     @classmethod
     def of_top(cls, feature: Int[Tensor, "n k"], m: int) -> Sparse:
-        """k entries a token."""
+        """A pattern with k entries per token."""
         n, k = feature.shape
         return cls(torch.full((n,), k, device=feature.device), feature.reshape(-1), m)
 
@@ -126,9 +125,10 @@ def products_at(
 def tiles(
     x: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], bias: Float[Tensor, " m"] | None, fast: bool
 ) -> Iterator[tuple[int, int, Float[Tensor, "tokens features"]]]:
-    """x rows^T (+ bias) as (first token, first feature, tile), features innermost; never whole for large m.
+    """x rows^T (+ bias) as (first token, first feature, tile), features innermost; for large m it is never held as a whole.
 
-    In bfloat16 where ``fast``, erring by about 2^-8 of the product's typical size. A tile holds until the next is taken.
+    With ``fast`` the products are in bfloat16, with an error of about 2^-8 of their typical size. Each tile overwrites the
+    one before.
     """
     entries, features = TILE.get(x.device.type, TILE["cuda"])
     width = min(len(rows), features)
@@ -148,16 +148,12 @@ def tiles(
 
 
 def top_entries(
-    x: Float[Tensor, "n d"],
-    rows: Float[Tensor, "m d"],
-    bias: Float[Tensor, " m"],
-    k: int,
-    fast: bool = False,
+    x: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], bias: Float[Tensor, " m"], k: int, fast: bool = False
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """The k largest of <x_t, rows_j> + bias_j a token, as (values, features), in no particular order.
+    """The k largest of <x_t, rows_j> + bias_j per token, as (values, features), in no particular order.
 
-    A running top k over the tiles of features. Where ``fast``, a few more than k candidates are chosen in bfloat16 and
-    decided by their float32 values.
+    This is a running top k over the tiles of features. With ``fast``, a few more than k candidates are chosen in bfloat16,
+    and their float32 values decide.
     """
     wanted = min(len(rows), k + max(8, k // 4)) if fast else k
     found: list[tuple[Tensor, Tensor]] = []
@@ -191,9 +187,9 @@ def batch_top_entries(
 ) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"], Float[Tensor, " nnz"]]:
     """The ``count`` largest positive <x_t, rows_j> + bias_j of the whole batch: (token, feature, value).
 
-    By token, then feature; fewer where fewer are positive. ``guess`` is a value that the smallest of them
-    probably exceeds: entries below it are never looked at, unless too few lie above (then half of it is
-    tried). The result does not depend on it, and neither [n, m] floats nor a sort of them is ever needed.
+    They are sorted by token, then feature; there are fewer if fewer are positive. ``guess`` is a value that the smallest of
+    them probably exceeds. Entries below it are ignored, unless too few are above it; then half of it is tried. The result
+    does not depend on the guess, and [n, m] floats are never held or sorted.
     """
     for least in (guess, guess / 2, guess / 4, guess / 8, 0.0):
         found = zip(*open_entries(x, rows, bias - least, fast), strict=True)
@@ -208,23 +204,19 @@ def batch_top_entries(
     return token[kept], feature[kept], value[kept]
 
 
-def exceeded(x: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], share: float) -> Float[Tensor, " m"]:
-    """For every feature, the value that <x_t, rows_j> exceeds on that share of the tokens (or on one)."""
+def upper_quantiles(x: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], share: float) -> Float[Tensor, " m"]:
+    """For every feature, the value that <x_t, rows_j> exceeds on ``share`` of the tokens, at least on one token."""
     above = min(len(x) - 1, max(1, round(share * len(x))))
     step = max(1, TILE["cpu"][0] // len(x))
     return torch.cat([(part @ x.t()).topk(above + 1, dim=1).values[:, -1] for part in rows.split(step)])
 
 
 def open_pattern(
-    x: Float[Tensor, "n d"],
-    rows: Float[Tensor, "m d"],
-    bias: Float[Tensor, " m"],
-    density: float,
-    fast: bool = False,
+    x: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], bias: Float[Tensor, " m"], density: float, fast: bool = False
 ) -> tuple[Pattern, Tensor]:
-    """A pattern that holds all entries with <x_t, rows_j> + bias_j > 0, and perhaps more; and <x_t, rows_j> at them.
+    """A pattern with all entries where <x_t, rows_j> + bias_j > 0, and perhaps more, and <x_t, rows_j> at them.
 
-    Sparse once the last batch was (its ``density``) and while this one is.
+    It is sparse if the last batch was sparse (its ``density``) and this one is too.
     """
     found, most = [], SPARSE_BELOW * len(x) * len(rows)
     if density < SPARSE_BELOW:
@@ -242,14 +234,14 @@ def open_pattern(
 def open_entries(
     x: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], bias: Float[Tensor, " m"], fast: bool = False
 ) -> Iterator[tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"], Float[Tensor, " nnz"]]]:
-    """Where <x_t, rows_j> + bias_j > 0, as (token, feature, product) by token, then feature, a stretch of tokens at a time.
+    """The entries where <x_t, rows_j> + bias_j > 0, as (token, feature, product), for one stretch of tokens at a time.
 
-    Where ``fast``, a little more than that, to be decided by the products, which are float32: a bfloat16 product errs by
-    about 2^-8 of |x_t| |rows_j| / sqrt(d); the margin is 4 times that.
+    They are sorted by token, then feature. With ``fast`` there are a few more entries, which the float32 products can tell
+    apart: a bfloat16 product has an error of about 2^-8 of |x_t| |rows_j| / sqrt(d), and the margin is 4 times that.
     """
     if fast:
         bias = bias + rows.norm(dim=1) * (2**-6 / x.shape[1] ** 0.5 * float(x.norm(dim=1).mean()))
-    least = -bias  # compared with, not added: adding means to write it over every tile first
+    least = -bias  # a comparison is cheaper than adding the bias, which would first be written over every tile
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for first, start, h in tiles(x, rows, None, fast):
         token, column = places(h > least[start : start + h.shape[1]])
@@ -264,14 +256,14 @@ def open_entries(
 
 
 def _by_token(found: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Entries of several tiles of the same tokens, one after the other, in the order of the tokens."""
+    """Joins the entries of several tiles of the same tokens, in the order of the tokens."""
     token, feature, product = (torch.cat(column) for column in zip(*found, strict=True))
     token, order = token.sort(stable=True)
     return token, feature[order], product[order]
 
 
 def places(mask: Bool[Tensor, "n m"]) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"]]:
-    """``nonzero``, as (row, column): where few are set, eight are passed over at a time."""
+    """``nonzero`` as (row, column). It skips eight entries at a time, which is fast where few are set."""
     if mask.shape[1] % 8 or not mask.is_contiguous():
         row, column = mask.nonzero().unbind(1)
         return row, column
@@ -281,9 +273,9 @@ def places(mask: Bool[Tensor, "n m"]) -> tuple[Int[Tensor, " nnz"], Int[Tensor, 
 
 
 def top_k(h: Float[Tensor, "n m"], k: int, block: int = 8) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """Exact ``topk``: an entry among the k largest lies in one of the k blocks with the largest maxima.
+    """Exact ``topk``: every entry among the k largest is in one of the k blocks with the largest maxima.
 
-    On CPU with wide rows this reads less and is 1.5 times faster at m 16,384; elsewhere it is ``torch.topk``.
+    On a CPU with wide rows this reads less and is 1.5 times faster at m 16,384. Elsewhere it is ``torch.topk``.
     """
     n, m = h.shape
     if h.is_cuda or m < 8192 or m % block or m // block < 4 * k:

@@ -3,13 +3,13 @@
     f as in BatchTopK, over all m features          x^_i = Σ_{j < m_i} f_j d_j + b_dec
     L = Σ_i E|x - x^_i|² + α E|e - e^|²
 
-The nested dictionaries of sizes m_1 < m_2 < ... = m share their features: each prefix has to reconstruct by
-itself, so the first features stay general and later ones refine. AuxK revives the dead by the error of the
-whole. Saved like BatchTopK, as ``jumprelu``.
+The nested dictionaries of sizes m_1 < m_2 < ... = m share their features. Each prefix must reconstruct by itself, so the
+first features stay general and later ones refine them. AuxK revives dead features with the error of the whole dictionary.
+Saved like BatchTopK, as ``jumprelu``.
 
-A feature of group g (m_{g-1} <= j < m_g) is part of x^_g, x^_{g+1}, ..., so its gradient goes through the sum
-of their errors. The step therefore runs on one pattern whose rows are (group, token): combined, it gives each
-group's share of the reconstruction; sums over groups, forth and back, do the nesting.
+A feature of group g (m_{g-1} <= j < m_g) is part of x^_g, x^_{g+1}, ..., so its gradient is that of the sum of their errors.
+The step therefore runs on one pattern whose rows are (group, token). Combined, it gives each group's share of the
+reconstruction. Cumulative sums over the groups nest the reconstructions; reversed, they nest the gradients.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rmscope.sae.base import Sae
 from rmscope.sae.batchtopk import BatchTopKTraining
 from rmscope.sae.config import SaeConfig
 from rmscope.sae.kernels import Sparse
-from rmscope.sae.registry import trains
+from rmscope.sae.registry import register_training
 from rmscope.sae.training import Step
 
 PAPER_SHARES = (1 / 32, 3 / 32, 7 / 32, 15 / 32)
@@ -34,11 +34,7 @@ PAPER_SHARES = (1 / 32, 3 / 32, 7 / 32, 15 / 32)
 
 
 def prefix_sizes(config: SaeConfig, m: int) -> tuple[int, ...]:
-    """m_1 < m_2 < ... = m.
-
-    Raises:
-        InputError: the settings' sizes do not rise, or go beyond m.
-    """
+    """The sizes m_1 < m_2 < ... = m of the nested dictionaries. Raises InputError where the given ones do not rise."""
     if config.prefixes is None:
         return tuple(sorted({max(1, round(share * m)) for share in PAPER_SHARES} | {m}))
     sizes = config.prefixes if config.prefixes[-1] == m else (*config.prefixes, m)
@@ -48,8 +44,10 @@ def prefix_sizes(config: SaeConfig, m: int) -> tuple[int, ...]:
     return sizes
 
 
-@trains("matryoshka")
+@register_training("matryoshka")
 class MatryoshkaTraining(BatchTopKTraining):
+    """BatchTopK with the loss summed over nested dictionaries."""
+
     @classmethod
     def start(cls, d: int, m: int, config: SaeConfig) -> Sae:
         prefix_sizes(config, m)

@@ -1,7 +1,7 @@
-"""How good an SAE is on activations, accumulated batch by batch in float64.
+"""The quality of an SAE on activations, accumulated batch by batch in float64.
 
-FVU here is centred per dimension and summed over dimensions: Σ|x - x^|² / Σ|x - mean x|². One global variance
-would be flattered by outlier dimensions.
+FVU is centred per dimension and summed over dimensions: Σ|x - x^|² / Σ|x - mean x|². With one global variance, outlier
+dimensions would make it look better than it is.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from rmscope.sae.base import Sae
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """``l0`` features a token, ``cosine`` of x and x^ (mean over tokens), ``norm_ratio`` E|x^| / E|x|,
-    ``dead`` the share of features that never fired, ``density`` [m] the share of tokens on which each fires.
-    """
+    """The quality of an SAE on some tokens."""
 
     tokens: int
     l0: float
+    """Features that fire per token."""
     fvu: float
     cosine: float
+    """Of x and x^, mean over tokens."""
     norm_ratio: float
+    """E|x^| / E|x|."""
     dead: float
+    """Share of the features that never fired."""
     density: Float[Tensor, " m"]
+    """Share of the tokens on which each feature fires."""
 
 
 def fvu(x: Float[Tensor, "tokens d"], x_hat: Float[Tensor, "tokens d"]) -> float:
@@ -39,11 +42,10 @@ def fvu(x: Float[Tensor, "tokens d"], x_hat: Float[Tensor, "tokens d"]) -> float
 
 
 @torch.no_grad()
-def measure(sae: Sae, batches: Iterable[Float[Tensor, "tokens d"]]) -> Metrics:
-    """All metrics over the batches (see ``ActivationStore.batches``).
+def measure_sae(sae: Sae, batches: Iterable[Float[Tensor, "tokens d"]]) -> Metrics:
+    """All metrics over some batches, such as those of ``ActivationStore.batches``.
 
-    Raises:
-        InputError: no tokens, or a width that is not the SAE's.
+    Raises InputError where there are no tokens, or the stream has another width than the SAE's.
     """
     n, squared, cosine, norm, norm_hat = 0, 0.0, 0.0, 0.0, 0.0
     fires = torch.zeros(sae.m, dtype=torch.int64)

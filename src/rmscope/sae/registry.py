@@ -1,61 +1,63 @@
-"""The families by name: how each is opened, and how it is trained where it can be."""
+"""The SAE families by name: the class of each, and how it is trained if it can be."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from rmscope.errors import InputError
-from rmscope.sae.base import Sae
-from rmscope.sae.training import Training
 
-FILES = ("topk", "batchtopk", "matryoshka", "jumprelu", "gated", "standard")
-"""The families' own modules, imported when one is first looked up."""
+MODULES = ("topk", "batchtopk", "matryoshka", "jumprelu", "gated", "standard")
+"""The families' own modules. They register themselves when they are imported, at the first look-up."""
 
-_SAES: dict[str, type[Sae]] = {}
-_TRAININGS: dict[str, type[Training]] = {}
-S = TypeVar("S", bound=type[Sae])
-T = TypeVar("T", bound=type[Training])
+_SAES: dict[str, Any] = {}
+_TRAININGS: dict[str, Any] = {}
 
 
-def family(cls: S) -> S:
-    """Class decorator: registers an SAE under its ``architecture``; a second of that name is refused."""
-    if cls.architecture in _SAES:
-        raise ValueError(f"There is already an SAE family {cls.architecture}.")
-    _SAES[cls.architecture] = cls
+class Family(Protocol):
+    """A class that names its architecture."""
+
+    architecture: ClassVar[str]
+
+
+S = TypeVar("S", bound=type[Family])
+T = TypeVar("T")
+
+
+def register_sae(cls: S) -> S:
+    """Class decorator: registers an SAE under its ``architecture``. Raises ValueError if the name is taken."""
+    return _add(_SAES, cls.architecture, cls, "an SAE family")
+
+
+def register_training(architecture: str) -> Callable[[T], T]:
+    """Class decorator: registers how a family is trained. Raises ValueError if the name is taken."""
+    return lambda cls: _add(_TRAININGS, architecture, cls, "a training for")
+
+
+def _add(table: dict[str, Any], architecture: str, cls: T, kind: str) -> T:
+    if architecture in table:
+        raise ValueError(f"There is already {kind} {architecture}.")
+    table[architecture] = cls
     return cls
 
 
-def trains(architecture: str) -> Callable[[T], T]:
-    """Class decorator: registers how a family is trained."""
-
-    def register(cls: T) -> T:
-        if architecture in _TRAININGS:
-            raise ValueError(f"There is already a training for {architecture}.")
-        _TRAININGS[architecture] = cls
-        return cls
-
-    return register
-
-
-def sae_class(architecture: str) -> type[Sae]:
-    """The family of that name, or an InputError that lists the known ones."""
-    _import_all()
-    if architecture not in _SAES:
+def sae_class(architecture: str) -> Any:
+    """The family's subclass of :class:`~rmscope.sae.base.Sae`. Raises InputError that lists the known families."""
+    if architecture not in _after_imports(_SAES):
         raise InputError(f"There is no SAE family {architecture}; known: {', '.join(sorted(_SAES))}.")
     return _SAES[architecture]
 
 
-def training_class(architecture: str) -> type[Training]:
-    """How that family is trained, or an InputError that lists those that can be."""
-    _import_all()
-    if architecture not in _TRAININGS:
+def training_class(architecture: str) -> Any:
+    """The family's subclass of :class:`~rmscope.sae.training.Training`. Raises InputError that lists the known ones."""
+    if architecture not in _after_imports(_TRAININGS):
         known = ", ".join(sorted(_TRAININGS))
         raise InputError(f"SAEs of the family {architecture} cannot be trained here; choose one of {known}.")
     return _TRAININGS[architecture]
 
 
-def _import_all() -> None:
-    for name in FILES:
+def _after_imports(table: dict[str, Any]) -> dict[str, Any]:
+    for name in MODULES:
         import_module(f"rmscope.sae.{name}")
+    return table

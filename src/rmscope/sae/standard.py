@@ -3,11 +3,10 @@
     f = relu((x - b_dec) W_enc + b_enc)     x^ = f W_dec + b_dec
     L = E|x - x^|² + λ E Σ_j f_j |d_j|
 
-The decoder's norms are free: the penalty counts f_j |d_j|, so that small features with long directions gain
-nothing. At the end the norms go into the encoder and the directions are unit, as the update reads its
-features. From the update too: W_dec and W_enc = W_dec^T start with norm .1, gradients are clipped to norm 1,
-the penalty warms up, and nothing is revived. b_dec is subtracted from the input and starts at the geometric
-median (Bricken et al. 2023), where the update has neither.
+The decoder's norms are free. The penalty is on f_j |d_j|, so small features with long directions gain nothing. At the end
+the norms are moved into the encoder and the directions become unit, as in the update. Also from the update: W_dec and
+W_enc = W_dec^T start with norm .1, gradients are clipped to norm 1, the penalty warms up, and nothing is revived. Unlike in
+the update, b_dec is subtracted from the input and starts at the geometric median (Bricken et al. 2023).
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from torch import Tensor
 from rmscope.sae.base import Sae
 from rmscope.sae.config import SaeConfig
 from rmscope.sae.kernels import open_pattern
-from rmscope.sae.registry import family, trains
+from rmscope.sae.registry import register_sae, register_training
 from rmscope.sae.training import Step, Training
 
 START_NORM = 0.1
-"""Norm of the first decoder rows; the update names .05 to 1 and uses this one mostly."""
+"""Norm of the initial decoder rows. The update gives .05 to 1, and mostly uses this value."""
 
 
-@family
+@register_sae
 class StandardSae(Sae):
     architecture = "standard"
     biases = ("b_enc", "b_dec")
@@ -37,10 +36,10 @@ class StandardSae(Sae):
         return ("b_enc",)
 
     def encode(self, x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens m"]:
-        return (self.centred(x) @ self.W_enc + self.b_enc).relu()
+        return (self.centre(x) @ self.W_enc + self.b_enc).relu()
 
 
-@trains("standard")
+@register_training("standard")
 class StandardTraining(Training):
     unit_decoder = False
     clip = 1.0
@@ -64,10 +63,7 @@ class StandardTraining(Training):
         f = (h + entries.at(sae.b_enc)).relu()
         residual = entries.combine(f, sae.W_dec) + sae.b_dec - x
         sums = entries.per_feature(f)
-        parts = {
-            "reconstruction": float(residual.square().sum()) / n,
-            "sparsity": weight * float((sums * norms).sum()),
-        }
+        parts = {"reconstruction": float(residual.square().sum()) / n, "sparsity": weight * float((sums * norms).sum())}
 
         dx = residual * (2 / n)
         dh = (entries.products(dx, sae.W_dec) + weight * entries.at(norms)) * (f > 0)

@@ -1,7 +1,7 @@
-"""One training of an SAE between two steps: what it holds, an Adam step, its figures, its checkpoints.
+"""The state of one SAE training between two steps, one Adam step, its figures and its checkpoints.
 
-All that is random (first weights, order, revival) follows from the seed and the step's number, so a killed training goes
-on from its last checkpoint to the same bytes (CPU, float32).
+Everything random (initial weights, order, revival) follows from the seed and the number of the step, so an interrupted
+training continues from its last checkpoint to the same bytes (on a CPU, in float32).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,20 +22,19 @@ from torch import Tensor
 from rmscope.errors import InputError
 from rmscope.io import atomic, write_table
 from rmscope.sae.base import Sae
-from rmscope.sae.config import SaeConfig
-from rmscope.sae.formats import CFG, load_sae
+from rmscope.sae.formats import CFG
 from rmscope.sae.training import Step, Training, storage
 
 FIGURES_EVERY = 20
 """Steps between two rows of training.parquet."""
 CHECKPOINT = "checkpoint.safetensors"
 SLICE = 1024
-"""Decoder rows that are worked on at once where a copy of them is needed."""
+"""Decoder rows that are processed at once where a copy of them is needed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Added:
-    """A further loss on the same tokens, by its name, and its gradients (keys of :func:`storage`)."""
+class ExtraLoss:
+    """A further loss on the same tokens, with its name and its gradients (keys of :func:`storage`)."""
 
     name: str
     loss: float
@@ -43,50 +42,28 @@ class Added:
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """One training at one site, between two steps."""
 
-    site: str
-    name: str
-    config: SaeConfig
-    steps: int
     training: Training
-    parameters: dict[str, Tensor]
-    optimiser: torch.optim.Adam
-    silent_for: Int[Tensor, " m"]
-    scale: float
-    key: str
-    folder: Path | None
+    """The family's training, of an SAE in the units of training."""
+    steps: int
+    site: str
+    name: str = ""
+    """Its name in a sweep."""
+    scale: float = 1.0
+    """The factor from the stream to the units of training."""
+    key: str = ""
+    """Content hash of everything that the result depends on."""
+    folder: Path | None = None
     step: int = 0
     figures: list[dict[str, float]] = field(default_factory=list)
 
-    @classmethod
-    def of(
-        cls,
-        training: Training,
-        steps: int,
-        *,
-        site: str,
-        name: str = "",
-        scale: float = 1.0,
-        key: str = "",
-        folder: Path | None = None,
-    ) -> Run:
-        """A training before its first step, from an SAE in the units of training."""
-        sae, config, parameters = training.sae, training.config, storage(training.sae)
-        return cls(
-            site=site,
-            name=name,
-            config=config,
-            steps=steps,
-            training=training,
-            parameters=parameters,
-            optimiser=torch.optim.Adam(parameters.values(), lr=config.rate(sae.m), fused=True),
-            silent_for=torch.zeros(sae.m, dtype=torch.int64, device=sae.W_dec.device),
-            scale=scale,
-            key=key,
-            folder=folder,
-        )
+    def __post_init__(self) -> None:
+        self.config, self.parameters = self.training.config, storage(self.sae)
+        self.optimiser = torch.optim.Adam(self.parameters.values(), lr=self.config.rate(self.sae.m), fused=True)
+        self.silent_for = torch.zeros(self.sae.m, dtype=torch.int64, device=self.sae.W_dec.device)
+        """The number of tokens since each feature fired, [m]."""
 
     @property
     def sae(self) -> Sae:
@@ -101,16 +78,21 @@ class Run:
         return self.silent_for >= self.config.dead_after_tokens
 
 
-def learn(run: Run, x: Float[Tensor, "batch d"], tokens_per_second: float, added: Added | None = None) -> str:
-    """One step on the family's own loss, and on the added one; the figures in words where they are due."""
+def train_step(
+    run: TrainingRun, x: Float[Tensor, "batch d"], tokens_per_second: float, extra: ExtraLoss | None = None
+) -> str:
+    """One Adam step on the family's own loss and the extra one. Returns the figures in words when they are due, else "".
+
+    Raises InputError where the loss is no longer finite.
+    """
     training, config, decoder = run.training, run.config, run.sae.W_dec.data
     rate, ramp = config.schedule(run.step, run.steps)
     result = training.step(x, run.dead, ramp)
-    loss = result.loss + (added.loss if added else 0.0)
+    loss = result.loss + (extra.loss if extra else 0.0)
     if not loss < float("inf"):
         raise InputError(f"The loss of {run.title} is {loss} at step {run.step}; lower lr or check the data.")
     gradients = result.gradients
-    for name, gradient in (added.gradients if added else {}).items():
+    for name, gradient in (extra.gradients if extra else {}).items():
         gradients[name].add_(gradient)
     if training.unit_decoder:
         for part, rows in zip(gradients["W_dec"].split(SLICE), decoder.split(SLICE), strict=True):
@@ -127,11 +109,11 @@ def learn(run: Run, x: Float[Tensor, "batch d"], tokens_per_second: float, added
     run.step += 1
     _revive(run, x, result)
     due = (run.step - 1) % FIGURES_EVERY == 0 or run.step == run.steps
-    return _record(run, x, result, tokens_per_second, added) if due else ""
+    return _record(run, x, result, tokens_per_second, extra) if due else ""
 
 
-def _revive(run: Run, x: Float[Tensor, "batch d"], result: Step) -> None:
-    """Draws dead features anew every ``dead_after_tokens``, until the learning rate falls, for Adam too."""
+def _revive(run: TrainingRun, x: Float[Tensor, "batch d"], result: Step) -> None:
+    """Redraws dead features, and resets Adam for them, every ``dead_after_tokens`` until the learning rate falls."""
     every = max(1, run.config.dead_after_tokens // len(x))
     dead = run.dead
     if run.step % every or run.step > (1 - run.config.decay) * run.steps or not bool(dead.any()):
@@ -147,8 +129,9 @@ def _revive(run: Run, x: Float[Tensor, "batch d"], result: Step) -> None:
 
 
 def _record(
-    run: Run, x: Float[Tensor, "batch d"], result: Step, tokens_per_second: float, added: Added | None = None
+    run: TrainingRun, x: Float[Tensor, "batch d"], result: Step, tokens_per_second: float, extra: ExtraLoss | None = None
 ) -> str:
+    """Adds a row to ``training.parquet`` and returns it in words."""
     variance = float((x - x.mean(dim=0)).square().sum())
     row = {
         "step": run.step,
@@ -159,35 +142,31 @@ def _record(
         "dead": int(run.dead.sum()),
         "learning_rate": run.optimiser.param_groups[0]["lr"],
         "tokens_per_second": tokens_per_second,
-        **({added.name: added.loss} if added else {}),
+        **({extra.name: extra.loss} if extra else {}),
     }
     run.figures.append(row)
     if run.folder:
         write_table(run.folder / "training.parquet", pl.DataFrame(run.figures, infer_schema_length=None))
-    told = f"{added.name} {added.loss:.4g}, " if added else ""
+    told = f"{extra.name} {extra.loss:.4g}, " if extra else ""
     return (
         f"{run.title}: loss {row['loss']:.4g}, {told}fvu {row['fvu']:.3f}, l0 {row['l0']:.1f}, "
         f"{row['dead']} dead, {tokens_per_second:,.0f} tokens/s"
     )
 
 
-def checkpoint(run: Run) -> None:
-    """Weights, Adam's moments, silence and figures; the order of tokens needs no more than the step."""
+def save_checkpoint(run: TrainingRun) -> None:
+    """Stores weights, Adam's moments, silence and figures. The order of tokens follows from the step."""
     assert run.folder is not None
     tensors = {f"sae.{name}": p for name, p in run.parameters.items()} | {"silent_for": run.silent_for}
     for name, p in run.parameters.items():
         tensors |= {f"adam.{part}.{name}": value for part, value in run.optimiser.state[p].items()}
-    told = {
-        "key": run.key,
-        "step": str(run.step),
-        "density": repr(run.training.density),
-        "figures": json.dumps(run.figures),
-    }
+    told = {"key": run.key, "step": str(run.step), "density": repr(run.training.density), "figures": json.dumps(run.figures)}
     with atomic(run.folder / CHECKPOINT) as temporary:
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary, told)
 
 
-def resume(run: Run) -> None:
+def load_checkpoint(run: TrainingRun) -> None:
+    """Continues from the checkpoint in the folder, if there is one. Raises InputError if it is of another training."""
     path = run.folder / CHECKPOINT if run.folder else None
     if path is None or not path.exists():
         return
@@ -210,8 +189,8 @@ def resume(run: Run) -> None:
         run.step, run.figures = int(told["step"]), json.loads(told["figures"])
 
 
-def seal(run: Run, metadata: dict[str, Any]) -> Sae:
-    """After the last step: units folded back, named, saved where there is a folder, the checkpoint gone."""
+def finish(run: TrainingRun, metadata: dict[str, Any]) -> Sae:
+    """The SAE after the last step, in the units of the stream. It is saved if there is a folder, without the checkpoint."""
     run.training.finish()
     sae = run.sae.cpu()
     sae.change_units(run.scale)
@@ -222,10 +201,10 @@ def seal(run: Run, metadata: dict[str, Any]) -> Sae:
     return sae
 
 
-def finished(folder: Path | None, key: str) -> Sae | None:
-    """The SAE that the very same training left in the folder, if it did."""
+def load_finished(folder: Path | None, key: str) -> Sae | None:
+    """The SAE that the same training has left in the folder; None if there is none."""
     if folder is None or not (folder / CFG).exists():
         return None
-    sae = load_sae(folder)
+    sae = Sae.load(folder)
     told: dict[str, Any] = sae.metadata.get("rmscope") or {}
     return sae if told.get("training") == key else None

@@ -3,8 +3,7 @@
     h = (x - b_dec) W_enc + b_enc          f = relu of the k largest h of a token, 0 elsewhere
     x^ = f W_dec + b_dec                   L = E|x - x^|² + α E|e - e^|²    (sections 2.3, A.2)
 
-The second term is AuxK (:mod:`rmscope.sae.auxk`). Both errors are summed over dimensions, averaged over
-tokens.
+The second term is AuxK (:mod:`rmscope.sae.auxk`). Both errors are summed over dimensions and averaged over tokens.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from rmscope.sae.auxk import auxk
 from rmscope.sae.base import Sae
 from rmscope.sae.config import SaeConfig
 from rmscope.sae.kernels import Sparse, top_entries
-from rmscope.sae.registry import family, trains
+from rmscope.sae.registry import register_sae, register_training
 from rmscope.sae.training import Step, Training
 
 
-@family
+@register_sae
 class TopKSae(Sae):
-    """``cfg["k"]`` features a token, fewer where h <= 0."""
+    """``cfg["k"]`` features per token, fewer where h <= 0."""
 
     architecture = "topk"
     biases = ("b_enc", "b_dec")
@@ -43,27 +42,27 @@ class TopKSae(Sae):
         return ("b_enc",)
 
     def encode(self, x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens m"]:
-        h = self.centred(x) @ self.W_enc + self.b_enc
+        h = self.centre(x) @ self.W_enc + self.b_enc
         values, features = h.topk(self.cfg["k"], dim=-1)
         return torch.zeros_like(h).scatter(-1, features, values.relu())
 
     def _active(self, x: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
-        h = self.centred(x) @ self.W_enc + self.b_enc
+        h = self.centre(x) @ self.W_enc + self.b_enc
         features = h.topk(self.cfg["k"], dim=-1).indices.sort(dim=-1).values
         values = h.gather(1, features)
         token, column = (values > 0).nonzero(as_tuple=True)
         return token, features[token, column], values[token, column]
 
 
-@trains("topk")
+@register_training("topk")
 class TopKTraining(Training):
-    """Also the step of BatchTopK, which only chooses its entries otherwise."""
+    """BatchTopK shares this step and chooses its entries differently."""
 
     sae: Any
 
     @classmethod
     def start(cls, d: int, m: int, config: SaeConfig) -> Sae:
-        return TopKSae(d, m, k=config.firing(m, d))
+        return TopKSae(d, m, k=config.k_for(m, d))
 
     def step(self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
         sae, grad, n = self.sae, self.gradients, len(x)

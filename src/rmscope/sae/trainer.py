@@ -1,9 +1,8 @@
-"""Trains the SAEs of all sites, and of all settings of a sweep, from one reading of the activations.
+"""Trains the SAEs of all sites, and of all settings of a sweep, with one pass over the activations.
 
-For every batch, each site's rows are read once; each training there scales them to mean norm
-sqrt(d), takes one Adam step, with the decoder held to unit rows where the family says so, and counts what
-fired (:mod:`rmscope.sae.steps`). At the end the scale is folded into the biases, so that the SAE works on raw
-activations.
+For every batch, each site's rows are read once. Each training at the site scales them to mean norm sqrt(d), takes one Adam
+step (with unit decoder rows, if the family asks for them), and counts which features fired (:mod:`rmscope.sae.steps`). At
+the end the scale is folded into the biases, so that the SAE works on raw activations.
 """
 
 from __future__ import annotations
@@ -23,31 +22,35 @@ from rmscope.io import Progress, content_hash, silent
 from rmscope.sae.base import Sae
 from rmscope.sae.config import SaeConfig
 from rmscope.sae.registry import training_class
-from rmscope.sae.steps import Run, checkpoint, finished, learn, resume, seal
-from rmscope.sae.training import draw, geometric_median
+from rmscope.sae.steps import TrainingRun, finish, load_checkpoint, load_finished, save_checkpoint, train_step
+from rmscope.sae.training import Training, draw, geometric_median
 
 MEDIAN_ROWS, START_ROWS = 8192, 2048
-"""Rows from which the first b_dec is taken, and those from which a family starts its thresholds."""
+"""Rows from which the initial b_dec is taken, and rows from which a family sets its initial thresholds."""
 
 
 class Activations(Protocol):
-    """What training asks of activations: an ``ActivationStore`` answers from disk, an ``ActivationStream`` from the PM."""
+    """The activations that training reads: an ``ActivationStore`` has them on disk, an ``ActivationStream`` runs the PM."""
 
     @property
     def sites(self) -> list[str]: ...
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the rows are made from."""
+        """The model, data and settings that the rows come from."""
         ...
 
-    def d(self, site: str) -> int: ...
+    def d(self, site: str) -> int:
+        """Width of the stream."""
+        ...
 
     def training_tokens(self, sites: Sequence[str]) -> int:
-        """Rows of an epoch, the same at all sites."""
+        """Rows per epoch, the same at all sites."""
         ...
 
-    def sample(self, site: str, n: int, generator: torch.Generator) -> Float[Tensor, "n d"]: ...
+    def sample(self, site: str, n: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
+        """At most n random rows."""
+        ...
 
     def norm_scale(self, site: str) -> float:
         """s with mean |s x| = sqrt(d)."""
@@ -56,7 +59,7 @@ class Activations(Protocol):
     def training_batches(
         self, sites: Sequence[str], batch_size: int, epochs: int, seed: int, start: int = 0
     ) -> Iterator[dict[str, Float[Tensor, "batch d"]]]:
-        """Shuffled batches by site, ``training_tokens // batch_size`` an epoch, from batch number ``start`` on."""
+        """Shuffled batches by site, ``training_tokens // batch_size`` per epoch, from batch number ``start`` on."""
         ...
 
 
@@ -90,17 +93,15 @@ def train_saes(
     progress: Progress = silent,
     device: str = "cpu",
 ) -> dict[str, Sae] | dict[tuple[str, str], Sae]:
-    """One SAE a site, on raw activations (units folded back), all trained in the same order of tokens.
+    """Trains one SAE per site, all in the same order of tokens. The SAEs work on raw activations.
 
     Args:
-        store: activations, from disk (``harvest``) or as the PM makes them (``stream``); the sites must hold the same
-            tokens.
-        config: see :class:`SaeConfig`; or several by name, a sweep, which then must agree in ``batch_size``
-            and ``seed`` and read each batch once for all.
-        out: where ``<site>/cfg.json``, ``sae_weights.safetensors`` and ``training.parquet`` go, and
-            checkpoints until then; for a sweep, ``<site>/<name>/``. A training that is finished there is
-            loaded, a checkpoint is gone on from.
-        sites: some of the store's; all when left out.
+        store: activations on disk (``harvest``) or from the running PM (``stream``). All sites must hold the same tokens.
+        config: see :class:`SaeConfig`. Several by name are a sweep: they must agree in ``batch_size`` and ``seed``, and
+            each batch is read once for all of them.
+        out: the folder for ``<site>/cfg.json``, ``sae_weights.safetensors``, ``training.parquet`` and checkpoints; for a
+            sweep, ``<site>/<name>/``. A finished training is loaded from there, an interrupted one is continued.
+        sites: some of the store's sites; all by default.
         progress: called as (step, steps, figures in words).
         device: where the training runs.
 
@@ -108,14 +109,14 @@ def train_saes(
         The SAEs by site; those of a sweep by (site, name).
 
     Raises:
-        InputError: unknown site or family, no tokens, sites of different length, a sweep without a common
-            order of tokens, a checkpoint of another training, or a loss that is no longer finite.
+        InputError: unknown site or family, no tokens, sites of different length, a sweep without a common order of tokens,
+            a checkpoint of another training, or a loss that is no longer finite.
     """
     configs = {"": config} if isinstance(config, SaeConfig) else dict(config)
-    found = _train(store, configs, out, list(sites or store.sites), progress, device)
+    saes = _train(store, configs, out, list(sites or store.sites), progress, device)
     if isinstance(config, SaeConfig):
-        return {site: sae for (site, _), sae in found.items()}
-    return found
+        return {site: sae for (site, _), sae in saes.items()}
+    return saes
 
 
 @torch.no_grad()
@@ -135,17 +136,17 @@ def _train(
     size = min(batch_size, tokens)
 
     saes: dict[tuple[str, str], Sae] = {}
-    running: dict[str, list[Run]] = {}
+    running: dict[str, list[TrainingRun]] = {}
     for site in sites:
         for name, config in configs.items():
             steps = max(1, config.budget(tokens) // size)
             key = content_hash(config.model_dump(), store.identity, site, steps)
             folder = Path(out) / site / name if out is not None else None
-            if done := finished(folder, key):
+            if done := load_finished(folder, key):
                 saes[site, name] = done
                 continue
             run = _begin(store, tokens, site, name, config, steps, key, folder, device)
-            resume(run)
+            load_checkpoint(run)
             running.setdefault(site, []).append(run)
 
     runs = [run for of_site in running.values() for run in of_site]
@@ -157,13 +158,13 @@ def _train(
         for site, of_site in running.items():
             x = rows[site].to(device)
             for run in (run for run in of_site if run.step == step < run.steps):
-                note = learn(run, x * run.scale, rate)
+                note = train_step(run, x * run.scale, rate)
                 if note:
                     progress(step + 1, steps, note)
                 if run.folder and run.step % run.config.checkpoint_steps == 0 and run.step < run.steps:
-                    checkpoint(run)
+                    save_checkpoint(run)
     for run in runs:
-        saes[run.site, run.name] = seal(run, _metadata(run, store, size))
+        saes[run.site, run.name] = finish(run, _metadata(run, store, size))
     return {(site, name): saes[site, name] for site in sites for name in configs}
 
 
@@ -177,20 +178,21 @@ def _begin(
     key: str,
     folder: Path | None,
     device: str,
-) -> Run:
-    d, trained_by = store.d(site), training_class(config.architecture)
+) -> TrainingRun:
+    """A training before its first step: weights drawn, thresholds set."""
+    d, family = store.d(site), training_class(config.architecture)
     scale = store.norm_scale(site) if config.scale == "mean_norm" else 1.0
     generator = torch.Generator().manual_seed(config.seed)
     x = store.sample(site, MEDIAN_ROWS, generator) * scale
-    sae = trained_by.start(d, config.features(d, tokens), config)
+    sae: Sae = family.start(d, config.features(d, tokens), config)
     draw(sae, geometric_median(x), generator)
     sae = sae.to(device)
-    training = trained_by(sae, config)
+    training: Training = family(sae, config)
     training.begin(x[:START_ROWS].to(device))
-    return Run.of(training, steps, site=site, name=name, scale=scale, key=key, folder=folder)
+    return TrainingRun(training, steps, site=site, name=name, scale=scale, key=key, folder=folder)
 
 
-def _metadata(run: Run, store: Activations, batch_size: int) -> dict[str, Any]:
+def _metadata(run: TrainingRun, store: Activations, batch_size: int) -> dict[str, Any]:
     model = store.identity.get("model_name", store.identity.get("model"))
     return {
         "model_name": model if isinstance(model, str) else None,

@@ -1,4 +1,4 @@
-"""What a family must say to be trained: how it starts, and its loss and gradients on a batch."""
+"""The interface by which a family is trained: how it starts, and its loss and gradients on a batch."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from rmscope.sae.config import SaeConfig
 START_OPEN = 1 / 32
 """Share of tokens on which a feature with a gate or threshold of its own fires at the start.
 
-Anthropic's January 2025 update starts b_enc so, by constants set on a sample.
+Anthropic's January 2025 update initialises b_enc like this, from a sample.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One batch: the loss, its parts, the gradient of every parameter, and what fired.
-
-    ``gradients`` has the keys of :func:`storage`.
-    """
+    """The loss and gradients on one batch, and which features fired."""
 
     loss: float
     parts: dict[str, float]
+    """The terms of the loss by name."""
     gradients: dict[str, Tensor]
+    """By parameter, with the keys of :func:`storage`."""
     residual: Float[Tensor, "batch d"]
+    """x^ - x."""
     l0: float
     fired: Bool[Tensor, " m"]
 
 
 class Training(ABC):
-    """The training side of a family, apart from the SAE itself, which stays free of it."""
+    """How a family is trained. The SAE class itself contains nothing about training."""
 
     unit_decoder: ClassVar[bool] = True
-    """Whether decoder rows are held to norm 1, their gradients to what is orthogonal to them."""
+    """Whether decoder rows keep norm 1; their gradients are then projected orthogonal to them."""
     clip: ClassVar[float | None] = None
-    """Largest norm of all gradients together."""
+    """The largest norm of all gradients together; None for no clipping."""
     density: float = 1.0
-    """Share of the entries that were open in the last batch: whether the next is done sparsely."""
+    """Share of the entries that were open in the last batch. It decides whether the next step is sparse."""
 
     def __init__(self, sae: Any, config: SaeConfig) -> None:
         self.sae, self.config = sae, config
@@ -53,14 +53,14 @@ class Training(ABC):
     @classmethod
     @abstractmethod
     def start(cls, d: int, m: int, config: SaeConfig) -> Sae:
-        """A fresh SAE with the family's settings, weights not yet drawn."""
+        """A new SAE with the family's settings, before its weights are drawn."""
 
     def begin(self, x: Float[Tensor, "sample d"]) -> None:  # noqa: B027
-        """Before the first step, the weights drawn: sets what starts from data, in the units of training."""
+        """Called before the first step, once the weights are drawn: sets what depends on data, in the units of training."""
 
     @abstractmethod
     def step(self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
-        """Loss and gradients on a batch in the units of training; ``ramp`` warms the sparsity penalty up."""
+        """Loss and gradients on a batch in the units of training. ``ramp`` scales the sparsity penalty, for its warm-up."""
 
     def revive(
         self,
@@ -69,19 +69,19 @@ class Training(ABC):
         dead: Bool[Tensor, " m"],
         generator: torch.Generator,
     ) -> bool:
-        """Draws dead features anew after a step; False where a family has another way, or none."""
+        """Redraws dead features after a step. False for families that revive features in another way, or not at all."""
         return False
 
     def finish(self) -> None:  # noqa: B027
-        """After the last step: leaves the SAE with a decoder of unit rows."""
+        """Called after the last step: leaves the SAE with unit decoder rows."""
 
     def fast(self, x: Tensor) -> bool:
-        """Whether what fires is chosen in bfloat16."""
+        """Whether bfloat16 products decide which features fire."""
         return self.config.amp and x.dtype == torch.float32 and has_fast_bfloat16(x.device.type)
 
 
 def storage(sae: Sae) -> dict[str, Tensor]:
-    """The parameters as they lie in memory, all contiguous: W_enc as its transpose, ``W_enc.T``."""
+    """The parameters as they are stored, all contiguous: W_enc as its transpose, ``W_enc.T``."""
     parameters = {name: p.data for name, p in sae.named_parameters()}
     return {"W_enc.T": parameters.pop("W_enc").t(), **parameters}
 
@@ -96,7 +96,7 @@ def draw(sae: Sae, b_dec: Float[Tensor, " d"], generator: torch.Generator) -> No
 
 
 def geometric_median(x: Float[Tensor, "n d"], rounds: int = 100, tolerance: float = 1e-6) -> Float[Tensor, " d"]:
-    """The point with the least summed distance to the rows (Weiszfeld's algorithm)."""
+    """The point with the smallest sum of distances to the rows (Weiszfeld's algorithm)."""
     point = x.mean(dim=0)
     for _ in range(rounds):
         weight = 1 / (x - point).norm(dim=1).clamp_min(1e-12)
