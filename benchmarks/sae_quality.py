@@ -61,8 +61,8 @@ def main() -> None:
         pairs = set(store.column(a.site, "pair").tolist())
         held = {i for i in pairs if i % HELD_OUT == 0}
         training, rest = store.only(pairs - held), store.only(held)
-        kept = training.default_keep(a.site)
-        held_out = rest.rows(a.site, rest.default_keep(a.site).nonzero().squeeze(1))
+        kept = training.training_mask(a.site)
+        held_out = rest.rows(a.site, rest.training_mask(a.site).nonzero().squeeze(1))
         config = SaeConfig(d_sae=a.d_sae, k=a.k, tokens=a.tokens, batch_size=BATCH)
         rates = (PEER_RATE, config.rate(a.d_sae), 3 * config.rate(a.d_sae))
 

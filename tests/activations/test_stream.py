@@ -12,7 +12,7 @@ from torch import Tensor
 
 import rmscope as rs
 from rmscope.activations.harvest import harvest
-from rmscope.activations.stream import ActivationStream, stream, turns
+from rmscope.activations.stream import ActivationStream, plan_refills, stream
 from rmscope.errors import InputError
 from rmscope.pairs.pair import Pair
 from rmscope.sae import SaeConfig, train_saes
@@ -47,7 +47,7 @@ def test_an_epoch_is_the_harvest(architecture: str, buffer_tokens: int, tmp_path
     assert source.training_tokens(SITES) == store.training_tokens(SITES) > 1000
     streamed = epoch_of(source, size=1)
     for site in SITES:
-        kept = store.default_keep(site).nonzero().squeeze(1)
+        kept = store.training_mask(site).nonzero().squeeze(1)
         assert multiset(streamed[site]) == multiset(store.rows(site, kept))
         assert not torch.equal(streamed[site], store.rows(site, kept))
 
@@ -91,13 +91,13 @@ def test_a_buffer_mixes_units_and_does_not_grow_with_the_data(monkeypatch: pytes
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 4), st.integers(0, 5))
-def test_turns_read_every_row_once(n: int, size: int, halves: int, seed: int) -> None:
+def test_refills_read_every_row_once(n: int, size: int, halves: int, seed: int) -> None:
     size = min(size, n)
     half = halves * size
     slots = min(2 * half, n)
     read: list[int] = []
     held_before = torch.full((slots,), -1)
-    for new, ids, reading in turns(n, slots, half, size, torch.Generator().manual_seed(seed)):
+    for new, ids, reading in plan_refills(n, slots, half, size, torch.Generator().manual_seed(seed)):
         assert (held_before[new] == -1).all()
         assert len(reading) % size == 0
         read += ids[reading].tolist()

@@ -1,9 +1,9 @@
-"""Harvest: the residual stream at many sites from one pass over the pairs, stopping after the last site.
+"""Harvest: the residual stream at many sites from one pass over the pairs, which stops after the last site.
 
-A pair's shared prefix runs once, and a prefix that an earlier pair already laid down (the same prompt with other
-responses) is not stored again. No padding is stored. Work goes in units of 64 pairs: memory holds the tokens of one and
-at most one shard a site, however many pairs there are. On a CPU with fast bf16 products the pass runs under autocast:
-SAE training does not need float32, effects do (METHOD, "Precision").
+A pair's shared prefix runs once. A prefix that an earlier pair has already stored (the same prompt with other responses) is
+not stored again, and padding is never stored. Work is done in units of 64 pairs, so memory holds the tokens of one unit and
+at most one shard per site, however many pairs there are. On a CPU with fast bfloat16 products the pass runs under autocast:
+SAE training does not need float32 (effects do).
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ PROMPT, CHOSEN, REJECTED = 0, 1, 2
 def harvest(
     rm: RewardModel, pairs: Sequence[Pair], sites: Sequence[str], out: Path | str, progress: Progress = silent
 ) -> ActivationStore:
-    """Writes every token's stream at ``sites`` to ``out`` and opens the store.
+    """Writes every token's stream at ``sites`` to ``out``, in bfloat16, and opens the store.
 
-    A store of the same model, data and sites that is already there is opened as it is; an unfinished one is made anew.
+    If ``out`` already holds a store of the same model, data and sites, it is opened. An unfinished store is written again.
+    Raises :class:`InputError` where a site does not exist or the disk is full.
     """
     identity = {"model": rm.identity, "data": data_identity(pairs), "sites": list(sites)}
     root = Path(out)
@@ -45,19 +46,20 @@ def harvest(
     with StoreWriter(root, list(sites), rm.d_model, identity, "bfloat16") as writer:
         for unit in units(len(pairs)):
             tokens = rm.tokenize_all([pairs[i] for i in unit])
-            for streams, columns in kept_rows(rm, tokens, sites, seen, unit.start):
+            for streams, columns in new_rows(rm, tokens, sites, seen, unit.start):
                 for site, x in streams.items():
                     writer.add(site, x, **columns)
             progress(unit.stop, len(pairs), "pairs harvested")
     return ActivationStore.open(root)
 
 
-def kept_rows(
+def new_rows(
     rm: RewardModel, tokens: Sequence[PairTokens], sites: Sequence[str], seen: set[bytes], first: int
 ) -> Iterator[tuple[dict[str, Float[Tensor, "n d"]], dict[str, Int[Tensor, " n"]]]]:
-    """Batch by batch of some pairs: (the stream at each site, the store's columns) of the rows that are kept.
+    """For each batch of some pairs, the rows to store: (the stream at each site, the store's columns).
 
-    ``seen`` holds digests of the prefixes that are kept already, and grows; ``first`` is the number of the first pair.
+    ``seen`` holds digests of the prefixes that are already stored, and new ones are added to it. ``first`` is the number of
+    the first pair.
     """
     for batch in rm.unit_batches(tokens, range(len(tokens))):
         with _fast(rm):
@@ -67,14 +69,14 @@ def kept_rows(
 
 
 def prefix_of(tokens: PairTokens) -> bytes:
-    """A digest of what both sides share."""
+    """A digest of the prefix that both sides share."""
     return blake2b(tokens.chosen[: tokens.divergence].numpy().tobytes(), digest_size=16).digest()
 
 
 def _rows(
     batch: Batch, tokens: Sequence[PairTokens], seen: set[bytes], first: int
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"], dict[str, Int[Tensor, " n"]]]:
-    """Where in the batch the rows lie that are not stored yet (row, column), and the store's columns for them."""
+    """Where the new rows are in the batch (row, column), and the store's columns for them."""
     parts = [
         (text, region, torch.arange(start, stop))
         for text in batch.texts
@@ -92,7 +94,7 @@ def _rows(
 
 
 def _parts(text: Text, tokens: PairTokens, seen: set[bytes]) -> Iterator[tuple[int, int, int]]:
-    """(region, first, stop) of a text's rows that are not stored yet; ``seen`` holds digests of prefixes."""
+    """(region, first, stop) of a text's new rows."""
     prefix = prefix_of(tokens)
     if prefix not in seen:
         seen.add(prefix)
@@ -101,6 +103,7 @@ def _parts(text: Text, tokens: PairTokens, seen: set[bytes]) -> Iterator[tuple[i
 
 
 def data_identity(pairs: Sequence[Pair]) -> str:
+    """A content hash of the pairs' ids and texts."""
     return content_hash(*((p.id, p.prompt, p.chosen, p.rejected) for p in pairs))
 
 

@@ -1,9 +1,8 @@
-"""Activations on disk: one folder a site, safetensors shards, and a manifest that is written last.
+"""Activations on disk: one folder per site with safetensors shards, and a manifest that is written last.
 
-``<root>/<site>/shard-00000.safetensors`` holds, for n stored tokens, ``x`` [n, d_model] in the stream's own
-units and the columns of :data:`COLUMNS`; ``manifest.json`` names the shards with their checksums and what
-they were made from. A site without a manifest is unfinished. Nothing is ever concatenated: rows are gathered
-from the mapped files.
+``<root>/<site>/shard-00000.safetensors`` holds, for n stored tokens, ``x`` [n, d_model] in the stream's own units and the
+columns of :data:`COLUMNS`. ``manifest.json`` lists the shards with their checksums, and the model and data that they come
+from. A site without a manifest is unfinished. Shards are never concatenated: rows are read from the memory-mapped files.
 """
 
 from __future__ import annotations
@@ -25,29 +24,27 @@ from rmscope.errors import InputError
 from rmscope.io import atomic, content_hash, sha256, write_json
 
 COLUMNS = {"token": torch.int32, "pair": torch.int32, "position": torch.int32, "region": torch.uint8}
-"""Token id, row of the pair, position in the sequence, and region; one value a stored token."""
+"""One value per stored token: token id, number of the pair, position in the text, and region."""
 REGIONS = ("prompt", "chosen", "rejected")
-"""What the values 0, 1, 2 of ``region`` mean."""
+"""The meaning of the values 0, 1, 2 of ``region``."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MANIFEST = "manifest.json"
 
 
 class StoreWriter:
-    """Writes a store: ``add`` rows as they come, ``close`` at the end (or use it as a context manager).
+    """Writes a store: ``add`` rows in any portions, then ``close`` (or use it as a context manager).
 
-    At most one shard a site is held in memory. Leaving the context by an exception leaves no manifest behind.
+    At most one shard per site is held in memory. An exception inside the context leaves no manifest behind.
 
     Args:
-        root: folder that gets one subfolder a site.
+        root: the folder, which gets one subfolder per site.
         sites: names such as ``resid_post.6``.
         d: width of the stream, d_model.
-        identity: what the rows were made from (model, tokenizer, data, ...), kept word for word in the
-            manifest.
+        identity: what the rows come from (model, data, ...); stored in the manifest.
         dtype: ``float32`` or ``bfloat16``.
-        shard_tokens: rows in a shard.
+        shard_tokens: rows per shard.
 
-    Raises:
-        InputError: unknown dtype, or a full disk.
+    Raises InputError where the dtype is unknown or the disk is full.
     """
 
     def __init__(
@@ -81,11 +78,7 @@ class StoreWriter:
         position: Int[Tensor, " n"],
         region: Int[Tensor, " n"],
     ) -> None:
-        """Appends n rows to a site.
-
-        Raises:
-            InputError: the site was not announced, or the lengths or the width do not agree.
-        """
+        """Appends n rows to a site. Raises InputError where the site, the lengths or the width do not fit the store."""
         if site not in self._pending:
             raise InputError(f"Site {site} is not in this store; it was opened for {', '.join(self._pending)}.")
         columns = {"token": token, "pair": pair, "position": position, "region": region}
@@ -134,7 +127,7 @@ class StoreWriter:
 
 
 class _Site:
-    """The shards of one site, opened on first use and then kept mapped."""
+    """The shards of one site, which are memory-mapped on first use."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
@@ -151,7 +144,7 @@ class _Site:
             raise InputError(f"Shard {path} cannot be read ({error}); harvest this site again.") from error
 
     def x(self, shard: int) -> Tensor:
-        """[n, d_model], mapped: only the pages that are touched are read."""
+        """[n, d_model], memory-mapped: only the pages that are used are read."""
         if shard not in self._x:
             self._x[shard] = self.tensor(shard, "x")
         return self._x[shard]
@@ -165,10 +158,9 @@ class ActivationStore:
 
     @classmethod
     def open(cls, root: Path | str) -> ActivationStore:
-        """Reads the manifests only.
+        """Opens a store; only the manifests are read.
 
-        Raises:
-            InputError: no store there, a site without a manifest (unfinished), or sites of different origin.
+        Raises InputError where there is no store, a site is unfinished (without a manifest), or the origins differ.
         """
         root = Path(root)
         folders = sorted({path.parent for path in root.glob("*/*") if _belongs(path)})
@@ -189,7 +181,7 @@ class ActivationStore:
         return store
 
     def only(self, pairs: Collection[int]) -> ActivationStore:
-        """The same rows, of which training sees those of these pairs alone."""
+        """The same store, with training restricted to the rows of these pairs."""
         return ActivationStore(self.root, self._sites, pairs)
 
     @property
@@ -198,11 +190,12 @@ class ActivationStore:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the rows were made from, as the writer was told, and which of them training sees."""
+        """What the rows come from, as given to the writer, and the pairs that training is restricted to."""
         written = next(iter(self._sites.values())).manifest["identity"]
         return written if self._pairs is None else {**written, "only": content_hash(self._pairs)}
 
     def d(self, site: str) -> int:
+        """Width of the stream."""
         return self._site(site).manifest["d"]
 
     def tokens(self, site: str) -> int:
@@ -232,32 +225,31 @@ class ActivationStore:
             opened.columns[name] = torch.cat(parts) if parts else torch.empty(0, dtype=COLUMNS[name])
         return opened.columns[name]
 
-    def default_keep(self, site: str) -> Bool[Tensor, " n"]:
+    def training_mask(self, site: str) -> Bool[Tensor, " n"]:
         """Position > 0: the first token is an attention sink of huge norm and stays out of SAE training."""
         keep = self.column(site, "position") > 0
         return keep if self._pairs is None else keep & torch.isin(self.column(site, "pair"), torch.tensor(self._pairs))
 
     def training_tokens(self, sites: Sequence[str]) -> int:
-        """Rows of an epoch of training: all but first tokens.
+        """Rows per epoch of training: all but the first token of each text.
 
-        Raises:
-            InputError: the sites hold different tokens, or there are none.
+        Raises InputError where the sites hold different tokens, or there are none.
         """
         if len({self.tokens(site) for site in sites}) != 1:
             raise InputError(f"The sites {', '.join(sites)} hold different tokens; harvest them in one pass.")
-        kept = int(self.default_keep(sites[0]).sum())
+        kept = int(self.training_mask(sites[0]).sum())
         if kept == 0:
             raise InputError(f"{self.root} holds no tokens to train on after the first of each text.")
         return kept
 
     def sample(self, site: str, n: int, generator: torch.Generator) -> Float[Tensor, "n d_model"]:
-        """At most n rows drawn without repeats from those of training, as float32."""
-        kept = self.default_keep(site).nonzero().squeeze(1)
+        """At most n different training rows, drawn at random, as float32."""
+        kept = self.training_mask(site).nonzero().squeeze(1)
         return self.rows(site, kept[torch.randperm(len(kept), generator=generator)[:n]])
 
-    def norm_scale(self, site: str, keep: Bool[Tensor, " n"] | None = None) -> float:
-        """s with mean ||s x|| = sqrt(d_model) over the kept rows (default: position > 0)."""
-        opened, keep = self._site(site), self.default_keep(site) if keep is None else keep
+    def norm_scale(self, site: str) -> float:
+        """s with mean |s x| = sqrt(d_model) over the training rows. Raises InputError where that is not a number."""
+        opened, keep = self._site(site), self.training_mask(site)
         norms = 0.0
         for shard in range(len(opened.starts) - 1):
             kept = keep[opened.starts[shard] : opened.starts[shard + 1]]
@@ -268,40 +260,19 @@ class ActivationStore:
         return float(self.d(site) ** 0.5 * int(keep.sum()) / norms)
 
     def batches(
-        self,
-        site: str,
-        batch_size: int,
-        epochs: int = 1,
-        seed: int = 0,
-        keep: Bool[Tensor, " n"] | None = None,
-        start: int = 0,
+        self, site: str, batch_size: int, epochs: int = 1, seed: int = 0, start: int = 0
     ) -> Iterator[Float[Tensor, "batch d_model"]]:
-        """Shuffled batches as float32, from batch number ``start`` on; see :func:`shuffled`."""
-        kept = (self.default_keep(site) if keep is None else keep).nonzero().squeeze(1)
-        for index in shuffled(kept, batch_size, epochs, seed, start):
-            yield self.rows(site, index)
+        """Shuffled batches of the training rows at one site as float32; see :func:`shuffle_batches`."""
+        for batch in self.training_batches([site], batch_size, epochs, seed, start):
+            yield batch[site]
 
     def training_batches(
         self, sites: Sequence[str], batch_size: int, epochs: int, seed: int, start: int = 0
     ) -> Iterator[dict[str, Float[Tensor, "batch d_model"]]]:
-        """The same shuffled batches at several sites that hold the same tokens, from batch number ``start`` on."""
-        kept = self.default_keep(sites[0]).nonzero().squeeze(1)
-        for index in shuffled(kept, batch_size, epochs, seed, start):
+        """The same shuffled batches at several sites, from batch number ``start`` on."""
+        kept = self.training_mask(sites[0]).nonzero().squeeze(1)
+        for index in shuffle_batches(kept, batch_size, epochs, seed, start):
             yield {site: self.rows(site, index) for site in sites}
-
-    def verify(self) -> None:
-        """Checksums of all shards.
-
-        Raises:
-            InputError: names the first shard that is missing or differs from its manifest.
-        """
-        for name, site in self._sites.items():
-            for shard in site.manifest["shards"]:
-                path = site.folder / shard["file"]
-                if not path.exists():
-                    raise InputError(f"Shard {path} is missing; harvest {name} again.")
-                if sha256(path) != shard["sha256"]:
-                    raise InputError(f"Shard {path} is damaged (its checksum differs); harvest {name} again.")
 
     def _site(self, name: str) -> _Site:
         if name not in self._sites:
@@ -309,14 +280,13 @@ class ActivationStore:
         return self._sites[name]
 
 
-def shuffled(
+def shuffle_batches(
     rows: Int[Tensor, " n"], batch_size: int, epochs: int, seed: int, start: int = 0
 ) -> Iterator[Int[Tensor, " batch"]]:
-    """Batches of row numbers: every epoch is a new permutation, drawn from (seed, epoch) alone.
+    """Batches of row numbers. Every epoch is a new permutation, which depends on (seed, epoch) only.
 
-    Hence the order is the same on every run, and a resumed run can begin at batch ``start`` without the ones
-    before. The rows that do not fill an epoch's last batch are left out of that epoch (with fewer than
-    ``batch_size`` rows in all, the batch is all of them).
+    So the order is the same in every run, and a resumed run can begin at batch ``start``. Rows that do not fill the last
+    batch of an epoch are left out of that epoch. If there are fewer than ``batch_size`` rows, one batch holds all of them.
     """
     size = min(batch_size, len(rows))
     per_epoch = len(rows) // size if size else 0

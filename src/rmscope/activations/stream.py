@@ -1,12 +1,12 @@
 """Activations without a disk: the PM refills a buffer while SAEs are trained from it.
 
-A buffer of fixed size a site is filled with the rows that a harvest would store. What is read from it is half of it, in
-random order; then the PM puts new rows in the places that were read, and all is shuffled again; at the end of an epoch the
-rest is read. An epoch goes over units of 64 pairs in an order of its own, and the PM runs the batches of a unit as a
-harvest does, so the rows are a harvest's to the last bit. Beside the buffer, no more than one unit's rows are held.
+Each site has a buffer of fixed size, filled with the rows that a harvest would store. Training reads half of the buffer in
+random order. Then the PM replaces the rows that were read, and the buffer is shuffled again. At the end of an epoch the
+rest is read. Every epoch has its own order of units of 64 pairs. The PM runs the batches of a unit as a harvest does, so
+the rows are bit for bit those of a harvest. Besides the buffer, at most one unit's rows are held.
 
-Which row stands where follows from (seed, epoch) and the lengths of the texts alone. So a resumed training can begin at any
-batch: what stood in the buffer then is computed again, and nothing before it.
+The place of each row depends only on (seed, epoch) and the lengths of the texts. So a resumed training can begin at any
+batch: the content of the buffer at that batch is computed again, and nothing before it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rmscope.activations.harvest import data_identity, kept_rows, prefix_of
+from rmscope.activations.harvest import data_identity, new_rows, prefix_of
 from rmscope.errors import InputError
 from rmscope.model.packing import units
 from rmscope.model.rendering import PairTokens
@@ -27,19 +27,19 @@ from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES, Pair
 
 BUFFER_TOKENS = 1 << 18
-"""Rows of a site's buffer: at d_model 4,096, 2 GB in bfloat16."""
+"""Rows in a site's buffer: 2 GB in bfloat16 at d_model 4,096."""
 SAMPLE_ROWS = 16384
-"""Rows from which the norm and the first weights of a training are taken."""
+"""Rows from which the norm and the initial weights of a training are computed."""
 
 
 class ActivationStream:
-    """Made by :func:`stream`; ``train_saes`` reads it as it reads an ``ActivationStore``."""
+    """Activations that the PM computes while they are read. Made by :func:`stream`; ``train_saes`` takes it like a store."""
 
     def __init__(self, rm: RewardModel, pairs: Sequence[Pair], sites: Sequence[str], buffer_tokens: int) -> None:
         self.rm, self.pairs, self.sites, self.buffer_tokens = rm, pairs, list(sites), buffer_tokens
         self.units = list(units(len(pairs)))
         self.prefixes: dict[bytes, int] = {}
-        """The unit that keeps each prefix, by its digest: the first that holds it."""
+        """The unit to which each prefix belongs, by its digest: the first unit that contains it."""
         self.counts = torch.tensor([self._count(unit) for unit in range(len(self.units))])
         self.identity: dict[str, Any] = {"model": rm.identity, "data": data_identity(pairs), "sites": self.sites}
         self.identity["buffer_tokens"] = buffer_tokens
@@ -49,7 +49,7 @@ class ActivationStream:
         return self.rm.tokenize_all([self.pairs[i] for i in self.units[unit]])
 
     def _count(self, unit: int) -> int:
-        """The rows a unit gives: all spans, and behind the first token the prefixes that no earlier unit has."""
+        """The number of a unit's rows: all spans, and the prefixes, without first tokens, that no earlier unit has."""
         rows = 0
         for t in self._tokens(unit):
             rows += sum(max(0, self.rm.read_position(t.side(side)) + 1 - t.divergence) for side in SIDES)
@@ -59,10 +59,11 @@ class ActivationStream:
         return rows
 
     def d(self, site: str) -> int:
+        """Width of the stream."""
         return self.rm.d_model
 
     def training_tokens(self, sites: Sequence[str]) -> int:
-        """Rows of an epoch: all but first tokens. InputError where a site is not streamed, or there are no rows."""
+        """Rows per epoch: all but first tokens. Raises InputError where a site is not streamed, or there are no rows."""
         if unknown := [site for site in sites if site not in self.sites]:
             raise InputError(f"Site {unknown[0]} is not streamed; the stream was opened for {', '.join(self.sites)}.")
         if not int(self.counts.sum()):
@@ -83,23 +84,23 @@ class ActivationStream:
 
     @cached_property
     def _sample(self) -> dict[str, Float[Tensor, "n d_model"]]:
-        """Rows of some units drawn once, the same for every training."""
+        """Rows of some random units, the same for every training."""
         generator = torch.Generator().manual_seed(0)
-        found: list[dict[str, Tensor]] = []
+        parts: list[dict[str, Tensor]] = []
         for unit in torch.randperm(len(self.units), generator=generator).tolist():
-            found.append(self._unit(unit))
-            if sum(len(rows[self.sites[0]]) for rows in found) >= SAMPLE_ROWS:
+            parts.append(self._unit(unit))
+            if sum(len(rows[self.sites[0]]) for rows in parts) >= SAMPLE_ROWS:
                 break
-        together = {site: torch.cat([rows[site] for rows in found]) for site in self.sites}
+        together = {site: torch.cat([rows[site] for rows in parts]) for site in self.sites}
         picked = torch.randperm(len(together[self.sites[0]]), generator=generator)[:SAMPLE_ROWS]
         return {site: rows[picked.to(rows.device)] for site, rows in together.items()}
 
     def training_batches(
         self, sites: Sequence[str], batch_size: int, epochs: int, seed: int, start: int = 0
     ) -> Iterator[dict[str, Float[Tensor, "batch d_model"]]]:
-        """Shuffled batches as float32, n // batch_size an epoch, from batch number ``start`` on.
+        """Shuffled batches as float32, n // batch_size per epoch, from batch number ``start`` on.
 
-        The rows that do not fill an epoch's last batch are left out of that epoch.
+        Rows that do not fill the last batch of an epoch are left out of that epoch.
         """
         n = self.training_tokens(sites)
         size = min(batch_size, n)
@@ -111,7 +112,7 @@ class ActivationStream:
             generator = torch.Generator().manual_seed((seed << 20) + epoch)
             order = torch.randperm(len(self.units), generator=generator)
             skipped, current = max(0, start - epoch * per_epoch), False
-            for slots, ids, reading in turns(n, shape[0], half, size, generator):
+            for slots, ids, reading in plan_refills(n, shape[0], half, size, generator):
                 if skipped >= len(reading) // size:
                     skipped -= len(reading) // size
                     continue
@@ -135,12 +136,12 @@ class ActivationStream:
                 held[slots[mine].to(held.device)] = rows[site][local.to(held.device)]
 
     def _unit(self, unit: int) -> dict[str, Float[Tensor, "rows d_model"]]:
-        """A unit's rows at every site, bfloat16 as stores hold them; the last unit is remembered."""
+        """A unit's rows at every site, in bfloat16 as in a store. The last unit is cached."""
         if self._kept is None or self._kept[0] != unit:
             self._kept = None
             found: dict[str, list[Tensor]] = {site: [] for site in self.sites}
             seen = {prefix for prefix, owner in self.prefixes.items() if owner != unit}
-            for streams, columns in kept_rows(self.rm, self._tokens(unit), self.sites, seen, self.units[unit].start):
+            for streams, columns in new_rows(self.rm, self._tokens(unit), self.sites, seen, self.units[unit].start):
                 kept = columns["position"] > 0
                 for site, x in streams.items():
                     found[site].append(x[kept.to(x.device)].to(torch.bfloat16))
@@ -148,14 +149,13 @@ class ActivationStream:
         return self._kept[1]
 
 
-def turns(
+def plan_refills(
     n: int, slots: int, half: int, size: int, generator: torch.Generator
 ) -> Iterator[tuple[Int[Tensor, " new"], Int[Tensor, " slots"], Int[Tensor, " reading"]]]:
-    """How n rows, in order, go through a buffer: per refill (the slots filled anew, the row in every slot or -1, the slots
-    read next).
+    """How n rows, in order, pass through a buffer. Per refill: (slots to fill, row in every slot or -1, slots to read).
 
-    Every refill fills what is free and draws a new order of all that is held; the first ``half`` of it is read, or, once
-    the last row is in, all of it in whole batches of ``size``.
+    A refill fills the free slots and draws a new order of all rows in the buffer. The first ``half`` of them are read; after
+    the last refill all of them, in whole batches of ``size``.
     """
     ids, free, next_row = torch.full((slots,), -1), torch.arange(slots), 0
     while True:
@@ -175,13 +175,11 @@ def turns(
 def stream(
     rm: RewardModel, pairs: Sequence[Pair], sites: Sequence[str], buffer_tokens: int = BUFFER_TOKENS
 ) -> ActivationStream:
-    """Activations of ``pairs`` at ``sites`` as the PM makes them, for ``train_saes``; nothing is written to disk.
+    """Activations of ``pairs`` at ``sites`` for ``train_saes``, computed by the PM when they are read. Nothing goes to disk.
 
-    ``buffer_tokens`` rows a site are held, whatever the size of the data. Every epoch runs the PM again, so where an
-    epoch's rows fit on a disk and are read often, ``harvest`` is faster.
-
-    Raises:
-        InputError: no pairs, a site that the PM does not have, or a pair that is longer than its context.
+    The buffer holds ``buffer_tokens`` rows per site, whatever the size of the data. Every epoch runs the PM again, so
+    ``harvest`` is faster where the rows fit on a disk and are read several times. Raises InputError where there are no pairs
+    or sites, or the PM does not have a site.
     """
     for site in sites:
         rm.site_index(site)
