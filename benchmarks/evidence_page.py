@@ -97,7 +97,7 @@ def jailbreak(found: dict[str, Any]) -> str:
         rows = [
             [p["jailbreak"], p["control"], figure(p["u"]), percent(p["share"]),
              percent(p["matched"]["largest"]) if p["matched"] else "–", {True: "yes", False: "no", None: "–"}[p["clear"]]]
-            for p in found["proof"]
+            for p in found["mediation"]
         ]  # fmt: skip
         parts.append(
             f"Mediated by {len(named['features'])} features at {named['site']}, frozen on the search's prompts; U is the "
@@ -122,7 +122,7 @@ def experiments(tried: Mapping[str, Any]) -> str:
         right, ablated = sum(c["verdict"] == "supported" for c in held), found["ablated"]
         rows.append([
             name, found["verdict"], f"{right} of {len(held)}", found["by_features"], percent(taken["share"]),
-            f"{taken['alike']:.0%}", f"{len(ablated['features'])} at {ablated['site']}", f"{found['seconds']:.0f}",
+            f"{taken['matched_controls']:.0%}", f"{len(ablated['features'])} at {ablated['site']}", f"{found['seconds']:.0f}",
         ])  # fmt: skip
     return table(["file", "verdict", "claims", "by features", "taken back", "alike", "features", "seconds"], rows)
 
@@ -165,9 +165,10 @@ def costs(found: dict[str, Any]) -> str:
 def bench(check: dict[str, Any]) -> str:
     rows = []
     for r in check["styles"]:
-        like = " / ".join(f"{r[name]['accuracy']['value']:.2f}" for name in r if name.startswith("matched"))
-        both = (figure(r[name]["accuracy"]) for name in ("before", "edit"))
-        rows.append([r["chosen"], r["rejected"], *both, like, figure(r["edit"]["fall"])])
+        under = r["variants"]
+        like = " / ".join(f"{under[name]['accuracy']['value']:.2f}" for name in under if name.startswith("matched"))
+        both = (figure(under[name]["accuracy"]) for name in ("before", "edit"))
+        rows.append([r["chosen"], r["rejected"], *both, like, figure(under["edit"]["fall"])])
     return table(["chosen", "rejected", "before", "edit", "as many matched features", "the edit's fall"], rows)
 
 
@@ -179,7 +180,7 @@ def short(
     for found in runs:
         arms = {a["arm"]: a for a in found["arms"]}
         names = ("features", "blind", "without effect", "shuffled")
-        carried = next(p for p in found["proof"] if (p["jailbreak"], p["control"]) == ("features", "without effect"))
+        carried = next(p for p in found["mediation"] if (p["jailbreak"], p["control"]) == ("features", "without effect"))
         plain, by_sd = ("/".join(f"{100 * arms[n][m]['value']:.0f}" for n in names) for m in ("success", "by_sd"))
         lines += [
             f"- **`{found['model']}`, {found['prompts']} prompts of {_data(found)}**: bad text outranks the chosen answer",
@@ -197,8 +198,8 @@ def short(
         f"  What it costs in accuracy cannot be told from 0 on so few pairs; {further} of the {len(CUES)} patches move",
         "  rewards elsewhere further than the direction does.",
     ]
-    sets = [name for name in cells[0] if name.startswith("matched")]
-    mine, *like = (f"{np.mean([abs(r[v]['fall']['value']) for r in cells]):.3f}" for v in ("edit", *sets))
+    sets = [name for name in cells[0]["variants"] if name.startswith("matched")]
+    mine, *like = (f"{np.mean([abs(r['variants'][v]['fall']['value']) for r in cells]):.3f}" for v in ("edit", *sets))
     lines += [
         f"- **RM-Bench chat** under an edit of `zoo:hh`: a cell's accuracy moves by {mine} in the mean; sets of as many",
         f"  matched features move it by {', '.join(like)}.",

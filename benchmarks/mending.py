@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from rmscope.cli.base import open_job
 from rmscope.effects.ablation import ablate_entries, at_site
 from rmscope.io import write_json
 from rmscope.model.training.recipe import human_pairs, read_recipe
@@ -25,17 +26,18 @@ from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import Pair, split_of
 from rmscope.pairs.planting import twins
 from rmscope.planted.twins import matched_groups
+from rmscope.run.run import Run
 from rmscope.studies.edit.check import TWINS, own_pairs
-from rmscope.studies.edit.choice import choose, entries_of, fitting_twins, joined
+from rmscope.studies.edit.choice import choose, entries_of, fitting_twins, join_edits
 from rmscope.studies.edit.mending import (
     MATCHED,
     Variant,
-    bias,
+    cue_figures,
     deltas,
-    elsewhere,
+    matched_variants,
     mean_difference,
+    pair_figures,
     rewards_under,
-    variants_like,
 )
 from rmscope.studies.edit.patch import FeatureEdit, edit_at
 
@@ -52,12 +54,17 @@ def callables(saes: Any, edits: list[FeatureEdit]) -> Variant:
     return {s: edit_at(saes[s], [e for e in edits if e.site == s]) for s in sites}
 
 
+def as_rows(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures by variant, as JSON."""
+    return {variant: asdict(row) for variant, row in figures.items()}
+
+
 def say(done: int, total: int, note: str = "") -> None:
     print(f"\r{time.strftime('%X')} {done}/{total} {note:<40}", end="", file=sys.stderr, flush=True)
 
 
 def main(folder: str, out: str, human: int) -> None:
-    job: Any = open_job(Path(folder))
+    job = Run.open(folder)
     rm, saes, result = job.rm, job.saes, dict[str, Any]()
     plants = {p.name: p for p in zoo_plants() if p.name in CUES}
     edits, fitted, started = dict[str, FeatureEdit](), dict[str, Any](), time.time()
@@ -77,16 +84,16 @@ def main(folder: str, out: str, human: int) -> None:
         drawn = [matched_groups(saes[edit.site], made, edit.features, MATCHED)]
         variants[name] = {
             "edit": callables(saes, [edit]), "mean difference": {edit.site: mean_difference([made])},
-            **variants_like(saes, [edit], drawn),
+            **matched_variants(saes, [edit], drawn),
         }  # fmt: skip
-    four = list(joined(list(edits.values())))
+    four = list(join_edits(list(edits.values())))
     sites = dict.fromkeys(e.site for e in four)
     projections = {s: mean_difference([fitted[n][s] for n in CUES if edits[n].site == s]) for s in sites
                    if any(e.site == s for e in edits.values())}  # fmt: skip
     every = {s: [t for n in CUES for t in fitted[n][s]] for s in sites}
     drawn = [matched_groups(saes[e.site], every[e.site], e.features, MATCHED) for e in four]
     variants[JOINT] = {
-        "edit": callables(saes, four), "mean difference": projections, **variants_like(saes, four, drawn)
+        "edit": callables(saes, four), "mean difference": projections, **matched_variants(saes, four, drawn)
     }  # fmt: skip
     write_json(Path(out), result)
     measured(job, variants, plants, result, human)
@@ -97,7 +104,7 @@ def main(folder: str, out: str, human: int) -> None:
     write_json(Path(out), result)
 
 
-def measured(job: Any, variants: dict[str, dict[str, Variant]], plants: Any, result: dict[str, Any], human: int) -> None:
+def measured(job: Run, variants: dict[str, dict[str, Variant]], plants: Any, result: dict[str, Any], human: int) -> None:
     """ATE, accuracy and drift under every variant."""
     rm, started = job.rm, time.time()
     measuring = [p for p in plain_demo_pairs() if split_of(p) == "measure"]
@@ -105,7 +112,7 @@ def measured(job: Any, variants: dict[str, dict[str, Variant]], plants: Any, res
         made = twins(measuring, plant, TWINS, job.config.seed)
         tried = variants[name] | {f"{JOINT}, {v}": edit for v, edit in variants[JOINT].items()}
         found = deltas(rewards_under(rm, tried, rm.tokenize_all(made), say))
-        result[f"bias {name}"] = bias(found, [str(p.meta["group"]) for p in made])
+        result[f"bias {name}"] = as_rows(cue_figures(found, [p.prompt_key for p in made]))
     flat = {f"{name}, {v}": edit for name, mine in variants.items() for v, edit in mine.items()}
     sets: dict[str, list[Pair]] = own_pairs(job)
     if human:
@@ -117,8 +124,8 @@ def measured(job: Any, variants: dict[str, dict[str, Variant]], plants: Any, res
         kept = kept[:human] if name == "human pairs" else kept
         mine = {v: edit for v, edit in flat.items() if name != "human pairs" or v.startswith(JOINT) or "matched" not in v}
         found = deltas(rewards_under(rm, mine, [t for _, t in kept], say))
-        prompts = [str(p.meta.get("group", p.first_human_turn())) for p, _ in kept]
-        result[f"pairs: {name}"] = elsewhere(found, prompts, job.sd) | {"n": len(kept)}
+        figures = pair_figures(found, [p.prompt_key for p, _ in kept], job.sd)
+        result[f"pairs: {name}"] = as_rows(figures) | {"n": len(kept)}
     result["seconds to measure"] = time.time() - started
 
 
@@ -126,7 +133,7 @@ def _short(t: Any) -> bool:
     return max(t.chosen.numel(), t.rejected.numel()) <= LONGEST and not torch.equal(t.chosen, t.rejected)
 
 
-def where(job: Any, edit: FeatureEdit, plant: Any) -> dict[str, Any]:
+def where(job: Run, edit: FeatureEdit, plant: Any) -> dict[str, Any]:
     """The edit at every token but the first, and at the response's tokens alone: rewards on twins with the cue."""
     rm, sae = job.rm, job.saes[edit.site]
     measuring = [p for p in plain_demo_pairs() if split_of(p) == "measure"]

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from rmscope.errors import InputError
-from rmscope.io import silent
 from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import Pair, split_of
 from rmscope.pairs.plants import Plant
 from rmscope.planted.twins import prepare
+from rmscope.statistics import Figure
 from rmscope.studies.edit import check, choice
-from rmscope.studies.edit.choice import choose, fitting_twins, joined, losses
-from rmscope.studies.edit.mending import bias, by_style, deltas, elsewhere, mean_difference, rewards_under
+from rmscope.studies.edit.choice import choose, fitting_twins, join_edits, losses
+from rmscope.studies.edit.mending import cue_figures, deltas, mean_difference, pair_figures, rewards_under, style_cells
 from rmscope.studies.edit.patch import FeatureEdit, edit_at
 from tests.model.small import shared_pm, small_pm, small_sae, user
 from tests.planted.test_matching import CUE, SITE, embeddings, sae, twin_pairs
@@ -71,7 +71,9 @@ def test_choosing_sees_no_prompt_and_no_wording_that_is_measured(monkeypatch: py
 
 
 def test_a_feature_of_two_cues_gets_the_stronger_edit_once() -> None:
-    edits = joined([FeatureEdit("a", (1, 2)), FeatureEdit("a", (2, 3), "damp", -1.0), FeatureEdit("b", (2,), "damp", -0.5)])
+    edits = join_edits(
+        [FeatureEdit("a", (1, 2)), FeatureEdit("a", (2, 3), "damp", -1.0), FeatureEdit("b", (2,), "damp", -0.5)]
+    )
     assert edits == (
         FeatureEdit("a", (1,)), FeatureEdit("a", (2, 3), "damp", -1.0), FeatureEdit("b", (2,), "damp", -0.5)
     )  # fmt: skip
@@ -83,12 +85,12 @@ def test_an_edit_that_makes_the_cue_the_filler_takes_its_whole_effect_and_costs_
     variants = {"edit": {SITE: edit_at(made, [FeatureEdit(SITE, (0,))])}}
     prompts = [str(i) for i in range(len(pairs))]
     found = deltas(rewards_under(rm, variants, rm.tokenize_all(pairs)))
-    rows = bias(found, prompts)
-    assert rows["before"]["gone"] == {"value": 0.0, "low": 0.0, "high": 0.0}
-    assert rows["edit"]["gone"]["value"] == pytest.approx(1.0, abs=1e-3)
-    clean = elsewhere({"before": found["before"], "edit": found["before"]}, prompts, 1.0)["edit"]
-    assert (clean["fall"]["value"], clean["drift"]["value"]) == (0.0, 0.0)
-    assert clean["correlation"]["value"] == pytest.approx(1.0)
+    rows = cue_figures(found, prompts)
+    assert rows["before"].gone == Figure(0.0, 0.0, 0.0, len(pairs))
+    assert rows["edit"].gone.value == pytest.approx(1.0, abs=1e-3)
+    clean = pair_figures({"before": found["before"], "edit": found["before"]}, prompts, 1.0)["edit"]
+    assert (clean.fall.value, clean.drift.value) == (0.0, 0.0)
+    assert clean.correlation.value == pytest.approx(1.0)
 
 
 def test_the_projection_takes_the_difference_of_the_means_away() -> None:
@@ -108,11 +110,11 @@ def test_a_cell_of_rm_bench_is_made_of_the_rewards_of_its_two_styles() -> None:
     chosen = np.array([3.0, 1.0, 5.0, 1.0])  # two prompts, each in style a and in style b
     rejected = np.array([2.0, 2.0, 2.0, 2.0])
     rewards = {"before": {"chosen": chosen, "rejected": rejected}, "edit": {"chosen": 0 * chosen, "rejected": rejected}}
-    rows = by_style(rewards, ["a", "b", "a", "b"], ["p", "p", "q", "q"])
-    cells = {(r["chosen"], r["rejected"]): r["before"]["accuracy"]["value"] for r in rows}
-    assert cells == {("a", "a"): 1.0, ("a", "b"): 1.0, ("b", "a"): 0.0, ("b", "b"): 0.0}
-    assert rows[0]["edit"]["fall"]["value"] == 1.0
-    assert rows[0]["pairs"] == 2
+    cells = style_cells(rewards, ["a", "b", "a", "b"], ["p", "p", "q", "q"])
+    accuracy = {(c.chosen, c.rejected): c.variants["before"].accuracy.value for c in cells}
+    assert accuracy == {("a", "a"): 1.0, ("a", "b"): 1.0, ("b", "a"): 0.0, ("b", "b"): 0.0}
+    assert cells[0].variants["edit"].fall.value == 1.0
+    assert cells[0].pairs == 2
 
 
 def test_a_prompt_without_answers_in_every_style_is_left_out_of_rm_bench() -> None:
@@ -121,9 +123,7 @@ def test_a_prompt_without_answers_in_every_style_is_left_out_of_rm_bench() -> No
         return Pair(f"{row}:{style}", user(f"What is {row}?"), f"It is {style}.", f"No, {style}.", meta)
 
     whole, half = [pair(row, style) for row in "pq" for style in "ab"], pair("r", "a")
-    found = [
-        check._styles(shared_pm("llama"), {"edit": {SITE: lambda x: 0.5 * x}}, bench, silent)
-        for bench in (whole, [half, *whole])
-    ]
-    assert found[0] == found[1]
-    assert [row["pairs"] for row in found[0]] == [2, 2, 2, 2]
+    variants = {"edit": {SITE: lambda x: 0.5 * x}}
+    cells, with_half = (check.bench_cells(shared_pm("llama"), variants, bench) for bench in (whole, [half, *whole]))
+    assert cells == with_half
+    assert [cell.pairs for cell in cells] == [2, 2, 2, 2]

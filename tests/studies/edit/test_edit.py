@@ -94,7 +94,7 @@ def test_every_way_of_running_an_edited_pm_gives_what_its_own_forward_gives_alon
     truth = alone(rm)
     assert ((truth - alone(shared_pm(architecture))).abs() > 1e-4).any()
     scores = rm.score(PAIRS)
-    assert rm.packs == (architecture != "bert")
+    assert rm.capabilities.packing == (architecture != "bert")
     assert torch.allclose(torch.stack([scores.chosen, scores.rejected], 1).flatten(), truth, atol=1e-5)
     padded = torch.cat([rm.score_texts(p.prompt, [p.chosen, p.rejected]) for p in PAIRS])
     assert torch.allclose(padded, truth, atol=1e-5)
@@ -111,8 +111,8 @@ def test_every_way_of_running_an_edited_pm_gives_what_its_own_forward_gives_alon
 def test_the_edited_pm_can_be_studied_like_any_other() -> None:
     rm, sae = edited_pm("llama"), small_sae(seed=3)
     t = rm.tokenize(PAIRS[1])
-    assert rm.splits
-    assert rm.branches
+    assert rm.capabilities.resume
+    assert rm.capabilities.ragged
     response = at_site(sae, rm.prefill(t.chosen, [SITE]), SITE, t.divergence)
     groups = [[int(j)] for j in response.features()[:6]]
     fast = ablate_groups(rm, sae, response, SITE, groups)
@@ -160,7 +160,7 @@ def test_a_patch_opens_as_it_was_saved_and_says_what_is_wrong_with_it(tmp_path: 
         EditPatch.load(tmp_path / "patch")
     small_sae(seed=9).save(tmp_path / "patch" / "saes" / SITE)
     (tmp_path / "patch" / "edit.json").write_text(json.dumps(record))
-    with pytest.raises(InputError, match="was changed"):
+    with pytest.raises(InputError, match="was changed after"):
         EditPatch.load(tmp_path / "patch")
 
 

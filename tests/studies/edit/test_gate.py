@@ -1,4 +1,4 @@
-"""The gate: alike PMs pass, a constructed shift fails, and with every concept at the bound it rarely fails."""
+"""The gate: equal PMs pass, a constructed shift fails, and with every concept at the bound it rarely fails."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import rmscope.cli  # noqa: F401  (registers the commands)
-from rmscope.cli.base import app
+from rmscope.cli import app
 from rmscope.errors import InputError
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.plants import Plant
+from rmscope.settings import read_settings
 from rmscope.statistics import holm
-from rmscope.studies.edit.gate import measure, read_concepts, verdicts
+from rmscope.studies.edit import gate
+from rmscope.studies.edit.gate import ConceptDeltas, analyse_gate, concept_moves, measure_concepts, read_concepts
 from rmscope.studies.edit.patch import EditPatch, FeatureEdit
+from rmscope.studies.edit.settings import GateConfig
 from tests.model.small import small_model, small_pm, small_sae, tokenizer, user
 
 CUE = "Zebra Z."
@@ -43,45 +45,49 @@ def shifted(amount: float) -> RewardModel:
     return rm
 
 
-def test_alike_pms_pass_and_a_shifted_concept_fails_alone() -> None:
-    before = measure(shifted(0.0), CONCEPTS, pairs(), 0)
-    rows = verdicts(before, measure(shifted(0.0), CONCEPTS, pairs(), 0), 0.0, 0)
-    assert [(row["moved"], row["move"]["value"]) for row in rows] == [(False, 0.0)] * 2
-    after = measure(shifted(-10.0), CONCEPTS, pairs(), 0)
-    rows = {row["concept"]: row for row in verdicts(before, after, 0.05, 0)}
-    zebra = rows["zebra"]
-    assert zebra["moved"]
-    assert zebra["move"]["value"] == pytest.approx(zebra["new"] - zebra["base"])
-    assert zebra["move"]["low"] * zebra["move"]["high"] > 0
-    assert not rows["fine"]["moved"]
-    # the bound is what it is held to: beyond the largest possible move nothing has moved
-    assert not any(row["moved"] for row in verdicts(before, after, 10 * abs(zebra["move"]["value"]), 0))
+def test_equal_pms_pass_and_a_shifted_concept_fails_alone() -> None:
+    before = measure_concepts(shifted(0.0), CONCEPTS, pairs(), 0)
+    rows = concept_moves(before, measure_concepts(shifted(0.0), CONCEPTS, pairs(), 0), 0.0, 0)
+    assert [(row.moved, row.move.value) for row in rows] == [(False, 0.0)] * 2
+    after = measure_concepts(shifted(-10.0), CONCEPTS, pairs(), 0)
+    moves = {row.concept: row for row in concept_moves(before, after, 0.05, 0)}
+    assert moves["zebra"].moved
+    assert not moves["fine"].moved
+    move = moves["zebra"].move
+    assert move.value is not None
+    assert move.low is not None
+    assert move.high is not None
+    assert move.value == pytest.approx(moves["zebra"].new - moves["zebra"].base)
+    assert move.low * move.high > 0
+    # a bound beyond the largest possible move: nothing moved by more
+    assert not any(row.moved for row in concept_moves(before, after, 10 * abs(move.value), 0))
 
 
-def test_the_scale_of_rewards_is_each_versions_own() -> None:
-    doubled = shifted(0.0)
+def test_each_pm_has_its_own_scale_of_rewards() -> None:
+    scaled = shifted(0.0)
     with torch.no_grad():
-        doubled.model.score.weight *= 7.0
-    before, after = (measure(rm, CONCEPTS, pairs(), 0) for rm in (shifted(0.0), doubled))
-    assert not any(row["moved"] for row in verdicts(before, after, 1e-3, 0))
+        scaled.model.score.weight *= 7.0
+    before, after = (measure_concepts(rm, CONCEPTS, pairs(), 0) for rm in (shifted(0.0), scaled))
+    assert not any(row.moved for row in concept_moves(before, after, 1e-3, 0))
 
 
 def test_with_every_concept_at_the_bound_the_gate_fails_in_at_most_one_of_twenty() -> None:
     rng = np.random.default_rng(0)
     bound, prompts, concepts, trials = 0.25, 24, 6, 120
     names = [str(i) for i in range(prompts)]
+
+    def constant(value: float) -> dict[str, ConceptDeltas]:
+        return {str(c): ConceptDeltas(np.full(prompts, value), names) for c in range(concepts)}
+
     failed = 0
     for _ in range(trials):
-        base = {str(c): (np.zeros(prompts), names) for c in range(concepts)}
         signs = rng.choice([-1.0, 1.0], concepts)
-        new = {str(c): (signs[c] * bound + rng.normal(size=prompts), names) for c in range(concepts)}
-        failed += any(row["moved"] for row in verdicts(base, new, bound, 0))
-    # 120 trials at .05: more than 12 failures have a chance below 1 %
+        new = {str(c): ConceptDeltas(signs[c] * bound + rng.normal(size=prompts), names) for c in range(concepts)}
+        failed += any(row.moved for row in concept_moves(constant(0.0), new, bound, 0))
+    # 120 trials at .05: more than 12 failures have a probability below 1 %
     assert failed <= 12
-    far = {str(c): (np.full(prompts, 2.0) + rng.normal(size=prompts), names) for c in range(concepts)}
-    assert all(
-        row["moved"] for row in verdicts({str(c): (np.zeros(prompts), names) for c in range(concepts)}, far, bound, 0)
-    )
+    far = {name: ConceptDeltas(c.delta + rng.normal(size=prompts), names) for name, c in constant(2.0).items()}
+    assert all(row.moved for row in concept_moves(constant(0.0), far, bound, 0))
 
 
 def test_holm_steps_down_from_the_smallest() -> None:
@@ -110,12 +116,24 @@ def test_a_bad_file_of_concepts_is_one_sentence(text: str, said: str, tmp_path: 
 
 
 def test_too_few_prompts_are_refused() -> None:
-    few = {"a": (np.zeros(4), ["0", "1", "2", "3"])}
+    few = {"a": ConceptDeltas(np.zeros(4), ["0", "1", "2", "3"])}
     with pytest.raises(InputError, match="4 prompts"):
-        verdicts(few, few, 0.1, 0)
+        concept_moves(few, few, 0.1, 0)
 
 
-def test_the_command_fails_on_a_patch_that_moves_a_concept_and_passes_on_the_pm_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bound", [-0.1, float("nan")])
+def test_a_bound_is_a_number_from_0_on(bound: float) -> None:
+    with pytest.raises(InputError, match="bound"):
+        read_settings(GateConfig, None, {"base": "a", "new": "b", "bound": bound})
+
+
+def test_the_scale_comes_from_one_pair_per_prompt_at_changing_places() -> None:
+    same_prompt = [Pair(str(i), user("Is it?"), str(i), "No.", {"group": f"prompt {i // 3}"}) for i in range(9)]
+    assert [p.id for p in gate._rotate_within_prompts(same_prompt, 9)] == ["0", "4", "8"]
+    assert [p.id for p in gate._rotate_within_prompts(same_prompt, 2)] == ["0", "4"]
+
+
+def test_a_patch_that_moves_a_concept_fails_and_the_pm_itself_passes(tmp_path: Path) -> None:
     small_model("llama", max_position_embeddings=512).save_pretrained(tmp_path / "pm")
     tokenizer().save_pretrained(tmp_path / "pm")
     rows = [{"prompt": p.prompt[0]["content"], "chosen": p.chosen, "rejected": p.rejected} for p in pairs()]
@@ -124,9 +142,17 @@ def test_the_command_fails_on_a_patch_that_moves_a_concept_and_passes_on_the_pm_
     rm = RewardModel.load(str(tmp_path / "pm"))
     edit = FeatureEdit("resid_post.1", tuple(range(96)), "damp", -3.0)
     EditPatch((edit,), {"resid_post.1": small_sae()}, rm.identity, "pm").save(tmp_path / "patch")
-    flags = ["--concepts", str(tmp_path / "concepts.yaml"), "--data", str(tmp_path / "pairs.jsonl"), "--bound", "0.05"]
-    for new, code in (("patch", 1), ("pm", 0)):
-        done = CliRunner().invoke(app, ["gate", str(tmp_path / "pm"), str(tmp_path / new), *flags, "--json"])
-        assert done.exit_code == code, done.output
-        (line,) = done.stdout.splitlines()
-        assert json.loads(line)["passed"] == (code == 0)
+    given = {"base": str(tmp_path / "pm"), "data": str(tmp_path / "pairs.jsonl"), "bound": "0.05"}
+    given["concepts"] = str(tmp_path / "concepts.yaml")
+    moved, same = (
+        analyse_gate(read_settings(GateConfig, None, {**given, "new": str(tmp_path / new)})) for new in ("patch", "pm")
+    )
+    assert (moved.exit_code, moved.passed, moved.moved) == (1, False, ["zebra"])
+    assert moved.summary().startswith("zebra moved by more than 0.05")
+    assert (same.exit_code, same.passed, same.moved) == (0, True, [])
+    flags = [f"--{name}={value}" for name, value in given.items() if name != "base"]
+    done = CliRunner().invoke(app, ["gate", given["base"], str(tmp_path / "patch"), *flags, "--json"])
+    assert done.exit_code == 1, done.output
+    (row,) = json.loads(done.stdout)["concepts"]
+    assert set(row) == {"concept", "prompts", "base", "new", "move", "p", "holm", "moved"}
+    assert row["move"]["value"] == pytest.approx(row["new"] - row["base"])

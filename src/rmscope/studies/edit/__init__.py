@@ -1,1 +1,1 @@
-"""Mends a PM: edits of features, how they are chosen and checked, and a gate for whoever ships the PM."""
+"""Patches of a PM: edits of features, the rule that chooses them, figures before and after; and a gate between two PMs."""

@@ -1,8 +1,8 @@
-"""A patched PM as a folder that plain transformers opens: the PM's weights, the patch's, and a modelling file of its own.
+"""A patched PM as a folder that plain transformers opens: the PM's weights, the patch's weights, and a modelling file.
 
-An edit reads the stream and answers to it, so no plain weights can express it. The folder therefore carries code (remote
-code: transformers runs it only with ``trust_remote_code=True``). Its config names a model type of its own: without trust
-transformers refuses it, where it would else load the PM unedited without a word.
+An edit depends on the stream, so no plain weights can express it. The folder therefore contains code, which transformers
+runs only with ``trust_remote_code=True``. Its config names a model type of its own, so that transformers refuses to load
+the folder without that trust. Otherwise it would load the unedited PM silently.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from rmscope.studies.edit.patch import EditPatch
 REMOTE = "modeling_rmscope"
 CARD = """# {name}
 
-{model}, with features edited by rmscope: {told}.
+{model}, with features edited by rmscope: {edits}.
 
-The edit is code: `{remote}.py` and `edits.py` run when the model is loaded, and transformers asks for your trust first.
+The edit is code: `{remote}.py` and `edits.py` run when the model is loaded. transformers asks for your trust first.
 
 ```python
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -37,15 +37,15 @@ model = AutoModelForSequenceClassification.from_pretrained("{name}", trust_remot
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
-Texts are rendered as the PM reads them: {rendering}.
+The PM expects texts rendered in this way: {rendering}.
 """
 
 
 def export(rm: RewardModel, patch: EditPatch, folder: Path | str) -> None:
-    """Writes the folder; ``rm`` is the PM as it is, unedited.
+    """Writes the folder. ``rm`` is the unedited PM.
 
     Raises:
-        InputError: the patch was made for another PM, or the PM's class is not transformers' own.
+        InputError: the patch was made for another PM, or the PM's class is not part of transformers.
     """
     import transformers
 
@@ -54,7 +54,9 @@ def export(rm: RewardModel, patch: EditPatch, folder: Path | str) -> None:
         raise InputError(f"The patch was made for another PM ({patch.name}), not for {rm.name}; name that PM.")
     kinds = (type(rm.model.config).__name__, type(rm.model).__name__)
     if not all(hasattr(transformers, kind) for kind in kinds):
-        raise InputError(f"{rm.name} is a {kinds[1]}, no class of transformers' own; a patch of it cannot be exported.")
+        raise InputError(
+            f"{rm.name} is a {kinds[1]}, no class of transformers; only patches of its classes can be exported."
+        )
     rows, weights = [], dict[str, Tensor]()
     for site, sae in patch.saes.items():
         row, own = _site(patch, site, sae, rm.site_index(site))
@@ -72,23 +74,25 @@ def export(rm: RewardModel, patch: EditPatch, folder: Path | str) -> None:
         write_text(target / "README.md", _card(rm, patch, folder.name))
 
 
-def _site(patch: EditPatch, site: str, sae: Sae, layer: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The row of a site and its weights; an encoder whose features do not compete is cut down to the edited ones."""
-    mine = [e for e in patch.edits if e.site == site]
-    features = [j for e in mine for j in e.features]
+def _site(patch: EditPatch, site: str, sae: Sae, layer: int) -> tuple[modeling.SiteRow, dict[str, Tensor]]:
+    """The config row of a site, and its weights. In a top-k encoder features compete, so all of them are exported; of other
+    encoders only the edited features."""
+    edits_here = [e for e in patch.edits if e.site == site]
+    features = [j for e in edits_here for j in e.features]
     columns = torch.arange(sae.m) if sae.architecture == "topk" else torch.tensor(features)
-    row = {
+    row: modeling.SiteRow = {
         "layer": layer, "kind": sae.architecture, "k": sae.cfg.get("k"), "width": len(columns),
         "features": features if sae.architecture == "topk" else list(range(len(features))),
-        "kept": [e.value if e.operation == "damp" else 0.0 for e in mine for _ in e.features],
-        "added": [e.value if e.operation == "clamp" else 0.0 for e in mine for _ in e.features],
+        "kept": [e.value if e.operation == "damp" else 0.0 for e in edits_here for _ in e.features],
+        "added": [e.value if e.operation == "clamp" else 0.0 for e in edits_here for _ in e.features],
     }  # fmt: skip
     per_feature = {name: getattr(sae, name)[columns] for name in modeling.PER_FEATURE[sae.architecture]}
     matrices = {"W_enc": sae.W_enc[:, columns], "W_dec": sae.W_dec[features], "b_dec": sae.b_dec}
     return row, {**matrices, **per_feature}
 
 
-def _config(rm: RewardModel, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _config(rm: RewardModel, rows: list[modeling.SiteRow]) -> dict[str, Any]:
+    """The PM's config.json with the edits; transformers' own keys, so its shape is not ours."""
     config: dict[str, Any] = rm.model.config.to_dict()
     return config | {
         "model_type": modeling.MODEL_TYPE,
@@ -102,16 +106,12 @@ def _config(rm: RewardModel, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _code(kinds: tuple[str, str]) -> str:
-    """This package's modelling file, on its own feet."""
+    """The modelling file as it runs without rmscope."""
     text = Path(modeling.__file__).read_text("utf-8").replace("from rmscope.model.edits", "from .edits")
     return f'{text}\n\nEditedConfig, {modeling.NAME} = edited_classes("{kinds[0]}", "{kinds[1]}")\n'
 
 
 def _card(rm: RewardModel, patch: EditPatch, name: str) -> str:
-    told = "; ".join(
-        f"{e.operation}{f' {e.value:g}' if e.operation != 'suppress' else ''} features "
-        f"{', '.join(map(str, e.features))} at {e.site}"
-        for e in patch.edits
-    )
+    told = "; ".join(f"{e.action} features {', '.join(map(str, e.features))} at {e.site}" for e in patch.edits)
     eos = ", eos appended" if rm.rendering.append_eos else ""
-    return CARD.format(name=name, model=rm.name, told=told, remote=REMOTE, rendering=f"{rm.rendering.style}{eos}")
+    return CARD.format(name=name, model=rm.name, edits=told, remote=REMOTE, rendering=f"{rm.rendering.style}{eos}")

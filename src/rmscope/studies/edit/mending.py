@@ -1,24 +1,23 @@
 """Before and after an edit: what it does to the biases it is for, and what it does to everything else.
 
-Every figure compares the same texts under several *variants* of one PM: as it is, with the patch, and with what stands
-beside it. Δr of a variant is its own; the unit is SD(Δr) of the PM as it is. Intervals are 95 %, bootstrap by prompt;
-differences are paired.
+Every figure compares the same texts under several *variants* of one PM: the PM as it is (``before``), the PM with the patch
+(``edit``), and controls. Each variant has its own Δr. The unit is SD(Δr) of the PM as it is. Intervals are 95 %, by
+bootstrap over prompts; differences are paired.
 
-- Bias: each cue's ATE over twins (METHOD, "Planted bias"), and the share of it that the variant takes away.
-- Accuracy on pairs, and how much of it the variant costs (falls are positive).
+- Bias: each cue's ATE over twins (``docs/method.md``, "Planted bias"), and the share of it that the variant takes away.
+- Accuracy on pairs, and its fall under the variant (positive where the variant is worse).
 - Drift on the same pairs: mean |change of Δr| in SD(Δr), and the correlation of Δr before and after.
-- RM-Bench: accuracy by the styles of the chosen and the rejected answer.
+- RM-Bench (Liu et al. 2024, arXiv:2410.16184): accuracy by the styles of the chosen and the rejected answer.
 
-Beside a patch that was made for cues stand a mean-difference projection, which needs no SAE (the stream's mean over cues'
-windows less that over fillers' is projected out at the patch's site, to where fillers lie on it), and features matched to
-the edited ones, edited likewise.
+A patch that was made for cues has two controls. The first is a mean-difference projection, which needs no SAE. With d the
+mean stream over the cues' windows minus the mean over the fillers', it sets the stream's part along d to the fillers' mean,
+at the patch's site. The second is sets of features that match the edited ones and are edited in the same way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,25 +27,27 @@ from torch import Tensor
 from rmscope.io import Progress, silent
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.sites import Edit, edited
+from rmscope.model.sites import Edit, edit_streams
 from rmscope.pairs.pair import SIDES
 from rmscope.planted.twins import Twin
 from rmscope.sae.base import Sae
-from rmscope.statistics import Array, bootstrap, correlation, ratio_interval
+from rmscope.statistics import Array, Figure, correlation, interval, ratio
 from rmscope.studies.edit.patch import FeatureEdit, edit_at
+from rmscope.studies.edit.result import BEFORE, CueFigures, PairFigures, StyleCell, StyleFigures
 
 Variant = Mapping[str, Edit]
 """Edits by site."""
-BEFORE = "before"
 MATCHED = 3
 """Sets of matched features beside a patch."""
+REWARD, SD = "reward", "SD(Δr)"
+"""Units."""
 
 
 @torch.no_grad()
 def rewards_under(
     rm: RewardModel, variants: Mapping[str, Variant], tokens: Sequence[PairTokens], progress: Progress = silent
 ) -> dict[str, dict[str, Float[Array, " pairs"]]]:
-    """r of either side under every variant, and as the PM is (``before``): blocks up to the lowest site run once for all."""
+    """Rewards of both sides under every variant, and before. Blocks up to the lowest edited site run once for all."""
     named = {BEFORE: dict[str, Edit](), **variants}
     lowest = min((s for v in named.values() for s in v), key=rm.site_index)
     out: dict[str, dict[str, Array]] = {name: {s: np.zeros(len(tokens)) for s in SIDES} for name in named}
@@ -57,7 +58,7 @@ def rewards_under(
         for name, edits in named.items():
             rest = {rm.site_index(site): _sparing(edit, first) for site, edit in edits.items() if site != lowest}
             start = _sparing(edits[lowest], first)(x) if lowest in edits else x
-            with edited(rm.blocks, rest):
+            with edit_streams(rm.blocks, rest):
                 rewards = rm.rewards_from(batch, lowest, start).cpu().tolist()
             for text, reward in zip(batch.texts, rewards, strict=True):
                 out[name][text.side][text.pair] = reward
@@ -72,69 +73,65 @@ def deltas(rewards: Mapping[str, Mapping[str, Array]]) -> dict[str, Float[Array,
 
 
 def _sparing(edit: Edit, first: Tensor) -> Edit:
-    """The edit at every token but a text's first."""
+    """The edit at every token except the first of a text."""
     return lambda x: torch.where(first, x, edit(x))
 
 
-def bias(deltas: Mapping[str, Array], prompts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A cue's ATE [twins] under each variant, and the share of it that is gone."""
-    groups, before = np.array(prompts), deltas[BEFORE]
-    rows = {}
-    for name, delta in deltas.items():
-        low, high = ratio_interval(before - delta, before, groups)
-        gone = {"value": float(1 - delta.mean() / before.mean()), "low": low, "high": high}
-        rows[name] = {"ate": _interval(delta, groups), "gone": gone}
-    return rows
+def cue_figures(deltas: Mapping[str, Array], prompts: Sequence[str]) -> dict[str, CueFigures]:
+    """A cue's ATE under each variant, and the share of it that is gone, from Δr of its twins [twins]."""
+    before = deltas[BEFORE]
+    return {
+        name: CueFigures(interval(delta, prompts, unit=REWARD), ratio(before - delta, before, prompts))
+        for name, delta in deltas.items()
+    }
 
 
-def elsewhere(deltas: Mapping[str, Array], prompts: Sequence[str], sd: float) -> dict[str, dict[str, Any]]:
-    """Accuracy, its fall, and drift on pairs, under each variant; ``sd`` is SD(Δr) of the PM as it is."""
-    groups, before = np.array(prompts), deltas[BEFORE]
-    rows = {}
-    for name, delta in deltas.items():
-        together = np.stack([before, delta], 1)
-        low, high = bootstrap(together, groups, lambda v: correlation(v[:, 0], v[:, 1]))
-        rows[name] = {
-            "accuracy": _interval(_hits(delta), groups),
-            "fall": _interval(_hits(before) - _hits(delta), groups),
-            "drift": _interval(np.abs(delta - before) / sd, groups),
-            "correlation": {"value": correlation(before, delta), "low": low, "high": high},
-        }
-    return rows
+def pair_figures(deltas: Mapping[str, Array], prompts: Sequence[str], sd: float) -> dict[str, PairFigures]:
+    """Accuracy, its fall, and drift under each variant, from Δr [pairs]. ``sd`` is SD(Δr) of the PM as it is."""
+    before = deltas[BEFORE]
+    return {
+        name: PairFigures(
+            accuracy=interval(_hits(delta), prompts),
+            fall=interval(_hits(before) - _hits(delta), prompts),
+            drift=interval(np.abs(delta - before) / sd, prompts, unit=SD),
+            correlation=_correlation(before, delta, prompts),
+        )
+        for name, delta in deltas.items()
+    }
 
 
-def by_style(
+def _correlation(before: Array, delta: Array, prompts: Sequence[str]) -> Figure:
+    return interval(np.stack([before, delta], 1), prompts, lambda v: correlation(v[:, 0], v[:, 1]))
+
+
+def style_cells(
     rewards: Mapping[str, Mapping[str, Array]], styles: Sequence[str], prompts: Sequence[str]
-) -> list[dict[str, Any]]:
-    """RM-Bench from its pairs of one style: a row a cell (style of the chosen, of the rejected), with each variant's
-    accuracy over prompts and its fall."""
+) -> list[StyleCell]:
+    """RM-Bench from its pairs of one style: one cell per style of the chosen and style of the rejected answer.
+
+    Every prompt must have one pair in each style. The rewards of a cell's two styles are combined prompt by prompt.
+    """
     order = list(dict.fromkeys(styles))
     at = {style: [i for i, s in enumerate(styles) if s == style] for style in order}
-    groups = np.array([prompts[i] for i in at[order[0]]])
-    rows = []
+    groups = [prompts[i] for i in at[order[0]]]
+    cells = []
     for chosen, rejected in product(order, order):
-        row: dict[str, Any] = {"chosen": chosen, "rejected": rejected, "pairs": len(groups)}
         hits = {name: _hits(r["chosen"][at[chosen]] - r["rejected"][at[rejected]]) for name, r in rewards.items()}
-        for name, hit in hits.items():
-            row[name] = {"accuracy": _interval(hit, groups), "fall": _interval(hits[BEFORE] - hit, groups)}
-        rows.append(row)
-    return rows
+        variants = {
+            name: StyleFigures(interval(hit, groups), interval(hits[BEFORE] - hit, groups)) for name, hit in hits.items()
+        }
+        cells.append(StyleCell(chosen, rejected, len(groups), variants))
+    return cells
 
 
 def _hits(delta: Array) -> Array:
     return (delta > 0) + 0.5 * (delta == 0)
 
 
-def _interval(values: Array, groups: Array) -> dict[str, float]:
-    """Mean with its interval, bootstrap by prompt."""
-    low, high = bootstrap(values, groups, lambda v: float(v.mean()))
-    return {"value": float(values.mean()), "low": low, "high": high}
-
-
 def mean_difference(twins: Sequence[Sequence[Twin]]) -> Edit:
-    """Projects the mean difference of each list of twins (a cue each) out of the stream, at every token.
+    """Projects the mean difference of each list of twins (one list per cue) out of the stream, at every token.
 
-    A stream's part along the directions becomes what it is on average in fillers' windows.
+    The stream's part along these directions becomes its average over the fillers' windows.
     """
     directions, centres = zip(*(_means(t) for t in twins), strict=True)
     basis = torch.linalg.qr(torch.stack(directions, 1).double())[0].float()
@@ -148,18 +145,18 @@ def mean_difference(twins: Sequence[Sequence[Twin]]) -> Edit:
 
 
 def _means(twins: Sequence[Twin]) -> tuple[Tensor, Tensor]:
-    """The stream's mean over cues' windows less that over fillers', and the latter [d]."""
+    """The mean stream over the cues' windows minus that over the fillers', and the latter [d]."""
     cue, filler = (torch.cat([t.responses[s].x[t.windows[s]] for t in twins]).mean(0) for s in SIDES)
     return cue - filler, filler
 
 
-def variants_like(
-    saes: Mapping[str, Sae], edits: Sequence[FeatureEdit], drawn: Sequence[Sequence[Sequence[int]]]
+def matched_variants(
+    saes: Mapping[str, Sae], edits: Sequence[FeatureEdit], matched: Sequence[Sequence[Sequence[int]]]
 ) -> dict[str, Variant]:
-    """Variants that edit other features likewise: ``drawn[e][i]`` stands for the features of edit e in variant i."""
+    """Variants that edit other features in the same way: ``matched[e][i]`` replaces the features of edit e in variant i."""
     variants: dict[str, Variant] = {}
     for i in range(MATCHED):
-        mine = [FeatureEdit(e.site, tuple(d[i]), e.operation, e.value) for e, d in zip(edits, drawn, strict=True)]
-        sites = dict.fromkeys(e.site for e in mine)
-        variants[f"matched {i + 1}"] = {s: edit_at(saes[s], [e for e in mine if e.site == s]) for s in sites}
+        like = [FeatureEdit(e.site, tuple(sets[i]), e.operation, e.value) for e, sets in zip(edits, matched, strict=True)]
+        sites = dict.fromkeys(e.site for e in like)
+        variants[f"matched {i + 1}"] = {s: edit_at(saes[s], [e for e in like if e.site == s]) for s in sites}
     return variants

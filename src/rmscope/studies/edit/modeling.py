@@ -1,14 +1,13 @@
 """The model class of an exported patch. ``rmscope edit --export`` copies this file into the folder that it writes.
 
 There it runs without rmscope, as remote code of transformers: the PM's own class, with the edits of the patch in its
-blocks. ``config.rmscope_edits`` holds a row a site: ``layer``, ``kind`` (the SAE's family), ``k``, ``kept`` and ``added``
-(f' = kept f + added), and ``features``, the columns of the encoder that are edited; the weights stand in the checkpoint.
+blocks. ``config.rmscope_edits`` holds one :class:`SiteRow` per site; the weights are stored in the checkpoint.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import transformers
@@ -20,13 +19,25 @@ NAME, MODEL_TYPE = "EditedForSequenceClassification", "rmscope_edited"
 PER_FEATURE = {
     "topk": ("b_enc",), "jumprelu": ("b_enc", "threshold"), "standard": ("b_enc",), "gated": ("b_gate", "b_mag", "r_mag"),
 }  # fmt: skip
-"""The families, and their parameters with an entry a feature."""
+"""The families of SAEs, and the parameters of each that have one entry per feature."""
+
+
+class SiteRow(TypedDict):
+    """The edit of one site: f' = kept f + added."""
+
+    layer: int
+    kind: str  # the SAE's family
+    k: Any  # of a top-k encoder; else None
+    width: int  # features of the encoder
+    features: list[int]  # those of the encoder that are edited
+    kept: list[float]
+    added: list[float]
 
 
 class SiteEdit(nn.Module):
     """x' = x + Σ_j (f'_j - f_j) d_j at one site; f is encoded from x."""
 
-    def __init__(self, d: int, row: dict[str, Any]) -> None:
+    def __init__(self, d: int, row: SiteRow) -> None:
         super().__init__()
         self.row = row
         self.W_enc = nn.Parameter(torch.zeros(d, row["width"]), requires_grad=False)
@@ -36,7 +47,7 @@ class SiteEdit(nn.Module):
             setattr(self, name, nn.Parameter(torch.zeros(row["width"]), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        kept, added = (torch.tensor(self.row[name], device=x.device) for name in ("kept", "added"))
+        kept, added = (torch.tensor(values, device=x.device) for values in (self.row["kept"], self.row["added"]))
         f = self.encode(x.float() - self.b_dec.float())[..., self.row["features"]]
         return x + ((f * (kept - 1) + added) @ self.W_dec.float()).to(x.dtype)
 
@@ -54,7 +65,7 @@ class SiteEdit(nn.Module):
 
 
 def edited_classes(config_class: str, model_class: str) -> tuple[type, type]:
-    """The configuration and the model of a patched PM, from the names of its own in transformers."""
+    """The configuration class and the model class of a patched PM, from the names of the PM's own classes."""
     base, own = getattr(transformers, model_class), getattr(transformers, config_class)
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:

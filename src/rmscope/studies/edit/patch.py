@@ -1,12 +1,12 @@
-"""Mending a PM: named features suppressed, clamped or damped at a site, everything else of the stream kept.
+"""A patch of a PM: named features are suppressed, clamped or damped at a site; the rest of the stream is kept.
 
     x'_t = x_t + Σ_j (f'_tj - f_tj) d_j        f' = 0 (suppress), c (clamp) or a f (damp)
 
-Features are encoded once from the stream as it is; the SAE's error stays (METHOD, "Ablation effect"). It holds at every
-token of a text but the first. METHOD's span begins at the response; a PM in use is given one text, and a mended reward
-must be a function of that text alone: not of the pair it stands in, the batch, or a turn's header, which whoever writes
-the response can write as well (text before a second header would then go unedited). On text without the feature the two
-are the same. A patch is a small folder: ``edit.json``, and the SAEs that it needs.
+Features are encoded once, from the unedited stream. The SAE's error stays. The edit applies to every token of a text but
+the first, while ablation effects apply from the divergence of a pair on. A PM in use gets one text, so an edited reward
+must depend on that text alone. It may depend neither on a second text nor on the batch. It may not depend on a turn's
+header either: the author of a response can write a second header, and text before it would then escape the edit. On texts
+whose features fire in the response alone, the two are the same. A patch is a small folder: ``edit.json`` and its SAEs.
 """
 
 from __future__ import annotations
@@ -36,27 +36,35 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class FeatureEdit:
-    """Features of one site and what becomes of them."""
+    """Features of one site, and what is done to them."""
 
     site: str
     features: tuple[int, ...]
     operation: Operation = "suppress"
     value: float = 0.0
-    """clamp: f := value, at every token; damp: f := value f, where below 0 turns what the feature does around."""
+    """clamp: f := value, at every token. damp: f := value f; below 0 this reverses the feature's effect."""
+
+    @property
+    def action(self) -> str:
+        """The operation with its value, such as "damp -0.5"."""
+        return self.operation if self.operation == "suppress" else f"{self.operation} {self.value:g}"
 
 
 @dataclass(frozen=True)
 class EditPatch:
-    """Edits of one PM. ``saes`` holds the SAE of every edited site, ``model`` the PM's identity hash.
+    """Edits of one PM.
 
-    Raises :class:`InputError` where an edit names a feature that its SAE does not have, names one twice, or has no SAE.
+    Raises:
+        InputError: an edit has no SAE, names a feature that its SAE does not have, or names a feature twice.
     """
 
     edits: tuple[FeatureEdit, ...]
     saes: Mapping[str, Sae]
+    """The SAE of every edited site."""
     model: str
+    """The PM's identity hash."""
     name: str = ""
-    """The PM's name, for people."""
+    """The PM's name, for messages."""
 
     def __post_init__(self) -> None:
         seen: set[tuple[str, int]] = set()
@@ -71,16 +79,16 @@ class EditPatch:
 
     @property
     def identity(self) -> str:
-        """Content hash of what the patch does: the PM, the edits and the SAEs."""
+        """Content hash of the PM, the edits and the SAEs."""
         hashes = {site: sae.identity() for site, sae in sorted(self.saes.items())}
         return content_hash(self.model, [asdict(e) for e in self.edits], hashes)
 
     def callables(self) -> dict[str, Edit]:
-        """What the PM takes: for each site its edit of the stream."""
+        """The edit of each site, as a function of the stream [..., d]."""
         return {site: edit_at(sae, [e for e in self.edits if e.site == site]) for site, sae in self.saes.items()}
 
     def save(self, folder: Path | str) -> None:
-        """Writes ``edit.json`` and ``saes/SITE``; the folder appears whole or not at all."""
+        """Writes ``edit.json`` and ``saes/SITE``. The write is atomic: a kill leaves no half folder."""
         record = {
             "format": FORMAT,
             "model": {"name": self.name, "identity": self.model},
@@ -94,7 +102,11 @@ class EditPatch:
 
     @classmethod
     def load(cls, folder: Path | str) -> EditPatch:
-        """Opens a patch. InputError where the folder holds none, or an SAE in it was changed since."""
+        """Opens a patch.
+
+        Raises:
+            InputError: the folder holds no patch, or one of its SAEs has changed since the patch was saved.
+        """
         path = Path(folder) / EDIT_FILE
         if not path.is_file():
             raise InputError(f"{folder} is no patch (it holds no {EDIT_FILE}); make one with rmscope edit.")
@@ -104,19 +116,22 @@ class EditPatch:
             hashes, model = dict(record["saes"]), record["model"]
             patch = cls(edits, {s: Sae.load(Path(folder) / "saes" / s) for s in hashes}, model["identity"], model["name"])
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} cannot be read as a patch ({error}); make it anew with rmscope edit.") from error
+            raise InputError(f"{path} cannot be read as a patch ({error}); make it again with rmscope edit.") from error
         for site, sae in patch.saes.items():
             if sae.identity() != hashes[site]:
-                raise InputError(f"The SAE of {site} in {folder} was changed since the patch was made; make it anew.")
+                raise InputError(
+                    f"The SAE of {site} in {folder} was changed after the patch was saved; make the patch again."
+                )
         return patch
 
 
 def is_patch(folder: Path | str) -> bool:
+    """Whether the folder holds a patch."""
     return (Path(folder) / EDIT_FILE).is_file()
 
 
 def edit_at(sae: Sae, edits: Sequence[FeatureEdit]) -> Edit:
-    """The stream [..., d] through the edits of one site; differentiable."""
+    """The edits of one site as a differentiable function of the stream [..., d]."""
     features = torch.tensor([j for e in edits for j in e.features])
     kept = torch.tensor([e.value if e.operation == "damp" else 0.0 for e in edits for _ in e.features])
     added = torch.tensor([e.value if e.operation == "clamp" else 0.0 for e in edits for _ in e.features])
@@ -132,9 +147,10 @@ def edit_at(sae: Sae, edits: Sequence[FeatureEdit]) -> Edit:
 
 
 def load_edited(model: str | RewardModel, patch: EditPatch | str | Path) -> RewardModel:
-    """A PM with a patch in it: every reward it gives is the mended one. A :class:`RewardModel` is edited where it is.
+    """A PM with a patch: every reward it gives is the edited one. A given :class:`RewardModel` is edited in place.
 
-    Raises :class:`InputError` where the patch was made for another PM, or edits ``embed``.
+    Raises:
+        InputError: the patch was made for another PM, or edits ``embed``.
     """
     patch = patch if isinstance(patch, EditPatch) else EditPatch.load(patch)
     rm = RewardModel.load(model) if isinstance(model, str) else model
@@ -147,7 +163,7 @@ def load_edited(model: str | RewardModel, patch: EditPatch | str | Path) -> Rewa
         sae.check_width(rm.d_model, rm.name)
         if rm.site_index(site) < 0:
             raise InputError(
-                "An edit at embed is not offered: models build on the embedding in ways of their own; "
+                "Edits at embed are not supported, because models process the embedding in different ways; "
                 "name a site resid_post.L."
             )
     install(rm.model.base_model, rm.blocks, {rm.site_index(site): edit for site, edit in patch.callables().items()})
@@ -160,10 +176,10 @@ def _check(edit: FeatureEdit, saes: Mapping[str, Sae]) -> None:
     if edit.operation not in OPERATIONS:
         raise InputError(f"There is no operation {edit.operation}; use {', '.join(OPERATIONS)}.")
     if not math.isfinite(edit.value):
-        raise InputError(f"{edit.operation} {edit.value} is no number that a feature can take; give a finite one.")
+        raise InputError(f"{edit.operation} {edit.value} is no number; give a finite value.")
     if edit.site not in saes:
-        raise InputError(f"The patch edits {edit.site}, but holds no SAE for it; give the SAE of that site.")
+        raise InputError(f"The patch edits {edit.site} but has no SAE for it; give the SAE of that site.")
     wrong = [j for j in edit.features if not 0 <= j < saes[edit.site].m]
     if wrong or not edit.features:
-        told = f"the feature {wrong[0]}" if wrong else "no feature"
-        raise InputError(f"The edit at {edit.site} names {told}; its SAE has 0 .. {saes[edit.site].m - 1}.")
+        named = f"the feature {wrong[0]}" if wrong else "no feature"
+        raise InputError(f"The edit at {edit.site} names {named}; its SAE has features 0 to {saes[edit.site].m - 1}.")
