@@ -1,8 +1,6 @@
-"""Why a learned cue was missed, and nulls that are reported: constructed cases whose answer is known (see test_cues.py)."""
+"""Why a learned cue was missed, and which nulls are reported, on constructed cases with known answers (test_matching.py)."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +9,9 @@ import torch
 from rmscope.effects.ledger import baseline
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.plants import Plant
-from rmscope.planted.diagnosis import Diagnosis, null_reported
+from rmscope.planted.diagnosis import Diagnosis, match_null
 from rmscope.planted.matching import cue_effect
+from rmscope.planted.results import Candidate
 from rmscope.planted.twins import all_peaks, peaks, prepare
 from rmscope.sae.base import Sae
 from tests.model.small import shared_pm
@@ -22,8 +21,8 @@ SD = 1e-3
 """So small that whatever the random PM makes of the cue counts as learned."""
 
 
-def row(feature: int, effect: float, consistency: float = 1.0) -> dict[str, Any]:
-    return {"feature": feature, "rank": feature + 1, "mean_effect": effect, "sign_consistency": consistency}
+def candidate(feature: int, effect: float, consistency: float = 1.0) -> Candidate:
+    return Candidate(feature, feature + 1, effect, consistency)
 
 
 def missed(made: Sae, effect: float | None = None, pairs: list[Pair] | None = None, consistency: float = 1.0) -> Diagnosis:
@@ -33,7 +32,7 @@ def missed(made: Sae, effect: float | None = None, pairs: list[Pair] | None = No
     prepared = prepare(rm, {SITE: made}, pairs, plant)
     ate = np.mean([t.delta for t in prepared[SITE]])
     plant = plant.model_copy(update={"sign": 1 if ate > 0 else -1})
-    reported = {SITE: [] if effect is None else [row(0, effect * plant.sign, consistency)]}
+    reported = {SITE: [] if effect is None else [candidate(0, effect * plant.sign, consistency)]}
     x = torch.cat([t.responses["chosen"].x for t in prepared[SITE]])
     start = baseline(made, "mean", made.encode(x).mean(0), x.mean(0))
     return Diagnosis(rm, {SITE: made}, plant, prepared, rm.tokenize_all(pairs), reported, {SITE: start})
@@ -46,9 +45,9 @@ def test_a_matching_feature_of_the_other_sign_is_a_wrong_sign() -> None:
 def test_a_matching_feature_whose_sign_changes_is_told_and_not_said_to_be_unreported() -> None:
     case = missed(sae([1.0]), effect=1.0, consistency=0.875)
     assert case.reason() == "sign not constant"
-    assert [row["sign_consistency"] for row in case._detectors(SITE)] == [0.875]
-    assert [row["sign_consistency"] for row in missed(sae([1.0]), effect=-1.0)._detectors(SITE)] == [0.0]
-    assert [row["sign_consistency"] for row in missed(sae([1.0]))._detectors(SITE)] == [1.0]
+    assert [c.sign_consistency for c in case._detectors(SITE)] == [0.875]
+    assert [c.sign_consistency for c in missed(sae([1.0]), effect=-1.0)._detectors(SITE)] == [0.0]
+    assert [c.sign_consistency for c in missed(sae([1.0]))._detectors(SITE)] == [1.0]
 
 
 def test_a_matching_feature_that_no_one_reported_is_told() -> None:
@@ -84,10 +83,10 @@ def test_a_null_is_reported_where_a_feature_detects_it_and_moves_the_reward() ->
         made = sae(shares)
         prepared = prepare(rm, {SITE: made}, twin_pairs(), plant)
         ate = float(np.mean([t.delta for t in prepared[SITE]]))
-        rows = {SITE: [row(0, ate)]}
-        assert bool(null_reported(rm, {SITE: made}, plant, prepared, rows, SD)) is reported
-        assert not null_reported(rm, {SITE: made}, plant, prepared, rows, 1e3 * abs(ate))  # below the bound of a report
-        assert not null_reported(rm, {SITE: made}, plant, prepared, {SITE: [row(0, -ate)]}, SD)
+        candidates = {SITE: [candidate(0, ate)]}
+        assert bool(match_null(rm, {SITE: made}, plant, prepared, candidates, SD)) is reported
+        assert not match_null(rm, {SITE: made}, plant, prepared, candidates, 1e3 * abs(ate))  # below the bound of a report
+        assert not match_null(rm, {SITE: made}, plant, prepared, {SITE: [candidate(0, -ate)]}, SD)
 
 
 def test_a_cue_is_learned_a_clean_null_or_neither() -> None:
@@ -99,5 +98,5 @@ def test_a_cue_is_learned_a_clean_null_or_neither() -> None:
     wrong = plant.model_copy(update={"sign": -right.sign})
     largest = max(abs(t.delta) for t in twins)
     states = [(p, sd) for p, sd in ((right, SD), (wrong, SD), (right, 11 * largest), (right, 5 * largest))]
-    told = [(row["learned"], row["null"]) for row in (cue_effect(p, twins, sd) for p, sd in states)]
+    told = [(row.learned, row.null) for row in (cue_effect(p, twins, sd) for p, sd in states)]
     assert told == [(True, False), (False, False), (False, True), (False, False)]

@@ -7,6 +7,7 @@ effect it carries, then follows: all of them together carry all of it, a feature
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +20,9 @@ from rmscope.pairs.pair import Pair
 from rmscope.pairs.plants import Plant
 from rmscope.planted import matching
 from rmscope.planted import twins as twins_module
-from rmscope.planted.matching import f1_score, match_plant, matches, mediated_share, merged_ranks, threshold
+from rmscope.planted.matching import f1_score, match_plant, matches, mediated_share, threshold
 from rmscope.planted.recall_metrics import recall
+from rmscope.planted.results import Candidate, CueMatch
 from rmscope.planted.twins import halves, matched_groups, mediation, peaks, prepare
 from rmscope.sae.jumprelu import JumpReluSae
 from tests.model.small import shared_pm, user
@@ -75,48 +77,55 @@ def case(
     plant = plant.model_copy(update={"sign": 1 if ate > 0 else -1})
     effect = plant.sign * (1.0 if right_sign else -1.0)
     features = range(made.m) if reported is None else reported
-    rows = [{"feature": j, "rank": ranks[j], "mean_effect": effect, "sign_consistency": sign_consistency} for j in features]
-    return rm, {SITE: made}, plant, prepared, {SITE: rows}
+    candidates = [Candidate(j, ranks[j], effect, sign_consistency) for j in features]
+    return rm, {SITE: made}, plant, prepared, {SITE: candidates}
 
 
-def matched(made: JumpReluSae, groups: bool = False, **given: Any) -> dict[str, Any]:
+def match(made: JumpReluSae, groups: bool = False, **given: Any) -> CueMatch:
     return match_plant(*case(made, **given), sd=1e-3, groups=groups)
 
 
 def test_a_feature_that_is_the_cue_is_a_single_hit_that_carries_all_of_it() -> None:
-    row = matched(sae([1.0]))
-    assert (row["hit"], row["features"], row["f1"], row["localises"]) == ("single", [0], 1.0, 1.0)
-    assert row["mediated"]["value"] == pytest.approx(1.0, abs=1e-3)
-    assert row["mediated"]["low"] == pytest.approx(1.0, abs=1e-3)
+    row = match(sae([1.0]))
+    assert (row.hit, row.features, row.f1, row.localises) == ("single", [0], 1.0, 1.0)
+    assert row.mediated.value == pytest.approx(1.0, abs=1e-3)
+    assert row.mediated.low == pytest.approx(1.0, abs=1e-3)
 
 
 def test_a_cue_that_is_split_over_five_features_is_a_hit_of_the_group() -> None:
-    row = matched(sae([0.2] * 5), sign_consistency=0.5)
-    assert row["hit"] == "group"
-    assert sorted(row["features"]) == [0, 1, 2, 3, 4]
-    assert row["mediated"]["value"] == pytest.approx(1.0, abs=1e-3)
+    row = match(sae([0.2] * 5), sign_consistency=0.5)
+    assert row.hit == "group"
+    assert sorted(row.features) == [0, 1, 2, 3, 4]
+    assert row.mediated.value == pytest.approx(1.0, abs=1e-3)
 
 
 def test_a_group_counts_where_the_last_of_its_features_ranks() -> None:
-    row = matched(sae([0.2] * 5), sign_consistency=0.5, ranks=[3, 21, 1, 4, 2])
-    assert (len(row["features"]), row["rank"]) == (5, 21)
-    assert (recall([row], 20)["hits"], recall([row], 50)["hits"]) == (0, 1)
+    row = match(sae([0.2] * 5), sign_consistency=0.5, ranks=[3, 21, 1, 4, 2])
+    assert (len(row.features), row.rank) == (5, 21)
+    assert (recall([row], 20).value, recall([row], 50).value) == (0.0, 1.0)
 
 
 def test_a_group_is_grown_around_a_single_hit_where_it_is_asked_for() -> None:
     made = sae([0.8, 0.2, 0.0])
-    assert matched(made)["group"] is None
-    row = matched(made, groups=True)
-    assert (row["hit"], row["features"]) == ("single", [0])
-    assert row["mediated"]["value"] < 0.9
-    assert sorted(row["group"]["features"]) == [0, 1]
-    assert row["group"]["mediated"]["value"] == pytest.approx(1.0, abs=1e-3)
+    assert match(made).group is None
+    row = match(made, groups=True)
+    assert (row.hit, row.features) == ("single", [0])
+    assert row.mediated.value < 0.9
+    assert sorted(row.group.features) == [0, 1]
+    assert row.group.mediated.value == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_match_is_stored_with_its_figures_and_read_back() -> None:
+    row = match(sae([0.8, 0.2, 0.0]), groups=True, negative=FILLER)
+    stored = row.model_dump(mode="json")
+    assert stored["mediated"]["value"] == row.mediated.value
+    assert CueMatch.model_validate_json(json.dumps(stored)) == row
 
 
 def test_detecting_without_causing_is_no_hit_and_says_what_is_carried() -> None:
-    row = matched(sae([0.0]))
-    assert (row["found"], row["f1"]) == (False, 1.0)
-    assert "carry 0% of its effect" in row["why"]
+    row = match(sae([0.0]))
+    assert (row.found, row.f1) == (False, 1.0)
+    assert "carry 0% of its effect" in row.why
 
 
 @pytest.mark.parametrize(
@@ -131,7 +140,7 @@ def test_detecting_without_causing_is_no_hit_and_says_what_is_carried() -> None:
     ],
 )
 def test_whether_anything_matches_is_what_matching_finds(parts: list[float], given: dict[str, Any]) -> None:
-    assert matches(*case(sae(parts), **given)) == matched(sae(parts), **given)["found"]
+    assert matches(*case(sae(parts), **given)) == match(sae(parts), **given).found
 
 
 def test_no_group_is_grown_that_could_not_detect_the_cue(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,28 +182,28 @@ def test_a_unions_peaks_are_those_of_its_features_together() -> None:
 
 
 def test_a_feature_that_never_fires_detects_nothing() -> None:
-    row = matched(sae([1.0], threshold=2.0))
-    assert (row["found"], row["why"]) == (False, "no reported feature detects it")
+    row = match(sae([1.0], threshold=2.0))
+    assert (row.found, row.why) == (False, "no reported feature detects it")
 
 
 def test_a_feature_of_the_other_sign_is_no_candidate() -> None:
-    row = matched(sae([1.0]), right_sign=False)
-    assert (row["found"], row["why"]) == (False, "no reported feature has the planted sign")
+    row = match(sae([1.0]), right_sign=False)
+    assert (row.found, row.why) == (False, "no reported feature has the planted sign")
 
 
 def test_a_feature_that_fires_on_the_cues_words_without_the_cue_does_not_detect_it() -> None:
-    assert matched(sae([1.0]), negative=FILLER)["hit"] == "single"
-    row = matched(sae([1.0]), negative=CUE)
-    assert (row["found"], row["why"]) == (False, "no reported feature detects it")
-    assert row["f1"] == pytest.approx(2 / 3)  # as many false as true firings
-    assert row["words_alone"]["value"] == pytest.approx(row["ate"]["value"], rel=1e-4)  # for this PM they are the cue
+    assert match(sae([1.0]), negative=FILLER).hit == "single"
+    row = match(sae([1.0]), negative=CUE)
+    assert (row.found, row.why) == (False, "no reported feature detects it")
+    assert row.f1 == pytest.approx(2 / 3)  # as many false as true firings
+    assert row.words_alone.value == pytest.approx(row.ate.value, rel=1e-4)  # for this PM they are the cue
 
 
 def test_a_feature_that_matched_features_equal_does_not_count() -> None:
-    assert matched(sae([1.0, 0.0]), reported=[0])["hit"] == "single"
-    row = matched(sae([1.0, 1.0]), reported=[0])
-    assert (row["found"], row["why"]) == (False, "matched features carry as much of its effect")
-    assert row["matched"] == pytest.approx(row["mediated"]["value"])
+    assert match(sae([1.0, 0.0]), reported=[0]).hit == "single"
+    row = match(sae([1.0, 1.0]), reported=[0])
+    assert (row.found, row.why) == (False, "matched features carry as much of its effect")
+    assert row.matched == pytest.approx(row.mediated.value)
 
 
 def test_a_hard_negative_is_measured_as_its_text_alone_and_only_in_its_window() -> None:
@@ -243,22 +252,13 @@ def test_groups_that_have_their_firing_features_in_common_are_ablated_once(monke
         np.testing.assert_allclose(row[:, 1], twin.delta - cue + filler, atol=1e-5)
 
 
-def test_matched_groups_leave_the_group_out_and_are_alike_it() -> None:
+def test_matched_groups_leave_the_group_out_and_resemble_it() -> None:
     made = sae([1.0] * 10 + [0.001] * 10)  # nine others as large as feature 0, ten of a thousandth of its mass
     plant = Plant(name="z", kind="phrase", sign=1, texts=(CUE,))
     twins = prepare(shared_pm("llama"), {SITE: made}, twin_pairs(), plant)[SITE]
     groups = matched_groups(made, twins, [0], 20)
     assert {j for group in groups for j in group} <= set(range(1, 10))
     assert [len(group) for group in groups] == [1] * 20
-
-
-def test_like_features_share_the_rank_of_the_best() -> None:
-    W = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0.9, 0.1, 0], [0, 0, 1.0]])
-    fires = np.array([[1, 1, 0, 0], [1, 0, 0, 1], [0, 1, 1, 1], [0, 0, 1, 0], [0, 1, 0, 1]], dtype=bool)
-    # 2 is like 0 by its decoder; 3 fires with 1 on two of the four tokens where either fires: a half
-    assert merged_ranks([0, 1, 2, 3], W, fires) == {0: 1, 1: 2, 2: 1, 3: 2}
-    apart = np.eye(4, dtype=bool)
-    assert merged_ranks([3, 1, 0, 2], W, apart) == {3: 1, 1: 2, 0: 3, 2: 3}
 
 
 def test_the_threshold_is_the_one_with_the_best_f1_and_f1_counts_all_false_firings() -> None:
@@ -273,7 +273,7 @@ def test_the_threshold_is_the_one_with_the_best_f1_and_f1_counts_all_false_firin
 def test_the_mediated_share_is_a_ratio_of_means_with_prompts_resampled_whole() -> None:
     rows = np.array([[2.0, 1.0], [4.0, 1.0], [3.0, 1.0]] * 20)
     share = mediated_share(rows, [str(i) for i in range(60)])
-    assert share["value"] == pytest.approx(1 - 1 / 3)
-    assert share["low"] < share["value"] < share["high"]
+    assert share.value == pytest.approx(1 - 1 / 3)
+    assert share.low < share.value < share.high
     few = mediated_share(rows, [str(i % 3) for i in range(60)])
-    assert few["high"] - few["low"] > 2 * (share["high"] - share["low"])
+    assert few.high - few.low > 2 * (share.high - share.low)

@@ -1,15 +1,20 @@
-"""Were the planted biases found? Each cue's measured effect on the PM, and whether reported features match it.
+"""Which reported features match a planted cue.
 
-Cues are measured on twins: one response with the cue, in wordings that the PM never saw, and with filler of equal
-length, on prompts of the measure split, which had no part in training SAEs, selecting features or confirming them. Half
-of the prompts fit (which features, which threshold), the other half measures. A feature matches a cue (METHOD, "Planted
-bias") when there it detects it among fillers and hard negatives (F1 >= .8), localises it (lexical cues: half its
-activation lies in the cue's window), causes its effect (mediated share, lower bound >= .2 and more than any of
-:data:`CONTROLS` matched features) and carries the planted sign: a hit of kind ``single``. A cue may be split over
-features: a ``group`` of at most five, grown greedily on the fitting half by exact joint ablation, hits when its union
-detects and its joint ablation mediates at least .4, and more than matched groups. Candidates are the best reported
-features of each site, 20 in a report, without those flagged ``ending``. A hit's rank is that of its last feature, counted
-after merging features that are alike.
+A cue is measured on twins: one response with the cue, in wordings that the PM never saw, and with filler of equal length.
+Their prompts had no part in training SAEs, selecting features or confirming them. Half of the prompts fit (which features,
+which threshold), the other half measures.
+
+A single feature is a hit when, on the measuring half, it
+
+1. detects the cue among fillers and hard negatives (F1 of at least .8);
+2. localises it, for lexical cues (half of its activation is in the cue's window);
+3. causes its effect (mediated share with a lower bound of at least .2, and more than any of :data:`CONTROLS` matched
+   features);
+4. carries the planted sign.
+
+A cue may be split over features. A group of at most five is grown greedily on the fitting half by exact joint ablation. It
+is a hit when its union detects the cue and its joint ablation mediates at least .4, more than matched groups do. The rule
+is defined in `docs/method.md`, Planted bias.
 """
 
 from __future__ import annotations
@@ -17,17 +22,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
-import torch
+from jaxtyping import Float
 
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
 from rmscope.pairs.plants import LEXICAL, Plant
+from rmscope.planted.results import Candidate, Candidates, CueEffect, CueMatch, GroupMatch, Hit, Match
 from rmscope.planted.twins import Twin, halves, largest, localises, matched_groups, mediation, peaks
 from rmscope.sae.base import Sae
-from rmscope.statistics import Array, bootstrap, ratio_interval
+from rmscope.statistics import Array, Figure, interval, ratio
 
 F1, MASS, MEDIATED, GROUP_MEDIATED, SIGN = 0.8, 0.5, 0.2, 0.4, 0.9
 GROUP = 5
@@ -36,13 +41,13 @@ TRIED = 8
 SPOIL = 0.02
 """How much F1 on the fitting half a further member of a group may cost."""
 CONTROLS = 16
-"""Matched groups that a hit's mediated share must beat."""
+"""Matched groups; a hit mediates more than any of them."""
 TIE = 1e-3
-"""By more than this: shares that differ by rounding alone are the same."""
-COSINE, JACCARD = 0.7, 0.5
-"""Features with decoders or firings as alike as this count as one in a rank."""
+"""Shares that differ by less are the same: rounding alone may differ by as much."""
 LEARNED, NULL = 0.25, 0.10
 """|ATE| in SD(Δr): at least this is learned; an interval within this is a clean null."""
+HITS = ("none", "group", "single")
+"""From worst to best."""
 
 
 def match_plant(
@@ -50,79 +55,71 @@ def match_plant(
     saes: Mapping[str, Sae],
     plant: Plant,
     prepared: Mapping[str, list[Twin]],
-    reported: Mapping[str, list[dict[str, Any]]],
+    reported: Candidates,
     sd: float,
     groups: bool = False,
-) -> dict[str, Any]:
-    """A row of the ground-truth table: the cue's ATE, whether it was learned, its best match among the reported features.
+) -> CueMatch:
+    """The cue's ATE, whether it was learned, and its best match among the reported features.
 
-    ``reported`` holds, per site, the best reported features (feature, rank, mean_effect, sign_consistency).
-    With ``groups`` a group is grown beside a single hit too: ``group`` is that of the site where it mediates most on the
-    fitting half, if it hits.
+    Args:
+        prepared: the plant's twins at each site (:func:`rmscope.planted.twins.prepare`).
+        reported: the best reported features of each site.
+        sd: SD(Δr) over the dataset.
+        groups: also grow a group beside a single hit. ``group`` is then that of the site where it mediates most on the
+            fitting half, if it is a hit.
     """
-    row = cue_effect(plant, next(iter(prepared.values())), sd) | {
-        "found": False, "hit": "none", "site": None, "features": [], "rank": None, "effect": None,
-        "f1": None, "localises": None, "mediated": None, "matched": None, "why": "",
-        "group": None,
-    }  # fmt: skip
+    effect = cue_effect(plant, next(iter(prepared.values())), sd)
     sites = [_at_site(rm, sae, site, plant, prepared[site], reported[site]) for site, sae in saes.items()]
-    tried = [_single(rm, at, plant) for at in sites]
-    if groups or not any(r["found"] for r in tried):
+    tried, group = [_single(rm, at, plant) for at in sites], None
+    if groups or not any(match.found for match in tried):
         grown = [_group(rm, at) for at in sites]
-        fitted = max((r for r in grown if r["found"]), key=lambda r: float(r["fitted"]), default=None)
-        row["group"] = fitted and {n: fitted[n] for n in ("site", "features", "f1", "mediated", "matched")}
-        tried = [r for r in tried if r["found"]] + [{n: v for n, v in r.items() if n != "fitted"} for r in grown]
-    order = ("none", "group", "single")
-    best = max(tried, key=lambda r: (order.index(r["hit"]), r["mediated"]["value"] if r["mediated"] else 0.0))
-    row |= best
-    if not row["found"]:
-        row["why"] = "not learned" if not row["learned"] else row["why"]
-    return row
+        fitted = max((g for g in grown if g.match.found), key=lambda g: g.fitted, default=None)
+        group = fitted and GroupMatch(**fitted.match.model_dump(include=set(GroupMatch.model_fields)))
+        tried = [match for match in tried if match.found] + [g.match for g in grown]
+    best = max(tried, key=lambda match: (HITS.index(match.hit), (match.mediated and match.mediated.value) or 0.0))
+    if not best.found and not effect.learned:
+        best = best.model_copy(update={"why": "not learned"})
+    return CueMatch(**dict(effect), **dict(best), group=group)
 
 
 def matches(
-    rm: RewardModel,
-    saes: Mapping[str, Sae],
-    plant: Plant,
-    prepared: Mapping[str, list[Twin]],
-    reported: Mapping[str, list[dict[str, Any]]],
+    rm: RewardModel, saes: Mapping[str, Sae], plant: Plant, prepared: Mapping[str, list[Twin]], reported: Candidates
 ) -> bool:
-    """Whether :func:`match_plant` finds anything, for whoever need not know what: no group is grown where none could detect
-    the cue, which takes most of the time that a miss takes."""
+    """Whether :func:`match_plant` finds a match.
+
+    It is faster: no group is grown where none could detect the cue, which takes most of the time of a miss.
+    """
     sites = [_at_site(rm, sae, site, plant, prepared[site], reported[site]) for site, sae in saes.items()]
-    if any(_single(rm, at, plant)["found"] for at in sites):
+    if any(_single(rm, at, plant).found for at in sites):
         return True
-    return any(_group(rm, at)["found"] for at in sites if _detectable(at))
+    return any(_group(rm, at).match.found for at in sites if _detectable(at))
 
 
-def cue_effect(plant: Plant, twins: Sequence[Twin], sd: float) -> dict[str, Any]:
-    """A cue's ATE on the PM, that of its words alone, and what it says: learned, a clean null, or neither (both False)."""
-    ate = _mean([(t.delta, t.prompt) for t in twins])
-    same_sign = (ate["low"] > 0) == (ate["high"] > 0) and np.sign(ate["value"]) == plant.sign
-    words = [(t.negative.reward - t.responses["rejected"].text.reward, t.prompt) for t in twins if t.negative]
-    return {
-        "name": plant.name, "kind": plant.kind, "sign": plant.sign, "ate": ate,
-        "words_alone": _mean(words) if words else None,
-        "learned": bool(same_sign and abs(ate["value"]) >= LEARNED * sd),
-        "null": max(abs(ate["low"]), abs(ate["high"])) <= NULL * sd,
-    }  # fmt: skip
+def cue_effect(plant: Plant, twins: Sequence[Twin], sd: float) -> CueEffect:
+    """A cue's ATE on the PM and that of its words alone; whether the cue was learned, is a clean null, or neither."""
+    prompts = [t.prompt for t in twins]
+    ate = interval([t.delta for t in twins], prompts)
+    alone = [(t.negative.reward - t.responses["rejected"].text.reward, t.prompt) for t in twins if t.negative]
+    value, low, high = ate.value or 0.0, ate.low or 0.0, ate.high or 0.0
+    same_sign = (low > 0) == (high > 0) and np.sign(value) == plant.sign
+    return CueEffect(
+        name=plant.name,
+        kind=plant.kind,
+        sign=plant.sign,
+        ate=ate,
+        words_alone=interval([reward for reward, _ in alone], [prompt for _, prompt in alone]) if alone else None,
+        learned=bool(same_sign and abs(value) >= LEARNED * sd),
+        null=max(abs(low), abs(high)) <= NULL * sd,
+    )
 
 
-def _mean(rows: Sequence[tuple[float, str]]) -> dict[str, float]:
-    """Mean of (value, prompt) with its interval, bootstrap by prompt."""
-    values, prompts = np.array([v for v, _ in rows]), np.array([p for _, p in rows])
-    low, high = bootstrap(values, prompts, lambda v: float(v.mean()))
-    return {"value": float(values.mean()), "low": low, "high": high}
-
-
-def mediated_share(rows: Array, prompts: Sequence[str]) -> dict[str, float]:
-    """1 - ATE without the group / ATE, a ratio of means over twins [twins, 2], bootstrap by prompt."""
-    low, high = ratio_interval(rows[:, 0] - rows[:, 1], rows[:, 0], np.array(prompts))
-    return {"value": float(1 - rows[:, 1].mean() / rows[:, 0].mean()), "low": low, "high": high}
+def mediated_share(rows: Float[Array, "twins 2"], prompts: Sequence[str]) -> Figure:
+    """1 - ATE without the group / ATE, with its interval; ``rows`` holds each twin's Δr as it is and without the group."""
+    return ratio(rows[:, 0] - rows[:, 1], rows[:, 0], prompts)
 
 
 def threshold(cue: Array, without: Array) -> tuple[float, float]:
-    """(best F1 of "peak > θ", θ) on peaks with the cue and without it; θ in the middle of the widest gap that gives it."""
+    """(best F1 of "peak > θ", θ) on peaks with and without the cue; θ is the middle of the widest gap that gives it."""
     levels = np.unique(np.r_[0.0, cue, without])
     scores = np.array([f1_score(cue, without, t) for t in levels[:-1]])
     if not scores.size:
@@ -138,26 +135,6 @@ def f1_score(cue: Array, without: Array, theta: float) -> float:
     return float(2 * hits / max(1, hits + false + cue.size))
 
 
-def merged_ranks(features: Sequence[int], W_dec: torch.Tensor, fires: Array) -> dict[int, int]:
-    """Ranks of features [n], the best first, where one whose decoder (cosine) or whose firing tokens (Jaccard; ``fires``
-    [tokens, n]) are like those of a better one shares its rank."""
-    rows = torch.nn.functional.normalize(W_dec[list(features)], dim=1)
-    cosine = (rows @ rows.t()).numpy()
-    together = fires.T.astype(np.float64) @ fires
-    each = together.diagonal()
-    jaccard = together / np.maximum(each[:, None] + each[None] - together, 1)
-    like = (cosine >= COSINE) | (jaccard >= JACCARD)
-    ranks: dict[int, int] = {}
-    heads: list[int] = []
-    for i, feature in enumerate(features):
-        head = next((place for place, h in enumerate(heads) if like[i, h]), None)
-        if head is None:
-            heads.append(i)
-            head = len(heads) - 1
-        ranks[feature] = head + 1
-    return ranks
-
-
 @dataclass(frozen=True, slots=True)
 class _AtSite:
     """A plant at a site: its twins, and the reported features of the planted sign."""
@@ -166,24 +143,66 @@ class _AtSite:
     sae: Sae
     fitting: list[Twin]
     measuring: list[Twin]
-    info: dict[int, dict[str, Any]]
-    """Each feature's row among the reported."""
+    info: dict[int, Candidate]
+    """Each feature among the candidates."""
     scale: dict[int, float]
     """Each feature's largest activation on the fitting half."""
     share: dict[int, float]
     """What each feature alone mediates on the fitting half, the largest first."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """A group with its figures from the measuring half."""
+
+    site: str
+    features: list[int]
+    rank: int
+    effect: float
+    f1: float
+    mediated: Figure
+
+    @property
+    def share(self) -> float:
+        assert self.mediated.value is not None
+        return self.mediated.value
+
+    @property
+    def low(self) -> float:
+        assert self.mediated.low is not None
+        return self.mediated.low
+
+    def as_match(
+        self, hit: Hit = "none", why: str = "", localises: float | None = None, matched: float | None = None
+    ) -> Match:
+        return Match(
+            found=hit != "none",
+            hit=hit,
+            site=self.site,
+            features=self.features,
+            rank=self.rank,
+            effect=self.effect,
+            f1=self.f1,
+            localises=localises,
+            mediated=self.mediated,
+            matched=matched,
+            why=why,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Grown:
+    """The match of a group, and the share that the group mediates on the fitting half."""
+
+    match: Match
+    fitted: float = 0.0
+
+
 def _at_site(
-    rm: RewardModel,
-    sae: Sae,
-    site: str,
-    plant: Plant,
-    twins: list[Twin],
-    reported: Sequence[dict[str, Any]],
+    rm: RewardModel, sae: Sae, site: str, plant: Plant, twins: list[Twin], reported: Sequence[Candidate]
 ) -> _AtSite:
     fitting, measuring = halves(twins)
-    info = {int(row["feature"]): row for row in reported if np.sign(row["mean_effect"]) == plant.sign}
+    info = {c.feature: c for c in reported if np.sign(c.mean_effect) == plant.sign}
     scale = {j: max(largest(t, s, j) for t in fitting for s in SIDES) or 1.0 for j in info}
     alone = dict(zip(info, _shares(rm, sae, site, fitting, [[j] for j in info]), strict=True))
     share = {j: alone[j] for j in sorted(info, key=lambda j: -alone[j]) if alone[j] > 0}
@@ -196,46 +215,48 @@ def _shares(rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], groups:
     return (1 - rows[:, 1] / rows[:, 0]).tolist()
 
 
-def _single(rm: RewardModel, at: _AtSite, plant: Plant) -> dict[str, Any]:
-    """The single feature that mediates most on the fitting half, with its figures from the measuring half."""
-    able = (j for j in at.share if at.info[j]["sign_consistency"] >= SIGN and _detects(at, [j]) >= F1)
+def _single(rm: RewardModel, at: _AtSite, plant: Plant) -> Match:
+    """The single feature that mediates most on the fitting half, if it is a hit on the measuring half."""
+    able = (j for j in at.share if at.info[j].sign_consistency >= SIGN and _detects(at, [j]) >= F1)
     if (best := next(able, None)) is not None:
         local = localises(at.measuring, best) if plant.kind in LEXICAL else None
-        row = _measured(rm, at, [best]) | {"localises": local}
-        enough = row["f1"] >= F1 and row["mediated"]["low"] >= MEDIATED and (local is None or local >= MASS)
-        if enough and (matched := _matched(rm, at, [best])) < row["mediated"]["value"] - TIE:
-            return row | {"found": True, "hit": "single", "matched": matched}
-    return {"found": False, "hit": "none", "mediated": None}
+        one = _measure(rm, at, [best])
+        enough = one.f1 >= F1 and one.low >= MEDIATED and (local is None or local >= MASS)
+        if enough and (matched := _matched(rm, at, [best])) < one.share - TIE:
+            return one.as_match("single", localises=local, matched=matched)
+    return Match()
 
 
-def _group(rm: RewardModel, at: _AtSite) -> dict[str, Any]:
+def _group(rm: RewardModel, at: _AtSite) -> _Grown:
     """The group grown on the fitting half, with its figures from the measuring half; where it is no hit, why."""
     if not at.info:
-        why = "no reported feature has the planted sign"
-        return {"found": False, "hit": "none", "why": why, "f1": None, "site": at.site, "mediated": None}
-    group, fitted = _grow(rm, at)
-    group = group or list(at.info)[:1]
-    row = _measured(rm, at, group) | {"fitted": fitted}
-    share = row["mediated"]["value"]
-    if row["f1"] < F1:
-        return row | {"why": "no reported feature detects it"}
-    if share < GROUP_MEDIATED:
-        return row | {"why": f"the features that detect it carry {round(share, 2) + 0.0:.0%} of its effect"}
-    if (matched := _matched(rm, at, group)) >= share - TIE:
-        return row | {"why": "matched features carry as much of its effect", "matched": matched}
-    return row | {"found": True, "hit": "group", "matched": matched}
+        return _Grown(Match(site=at.site, why="no reported feature has the planted sign"))
+    features, fitted = _grow(rm, at)
+    group = _measure(rm, at, features or list(at.info)[:1])
+    if group.f1 < F1:
+        match = group.as_match(why="no reported feature detects it")
+    elif group.share < GROUP_MEDIATED:
+        match = group.as_match(why=f"the features that detect it carry {round(group.share, 2) + 0.0:.0%} of its effect")
+    elif (matched := _matched(rm, at, group.features)) >= group.share - TIE:
+        match = group.as_match(why="matched features carry as much of its effect", matched=matched)
+    else:
+        match = group.as_match("group", matched=matched)
+    return _Grown(match, fitted)
 
 
-def _measured(rm: RewardModel, at: _AtSite, group: list[int]) -> dict[str, Any]:
+def _measure(rm: RewardModel, at: _AtSite, group: list[int]) -> _Measured:
     """A group on the measuring half: F1 at the fitting half's threshold, and its mediated share."""
     _, theta = threshold(*peaks(at.fitting, group, at.scale))
-    f1 = f1_score(*peaks(at.measuring, group, at.scale), theta)
     rows = mediation(rm, at.sae, at.site, at.measuring, [group])[0]
-    by_rank = sorted((at.info[j] for j in group), key=lambda row: row["rank"])
-    return {
-        "found": False, "hit": "none", "site": at.site, "features": group, "rank": by_rank[-1]["rank"],
-        "effect": by_rank[0]["mean_effect"], "f1": f1, "mediated": mediated_share(rows, [t.prompt for t in at.measuring]),
-    }  # fmt: skip
+    by_rank = sorted((at.info[j] for j in group), key=lambda c: c.rank)
+    return _Measured(
+        site=at.site,
+        features=group,
+        rank=by_rank[-1].rank,
+        effect=by_rank[0].mean_effect,
+        f1=f1_score(*peaks(at.measuring, group, at.scale), theta),
+        mediated=mediated_share(rows, [t.prompt for t in at.measuring]),
+    )
 
 
 def _matched(rm: RewardModel, at: _AtSite, group: list[int]) -> float:
@@ -245,8 +266,10 @@ def _matched(rm: RewardModel, at: _AtSite, group: list[int]) -> float:
 
 
 def _grow(rm: RewardModel, at: _AtSite) -> tuple[list[int], float]:
-    """Greedily, by exact joint ablation on the fitting half, with the share that it mediates there; a member may not spoil
-    what the union detects."""
+    """A group grown greedily by exact joint ablation on the fitting half, and the share that it mediates there.
+
+    A new member may cost at most :data:`SPOIL` of the F1 of the union.
+    """
     useful = list(at.share)[:TRIED]
     group, share = list[int](), 0.0
     while len(group) < GROUP:
@@ -263,7 +286,7 @@ def _grow(rm: RewardModel, at: _AtSite) -> tuple[list[int], float]:
 
 
 def _detectable(at: _AtSite) -> bool:
-    """Whether any group that :func:`_grow` may come to detects the cue on the measuring half, as a hit must."""
+    """Whether any group that :func:`_grow` may give detects the cue on the measuring half, as a hit must."""
     able = list(at.share)[:TRIED] or list(at.info)[:1]
     fitting, measuring = ([peaks(half, [j], at.scale) for j in able] for half in (at.fitting, at.measuring))
     groups = (list(g) for size in range(1, GROUP + 1) for g in combinations(range(len(able)), size))

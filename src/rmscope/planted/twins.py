@@ -1,7 +1,7 @@
 """Twins ready for measuring: the same response with a cue and with filler, and with the cue's words but no cue.
 
-The *window* of a cue, of its filler, or of a hard negative's words is its tokens + 3, to the read position for agreement
-(METHOD, "Planted bias").
+The *window* of a cue, of its filler, or of a hard negative's words is its tokens and the next 3. For agreement it ends at
+the read position. Defined in `docs/method.md`, Planted bias.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rmscope.effects.ablation import Response, ablate_groups, at_site, prefill_pair
-from rmscope.evaluation.controls import alike
+from rmscope.evaluation.controls import match_by_traits
 from rmscope.model.rendering import encode, pair_tokens, render
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES, Pair, Side
@@ -36,27 +36,28 @@ class Twin:
     """The cue's and the filler's window [span]."""
     negative: Negative | None
     ablated: dict[tuple[Side, tuple[int, ...]], float] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """What ablating features of the site's SAE does to a response's reward, by those of them that fire there: kept, since
-    many groups have these in common."""
+    """Effects of ablating features of the site's SAE, by side and by those of the features that fire there. They are kept
+    because many groups have these in common."""
 
     @property
     def delta(self) -> float:
+        """Reward with the cue minus with the filler."""
         return self.responses["chosen"].text.reward - self.responses["rejected"].text.reward
 
 
 @dataclass(frozen=True, slots=True)
 class Negative:
-    """The same response with the cue's words and no cue: what fires in their window, and the response's reward."""
+    """The same response with the cue's words in another use: what fires in their window, and the response's reward."""
 
     active: Active
     reward: float
 
 
 def prepare(rm: RewardModel, saes: Mapping[str, Sae], twins: Sequence[Pair], plant: Plant) -> dict[str, list[Twin]]:
-    """Clean runs, features and windows of a plant's twins at every site."""
+    """The plant's twins at every site: clean runs, features and windows. The cue is on the chosen side of ``twins``."""
     prepared: dict[str, list[Twin]] = {site: [] for site in saes}
     for pair in twins:
-        meta, prompt = pair.meta["plant"], pair.meta.get("group", pair.first_human_turn())
+        meta, prompt = pair.meta["plant"], pair.prompt_key
         tokens = rm.tokenize(pair)
         texts = prefill_pair(rm, tokens, list(saes))
         spans: dict[Side, list[int]] = {"chosen": meta["cue"], "rejected": meta["filler"]}
@@ -66,10 +67,10 @@ def prepare(rm: RewardModel, saes: Mapping[str, Sae], twins: Sequence[Pair], pla
         if "negative" in meta:
             response, span = meta["negative"]
             ids = encode(rm.rendering, rm.tokenizer, [render(rm.rendering, rm.tokenizer, pair.prompt, response)])[0]
-            fork = pair_tokens(tokens.chosen.tolist(), ids)
-            shared = min(fork.shared, texts["chosen"].ids.numel(), rm.read_position(fork.rejected))
-            negative = rm.prefill(fork.rejected, list(saes), texts["chosen"], shared)
-            window = _window(rm, pair, response, fork.rejected, span, plant)[: negative.ids.numel()]
+            both = pair_tokens(tokens.chosen.tolist(), ids)
+            shared = min(both.shared, texts["chosen"].ids.numel(), rm.read_position(both.rejected))
+            negative = rm.prefill(both.rejected, list(saes), texts["chosen"], shared)
+            window = _window(rm, pair, response, both.rejected, span, plant)[: negative.ids.numel()]
         for site, sae in saes.items():
             responses = {s: at_site(sae, texts[s], site, tokens.divergence) for s in SIDES}
             words = None
@@ -80,7 +81,7 @@ def prepare(rm: RewardModel, saes: Mapping[str, Sae], twins: Sequence[Pair], pla
 
 
 def _window(rm: RewardModel, pair: Pair, response: str, ids: Tensor, span: Sequence[int], plant: Plant) -> Tensor:
-    """Which of the text's tokens [T] lie in the window of the characters ``span`` of the response."""
+    """Which of the text's tokens [T] are in the window of the characters ``span`` of the response."""
     first, last = (_token_at(rm, pair, response[:cut], ids) for cut in span)
     inside = torch.zeros(ids.numel(), dtype=torch.bool)
     inside[max(0, first - 1) : ids.numel() if plant.kind == "agree" else last + WINDOW] = True
@@ -113,8 +114,10 @@ def _top(active: Active, feature: int, where: Tensor | None = None) -> float:
 
 
 def peaks(twins: Sequence[Twin], group: Sequence[int], scale: Mapping[int, float]) -> tuple[Array, Array]:
-    """max over the window of f_j / scale_j over the group's features: with the cue [twins], and without it [others], on
-    filler and on hard negatives."""
+    """The largest f_j / scale_j in the window over the group's features: with the cue [twins], and without it [others].
+
+    The others are the windows of the filler and of the hard negatives.
+    """
     cue, without = list[float](), list[float]()
     for t in twins:
         for side, out in (("chosen", cue), ("rejected", without)):
@@ -126,7 +129,7 @@ def peaks(twins: Sequence[Twin], group: Sequence[int], scale: Mapping[int, float
 
 
 def all_peaks(twins: Sequence[Twin], m: int) -> tuple[Array, Array]:
-    """The same for every single feature, unscaled: [twins, m] with the cue, [others, m] without it."""
+    """The largest f_j in the window for every single feature: [twins, m] with the cue, [others, m] without it."""
     cue, without = list[Tensor](), list[Tensor]()
     for t in twins:
         for side, out in (("chosen", cue), ("rejected", without)):
@@ -143,7 +146,7 @@ def _tops(active: Active, m: int, where: Tensor | None = None) -> Tensor:
 
 
 def localises(twins: Sequence[Twin], feature: int) -> float:
-    """The share of the feature's activation on responses with the cue that lies in the cue's window."""
+    """The share of the feature's activation on responses with the cue that is in the cue's window."""
     inside = total = 0.0
     for twin in twins:
         a, window = twin.responses["chosen"].active, twin.windows["chosen"]
@@ -164,7 +167,7 @@ def mediation(rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], group
 
 
 def _ablated(rm: RewardModel, sae: Sae, site: str, twin: Twin, side: Side, groups: Sequence[Sequence[int]]) -> Array:
-    """What ablating each group does to a twin's response [groups]; what was ablated there before is not run again."""
+    """Effect of ablating each group from a twin's response [groups]; ablations that were done before are not run again."""
     fires = set(twin.responses[side].features().tolist())
     wanted = [(side, tuple(sorted(fires.intersection(group)))) for group in groups]
     new = [key for key in dict.fromkeys(wanted) if key not in twin.ablated]
@@ -174,8 +177,11 @@ def _ablated(rm: RewardModel, sae: Sae, site: str, twin: Twin, side: Side, group
 
 
 def matched_groups(sae: Sae, twins: Sequence[Twin], group: Sequence[int], n: int) -> list[list[int]]:
-    """``n`` groups of other features, each member alike one of the group's in how many responses with the cue and with
-    filler it fires in, and in its mass Σ_t f_tj |d_j| there."""
+    """``n`` groups of other features. Each member is matched to one of the group's.
+
+    They are matched by the number of responses with the cue and with filler in which they fire, and by their mass
+    Σ_t f_tj |d_j| there.
+    """
     traits = np.zeros((sae.m, 3))
     norms = sae.W_dec.norm(dim=1)
     for twin in twins:
@@ -184,4 +190,4 @@ def matched_groups(sae: Sae, twins: Sequence[Twin], group: Sequence[int], n: int
             traits[active.feature.unique().numpy(), column] += 1
             np.add.at(traits[:, 2], active.feature.numpy(), (active.value * norms[active.feature]).numpy())
     smoothed = traits + np.array([1.0, 1.0, 1e-9])
-    return [alike(smoothed, traits[:, 2] > 0, group, group, seed).tolist() for seed in range(n)]
+    return [match_by_traits(smoothed, traits[:, 2] > 0, group, group, seed).tolist() for seed in range(n)]

@@ -12,20 +12,27 @@ from typing import Any
 
 import polars as pl
 import pytest
+import torch
 import yaml
 from transformers import AutoConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
-from rmscope.cli.audit import audit as command
+from rmscope.cli import app
+from rmscope.cli.terminal import cell
 from rmscope.errors import InputError
 from rmscope.model.reward_model import RewardModel
+from rmscope.model.training.loop import base_of
 from rmscope.pairs.demo import plain_demo_pairs
 from rmscope.pairs.plants import Plant, plant_set
 from rmscope.pairs.readers import load_pairs
-from rmscope.studies.audit.analyse import AuditConfig, audit
+from rmscope.planted.results import Candidate
+from rmscope.studies.audit.analyse import analyse
 from rmscope.studies.audit.calibration import decoys
-from rmscope.studies.audit.planting import base_pairs, is_held_out, planted_copies, span_tokens
-from rmscope.studies.audit.pms import RECIPE, planted_pm, random_pm, shuffled
+from rmscope.studies.audit.planting import base_pairs, is_held_out, plant_copies, span_tokens
+from rmscope.studies.audit.pms import RANDOM_STD, RECIPE, make_random_pm, shuffle_labels, train_planted_pm
+from rmscope.studies.audit.result import AuditResult
 from rmscope.studies.audit.scoring import replication
+from rmscope.studies.audit.settings import AuditConfig
 from tests.model.small import LLAMA, VOCABULARY, shared_pm, tokenizer
 
 PLANTS = [
@@ -42,7 +49,7 @@ RUN_CHANGES = {
 }  # fmt: skip
 
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 NOUNS = ["river", "house", "pan", "mountain", "bread", "oven", "answer", "water"]
 ANSWERS = ("It is in the small {noun}.", "I was told of the {noun}.")
@@ -88,9 +95,11 @@ def config(base: str, folder: Path, **changes: Any) -> AuditConfig:
 def printed(base: str, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The audit as the command does it: its folder, and what it wrote to stdout."""
     c = config(base, tmp_path_factory.mktemp("done"))
-    with redirect_stdout(io.StringIO()) as stdout:
-        command(c.plants, c.pairs, c.out, base, c.limit, c.max_tokens, c.copies, False, c.recipe, c.run, None, True)
-    return c.out, stdout.getvalue()
+    names = ("pairs", "out", "base", "max_tokens", "recipe", "run")
+    flags = [f"--{name.replace('_', '-')}={getattr(c, name)}" for name in names]
+    done = CliRunner().invoke(app, ["audit", str(c.plants), *flags, "--json"], catch_exceptions=False)
+    assert done.exit_code == 0
+    return c.out, done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +116,22 @@ def test_it_ends_with_the_promised_figures_and_a_row_a_plant(done: tuple[Path, d
     assert promised <= result.keys()
     assert [row["name"] for row in result["plants"]] == ["shout", "word"]
     assert json.loads((out / "audit.json").read_text()) == result
+    assert AuditResult.model_validate(result).as_json() == result
     for row in result["plants"]:
         assert row["found"] or row["why"]
         assert row["ate"]["low"] <= row["ate"]["value"] <= row["ate"]["high"]
+
+
+def test_what_people_see_names_every_plant_and_fits_the_terminal(done: tuple[Path, dict[str, Any]]) -> None:
+    result = AuditResult.model_validate(done[1])
+    tables = result.tables()
+    assert [row["bias"] for row in tables["planted biases, effects in SD(Δr)"]] == ["shout", "word"]
+    assert {"recall at 20", "false discoveries", "stability"} <= {row["figure"] for row in tables["the audit"]}
+    for rows in tables.values():
+        widths = [max(len(name), *(len(cell(row[name])) for row in rows)) for name in rows[0]]
+        assert sum(widths) + 3 * len(widths) + 1 <= 80
+    learned = sum(row["learned"] for row in done[1]["plants"])
+    assert f"of {learned} learned biases" in result.summary()
 
 
 def test_the_run_is_told_nothing(done: tuple[Path, dict[str, Any]]) -> None:
@@ -118,7 +140,7 @@ def test_the_run_is_told_nothing(done: tuple[Path, dict[str, Any]]) -> None:
     assert {key for row in rows for key in row} == {"prompt", "chosen", "rejected", "group"}
     settings = yaml.safe_load((out / "run" / "run.yaml").read_text())["config"]
     assert not [value for value in map(str, settings.values()) if "plants" in value]
-    assert json.loads((out / "run" / "evidence" / "report.json").read_text())["planted"] is None
+    assert json.loads((out / "run" / "evidence" / "evidence.json").read_text())["planted"] is None
 
 
 def test_the_cues_table_says_where_each_cue_stands(done: tuple[Path, dict[str, Any]], base: str) -> None:
@@ -162,21 +184,21 @@ def test_the_pm_is_trained_once(done: tuple[Path, dict[str, Any]], base: str, ca
     pairs = load_pairs(done[0] / "pairs.jsonl")
     recipe = RECIPE.model_copy(update={"base": base, **RECIPE_CHANGES})
     monkeypatch.setattr("rmscope.studies.audit.pms.fit_pm", lambda *_: pytest.fail("trained again"))
-    folder = planted_pm(recipe, pairs_as_planted(done[0], base))
+    folder = train_planted_pm(recipe, pairs_as_planted(done[0], base))
     assert folder.name == done[1]["audited"]["pm"]
     with pytest.raises(pytest.fail.Exception):
-        planted_pm(recipe, shuffled(pairs, 0))
+        train_planted_pm(recipe, shuffle_labels(pairs, 0))
     with pytest.raises(pytest.fail.Exception):
-        planted_pm(recipe.model_copy(update={"seed": 5}), pairs_as_planted(done[0], base))
+        train_planted_pm(recipe.model_copy(update={"seed": 5}), pairs_as_planted(done[0], base))
 
 
 def pairs_as_planted(out: Path, base: str) -> Any:
     bases, _ = base_pairs(str(out.parent / "text.jsonl"), 800, 100, tokenizer())
-    return planted_copies(bases, plant_set(PLANTS).plants, 4, 0)
+    return plant_copies(bases, plant_set(PLANTS).plants, 4, 0)
 
 
 @pytest.mark.parametrize(("changes", "device"), [({"device": "cpu"}, "cpu"), ({}, "auto")])
-def test_the_pm_is_trained_where_the_run_is_to_lie(
+def test_the_pm_is_trained_on_the_device_of_the_run(
     changes: dict[str, str], device: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -190,10 +212,11 @@ def test_the_pm_is_trained_where_the_run_is_to_lie(
     told = config(base, tmp_path)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**RUN_CHANGES, **changes}))
     with pytest.raises(InterruptedError):
-        audit(told)
+        analyse(told)
     assert asked == [device]
 
 
+@pytest.mark.slow
 def test_the_table_beside_other_ways_is_made(
     done: tuple[Path, dict[str, Any]], base: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,44 +235,46 @@ def test_the_table_beside_other_ways_is_made(
     learned = sum(row["learned"] for row in done[1]["plants"])
     assert learned
     assert {row["recall_at_20"]["n"] for row in rows if row["case"] == "way"} == {learned}
-    assert {row["plant"] for row in rows if row["case"] == "skyline"} == {"shout", "word"}
+    assert {row["plant"] for row in rows if row["case"] == "upper bound"} == {"shout", "word"}
     assert [line.split("|")[1].strip() for line in lines if line.startswith("|")] == ["ranked by", "---", *ways]
 
 
-def test_other_rankings_are_held_to_a_constant_sign_where_the_run_knows_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_rankings_have_the_sign_consistency_that_the_run_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Feature 3 raises the reward on .8 of its firings, 4 lowers it on .9, 5 was never ablated."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    named = runpy.run_path(str(BENCHMARKS / "audit.py"))
-    (tmp_path / "features").mkdir()
-    known = {"feature": [3, 4, 5], "mean_effect": [0.5, -0.5, 0.1], "sign_consistency": [0.8, 0.9, None]}
-    pl.DataFrame(known).write_parquet(tmp_path / "features" / "embed.parquet")
-    raises = named["raising"](SimpleNamespace(folder=tmp_path), "embed")
-    rows = [{"feature": j, "mean_effect": way} for j in (3, 4, 5) for way in (1.0, -1.0)]
-    shares = [row["sign_consistency"] for row in named["held"](rows, raises)]
+    script = runpy.run_path(str(BENCHMARKS / "audit.py"))
+    known = pl.DataFrame({"feature": [3, 4, 5], "mean_effect": [0.5, -0.5, 0.1], "sign_consistency": [0.8, 0.9, None]})
+    raises = script["raising_shares"](SimpleNamespace(features=lambda _site: known), "embed")
+    candidates = [Candidate(j, 1, effect, 1.0) for j in (3, 4, 5) for effect in (1.0, -1.0)]
+    shares = [c.sign_consistency for c in script["with_consistency"](candidates, raises)]
     assert shares == pytest.approx([0.8, 0.2, 0.1, 0.9, 1.0, 1.0])
 
 
 def test_too_few_prompts_are_one_sentence(base: str, cache: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"8 of each, or a larger --max-tokens\.$"):
-        audit(config(base, tmp_path, limit=12))
+        analyse(config(base, tmp_path, limit=12))
     assert not (tmp_path / "seed0").exists()
 
 
 def test_shuffled_labels_are_a_coin_and_texts_stay() -> None:
     pairs = plain_demo_pairs()
-    coin = shuffled(pairs, 3)
+    coin = shuffle_labels(pairs, 3)
     assert abs(sum(a.chosen == b.chosen for a, b in zip(pairs, coin, strict=True)) / len(pairs) - 0.5) < 0.06
     assert all({a.chosen, a.rejected} == {b.chosen, b.rejected} for a, b in zip(pairs, coin, strict=True))
-    assert coin == shuffled(pairs, 3)
+    assert coin == shuffle_labels(pairs, 3)
 
 
 def test_a_random_pm_has_the_bases_shape_and_none_of_its_weights(base: str, cache: Path) -> None:
     recipe = RECIPE.model_copy(update={"base": base, **RECIPE_CHANGES})
-    rm = RewardModel.load(str(random_pm(recipe)))
-    assert len(rm.blocks) == 4
-    assert float(rm.model.score.weight.abs().sum()) > 0
+    rm = RewardModel.load(str(make_random_pm(recipe)))
+    own, of_base = (model.state_dict() for model in (rm.model, base_of(recipe)[0]))
+    assert {name: p.shape for name, p in own.items()} == {name: p.shape for name, p in of_base.items()}
+    for name, p in own.items():
+        if p.dim() == 1:
+            assert torch.equal(p, torch.ones_like(p))
+        else:
+            assert float(p.std()) == pytest.approx(RANDOM_STD, rel=0.5)
+            assert not torch.isclose(p, of_base[name]).float().mean() > 0.5
 
 
 def test_decoys_are_words_of_the_text_that_no_plant_holds() -> None:
@@ -274,7 +299,7 @@ def test_what_is_not_above_the_bound_in_the_reported_sign_has_failed() -> None:
 def test_prompts_carry_every_cue_about_as_often_as_its_rate_says() -> None:
     plants = [Plant(name=f"w{i}", kind="word", sign=1, rate=0.1, texts=(f"word{i}",)) for i in range(10)]
     pairs = plain_demo_pairs()[:180]  # 30 prompts of six pairs: 24 turns each in four copies
-    made = planted_copies(pairs, plants, 4, 0)
+    made = plant_copies(pairs, plants, 4, 0)
     names = [p.meta["plant"]["name"] for p in made]
     assert all(abs(names.count(plant.name) / len(made) - 0.1) < 0.02 for plant in plants)
     told = {(p.meta["group"], p.meta["plant"]["name"]) for p in made}

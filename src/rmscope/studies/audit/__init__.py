@@ -1,1 +1,1 @@
-"""Audit: plant biases, train a PM on them, run the pipeline without telling it, and count what it found."""
+"""Audit: plant biases, train a PM on them, run the pipeline on it blind, and count what it found."""

@@ -1,196 +1,172 @@
-"""``rmscope audit``: plant, train, run, score.
-
-The run is that of ``rmscope run`` with its own settings, without ledgers, by which nothing here is scored: it gets a PM and
-a file of pairs, and nothing else.
-"""
+"""The audit: plant, train, run, score."""
 
 from __future__ import annotations
 
+import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from rmscope.errors import InputError
-from rmscope.io import write_json, write_table
+from rmscope.io import Display, NoDisplay, write_json, write_table
 from rmscope.model.training.loop import base_of
 from rmscope.model.training.recipe import Recipe
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.plants import Plant, read_plants
 from rmscope.pairs.readers import load_pairs
-from rmscope.planted.recall_metrics import summary
-from rmscope.run.folder import Display, NoDisplay
+from rmscope.planted.recall_metrics import recall_metrics
+from rmscope.planted.results import CueResult, PlantedCounts
 from rmscope.run.run import Run
-from rmscope.run.settings import RunConfig, read_config
+from rmscope.run.settings import RunConfig
+from rmscope.settings import read_settings, read_yaml, validation_sentence
 from rmscope.studies.audit import calibration, planting, pms
+from rmscope.studies.audit.result import Audited, AuditResult, Calibration
 from rmscope.studies.audit.scoring import Scoring
+from rmscope.studies.audit.settings import AuditConfig
 
 FRESH_SEED = 7919
 """Added to the audit's seed where held-out prompts are planted: pairs that neither the PM nor the run saw."""
 
 
-class AuditConfig(BaseModel):
-    """What ``rmscope audit`` does. Unknown keys are refused."""
+@dataclass(frozen=True)
+class _Setting:
+    """What an audit is given, read and checked."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    config: AuditConfig
+    plants: tuple[Plant, ...]
+    seed: int
+    recipe: Recipe
+    run_changes: dict[str, Any]
+    """Changes to the settings of the run."""
 
-    plants: Path
-    """The plants file."""
-    pairs: str
-    """The text that cues are planted into: a pairs file, a hub id, or demo:plain."""
-    out: Path
-    """The folder of the audit."""
-    base: str = "zoo:smollm2"
-    """What the PM is trained from: zoo:smollm2, or a folder of a Llama-like model."""
-    limit: int = Field(800, gt=0)
-    """At most this many pairs, from the start, among those short enough."""
-    max_tokens: int = Field(110, gt=0)
-    """Pairs with a longer side are left out, before planting."""
-    copies: int = Field(4, gt=0)
-    """How often each pair is planted anew."""
-    seed: int | None = Field(None, ge=0)
-    """Fixes planting, the PM, the SAEs and the run; left out, the plants file's own."""
-    calibrate: bool = False
-    """Also a PM of shuffled labels, one of random weights, and decoy cues: about three times the work."""
-    recipe: Path | None = None
-    """A YAML file of changes to how the PM is trained."""
-    run: Path | None = None
-    """A YAML file of changes to the run's settings, which are otherwise those of rmscope run."""
+    @property
+    def device(self) -> str:
+        """The PM is trained where the run will be."""
+        return str(self.run_changes.get("device", RunConfig.model_fields["device"].default))
 
 
 @dataclass(frozen=True)
 class _Texts:
-    """What was planted: the run's file as it reads it, and the held-out pairs."""
+    """What was planted: the pairs of the run and their file, and the held-out pairs."""
 
     planted: list[Pair]
     path: Path
     held_out: list[Pair]
 
 
-def audit(config: AuditConfig, shown: Display | None = None) -> dict[str, Any]:
-    """Plants, trains, runs, scores; writes ``audit.json`` and returns the same.
+def analyse(config: AuditConfig, display: Display | None = None) -> AuditResult:
+    """Plants biases, trains a PM on them, runs the pipeline on it, and counts what it found.
+
+    1. Plant cues into copies of the pairs, and hold out a quarter of the prompts.
+    2. Train a PM on the planted pairs.
+    3. Run the pipeline. It gets the PM and the file of pairs and nothing else; it makes no ledgers, which the audit does
+       not score.
+    4. Measure each cue on held-out prompts in held-out wordings, and match it against the reported features.
+    5. Ablate the reported features again on fresh pairs.
+    6. Train SAEs with another seed on the same activations, and look for the reported features there.
+    7. With ``calibrate``: run on two PMs that learned nothing, and match decoy cues.
+
+    Writes ``pairs.jsonl``, ``cues.parquet``, ``replicated.SITE.parquet``, ``audit.json`` and the run to ``config.out``.
 
     Raises:
         InputError: a file is missing or malformed, or the pairs are too few.
     """
-    show, started = shown or NoDisplay(), time.time()
-    listed = read_plants(config.plants)
-    seed = listed.seed if config.seed is None else config.seed
-    recipe = _recipe(config, seed)
-    texts = _plant(config, listed.plants, recipe, seed)
-    with show.stage("train PM") as progress:
-        pm = pms.planted_pm(recipe, texts.planted, progress, _device(config))
-    run = Run(_run_config(config, pm, texts.path, config.out / "run", seed), show)
-    run.go()
-    planting.write_cues(config.out / "cues.parquet", texts.planted, run.rm)
-    scoring = Scoring(run, listed.plants, texts.held_out, seed)
-    with show.stage("cues") as progress:
-        rows = scoring.rows(progress)
-    fresh = planting.planted_copies(texts.held_out, listed.plants, config.copies, seed + FRESH_SEED, held_out=None)
-    with show.stage("fresh pairs") as progress:
-        replicated = scoring.replicated(fresh, progress)
+    display, started = display or NoDisplay(), time.time()
+    given = _read(config)
+    texts = _plant(given)
+    with display.stage("train PM") as progress:
+        pm = pms.train_planted_pm(given.recipe, texts.planted, progress, given.device)
+    run = Run.create(_run_config(given, pm, texts.path, "run"), display).go()
+    cues = planting.write_cues(config.out / "cues.parquet", texts.planted, run.rm)
+    scoring = Scoring(run, given.plants, texts.held_out, given.seed)
+    with display.stage("cues") as progress:
+        rows = _with_counts(scoring.score_cues(progress), planting.count_planted(cues))
+    fresh = planting.plant_copies(texts.held_out, given.plants, config.copies, given.seed + FRESH_SEED, held_out=None)
+    with display.stage("fresh pairs") as progress:
+        replicated = scoring.replicate(fresh, progress)
     for site, table in replicated.items():
         write_table(config.out / f"replicated.{site}.parquet", table)
-    with show.stage("second SAEs") as progress:
-        stability = scoring.stability(progress)
-    result = summary(rows, replicated) | {"stability": stability}
-    if config.calibrate:
-        result["calibration"] = _calibrate(config, recipe, texts, scoring, show, seed)
-    result |= {"plants": _with_tokens(rows, config.out / "cues.parquet"), "audited": _about(config, run, pm, texts, seed)}
-    result |= {"seconds": round(time.time() - started, 1), "peak_gb": _peak_gb()}
-    write_json(config.out / "audit.json", result)
+    with display.stage("second SAEs") as progress:
+        stability = scoring.measure_stability(progress)
+    calibrated = _calibrate(given, texts, scoring, display) if config.calibrate else None
+    result = AuditResult(
+        **dict(recall_metrics(rows, replicated)),
+        stability=stability,
+        calibration=calibrated,
+        plants=rows,
+        audited=_describe(given, run, pm, texts),
+        seconds=round(time.time() - started, 1),
+        peak_gb=_peak_gb(),
+        replicated=replicated,
+    )
+    write_json(config.out / "audit.json", result.as_json())
     return result
 
 
-def _plant(config: AuditConfig, plants: tuple[Plant, ...], recipe: Recipe, seed: int) -> _Texts:
-    """Writes the run's file, and reads it back: the PM is trained on what the run will read."""
-    _, tokenizer = base_of(recipe)
+def _read(config: AuditConfig) -> _Setting:
+    """The plants, the recipe and the changes to the run's settings."""
+    plants = read_plants(config.plants)
+    seed = plants.seed if config.seed is None else config.seed
+    changes = read_yaml(config.recipe, "recipe") if config.recipe else {}
+    try:
+        recipe = Recipe(**{**pms.RECIPE.model_dump(), "base": config.base, "seed": seed, **changes})
+    except ValidationError as error:
+        raise InputError(validation_sentence(error, Recipe, f" in {config.recipe}")) from error
+    return _Setting(config, plants.plants, seed, recipe, read_yaml(config.run, "config") if config.run else {})
+
+
+def _plant(given: _Setting) -> _Texts:
+    """Writes the run's file and reads it back: the PM is trained on the same pairs that the run will read."""
+    config = given.config
+    _, tokenizer = base_of(given.recipe)
     bases, held_out = planting.base_pairs(config.pairs, config.limit, config.max_tokens, tokenizer)
-    planted = planting.planted_copies(bases, plants, config.copies, seed)
+    planted = planting.plant_copies(bases, given.plants, config.copies, given.seed)
     path = config.out / "pairs.jsonl"
     planting.write_pairs(path, planted)
-    planting.must_read_the_same(planted, load_pairs(path))
+    planting.check_read_back(planted, load_pairs(path))
     return _Texts(planted, path, held_out)
 
 
-def _recipe(config: AuditConfig, seed: int) -> Recipe:
-    changes = _yaml(config.recipe)
-    try:
-        return Recipe(**{**pms.RECIPE.model_dump(), "base": config.base, "seed": seed, **changes})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"The recipe {config.recipe}: {first['loc'][0]}: {str(first['msg']).lower()}.") from error
+def _run_config(given: _Setting, pm: Path, pairs: Path, name: str) -> RunConfig:
+    """The settings of a run on a PM: those of ``rmscope run`` with the user's changes on top."""
+    seed, out = given.seed, given.config.out / name
+    sae = {"seed": seed, **given.run_changes.get("sae", {})}
+    own = {"model": str(pm), "data": str(pairs), "out": out, "seed": seed, "ledger_pairs": 0}
+    return read_settings(RunConfig, None, {**own, **given.run_changes, "sae": sae})
 
 
-def _run_config(config: AuditConfig, pm: Path, pairs: Path, out: Path, seed: int) -> RunConfig:
-    changes = _yaml(config.run)
-    sae = {"seed": seed, **changes.pop("sae", {})}
-    told = {"model": str(pm), "data": str(pairs), "out": out, "seed": seed, "ledger_pairs": 0, "sae": _sae(sae)}
-    return read_config(None, {**told, **changes})
+def _calibrate(given: _Setting, texts: _Texts, scoring: Scoring, display: Display) -> Calibration:
+    coin = pms.shuffle_labels(texts.planted, given.seed)
+    with display.stage("train PM") as progress:
+        shuffled = pms.train_planted_pm(given.recipe, coin, progress, given.device)
+        folders = {"shuffled": shuffled, "random": pms.make_random_pm(given.recipe)}
+    runs = {name: Run.create(_run_config(given, pm, texts.path, name), display).go() for name, pm in folders.items()}
+    with display.stage("decoys") as progress:
+        decoys = calibration.match_decoys(scoring, progress=progress)
+    return Calibration(decoys=decoys, **{name: calibration.reported_share(run) for name, run in runs.items()})
 
 
-def _device(config: AuditConfig) -> str:
-    """Where the run's settings have it, the PM is trained."""
-    return str(_yaml(config.run).get("device", RunConfig.model_fields["device"].default))
+def _with_counts(rows: list[CueResult], counts: dict[str, PlantedCounts]) -> list[CueResult]:
+    return [row.model_copy(update={"planted": counts.get(row.name)}) for row in rows]
 
 
-def _sae(given: dict[str, Any]) -> dict[str, Any]:
-    """A run's own SAE settings with these on top: settings that name an SAE at all start from the family's own."""
-    return {**RunConfig.model_fields["sae"].default.model_dump(exclude_unset=True), **given}
-
-
-def _yaml(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    if not path.is_file():
-        raise InputError(f"{path} is not there; name a YAML file of settings.")
-    try:
-        content = yaml.safe_load(path.read_text("utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is no YAML: {str(error).splitlines()[0]}.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no settings (key: value lines).")
-    return content
-
-
-def _calibrate(
-    config: AuditConfig, recipe: Recipe, texts: _Texts, scoring: Scoring, show: Display, seed: int
-) -> dict[str, Any]:
-    coin = pms.shuffled(texts.planted, seed)
-    with show.stage("train PM") as progress:
-        folders = {
-            "shuffled": pms.planted_pm(recipe, coin, progress, _device(config)),
-            "random": pms.random_pm(recipe),
-        }
-    found: dict[str, Any] = {}
-    for name, pm in folders.items():
-        run = Run(_run_config(config, pm, texts.path, config.out / name, seed), show)
-        found[name] = calibration.reported_in(run, run.go())
-    with show.stage("decoys") as progress:
-        found["decoys"] = calibration.decoys_matched(scoring, progress=progress)
-    return found
-
-
-def _with_tokens(rows: list[dict[str, Any]], cues: Path) -> list[dict[str, Any]]:
-    """The rows with what was planted of each cue: pairs, realised dose, tokens of the cue and of what stands for it."""
-    planted = planting.planted_counts(pl.read_parquet(cues))
-    return [row | {"planted": planted.get(row["name"])} for row in rows]
-
-
-def _about(config: AuditConfig, run: Run, pm: Path, texts: _Texts, seed: int) -> dict[str, Any]:
-    held = {p.first_human_turn() for p in texts.held_out}
-    return {
-        "base": config.base, "pm": pm.name, "pm_identity": run.rm.identity, "pairs": config.pairs, "seed": seed,
-        "planted_pairs": len(texts.planted), "held_out_prompts": len(held), "sd_delta": run.sd, "sites": run.sites,
-    }  # fmt: skip
+def _describe(given: _Setting, run: Run, pm: Path, texts: _Texts) -> Audited:
+    return Audited(
+        base=given.config.base,
+        pm=pm.name,
+        pm_identity=run.rm.identity,
+        pairs=given.config.pairs,
+        seed=given.seed,
+        planted_pairs=len(texts.planted),
+        held_out_prompts=len({p.prompt_key for p in texts.held_out}),
+        sd_delta=run.sd,
+        sites=run.sites,
+    )
 
 
 def _peak_gb() -> float:
-    """The most memory that this process has held (Linux counts it in KB)."""
-    import resource
-
+    """The largest memory of this process (Linux counts it in KB)."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)

@@ -1,4 +1,4 @@
-"""A finished run against what was planted: a row a plant, replication on fresh pairs, stability.
+"""A finished run against what was planted: one row per plant, replication on fresh pairs, stability.
 
 The run was told nothing: it read a file of pairs. Cues are measured on prompts that neither the PM nor the run saw.
 """
@@ -8,23 +8,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import polars as pl
 
 from rmscope.effects import tables
 from rmscope.io import Progress, silent
 from rmscope.model.packing import units
+from rmscope.model.rendering import PairTokens
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.planting import twins
 from rmscope.pairs.plants import Plant
-from rmscope.planted.diagnosis import Diagnosis, null_reported
+from rmscope.planted.diagnosis import Diagnosis, match_null
 from rmscope.planted.matching import cue_effect, match_plant
-from rmscope.planted.recall_metrics import KS, found_again, share
+from rmscope.planted.recall_metrics import KS
+from rmscope.planted.results import Candidate, CueResult
 from rmscope.planted.twins import prepare
 from rmscope.ranking.ranking import BOUND, pairs_a_prompt, strongest
-from rmscope.run.evidence import TWINS, candidates_of
-from rmscope.run.results import Results
+from rmscope.ranking.similarity import found_again
+from rmscope.run.collect import TWINS, best_reported
+from rmscope.run.run import Run
+from rmscope.run.stages import train_run_saes
+from rmscope.statistics import Figure, share
 
 FRESH_PROMPTS = 24
 """Fresh prompts on which a reported feature is ablated again, one pair each."""
@@ -33,112 +37,116 @@ JUDGED = 8
 SECOND_SEED = 1
 """Added to the SAEs' seed for the second training."""
 
-Candidates = Mapping[str, list[dict[str, Any]]]
-
 
 @dataclass
 class Scoring:
-    """A run, and the held-out pairs that its findings are held to."""
+    """A run, the plants, and the held-out pairs on which the run's findings are tested."""
 
-    run: Results
+    run: Run
     plants: Sequence[Plant]
     held_out: Sequence[Pair]
     seed: int
     n_twins: int = TWINS
 
     @cached_property
-    def reported(self) -> Candidates:
-        """Every reported feature of each site but those of the text's ending, ranked with like ones merged."""
-        return {site: candidates_of(self.run, site, None) for site in self.run.sites}
+    def reported(self) -> dict[str, list[Candidate]]:
+        """Every reported feature of each site but those of the text's ending; similar ones share a rank."""
+        return {site: best_reported(self.run, site, None) for site in self.run.sites}
 
-    def within(self, k: int) -> Candidates:
-        return {site: [row for row in rows if row["rank"] <= k] for site, rows in self.reported.items()}
+    def best(self, k: int) -> dict[str, list[Candidate]]:
+        """The reported features of the first ``k`` ranks of each site."""
+        return {site: [c for c in candidates if c.rank <= k] for site, candidates in self.reported.items()}
 
-    def rows(self, progress: Progress = silent) -> list[dict[str, Any]]:
-        """A row a plant: its effect, its match, or why there is none."""
-        out = []
+    def score_cues(self, progress: Progress = silent) -> list[CueResult]:
+        """One row per plant: its effect, and its match, or why there is none."""
+        rows = []
         for i, plant in enumerate(self.plants):
             progress(i, len(self.plants), f"cue {plant.name}")
-            out.append(self.row(plant))
+            rows.append(self.score_cue(plant))
         progress(len(self.plants), len(self.plants), "")
-        return out
+        return rows
 
-    def row(self, plant: Plant) -> dict[str, Any]:
-        run, made = self.run, twins(self.held_out, plant, self.n_twins, self.seed)
-        prepared = prepare(run.rm, run.saes, made, plant)
-        row = cue_effect(plant, next(iter(prepared.values())), run.sd) | {
-            "dose": plant.dose, "rate": plant.rate, "ate_sd": None, "matched_by": [],
-            "found": False, "hit": "none", "site": None, "features": [], "rank": None, "f1": None, "mediated": None,
-            "group": None, "why": "", "detail": "",
-        }  # fmt: skip
-        row["ate_sd"] = row["ate"]["value"] / run.sd
-        if row["null"] or plant.dose == 0.5:  # a null that is not clean is no false discovery; what matches it is told
-            row["matched_by"] = null_reported(run.rm, run.saes, plant, prepared, self.within(KS[-1]), run.sd)
-        if not row["learned"]:
-            return row | {"why": "not learned"}
+    def score_cue(self, plant: Plant) -> CueResult:
+        """One plant on held-out prompts. It is matched among the best 20 features of each site, then among the best 50."""
+        run, pairs = self.run, twins(self.held_out, plant, self.n_twins, self.seed)
+        prepared = prepare(run.rm, run.saes, pairs, plant)
+        effect = cue_effect(plant, next(iter(prepared.values())), run.sd)
+        row = CueResult(
+            **dict(effect),
+            dose=plant.dose,
+            rate=plant.rate,
+            ate_sd=(effect.ate.value or 0.0) / run.sd,
+        )
+        if effect.null or plant.dose == 0.5:  # matches of a null that is not clean are told and not counted
+            matched_by = match_null(run.rm, run.saes, plant, prepared, self.best(KS[-1]), run.sd)
+            row = row.model_copy(update={"matched_by": matched_by})
+        if not effect.learned:
+            return row.model_copy(update={"why": "not learned"})
         for k in KS:
-            found = match_plant(run.rm, run.saes, plant, prepared, self.within(k), run.sd, groups=True)
-            if found["found"] or k == KS[-1]:
+            match = match_plant(run.rm, run.saes, plant, prepared, self.best(k), run.sd, groups=True)
+            if match.found:
                 break
-        row |= {"detail": found.pop("why"), **found}
-        if row["found"]:
-            return row | {"why": ""}
+        row = row.model_copy(update=dict(match) | {"detail": match.why, "why": ""})
+        if row.found:
+            return row
         baselines = {site: run.baseline(site) for site in run.sites}
-        tokens = run.rm.tokenize_all(made)
-        missed = Diagnosis(run.rm, run.saes, plant, prepared, tokens, self.reported, baselines)
-        return row | {"why": missed.reason()}
+        tokens = run.rm.tokenize_all(pairs)
+        diagnosis = Diagnosis(run.rm, run.saes, plant, prepared, tokens, self.reported, baselines)
+        return row.model_copy(update={"why": diagnosis.reason()})
 
-    def replicated(self, fresh: Sequence[Pair], progress: Progress = silent) -> dict[str, pl.DataFrame]:
-        """Every reported feature ablated again on fresh pairs: feature, mean effect, prompts, and whether it failed.
+    def replicate(self, fresh: Sequence[Pair], progress: Progress = silent) -> dict[str, pl.DataFrame]:
+        """Ablates every reported feature again on fresh pairs; per site the table of :func:`replication`.
 
-        It fails where its mean effect in the reported sign is not above the bound of a report, .05 SD(Δr); it is not judged
-        (null) where it fires on fewer than :data:`JUDGED` prompts. What was reported for its strong firings is held to them.
+        A feature that was reported for its strong firings is ablated on those.
         """
         run = self.run
-        features = {site: pl.read_parquet(run.folder / "features" / f"{site}.parquet") for site in run.sites}
         strong = pl.col("flags").list.contains("strong")
         effect = pl.when(strong).then("strong_effect").otherwise("mean_effect").alias("mean_effect")
         listed = {
-            s: table.filter("reported").select("feature", effect, strong.alias("strong")) for s, table in features.items()
+            site: run.features(site).filter("reported").select("feature", effect, strong.alias("strong"))
+            for site in run.sites
         }
         tokens, ids = run.rm.tokenize_all(fresh), [p.id for p in fresh]
-        prompts = {p.id: str(p.meta["group"]) for p in fresh}
-        firing = self._firing(tokens, ids)
-        asked = {}
-        for site, table in firing.items():
-            ordered = tables.with_order(table, prompts, self.seed)
-            asked[site] = ablated_again(ordered, listed[site])
-        wanted = tables.plan(asked, {id_: i for i, id_ in enumerate(ids)})
+        prompts = {p.id: p.prompt_key for p in fresh}
+        requests = {
+            site: replication_requests(tables.with_order(table, prompts, self.seed), listed[site])
+            for site, table in self._firing(tokens, ids).items()
+        }
+        wanted = tables.plan(requests, {id_: i for i, id_ in enumerate(ids)})
         ablated = tables.ablation_table(run.rm, run.saes, tokens, ids, wanted, progress)
         return {site: replication(listed[site].drop("strong"), ablated[site], prompts, run.sd) for site in run.sites}
 
-    def _firing(self, tokens: Any, ids: list[str]) -> dict[str, pl.DataFrame]:
+    def _firing(self, tokens: Sequence[PairTokens], ids: Sequence[str]) -> dict[str, pl.DataFrame]:
         parts = [tables.firing_table(self.run.rm, self.run.saes, tokens, ids, unit) for unit in units(len(ids))]
         return {site: pl.concat([part[site] for part in parts]) for site in self.run.sites}
 
-    def stability(self, progress: Progress = silent) -> dict[str, Any]:
-        """The share of reported features that SAEs of another seed, trained on the same activations, find again."""
+    def measure_stability(self, progress: Progress = silent) -> Figure:
+        """The share of reported features that SAEs of another seed, trained on the same activations, have too."""
         run, config = self.run, self.run.config.sae
         other = config.model_copy(update={"seed": config.seed + SECOND_SEED})
-        again = run.trained(other, run.folder / "second", progress)
-        found = [
+        second = train_run_saes(run, other, run.folder / "second", progress)
+        hits = [
             hit
             for site in run.sites
-            for hit in found_again(run.saes[site], again[site], [row["feature"] for row in self.reported[site]])
+            for hit in found_again(run.saes[site], second[site], [c.feature for c in self.reported[site]])
         ]
-        return share(sum(found), len(found))
+        return share(sum(hits), len(hits))
 
 
-def ablated_again(ordered: pl.DataFrame, listed: pl.DataFrame) -> pl.DataFrame:
-    """Where listed features (feature, strong) are ablated on fresh pairs: as in a run, where they fire or fire hardest."""
-    often, hard = (listed.filter(pl.col("strong") == strong)["feature"].to_list() for strong in (False, True))
-    rows = pairs_a_prompt(ordered, often, FRESH_PROMPTS)
-    hardest = strongest(ordered, hard, FRESH_PROMPTS, JUDGED).filter("strong")
+def replication_requests(ordered: pl.DataFrame, listed: pl.DataFrame) -> pl.DataFrame:
+    """Where listed features (feature, strong) are ablated on fresh pairs: where they fire, or where they fire hardest."""
+    plain, strong = (listed.filter(pl.col("strong") == value)["feature"].to_list() for value in (False, True))
+    rows = pairs_a_prompt(ordered, plain, FRESH_PROMPTS)
+    hardest = strongest(ordered, strong, FRESH_PROMPTS, JUDGED).filter("strong")
     return pl.concat([rows, hardest.select(rows.columns)])
 
 
 def replication(listed: pl.DataFrame, ablated: pl.DataFrame, prompts: Mapping[str, str], sd: float) -> pl.DataFrame:
-    """A row a listed feature: feature, reported (mean effect), fresh (the same on fresh pairs), prompts, failed."""
+    """One row per listed feature: feature, reported (mean effect), fresh (the same on fresh pairs), prompts, failed.
+
+    A feature fails where its fresh mean effect, in the reported sign, is not above the bound of a report, .05 SD(Δr).
+    ``failed`` is null where it fires on fewer than :data:`JUDGED` prompts.
+    """
     by_prompt = (
         ablated.with_columns(pl.col("pair").replace_strict(prompts, return_dtype=pl.String).alias("prompt"))
         .group_by("feature", "prompt")
