@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +10,11 @@ import polars as pl
 import pytest
 import torch
 
+from rmscope.planted.results import Candidate
 from rmscope.ranking.ranking import confirm, strongest
-from rmscope.run import evidence
-from rmscope.studies.audit.scoring import FRESH_PROMPTS, JUDGED, ablated_again
+from rmscope.run import collect
+from rmscope.run.data import RunData
+from rmscope.studies.audit.scoring import FRESH_PROMPTS, JUDGED, replication_requests
 from tests.ranking.ranked import frozen, measured
 
 
@@ -98,11 +99,11 @@ def test_q_runs_over_both_tests() -> None:
 
 
 def test_on_fresh_pairs_a_feature_is_held_to_what_it_was_reported_for() -> None:
-    """Two features fire alike, in five pairs of each of 30 prompts: 0 is ablated on any, 1 on its hardest."""
+    """Two features fire in the same way, in five pairs of each of 30 prompts: 0 is ablated on any, 1 on its hardest."""
     rng = np.random.default_rng(0)
     sums = {(p, i, "chosen"): float(rng.random()) for p in range(30) for i in range(5)}
     ordered = pl.concat([summed(sums, feature) for feature in (0, 1)])
-    rows = ablated_again(ordered, pl.DataFrame({"feature": [0, 1], "strong": [False, True]}))
+    rows = replication_requests(ordered, pl.DataFrame({"feature": [0, 1], "strong": [False, True]}))
     first = {f"{p}-0" for p in range(30)}  # the common order is that of the pairs
     assert set(rows.filter(pl.col("feature") == 0)["pair"]) <= first
     best = {p: max(range(5), key=lambda i: sums[p, i, "chosen"]) for p in range(30)}
@@ -111,15 +112,16 @@ def test_on_fresh_pairs_a_feature_is_held_to_what_it_was_reported_for() -> None:
     assert rows.filter(pl.col("feature") == 0).height == FRESH_PROMPTS
 
 
-def test_the_sign_of_a_strong_feature_is_that_of_its_strong_firings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "features").mkdir()
-    pl.DataFrame(
+def test_the_sign_of_a_strong_feature_is_that_of_its_strong_firings(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = pl.DataFrame(
         {
-            "feature": [0, 1, 2, 3], "reported": [True, True, True, False], "sign_consistency": [0.7, 0.7, 0.7, 0.7],
-            "strong_consistency": [1.0, 1.0, None, 1.0], "flags": [["strong"], [], ["ending"], []],
+            "feature": [3, 1, 0, 2], "rank": [3, 2, 1, 4], "reported": [False, True, True, True],
+            "mean_effect": [0.5, -0.5, 0.5, 0.5], "sign_consistency": [0.7, 0.7, 0.7, 0.7],
+            "strong_consistency": [1.0, 1.0, 1.0, None], "flags": [[], [], ["strong"], ["ending"]],
         }
-    ).write_parquet(tmp_path / "features" / "s.parquet")  # fmt: skip
-    monkeypatch.setattr(evidence, "firings", lambda _store, _sae, _site, features: np.eye(len(features)))
-    run: Any = SimpleNamespace(folder=tmp_path, saes={"s": SimpleNamespace(W_dec=torch.eye(4))}, store=None)
-    found = {row["feature"]: row["sign_consistency"] for row in evidence.candidates_of(run, "s")}
-    assert found == {0: 1.0, 1: 0.7}
+    )  # fmt: skip
+    monkeypatch.setattr(collect, "firings", lambda _store, _sae, _site, features: np.eye(len(features)))
+    sae = SimpleNamespace(W_dec=torch.eye(4))
+    run: Any = SimpleNamespace(features=lambda _site: features, saes={"s": sae}, store=None)
+    run.reported = lambda site: RunData.reported(run, site)
+    assert collect.best_reported(run, "s") == [Candidate(0, 1, 0.5, 1.0, ("strong",)), Candidate(1, 2, -0.5, 0.7)]
