@@ -1,11 +1,12 @@
-"""Experiments: texts that are exactly what a condition says, arms that equal plain forwards, verdicts whose answer is known.
+"""Experiments: exact texts of conditions, rewards that equal plain forwards, verdicts whose answer is known.
 
-The constructed world is that of ``test_cues``: at ``embed`` a feature fires on the token Z alone, and its ablation makes a Z
-of a Q, so that ablating it takes back all of what Z does beyond Q.
+The constructed world is that of ``tests/planted/test_matching.py``: at ``embed`` a feature fires on the token Z alone. Its
+ablation turns a Z into a Q, so that ablating it takes back all that Z does beyond Q.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from rmscope.effects.completions import ablation_effects, complete
 from rmscope.errors import InputError
 from rmscope.pairs.demo import demo_pairs
 from rmscope.pairs.pair import Pair
-from rmscope.statistics import holm
-from rmscope.studies.experiment.analyse import Ablated, measure, run_experiment
+from rmscope.statistics import NOTHING, Array, holm
+from rmscope.studies.experiment.analyse import run_experiment
 from rmscope.studies.experiment.conditions import (
     Base,
     Condition,
@@ -28,11 +29,23 @@ from rmscope.studies.experiment.conditions import (
     bases_of,
     bases_of_pairs,
     read_experiment,
-    ready_made,
+    ready_experiments,
 )
-from rmscope.studies.experiment.page import render_experiment
-from rmscope.studies.experiment.verdict import Measurements, claims_of, judged, line_rise, overall, taken_back
-from rmscope.studies.experiment.verdict import verdicts as both_verdicts
+from rmscope.studies.experiment.features import AblationSet, measure_conditions
+from rmscope.studies.experiment.result import ExperimentResult
+from rmscope.studies.experiment.verdict import (
+    Claim,
+    JudgedClaim,
+    Measurements,
+    Says,
+    Verdict,
+    both_verdicts,
+    judge_claims,
+    line_rise,
+    make_claims,
+    overall,
+    taken_back,
+)
 from tests.model.small import ENCODER, shared_pm, small_sae, user
 from tests.planted.test_matching import CUE, FILLER, SITE, STARTS, sae
 
@@ -116,9 +129,9 @@ def test_a_wrong_file_is_one_sentence_that_says_where_and_what_is_right(tmp_path
     assert "\n" not in str(error.value)
 
 
-def test_ready_made_experiments_are_found_by_name_and_an_unknown_one_lists_them() -> None:
-    assert set(ready_made()) == {"dont_know", "repetition", "thanks", "urls", "youre_right"}
-    for name in ready_made():
+def test_ready_made_experiments_are_read_by_name_and_an_unknown_one_lists_them() -> None:
+    assert set(ready_experiments()) == {"dont_know", "repetition", "thanks", "urls", "youre_right"}
+    for name in ready_experiments():
         asked = read_experiment(name)
         assert asked.name == name
         lengths = {len(c.insert) for c in asked.conditions.values() if c.insert}
@@ -131,7 +144,7 @@ def test_ready_made_texts_are_not_the_planted_wordings() -> None:
     from rmscope.pairs.demo import zoo_plants
 
     planted = {text for plant in zoo_plants() for text in (*plant.texts, *plant.negatives)}
-    mine = {t for name in ready_made() for c in read_experiment(name).conditions.values() for t in c.insert or []}
+    mine = {t for name in ready_experiments() for c in read_experiment(name).conditions.values() for t in c.insert or []}
     assert mine
     assert not mine & planted
 
@@ -160,29 +173,29 @@ def test_completions_and_their_ablations_are_those_of_each_text_alone(architectu
         assert float(expected[2].abs()) > 1e-3
 
 
-def test_the_arms_are_rewards_with_and_without_each_group() -> None:
+def test_measurements_are_rewards_with_and_without_each_group() -> None:
     rm, made = shared_pm("llama"), small_sae()
     asked = an_experiment(expects={"taken_back": ["cue"]}, ablate={"site": "resid_post.1", "features": [0]})
-    ablated = Ablated("resid_post.1", list(range(0, 96, 2)), [[1, 3], [5]])
-    arms = measure(rm, asked, BASES, [1, 4], ablated, made)
+    ablated = AblationSet("resid_post.1", list(range(0, 96, 2)), [[1, 3], [5]])
+    measured = measure_conditions(rm, asked, BASES, [1, 4], ablated, made)
     for row, number in enumerate((1, 4)):
-        for column, text in enumerate(arms.texts[row]):
+        for column, text in enumerate(measured.texts[row]):
             ids = rm.text_ids(BASES[number].prompt, text)
-            start = int(ids.numel() - arms.tokens[row, column])
+            start = int(ids.numel() - measured.tokens[row, column])
             alone = float(rm.reward_alone(ids))
-            assert arms.rewards[row, column] == pytest.approx(alone, abs=1e-5)
+            assert measured.rewards[row, column] == pytest.approx(alone, abs=1e-5)
             naive = ablate_naively(rm, made, ids, ablated.site, start, ablated.groups)
-            assert arms.without[row, column] == pytest.approx(alone - naive.numpy(), abs=3e-5)
+            assert measured.without[row, column] == pytest.approx(alone - naive.numpy(), abs=3e-5)
 
 
-def verdicts(values: np.ndarray, expects: dict[str, Any]) -> list[str]:
+def verdicts(values: Array, expects: dict[str, Any]) -> list[str]:
     """The verdicts on one condition of these effects; SD(Δr) 1, so that .1 counts."""
     asked = an_experiment(expects=expects)
     rewards = np.stack([values, np.zeros_like(values)], 1)
-    arms = Measurements(
+    measured = Measurements(
         list(range(values.size)), ["cue", "filler"], [], rewards, np.zeros_like(rewards), np.zeros((values.size, 2, 0))
     )
-    return [row["verdict"] for row in judged(claims_of(asked, arms, 1.0, False), values.size, 0)]
+    return [row.verdict for row in judge_claims(make_claims(asked, measured, 1.0, False), values.size, 0)]
 
 
 def test_a_true_effect_is_supported_a_null_undecided_and_the_opposite_contradicted() -> None:
@@ -199,17 +212,21 @@ def test_a_true_effect_is_supported_a_null_undecided_and_the_opposite_contradict
     ]  # fmt: skip
 
 
+def judged(says: Says, verdict: Verdict) -> JudgedClaim:
+    return JudgedClaim(says, "", [], 1, 0.0, None, None, NOTHING, 0.5, verdict, "")
+
+
 def test_what_the_pm_does_and_what_features_carry_are_two_verdicts() -> None:
-    claims = [{"says": "down", "verdict": "supported"}, {"says": "taken_back", "verdict": "contradicted"}]
-    assert both_verdicts(claims) == {"verdict": "supported", "by_features": "contradicted"}
-    assert both_verdicts(claims[:1]) == {"verdict": "supported", "by_features": None}
-    assert both_verdicts(claims[1:]) == {"verdict": "contradicted", "by_features": "contradicted"}
+    claims = [judged("down", "supported"), judged("taken_back", "contradicted")]
+    assert both_verdicts(claims) == ("supported", "contradicted")
+    assert both_verdicts(claims[:1]) == ("supported", None)
+    assert both_verdicts(claims[1:]) == ("contradicted", "contradicted")
 
 
 def test_p_is_uniform_under_the_null() -> None:
     rng = np.random.default_rng(1)
-    claim = {"says": "up", "claim": "", "conditions": [], "sign": 1, "bound": 0.0}
-    p = np.array([judged([claim | {"values": rng.normal(size=20)}], 20, 0)[0]["p"] for _ in range(300)])
+    claims = [Claim("up", "", [], 1, rng.normal(size=20), 0.0) for _ in range(300)]
+    p = np.array([judge_claims([claim], 20, 0)[0].p for claim in claims])
     for share in (0.05, 0.2, 0.5, 0.8):
         assert (p <= share).mean() == pytest.approx(share, abs=3 * np.sqrt(share * (1 - share) / p.size))
 
@@ -229,22 +246,23 @@ def test_an_order_is_judged_by_its_line_and_refused_where_a_step_goes_back() -> 
     )
     noise = np.random.default_rng(0).normal(0, 0.1, (20, 4))
     for steps, verdict in (((0, -1, -2, -3), "supported"), ((0, -3, -2, -6), "undecided"), ((0, 1, 2, 3), "contradicted")):
-        arms = Measurements(
+        measured = Measurements(
             list(range(20)), ["base", *names], [], noise + np.array(steps), np.zeros((20, 4)), np.zeros((20, 4, 0))
         )
-        (row,) = judged(claims_of(asked, arms, 1.0, False), 20, 0)
-        assert row["verdict"] == verdict
-        assert ("step from a to b goes the other way" in row["why"]) == (verdict == "undecided")
+        (row,) = judge_claims(make_claims(asked, measured, 1.0, False), 20, 0)
+        assert row.verdict == verdict
+        assert row.conditions == names
+        assert ("step from a to b goes the other way" in row.why) == (verdict == "undecided")
 
 
 def test_taken_back_is_a_ratio_of_means_and_undefined_without_an_effect() -> None:
     whole = np.array([1.0, 2.0, 3.0] * 8)
-    assert taken_back(whole, 0.25 * whole)["value"] == pytest.approx(0.75)
-    assert taken_back(whole - 2.0, whole)["value"] is None
+    assert taken_back(whole, 0.25 * whole).value == pytest.approx(0.75)
+    assert taken_back(whole - 2.0, whole).value is None
 
 
 @pytest.fixture(scope="module")
-def known() -> tuple[dict[str, Any], pl.DataFrame]:
+def known() -> ExperimentResult:
     """The constructed world: feature 0 carries all of Z's effect, features 1 and 2 fire with it and carry nothing."""
     made = sae([1.0, 0.0, 0.0])
     rm = shared_pm("llama")
@@ -255,10 +273,11 @@ def known() -> tuple[dict[str, Any], pl.DataFrame]:
     return run_experiment(rm, asked, BASES, 1e-3, {SITE: made}, {SITE: table})
 
 
-def test_the_rule_finds_the_feature_and_its_ablation_takes_all_back(known: tuple[dict[str, Any], pl.DataFrame]) -> None:
-    found, table = known
-    assert [f["feature"] for f in found["ablated"]["features"]] == [0]
-    assert (found["prompts"], found["chosen_on"]) == (4, 4)
+def test_the_rule_finds_the_feature_and_its_ablation_takes_all_back(known: ExperimentResult) -> None:
+    table = known.table
+    assert known.ablated is not None
+    assert [f.feature for f in known.ablated.features] == [0]
+    assert (known.prompts, known.chosen_on) == (4, 4)
     cue, filler = (table.filter(pl.col("condition") == name) for name in ("cue", "filler"))
     assert cue["without"].to_numpy() == pytest.approx(filler["reward"].to_numpy(), abs=1e-5)  # a Z ablated is a Q
     assert filler["without"].to_numpy() == pytest.approx(filler["reward"].to_numpy(), abs=1e-6)
@@ -267,32 +286,46 @@ def test_the_rule_finds_the_feature_and_its_ablation_takes_all_back(known: tuple
     assert set(table["prompt"]) == {b.prompt[0]["content"] for b in BASES[1::2]}  # measured on no prompt that chose
 
 
-def test_a_claim_that_sets_of_alike_features_equal_is_not_supported() -> None:
+def test_a_claim_that_matched_controls_equal_is_not_supported() -> None:
     rm = shared_pm("llama")
     bases = [replace(b, prompt=user(f"{b.prompt[0]['content']} {i}")) for i in range(3) for b in BASES]
     for shares, verdict in (([1.0, 0.0], "supported"), ([1.0, 1.0], "undecided")):
         asked = an_experiment(expects={"taken_back": ["cue"]}, ablate={"site": SITE, "features": [0]})
-        found, _ = run_experiment(rm, asked, bases, 1e-3, {SITE: sae(shares)}, {})
-        (claim,) = found["claims"]
-        assert claim["verdict"] == verdict
-        assert ("alike them take back as much" in claim["why"]) == (verdict == "undecided")
-        assert found["prompts"] == len(bases)  # named features are chosen on nothing
+        result = run_experiment(rm, asked, bases, 1e-3, {SITE: sae(shares)}, {})
+        (claim,) = result.claims
+        assert claim.verdict == result.by_features == verdict
+        assert ("matched controls take back as much" in claim.why) == (verdict == "undecided")
+        assert result.prompts == len(bases)  # named features are chosen on nothing
 
 
 def test_without_saes_nothing_is_ablated_and_nothing_said_of_it() -> None:
     asked = an_experiment(expects={"up": ["cue"], "taken_back": ["cue"]}, ablate={"carrying": "cue"})
-    found, table = run_experiment(shared_pm("llama"), asked, BASES, 1.0)
-    assert found["ablated"] is None
-    assert [c["says"] for c in found["claims"]] == ["up"]
-    assert table["without"].null_count() == table.height
+    result = run_experiment(shared_pm("llama"), asked, BASES, 1.0)
+    assert result.ablated is None
+    assert [c.says for c in result.claims] == ["up"]
+    assert result.table["without"].null_count() == result.table.height
 
 
-def test_the_page_stands_alone_and_escapes(known: tuple[dict[str, Any], pl.DataFrame]) -> None:
-    found = {**known[0], "model": "<b>pm</b>", "data": "d", "seconds": 1.0}
-    page = render_experiment(found)
+def test_the_page_stands_alone_and_escapes(known: ExperimentResult) -> None:
+    page = known.model_copy(update={"model": "<b>pm</b>"}).page().html
     assert "<b>pm</b>" not in page
+    assert "&lt;b&gt;pm&lt;/b&gt;" in page
     assert "http" not in page.replace("http-equiv", "")
-    assert f"<strong>{found['verdict'].capitalize()}</strong>" in page
+    assert f"<strong>{known.verdict.capitalize()}</strong>" in page
+
+
+def test_the_result_as_json_gives_itself_back_and_its_tables_hold_every_claim(known: ExperimentResult) -> None:
+    stored = json.loads(json.dumps(known.as_json()))
+    assert "table" not in stored
+    assert stored["conditions"][0]["effect"].keys() == {"value", "low", "high", "n", "unit"}
+    again = ExperimentResult(**stored, table=known.table)
+    assert again.claims == known.claims
+    assert again.conditions == known.conditions
+    ((title, rows),) = known.tables().items()
+    assert title == known.hypothesis
+    assert [row["claim"] for row in rows] == [c.claim for c in known.claims]
+    assert known.verdict in known.summary()
+    assert "\n" not in known.summary()
 
 
 def test_a_text_beyond_the_context_is_one_sentence() -> None:

@@ -1,11 +1,9 @@
-"""What putting a feature in does, on models whose answer is known: a PM that is linear in its stream, and one where a token
-is the feature."""
+"""What putting a feature in does, on models whose answer is known: a PM that is linear in its stream, and one in which a
+token is the feature."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -18,24 +16,16 @@ from rmscope.activations.store import ActivationStore
 from rmscope.effects.ablation import ablate_naively
 from rmscope.effects.completions import added, complete
 from rmscope.evaluation.selection import Responses
-from rmscope.io import silent
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import Pair
+from rmscope.statistics import Figure
 from rmscope.studies.experiment.conditions import Base
-from rmscope.studies.sufficiency.classify import (
-    CLASSES,
-    Inputs,
-    classed,
-    in_turn,
-    insertions,
-    judge_text,
-    reason,
-    sufficiency,
-)
-from rmscope.studies.sufficiency.contexts import ROWS, agreement, in_context, pooled
-from rmscope.studies.sufficiency.firing import firing_sentences, neutral_words, sentence_at, spelling, swapped
-from rmscope.studies.sufficiency.page import render_sufficiency
-from rmscope.studies.sufficiency.steering import differences_of, grid, judge_steering, steer
+from rmscope.studies.sufficiency.agreement import agreement_over_sites, measure_agreement
+from rmscope.studies.sufficiency.classify import KINDS, classify, reason
+from rmscope.studies.sufficiency.contexts import SCHEMA, measure_contexts
+from rmscope.studies.sufficiency.firing import firing_sentences, neutral_words, sentence_at, spelling, swap_phrase
+from rmscope.studies.sufficiency.insertion import Insertion, judge_insertion, measure_insertions
+from rmscope.studies.sufficiency.steering import Steering, dose_grid, judge_steering, steer, unit_differences
 from tests.model.small import DECODERS, PAIRS, D, shared_pm, small_pm, small_sae, user
 from tests.planted.test_matching import CUE, FILLER, STARTS, sae
 
@@ -73,34 +63,36 @@ def test_in_a_linear_pm_the_dose_response_is_the_gradients_slope_exactly() -> No
     made.W_dec[2] -= (made.W_dec[2] @ w) / (w @ w) * w
     runs = [complete(rm, p, [r], [LAST])[0] for p, r in PROMPTS]
     norms = made.W_dec.norm(dim=1)
-    doses = grid({j: float(norms[j]) * (1.0 + j) for j in range(3)})
-    directions = differences_of(torch.randn(40, D, generator=torch.Generator().manual_seed(1)))
+    doses = dose_grid({j: float(norms[j]) * (1.0 + j) for j in range(3)})
+    directions = unit_differences(torch.randn(40, D, generator=torch.Generator().manual_seed(1)))
     effects, others = steer(rm, made, LAST, runs, doses, directions)
     for j in range(3):
         activation = doses.norms[: doses.taken[j]] / float(norms[j])
         slope = float(made.W_dec[j] @ w)
         assert effects[j] == pytest.approx(np.tile(activation * slope, (len(runs), 1)), abs=2e-4)
     assert others[0, -1] == pytest.approx(doses.norms[-1] * (directions @ w).numpy(), abs=2e-4)
-    assert judge_steering(effects[0], others, 1)["sufficient"]
-    assert judge_steering(effects[1], others, -1)["sufficient"]
-    assert not judge_steering(effects[0], others, -1)["sufficient"]  # the wrong sign
-    assert not judge_steering(effects[2], others, 1)["sufficient"]  # a direction that the reward does not read
+    assert judge_steering(effects[0], others, 1, []).sufficient
+    assert judge_steering(effects[1], others, -1, []).sufficient
+    assert not judge_steering(effects[0], others, -1, []).sufficient  # the wrong sign
+    assert not judge_steering(effects[2], others, 1, []).sufficient  # a direction that the reward does not read
 
 
 def test_a_feature_that_other_directions_equal_is_not_sufficient() -> None:
     rng = np.random.default_rng(0)
     others = rng.normal(0, 1, (16, 3, 20)) * 0.01 + rng.normal(0, 1, (1, 3, 20))
     like_them = others[:, :, 0] * 0 + np.percentile(others.mean(0), 80, axis=1)
-    assert not judge_steering(like_them, others, 1)["sufficient"]
+    assert not judge_steering(like_them, others, 1, []).sufficient
     beyond = others.max() + rng.normal(0, 0.01, (16, 3))
-    row = judge_steering(beyond, others, 1)
-    assert row["sufficient"]
-    assert row["margin"]["low"] > 0
+    steering = judge_steering(beyond, others, 1, [1.0, 2.0, 3.0])
+    assert steering.sufficient
+    assert steering.margin is not None
+    assert (steering.margin.low or 0) > 0
+    assert len(steering.curve) == len(steering.activations) == 3
 
 
 def test_no_dose_exceeds_the_features_top_and_the_largest_is_within_a_step_of_it() -> None:
     tops = {1: 1.0, 2: 3.0, 3: 10.0, 4: 0.0}
-    doses = grid(tops)
+    doses = dose_grid(tops)
     assert doses.norms[-1] == 10.0
     assert doses.norms[1:] / doses.norms[:-1] == pytest.approx(np.full(len(doses.norms) - 1, 2**0.5))
     assert doses.taken[4] == 0
@@ -115,14 +107,14 @@ def test_a_phrase_is_the_run_around_the_peak_in_whole_words_swapped_for_as_many(
     places = [0, 2, 5, 12, 17, 18, 22, 24, 28, 31, 36, 37, 41, 42]  # It| is| rea..|  good|.| Tha|nk| you| so| much|!| Bye|.
     f = torch.zeros(13)
     f[6], f[7] = 1.0, 0.6
-    edited, phrase, words = swapped(text, places, f, 0) or ("", "", "")
+    edited, phrase, words = swap_phrase(text, places, f, 0) or ("", "", "")
     assert phrase == "Thank you"
     assert words == neutral_words(2, 0).capitalize() == "So it"
     assert edited == f"It is really good. {words} so much! Bye."
     f = torch.zeros(13)
     f[4] = 1.0
-    assert swapped(text, places, f, 0) == ("It is really good Thank you so much! Bye.", ".", "")
-    assert swapped("a", [0, 1, 1], torch.tensor([0.0, 1.0]), 0) is None  # an eos token has no text
+    assert swap_phrase(text, places, f, 0) == ("It is really good Thank you so much! Bye.", ".", "")
+    assert swap_phrase("a", [0, 1, 1], torch.tensor([0.0, 1.0]), 0) is None  # an eos token has no text
     assert len(neutral_words(40, 3).split()) == 40
 
 
@@ -146,8 +138,8 @@ def test_in_a_linear_pm_nothing_interacts_and_doubling_gives_what_ablation_takes
     rm, _ = linear_pm()
     made = small_sae()
     signs = {j: 1 if j % 2 else -1 for j in range(0, 96, 6)}
-    table = in_context(rm, made, LAST, signs, PAIRS[:3], [])
-    assert dict(table.schema) == ROWS
+    table = measure_contexts(rm, made, LAST, signs, PAIRS[:3], [])
+    assert dict(table.schema) == SCHEMA
     assert table.height > 4
     for row in table.iter_rows(named=True):
         pair = next(p for p in PAIRS if p.id == row["pair"])
@@ -161,7 +153,7 @@ def test_in_a_linear_pm_nothing_interacts_and_doubling_gives_what_ablation_takes
 
 def test_a_texts_change_is_the_reward_of_the_text_minus_that_of_the_swapped_one() -> None:
     rm, made = shared_pm("llama"), small_sae()
-    table = in_context(rm, made, "resid_post.1", dict.fromkeys(range(0, 96, 9), 1), PAIRS[:3], list(range(0, 96, 9)))
+    table = measure_contexts(rm, made, "resid_post.1", dict.fromkeys(range(0, 96, 9), 1), PAIRS[:3], list(range(0, 96, 9)))
     known = table.filter(pl.col("text").is_not_null())
     assert known.height > 4
     for row in known.iter_rows(named=True):
@@ -181,41 +173,40 @@ def test_a_texts_change_is_the_reward_of_the_text_minus_that_of_the_swapped_one(
 def test_the_cue_put_in_as_text_is_sufficient_and_a_feature_that_only_fires_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     rm = shared_pm("llama")
     made = sae([1.0, 0.0])  # both fire on Z alone; ablating the first makes a Z of a Q, ablating the second does nothing
-    monkeypatch.setattr("rmscope.studies.sufficiency.classify.filler_like", lambda text: text.replace(CUE, FILLER))
+    monkeypatch.setattr("rmscope.studies.sufficiency.insertion.nearest_filler", lambda text: text.replace(CUE, FILLER))
     bases = [Base(p, r) for p, r in PROMPTS for _ in range(2)]
     cue, other = f"Wait {CUE}.", f"Wait {FILLER}."  # the second is its own filler: it moves nothing
     effects = [a.reward - b.reward for a, b in (complete(rm, p, [f"{r} {cue}", f"{r} {other}"], []) for p, r in PROMPTS)]
     sign = 1 if np.mean(effects) > 0 else -1
-    found = insertions(rm, made, "embed", bases, {0: [other, cue], 1: [cue], 2: []}, {0: sign, 1: sign, 2: sign})
-    assert found[0]["sentence"] == cue  # chosen on the fitting prompts
-    assert found[0]["fires"] == found[1]["fires"] == 1.0
-    assert found[0]["effect"]["value"] == pytest.approx(np.mean(effects), abs=1e-5)  # both of a prompt's bases are one text
+    found = measure_insertions(rm, made, "embed", bases, {0: [other, cue], 1: [cue], 2: []}, {0: sign, 1: sign, 2: sign})
+    assert found[0].sentence == cue  # chosen on the fitting prompts
+    assert found[0].fires == found[1].fires == 1.0
+    assert found[0].effect is not None
+    assert found[0].effect.value == pytest.approx(np.mean(effects), abs=1e-5)  # both of a prompt's bases are one text
     for j, share in ((0, 1.0), (1, 0.0)):
-        assert found[j]["taken_back"]["value"] in (None, pytest.approx(share, abs=1e-3))
-    assert not found[1]["sufficient"]
-    assert found[2] == {"sufficient": False, "sentence": "", "fires": 0.0, "effect": None, "taken_back": None}
+        taken = found[j].taken_back
+        assert taken is not None
+        assert taken.value in (None, pytest.approx(share, abs=1e-3))
+    assert not found[1].sufficient
+    assert found[2] == Insertion(False, "", 0.0, None, None)
 
 
 def test_text_is_judged_by_its_sign_by_what_ablation_takes_back_and_by_firing() -> None:
     rng = np.random.default_rng(0)
     effect = 1.0 + rng.normal(0, 0.1, 16)
     rows = np.stack([effect, 0.2 * effect, np.ones(16)], 1)
-    assert judge_text("s", rows, 1)["sufficient"]
-    assert not judge_text("s", rows, -1)["sufficient"]
-    assert not judge_text("s", rows * [1, 3, 1], 1)["sufficient"]  # ablation takes back .4
-    assert not judge_text("s", rows * [1, 1, 0], 1)["sufficient"]  # it never fires
-    assert not judge_text("", rows[:0], 1)["sufficient"]
-
-
-def figures(ablation: float, interaction: float, doubled: float, width: float = 0.01) -> dict[str, dict[str, float]]:
-    named = {"ablation": ablation, "interaction": interaction, "doubled": doubled}
-    return {name: {"value": v, "low": v - width, "high": v + width} for name, v in named.items()}
+    assert judge_insertion("s", rows, 1).sufficient
+    assert not judge_insertion("s", rows, -1).sufficient
+    assert not judge_insertion("s", rows * [1, 3, 1], 1).sufficient  # ablation takes back .4
+    assert not judge_insertion("s", rows * [1, 1, 0], 1).sufficient  # it never fires
+    assert not judge_insertion("", rows[:0], 1).sufficient
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_reason_follows_from_the_interaction_and_from_doubling(sign: int) -> None:
-    def of(*values: float, width: float = 0.01) -> str:
-        return reason(figures(*(sign * v for v in values), width), sign)
+    def of(ablation: float, interaction: float, doubled: float, width: float = 0.01) -> str:
+        figures = [Figure(sign * v, sign * v - width, sign * v + width) for v in (ablation, interaction, doubled)]
+        return reason(*figures, sign=sign)
 
     assert of(1.0, 0.6, 1.0) == "redundant"
     assert of(1.0, -0.6, 1.0) == "only in concert"
@@ -225,7 +216,7 @@ def test_the_reason_follows_from_the_interaction_and_from_doubling(sign: int) ->
     assert of(1.0, 0.1, -0.7) == "no reason found"
 
 
-def test_each_feature_falls_into_one_of_the_classes() -> None:
+def test_each_feature_falls_into_one_of_the_kinds() -> None:
     rows = {
         "prompt": [f"p{i % 6}" for i in range(12)],
         "ablation": [0.5] * 12,
@@ -233,12 +224,17 @@ def test_each_feature_falls_into_one_of_the_classes() -> None:
         "doubled": [0.5] * 12,
     }
     contexts = pl.DataFrame(rows)
-    yes, no = {"sufficient": True}, {"sufficient": False}
+    steered = {yes: Steering(yes, None, None, None, [], []) for yes in (True, False)}
+    inserted = {yes: Insertion(yes, "", 0.0, None, None) for yes in (True, False)}
     lost = contexts.with_columns(ablation=-pl.col("ablation"))
-    given = ((yes, yes, contexts), (yes, no, contexts), (no, yes, contexts), (no, no, contexts), (no, no, lost))
-    found = [classed(7, 1, [], *one) for one in (*given, (no, no, contexts[:3]))]
-    kinds = [(row["class"], row["why"]) for row in found]
-    assert kinds == [CLASSES[0], CLASSES[1], CLASSES[2], CLASSES[5], CLASSES[7], CLASSES[8]]
+    given = (
+        (True, True, contexts), (True, False, contexts), (False, True, contexts), (False, False, contexts),
+        (False, False, lost), (False, False, contexts[:3]), (False, False, contexts[:0]),
+    )  # fmt: skip
+    found = [classify(7, 1, [], steered[a], inserted[b], table) for a, b, table in given]
+    kinds = [(row.kind, row.why) for row in found]
+    assert kinds == [KINDS[0], KINDS[1], KINDS[2], KINDS[5], KINDS[7], KINDS[8], KINDS[8]]
+    assert [row.contributes for row in found] == [True, True, True, True, False, False, False]
 
 
 def test_text_agrees_with_itself_and_not_with_chance() -> None:
@@ -248,46 +244,31 @@ def test_text_agrees_with_itself_and_not_with_chance() -> None:
         {"feature": j, "prompt": f"p{i}", "ablation": strength[j], "text": strength[j] + rng.normal(0, 0.1)}
         for j in range(20) for i in range(6)
     ]  # fmt: skip
-    agreed = agreement(pl.DataFrame(rows))
-    assert agreed["pearson"]["low"] > 0.9
-    assert agreed["features"] == 20
+    agreed = measure_agreement(pl.DataFrame(rows))
+    assert agreed.pearson is not None
+    assert (agreed.pearson.low or 0) > 0.9
+    assert agreed.features == agreed.pearson.n == 20
     means = pl.DataFrame(rows).group_by("feature").agg(pl.col("text", "ablation").mean())
-    assert agreed["pearson"]["value"] == pytest.approx(np.corrcoef(means["text"], means["ablation"])[0, 1])
-    chance = agreement(pl.DataFrame([{**row, "text": rng.normal()} for row in rows]))
-    assert chance["pearson"]["low"] < 0 < chance["pearson"]["high"]
+    assert agreed.pearson.value == pytest.approx(np.corrcoef(means["text"], means["ablation"])[0, 1])
+    chance = measure_agreement(pl.DataFrame([{**row, "text": rng.normal()} for row in rows]))
+    assert chance.pearson is not None
+    assert (chance.pearson.low or 0) < 0 < (chance.pearson.high or 0)
     table = pl.DataFrame(rows)
-    assert pooled({"a": table, "b": table.with_columns(pl.col("text", "ablation") + 9)})["features"] == 40
-    assert pooled(dict.fromkeys("abc", table))["features"] == 50  # drawn blind
-    assert agreement(pl.DataFrame(rows[:12]))["pearson"] is None  # two features make no correlation
+    assert agreement_over_sites({"a": table, "b": table.with_columns(pl.col("text", "ablation") + 9)}).features == 40
+    assert agreement_over_sites(dict.fromkeys("abc", table)).features == 50  # drawn blind
+    assert measure_agreement(pl.DataFrame(rows[:12])).pearson is None  # two features make no correlation
 
 
-class NoDisplay:
-    @contextmanager
-    def stage(self, name: str) -> Any:
-        yield silent
-
-
-def test_all_of_it_on_a_small_run(tmp_path: Path) -> None:
+def test_sentences_are_those_of_responses_in_which_the_features_fire(tmp_path: Path) -> None:
     rm, made, site = shared_pm("llama"), small_sae(m=24, k=6), "resid_post.1"
     pairs = [
         Pair(f"{i}", user(f"What is {i}?"), f"It is {i} in the small house. Thanks!", "I don't know. Wait for it.")
-        for i in range(14)
+        for i in range(6)
     ]
-    fit, fresh = pairs[:6], pairs[6:]
-    harvest(rm, fit, [site], tmp_path)
-    store = ActivationStore.open(tmp_path)
-    tokens = rm.tokenize_all(fit)
-    ranked = pl.DataFrame({"feature": list(range(8)), "mean_effect": [0.1, -0.1] * 4, "flags": [["lexical"], *([[]] * 7)]})
-    sentences, tops = firing_sentences(rm, made, Responses(store, site), fit, tokens, list(range(8)))
-    written = {t for p in fit for t in (p.chosen, p.rejected)}
+    harvest(rm, pairs, [site], tmp_path)
+    responses = Responses(ActivationStore.open(tmp_path), site)
+    sentences, tops = firing_sentences(rm, made, responses, pairs, rm.tokenize_all(pairs), list(range(8)))
+    written = {t for p in pairs for t in (p.chosen, p.rejected)}
+    assert sum(map(len, sentences.values())) > 8
     assert all(any(s in text for text in written) for listed in sentences.values() for s in listed)
     assert all(tops[j] > 0 for j in sentences if sentences[j])
-    material = Inputs(rm, made, site, ranked, store, fit, tokens, [Base(p.prompt, p.chosen) for p in fresh[:8]], fresh)
-    found, tables = sufficiency(material, NoDisplay())
-    assert sum(row["features"] for row in found["counts"]) == len(found["features"]) == 8
-    assert tables["features"].height == 8
-    assert tables["contexts"]["text"].null_count() < tables["contexts"].height
-    page = render_sufficiency({**found, "model": "m", "data": "<i>d</i>", "sd": 1.0})
-    assert "<i>d</i>" not in page
-    assert "Does text agree?" in page
-    assert [p.id for p in in_turn([fresh[0], fresh[0], fresh[1]])] == ["6", "7", "6"]

@@ -1,1 +1,1 @@
-"""Hypotheses about features as controlled experiments; ready-made ones in `ready`."""
+"""Hypotheses about features as controlled experiments; those in ``ready/`` come with the package."""

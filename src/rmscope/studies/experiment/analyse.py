@@ -1,46 +1,101 @@
-"""A hypothesis about a feature as a controlled experiment: paired effects of conditions, with and without ablation.
+"""A hypothesis as a controlled experiment: paired effects of conditions, with and without ablation, and a verdict.
 
-Every prompt sees every condition. An effect is the reward under a condition minus the reward under the condition that
-it is held against, on the same prompt; with ablation both arms lose the same features, exactly, from the response's first
-token on (METHOD, "Ablation effect"). Features found by rule are chosen on every other prompt and measured on the rest,
-beside :data:`CONTROLS` sets of other features that are alike them. The verdict is `verdict.py`'s.
+Every prompt sees every condition. An effect is the reward under a condition minus the reward under the condition that it is
+held against, on the same prompt. With ablation, both texts lose the same features, exactly, from the response's first token
+to the read position (docs/method.md, "Effects"). Features found by rule are chosen on every other prompt and measured on
+the rest, beside matched controls. ``verdict.py`` tests what the experiment expects.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
 import polars as pl
 
-from rmscope.effects.completions import Completion, ablation_effects, active_on, complete
-from rmscope.evaluation.controls import alike
-from rmscope.io import Progress, silent
+from rmscope.errors import InputError
+from rmscope.io import Display, NoDisplay, Progress, silent, write_json, write_table
 from rmscope.model.reward_model import RewardModel
+from rmscope.run.inputs import Inputs
+from rmscope.run.run import Run
 from rmscope.sae.base import Sae
-from rmscope.statistics import Array
-from rmscope.studies.experiment.conditions import Base, Experiment
-from rmscope.studies.experiment.verdict import BOUND, Measurements, claims_of, judged, taken_back, verdicts, with_interval
+from rmscope.statistics import interval
+from rmscope.studies.experiment.conditions import Ablate, Base, Experiment, bases_of, read_experiment
+from rmscope.studies.experiment.features import AblationSet, choose_features, measure_conditions
+from rmscope.studies.experiment.result import AblatedFeature, AblatedFeatures, ConditionFigures, ExperimentResult
+from rmscope.studies.experiment.settings import ExperimentConfig
+from rmscope.studies.experiment.verdict import BOUND, Measurements, both_verdicts, judge_claims, make_claims, taken_back
 
-CONTROLS = 8
-"""Sets of features alike the ablated ones; what these take back stands beside."""
-LEAST = 0.01
-"""The share of the effect that a feature found by rule takes back alone, at least."""
+SD_PAIRS = 128
+"""Without a run, SD(Δr) is taken over this many pairs of the data."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ablated:
-    """The features that an experiment ablates at a site, and sets of others that are alike them."""
+def analyse(config: ExperimentConfig, display: Display | None = None, run: Run | None = None) -> ExperimentResult:
+    """Runs an experiment, and writes its table, figures and page.
 
-    site: str
-    features: list[int]
-    controls: list[list[int]] = field(default_factory=list)
+    1. Read the experiment file.
+    2. Open the run, or else the PM and the pairs.
+    3. Load the run's SAEs and reported features, where the experiment ablates.
+    4. Make the base texts, from prompts of the measure split or from the file's own; take SD(Δr).
+    5. Choose features and measure all conditions (:func:`run_experiment`).
+    6. Write ``NAME.parquet``, ``NAME.json`` and ``NAME.html``.
 
-    @property
-    def groups(self) -> list[list[int]]:
-        return [self.features, *self.controls]
+    Args:
+        run: an open run, in place of the folder ``config.run``.
+
+    Raises:
+        InputError: the file is wrong, there is neither a run nor a PM, the run is not finished, it has no SAE or no feature
+            that the file names, or there are fewer than two prompts.
+    """
+    experiment, started = read_experiment(config.file), time.time()  # 1
+    if run is None and config.run is not None:  # 2
+        run = Run.open(config.run, display)
+    inputs = run.inputs if run is not None else _inputs(config)
+    shown = display or (run.display if run is not None else NoDisplay())
+    saes, reported = _features(run, experiment.ablate) if run is not None and experiment.ablate else ({}, {})  # 3
+    pairs = run.pair_set if run is not None else inputs.scored  # 4
+    bases = bases_of(experiment, [pairs.pairs[i] for i in pairs.of_split("measure")])
+    sd = run.sd if run is not None else _sd(inputs, shown)
+    with shown.stage("measure") as progress:  # 5
+        result = run_experiment(inputs.rm, experiment, bases, sd, saes, reported, inputs.config.seed, progress)
+    result.model, result.data = inputs.config.model, inputs.config.data
+    if run is not None and result.ablated is not None:
+        result.ablated = _with_tokens(run, result.ablated)
+    result.seconds = round(time.time() - started, 1)
+    own = run.folder / "evidence" / "experiments" if run is not None else Path("experiments")  # 6
+    result.folder = config.out or own
+    write_table(result.folder / f"{result.name}.parquet", result.table)
+    write_json(result.folder / f"{result.name}.json", result.as_json())
+    result.page().save()
+    return result
+
+
+def _inputs(config: ExperimentConfig) -> Inputs:
+    if config.model is None:
+        raise InputError("There is nothing to measure on; name a run folder with --run, or a PM with --model.")
+    return Inputs.of(config.model, config.data, config)
+
+
+def _sd(inputs: Inputs, display: Display) -> float:
+    with display.stage("score") as progress:
+        return float(inputs.rm.score_tokens(inputs.scored.tokens[:SD_PAIRS], progress).delta.std())
+
+
+def _features(run: Run, rule: Ablate) -> tuple[dict[str, Sae], dict[str, pl.DataFrame]]:
+    """The run's SAEs and reported features by site. InputError where the run lacks what the rule names."""
+    if rule.site is not None:
+        run.check_site(rule.site)
+    reported = {site: run.reported(site) for site in run.sites}
+    if rule.site is not None and (m := run.saes[rule.site].m) <= max(rule.features, default=0):
+        raise InputError(f"The SAE at {rule.site} has {m} features, from 0; mend ablate.features.")
+    return run.saes, reported
+
+
+def _with_tokens(run: Run, ablated: AblatedFeatures) -> AblatedFeatures:
+    rows = [replace(row, tokens=run.top_tokens(ablated.site, row.feature)) for row in ablated.features]
+    return replace(ablated, features=rows)
 
 
 def run_experiment(
@@ -52,181 +107,90 @@ def run_experiment(
     reported: Mapping[str, pl.DataFrame] | None = None,
     seed: int = 0,
     progress: Progress = silent,
-) -> tuple[dict[str, Any], pl.DataFrame]:
-    """The experiment's figures and verdict, and a row a prompt and condition.
+) -> ExperimentResult:
+    """The experiment on given texts; nothing is written.
+
+    1. Choose the features to ablate, on every other prompt.
+    2. Measure every condition on the other prompts (on all, where no features are chosen).
+    3. Test the claims.
 
     Args:
         bases: prompts with their base responses (:func:`~rmscope.studies.experiment.conditions.bases_of`).
         sd: SD(Δr) of the PM's data, the unit of what counts.
-        saes: by site; without them nothing is ablated, and what the experiment expects of ablation is left out.
-        reported: by site the reported features: feature, mean_effect.
+        saes: by site; without them nothing is ablated, and no claim on ablation is tested.
+        reported: by site the reported features, with the columns feature and mean_effect.
     """
     numbers, ablated = list(range(len(bases))), None
     if experiment.ablate is not None and saes:
         fitting = numbers[::2] if experiment.ablate.carrying else numbers
-        ablated = choose(rm, experiment, bases, fitting, saes, reported or {}, seed, progress)
+        ablated = choose_features(rm, experiment, bases, fitting, saes, reported or {}, seed, progress)
         numbers = numbers[1::2] if experiment.ablate.carrying else numbers
     sae = saes[ablated.site] if ablated and saes else None
-    arms = measure(rm, experiment, bases, numbers, ablated, sae, progress)
-    claims = judged(claims_of(experiment, arms, sd, ablated is not None), len(numbers), seed)
-    found = {
-        "name": experiment.name,
-        "hypothesis": experiment.hypothesis,
-        **verdicts(claims),
-        "test": f"paired sign-flip permutation test by prompt against {BOUND} SD(Δr), Holm over {len(claims)} claims",
-        "prompts": len(numbers),
-        "chosen_on": len(bases) - len(numbers),
-        "sd": sd,
-        "bound": BOUND * sd,
-        "conditions": [_condition(experiment, arms, name, sd) for name in experiment.conditions],
-        "claims": claims,
-        "ablated": _ablated_rows(experiment, ablated, reported or {}) if ablated else None,
-        "example": bases[numbers[0]].prompt[-1]["content"],
-    }
-    return found, as_table(experiment, bases, arms)
+    measured = measure_conditions(rm, experiment, bases, numbers, ablated, sae, progress)
+    claims = judge_claims(make_claims(experiment, measured, sd, ablated is not None), len(numbers), seed)
+    verdict, by_features = both_verdicts(claims)
+    return ExperimentResult(
+        name=experiment.name,
+        hypothesis=experiment.hypothesis,
+        verdict=verdict,
+        by_features=by_features,
+        test=f"paired sign-flip permutation test by prompt against {BOUND} SD(Δr), Holm over {len(claims)} claims",
+        prompts=len(numbers),
+        chosen_on=len(bases) - len(numbers),
+        sd=sd,
+        bound=BOUND * sd,
+        conditions=[_condition(experiment, measured, name, sd) for name in experiment.conditions],
+        claims=claims,
+        ablated=_ablated(experiment, ablated, reported or {}) if ablated else None,
+        example=bases[numbers[0]].prompt[-1]["content"],
+        table=as_table(experiment, bases, measured),
+    )
 
 
-def choose(
-    rm: RewardModel,
-    experiment: Experiment,
-    bases: Sequence[Base],
-    fitting: Sequence[int],
-    saes: Mapping[str, Sae],
-    reported: Mapping[str, pl.DataFrame],
-    seed: int,
-    progress: Progress = silent,
-) -> Ablated:
-    """The features to ablate and their controls.
-
-    By rule: at each site the reported features whose ablation has the sign of the condition's effect, that fire more there
-    than on its baseline, and whose exact ablation alone takes back a share of it, the largest first; then the site where
-    they take back most together. All on the fitting prompts.
-    """
-    rule = experiment.ablate
-    assert rule is not None
-    sites = [rule.site] if rule.site else list(saes)
-    focus = rule.carrying or next(n for n in experiment.conditions if n in experiment.expects.names())
-    pair = [experiment.conditions[name] for name in (focus, experiment.against(focus))]
-    runs = []
-    for done, i in enumerate(fitting):
-        runs.append(complete(rm, bases[i].prompt, [c.text(bases, i) for c in pair], sites))
-        progress(done + 1, len(fitting), "prompts on which features are chosen")
-    effect = sum(a.reward - b.reward for a, b in runs)
-    found: list[tuple[float, Ablated]] = []
-    for site in sites:
-        sae = saes[site]
-        fires, mass = _profile(sae, site, runs)
-        features = rule.features
-        if rule.carrying:
-            more = mass[:, 0] - mass[:, 1]
-            named = [int(r["feature"]) for r in reported[site].iter_rows(named=True) if r["mean_effect"] * effect > 0]
-            able = [j for j in named if more[j] > 0]
-            alone = dict(zip(able, _shares(rm, sae, site, runs, [[j] for j in able], effect), strict=True))
-            features = sorted((j for j in able if alone[j] >= LEAST), key=lambda j: -alone[j])[: rule.count]
-        traits = np.concatenate([fires + 1.0, mass.sum(1, keepdims=True) + 1e-9], 1)
-        free = mass.sum(1) > 0
-        controls = [alike(traits, free, features, features, seed + i).tolist() for i in range(CONTROLS if features else 0)]
-        (share,) = _shares(rm, sae, site, runs, [features], effect)
-        found.append((share, Ablated(site, features, controls)))
-    return max(found, key=lambda item: item[0])[1]
-
-
-def _shares(
-    rm: RewardModel, sae: Sae, site: str, runs: Sequence[Sequence[Completion]], groups: Sequence[list[int]], effect: float
-) -> list[float]:
-    """What each group's ablation takes back of an effect, which is summed over runs of (condition, baseline)."""
-    taken = np.zeros(len(groups))
-    for condition, baseline in runs:
-        both = (ablation_effects(rm, sae, site, text, groups).double().numpy() for text in (condition, baseline))
-        taken += next(both) - next(both)
-    return (taken / effect).tolist() if effect else [0.0] * len(groups)
-
-
-def _profile(sae: Sae, site: str, runs: Sequence[Sequence[Completion]]) -> tuple[Array, Array]:
-    """In how many texts of either condition a feature fires [m, 2], and its mean Σ_t f_tj |d_j| there [m, 2]."""
-    fires, mass = np.zeros((sae.m, 2)), np.zeros((sae.m, 2))
-    norms = sae.W_dec.norm(dim=1)
-    for run in runs:
-        for column, text in enumerate(run):
-            active = active_on(sae, site, text)
-            fires[active.feature.unique().numpy(), column] += 1
-            np.add.at(mass[:, column], active.feature.numpy(), (active.value * norms[active.feature]).numpy())
-    return fires, mass / max(1, len(runs))
-
-
-def measure(
-    rm: RewardModel,
-    experiment: Experiment,
-    bases: Sequence[Base],
-    numbers: Sequence[int],
-    ablated: Ablated | None,
-    sae: Sae | None,
-    progress: Progress = silent,
-) -> Measurements:
-    """All conditions on the prompts ``numbers``, as they are and with the features ablated; the controls are ablated where
-    something is said of what ablation takes back (nan elsewhere)."""
-    names, groups = list(experiment.conditions), ablated.groups if ablated else []
-    full = {n for name in experiment.expects.taken_back for n in (name, experiment.against(name))}
-    rewards, tokens = np.zeros((len(numbers), len(names))), np.zeros((len(numbers), len(names)), dtype=int)
-    without = np.full((len(numbers), len(names), len(groups)), np.nan)
-    texts: list[list[str]] = []
-    for row, number in enumerate(numbers):
-        texts.append([experiment.conditions[name].text(bases, number) for name in names])
-        for column, text in enumerate(complete(rm, bases[number].prompt, texts[-1], [ablated.site] if ablated else [])):
-            rewards[row, column] = text.reward
-            tokens[row, column] = text.ids.numel() - text.start
-            if ablated and sae is not None:
-                asked = groups if names[column] in full else groups[:1]
-                effects = ablation_effects(rm, sae, ablated.site, text, asked).numpy()
-                without[row, column, : len(asked)] = text.reward - effects
-        progress(row + 1, len(numbers), "prompts under all conditions")
-    return Measurements(list(numbers), names, texts, rewards, tokens, without)
-
-
-def _condition(experiment: Experiment, arms: Measurements, name: str, sd: float) -> dict[str, Any]:
-    """A condition's figures: its effect and interval in units of reward, and the same with the features ablated."""
-    against, column = experiment.against(name), arms.conditions.index(name)
-    row: dict[str, Any] = {
-        "name": name, "against": None if against == name else against, "text": arms.texts[0][column],
-        "tokens": float(arms.tokens[:, column].mean()), "reward": float(arms.rewards[:, column].mean()),
-        "effect": None, "effect_sd": None, "without": None, "taken_back": None,
-    }  # fmt: skip
+def _condition(experiment: Experiment, measured: Measurements, name: str, sd: float) -> ConditionFigures:
+    against, column = experiment.against(name), measured.conditions.index(name)
+    figures = ConditionFigures(
+        name=name,
+        against=None if against == name else against,
+        text=measured.texts[0][column],
+        tokens=float(measured.tokens[:, column].mean()),
+        reward=float(measured.rewards[:, column].mean()),
+    )
     if against == name:
-        return row
-    whole = arms.effect(experiment, name)
-    row["effect"] = with_interval(whole)
-    row["effect_sd"] = float(whole.mean()) / sd
-    if arms.without.shape[2]:
-        left = arms.effect(experiment, name, 0)
-        row |= {"without": with_interval(left), "taken_back": taken_back(whole, left)}
-    return row
+        return figures
+    whole = measured.effect(experiment, name)
+    figures = replace(figures, effect=interval(whole, unit="reward"), effect_sd=float(whole.mean()) / sd)
+    if not measured.without.shape[2]:
+        return figures
+    left = measured.effect(experiment, name, 0)
+    return replace(figures, without=interval(left, unit="reward"), taken_back=taken_back(whole, left))
 
 
-def _ablated_rows(experiment: Experiment, ablated: Ablated, reported: Mapping[str, pl.DataFrame]) -> dict[str, Any]:
+def _ablated(experiment: Experiment, ablated: AblationSet, reported: Mapping[str, pl.DataFrame]) -> AblatedFeatures:
     table = reported.get(ablated.site)
-    known = {int(r["feature"]): r for r in table.iter_rows(named=True)} if table is not None else {}
-    features = [{"feature": j, "mean_effect": known.get(j, {}).get("mean_effect")} for j in ablated.features]
+    means: dict[int, float] = dict(table.select("feature", "mean_effect").iter_rows()) if table is not None else {}
+    features = [AblatedFeature(j, means.get(j)) for j in ablated.features]
     rule = experiment.ablate.carrying if experiment.ablate else None
-    return {"site": ablated.site, "carrying": rule, "features": features, "controls": len(ablated.controls)}
+    return AblatedFeatures(ablated.site, rule, features, len(ablated.controls))
 
 
-def as_table(experiment: Experiment, bases: Sequence[Base], arms: Measurements) -> pl.DataFrame:
-    """A row a prompt and condition: prompt, condition, against, text, tokens, reward, without (null: nothing ablated)."""
+def as_table(experiment: Experiment, bases: Sequence[Base], measured: Measurements) -> pl.DataFrame:
+    """One row per prompt and condition: prompt, condition, against, text, tokens, reward, without (null: not ablated)."""
     rows = [
-        {
-            "prompt": bases[number].prompt[-1]["content"],
-            "condition": name,
-            "against": experiment.against(name),
-            "text": arms.texts[i][j],
-            "tokens": int(arms.tokens[i, j]),
-            "reward": float(arms.rewards[i, j]),
-            "without": float(arms.without[i, j, 0]) if arms.without.shape[2] else None,
-        }
-        for i, number in enumerate(arms.numbers)
-        for j, name in enumerate(arms.conditions)
+        (
+            bases[number].prompt[-1]["content"],
+            name,
+            experiment.against(name),
+            measured.texts[i][j],
+            int(measured.tokens[i, j]),
+            float(measured.rewards[i, j]),
+            float(measured.without[i, j, 0]) if measured.without.shape[2] else None,
+        )
+        for i, number in enumerate(measured.numbers)
+        for j, name in enumerate(measured.conditions)
     ]
     schema = {
         "prompt": pl.String, "condition": pl.String, "against": pl.String, "text": pl.String, "tokens": pl.Int32,
         "reward": pl.Float64, "without": pl.Float64,
     }  # fmt: skip
-    return pl.DataFrame(rows, schema=schema)
+    return pl.DataFrame(rows, schema=schema, orient="row")

@@ -5,7 +5,7 @@
     conditions:
       thanks: {insert: ["Thank you!", "Thanks a lot."], at: end}
       filler: {insert: ["So it goes.", "That is all."], at: end}
-    baseline: filler                    # what every condition is held against, unless it names another
+    baseline: filler                    # every condition is held against it, unless it names another
     expects: {up: [thanks], taken_back: [thanks]}
     ablate: {carrying: thanks}          # the reported features that carry most of its effect, chosen on other prompts
 
@@ -21,19 +21,21 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rmscope.errors import InputError
 from rmscope.pairs.pair import Message, Pair
 from rmscope.pairs.planting import sentences
+from rmscope.settings import Settings, read_yaml
 
 KINDS = ("same", "repeat", "paraphrase", "insert", "replace", "off_topic")
 """What a condition does to the base response; each condition does one of them."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+class _Part(Settings):
+    """A part of the file: unknown keys are refused, and nothing changes once it is read."""
+
+    model_config = ConfigDict(frozen=True)
 
 
 Texts = Annotated[
@@ -41,19 +43,19 @@ Texts = Annotated[
 ]
 
 
-class Condition(_Strict):
+class Condition(_Part):
     """How a text is built from a base response: one of :data:`KINDS`."""
 
     same: Literal[True] | None = None
     """The base response as it is."""
     repeat: int | None = Field(None, ge=0, le=50)
-    """The last sentence is said so many times more."""
+    """How many times more the last sentence is said."""
     paraphrase: int | None = Field(None, ge=0)
-    """So many paraphrases of the prompt's own list follow."""
+    """How many paraphrases, from the prompt's own list, follow."""
     insert: Texts | None = None
-    """A text is put in."""
+    """A text that is inserted."""
     replace: Texts | None = None
-    """A text takes the response's place."""
+    """A text that replaces the response."""
     off_topic: Literal[True] | None = None
     """The base response of the next prompt."""
     at: Literal["start", "between", "end"] = "end"
@@ -75,13 +77,13 @@ class Condition(_Strict):
         if self.paraphrase is not None:
             return " ".join([base.response, *base.paraphrases[: self.paraphrase]])
         if self.insert is not None:
-            return _inserted(base.response, self.insert[number % len(self.insert)], self.at)
+            return _insert(base.response, self.insert[number % len(self.insert)], self.at)
         if self.replace is not None:
             return self.replace[number % len(self.replace)]
         return bases[(number + 1) % len(bases)].response if self.off_topic else base.response
 
 
-def _inserted(text: str, addition: str, at: str) -> str:
+def _insert(text: str, addition: str, at: str) -> str:
     if at == "start":
         return f"{addition} {text}"
     borders = [border.end() for border in re.finditer(r"(?<=[.!?])\s+", text)]
@@ -91,7 +93,7 @@ def _inserted(text: str, addition: str, at: str) -> str:
     return f"{text[:cut]}{addition} {text[cut:]}"
 
 
-class Item(_Strict):
+class Item(_Part):
     """A prompt of the file's own."""
 
     prompt: str
@@ -100,8 +102,8 @@ class Item(_Strict):
     paraphrases: list[str] = []
 
 
-class Expects(_Strict):
-    """What the hypothesis says of the conditions, each held against its own baseline."""
+class Expects(_Part):
+    """The effects that the hypothesis predicts, each against the condition's own baseline."""
 
     up: list[str] = []
     down: list[str] = []
@@ -115,16 +117,16 @@ class Expects(_Strict):
         return {*self.up, *self.down, *self.taken_back, *(n for order in (*self.rising, *self.falling) for n in order)}
 
 
-class Ablate(_Strict):
+class Ablate(_Part):
     """The features that are ablated: by number, or those that carry most of a condition's effect."""
 
     site: str | None = None
-    """Left out, the site of the run at which the features that are found take back most on the fitting prompts."""
+    """Left out, the site of the run whose features take back most on the fitting prompts."""
     features: list[int] = []
     carrying: str | None = None
     """The reported features whose ablation takes back most of this condition's effect on the fitting prompts."""
     count: int = Field(5, ge=1, le=50)
-    """At most so many of them."""
+    """How many of them, at most."""
 
     @model_validator(mode="after")
     def _either(self) -> Ablate:
@@ -135,17 +137,17 @@ class Ablate(_Strict):
         return self
 
 
-class Experiment(_Strict):
+class Experiment(_Part):
     """An experiment file."""
 
     name: str = Field(pattern="^[A-Za-z0-9_-]+$")
     hypothesis: str
     prompts: list[Item]
-    """``data``: the prompts of the measure split, with their chosen responses; or a list."""
+    """A list; or ``data``: the prompts of the measure split with their chosen responses."""
     response: str | None = None
     """The base response of prompts that have none; {prompt} stands for the prompt."""
     limit: int = Field(48, ge=2)
-    """At most so many prompts."""
+    """How many prompts, at most."""
     conditions: dict[str, Condition] = Field(min_length=2)
     baseline: str
     expects: Expects
@@ -208,24 +210,20 @@ def bases_of(experiment: Experiment, pairs: Iterable[Pair]) -> list[Base]:
         own = [(i, i.response or given.replace("{prompt}", i.prompt)) for i in experiment.prompts]
         bases = [Base([{"role": "user", "content": i.prompt}], r, tuple(i.paraphrases)) for i, r in own]
     if len(bases) < 2:
-        raise InputError(f"The data has {len(bases)} prompts for the experiment {experiment.name}; it needs 2 at least.")
+        raise InputError(f"The data has {len(bases)} prompts for the experiment {experiment.name}; it needs at least 2.")
     return bases[: experiment.limit]
 
 
 def bases_of_pairs(pairs: Iterable[Pair]) -> list[Base]:
-    """One base a prompt, its chosen response.
-
-    Of a prompt's pairs the first counts whose chosen side carries no planted cue: a cue is then not there already.
-    """
-    found: dict[str, Base] = {}
+    """One base per prompt: the chosen response of its first pair whose chosen side carries no planted cue."""
+    bases: dict[str, Base] = {}
     for pair in pairs:
-        key = str(pair.meta.get("group", pair.first_human_turn()))
         if (pair.meta.get("plant") or {}).get("side") != "chosen":
-            found.setdefault(key, Base(pair.prompt, pair.chosen))
-    return list(found.values())
+            bases.setdefault(pair.prompt_key, Base(pair.prompt, pair.chosen))
+    return list(bases.values())
 
 
-def ready_made() -> dict[str, Path]:
+def ready_experiments() -> dict[str, Path]:
     """The experiment files that come with rmscope, by name."""
     folder = Path(str(files("rmscope.studies.experiment").joinpath("ready")))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
@@ -239,16 +237,11 @@ def read_experiment(source: str) -> Experiment:
     """
     path = Path(source)
     if not path.is_file():
-        path = ready_made().get(source, path)
+        path = ready_experiments().get(source, path)
     if not path.is_file():
-        known = ", ".join(ready_made())
+        known = ", ".join(ready_experiments())
         raise InputError(f"The experiment {source} is not there; name a YAML file, or one of {known}.")
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"The experiment {path} is no YAML: {str(error).splitlines()[0]}.") from error
-    if not isinstance(values, dict):
-        raise InputError(f"The experiment {path} holds no settings (key: value lines).")
+    values = read_yaml(path, "experiment")
     try:
         return Experiment(**{"name": path.stem, **values})
     except ValidationError as error:
@@ -256,7 +249,7 @@ def read_experiment(source: str) -> Experiment:
 
 
 def _sentence(error: ValidationError, path: Path) -> str:
-    """What is wrong, a misspelt key before all else, where, and what would be right."""
+    """The first fault, a misspelt key before all others: where it is, and what would be right."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in first["loc"]) or "experiment"
     if first["type"] != "extra_forbidden":

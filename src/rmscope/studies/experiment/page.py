@@ -1,4 +1,4 @@
-"""The page of ``rmscope experiment``: the verdict, every condition's effect with and without ablation, the texts."""
+"""The page of an experiment: the verdict, every condition's effect with and without ablation, the texts of one prompt."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from rmscope.report.page import environment
 
 MARKS = {"supported": "found", "contradicted": "missed", "undecided": "unscored"}
 """The mark of each verdict in style.css."""
+SIGNS = {"supported": "✓", "contradicted": "✕", "undecided": "?"}
 
 
 def render_experiment(found: dict[str, Any]) -> str:
-    """The page of an experiment's figures (`evidence/experiments`), names and texts escaped."""
-    if ablated := found["ablated"]:
-        found = {**found, "ablated": {**ablated, "features": [{"tokens": [], **row} for row in ablated["features"]]}}
-    shown = [row for row in found["conditions"] if row["effect"]]
-    ends = [row[arm][end] for row in shown for arm in ("effect", "without") if row[arm] for end in ("value", "low", "high")]
+    """The page of an ``ExperimentResult`` as JSON; names and texts are escaped."""
+    rows = [row for row in found["conditions"] if row["effect"]]
+    effects = [row[which] for row in rows for which in ("effect", "without") if row[which]]
+    ends = [effect[end] for effect in effects for end in ("value", "low", "high")]
     page = (
         environment()
         .get_template("experiment/page.html")
         .render(
             found=found,
             marks=MARKS,
-            signs={"supported": "✓", "contradicted": "✕", "undecided": "?"},
+            signs=SIGNS,
             span=figures.extent(ends, include=[0.0, found["bound"], -found["bound"]], pad=0.04),
-            trends=[_trend(found, claim) for claim in found["claims"] if claim.get("order")],
+            trends=[_trend(found, claim) for claim in found["claims"] if claim["says"] in ("rising", "falling")],
             expected={name for claim in found["claims"] for name in claim["conditions"]},
         )
     )
@@ -35,14 +35,14 @@ def render_experiment(found: dict[str, Any]) -> str:
 
 
 def _trend(found: dict[str, Any], claim: dict[str, Any]) -> tuple[str, Markup]:
-    """An ordered list of conditions as a curve, beside it with the features ablated, and what its baselines do."""
+    """An ordered list of conditions as a curve; beside it the same with the features ablated, and the baselines."""
     rows = {row["name"]: row for row in found["conditions"]}
-    order = [rows[name] for name in claim["order"]]
+    order = [rows[name] for name in claim["conditions"]]
     baselines = [rows[row["against"]] for row in order]
 
-    def points(listed: list[dict[str, Any]], arm: str) -> list[tuple[Any, ...]]:
-        kept = [(i, row[arm]) for i, row in enumerate(listed) if row[arm]]
-        return [(i, effect["value"], effect["low"], effect["high"]) for i, effect in kept]
+    def points(listed: list[dict[str, Any]], which: str) -> list[tuple[Any, ...]]:
+        effects = [(i, row[which]) for i, row in enumerate(listed) if row[which]]
+        return [(i, effect["value"], effect["low"], effect["high"]) for i, effect in effects]
 
     series: list[curves.Series] = [
         ("as it is", 2, points(order, "effect")),
@@ -52,4 +52,4 @@ def _trend(found: dict[str, Any], claim: dict[str, Any]) -> tuple[str, Markup]:
         series.append(("what it is held against", 4, points(baselines, "effect")))
     marks = [(float(i), row["name"].replace("_", " ")) for i, row in enumerate(order)]
     name = str(claim["claim"])
-    return claim["claim"], curves.banded(series, "condition", "effect, reward", name, marks, found["bound"])
+    return name, curves.banded(series, "condition", "effect, reward", name, marks, found["bound"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,22 +20,30 @@ from rmscope.run.examples import token_texts
 from rmscope.sae.base import Sae
 
 SENTENCES = 3
-"""Sentences tried for each feature, from different responses."""
+"""Sentences tried for each feature."""
 WORDS = 30
-"""A longer sentence is cut to so many words around the firing."""
+"""A longer sentence is cut to this many words around the firing."""
 PHRASE = 0.5
 """A phrase is the run of tokens around the peak on which the feature fires with at least this share of it."""
 
 
+class Swap(NamedTuple):
+    """A text with a phrase swapped for neutral words."""
+
+    text: str
+    phrase: str
+    words: str
+
+
 def spelling(rm: RewardModel, ids: Tensor, start: int) -> tuple[str, list[int]]:
-    """The text of the tokens from ``start`` on, special tokens left empty, and where each begins in it, then the end."""
+    """The text of the tokens from ``start`` on, without special tokens, and where each token begins in it; last, its end."""
     special = set(rm.tokenizer.all_special_ids)
     texts = ["" if int(i) in special else text for i, text in zip(ids[start:], token_texts(rm, ids[start:]), strict=True)]
     return "".join(texts), np.cumsum([0, *map(len, texts)]).tolist()
 
 
 def sentence_at(text: str, place: int) -> str:
-    """The sentence of a text that holds the character ``place``; of a long one :data:`WORDS` words around it."""
+    """The sentence around the character ``place``; of a long one, :data:`WORDS` words around it."""
     borders = [0, *(m.end() for m in re.finditer(r"(?<=[.!?])\s+", text)), len(text)]
     first = max(b for b in borders[:-1] if b <= place)
     last = min((b for b in borders[1:] if b > place), default=len(text))
@@ -54,7 +63,7 @@ def firing_sentences(
 ) -> tuple[dict[int, list[str]], dict[int, float]]:
     """(each feature's sentences, those where it fires hardest first; the 95th percentile of its activations where it fires).
 
-    ``responses`` are stored ones, their pair numbers index ``pairs`` and ``tokens``.
+    The pair numbers of the stored ``responses`` are places in ``pairs`` and ``tokens``.
     """
     peaks: dict[int, list[tuple[float, int, int]]] = {j: [] for j in features}
     values: dict[int, list[Tensor]] = {j: [] for j in features}
@@ -74,20 +83,20 @@ def firing_sentences(
             start = response_start(rm, ids, rm.text_ids(pairs[pair].prompt, ""))
             text, places = spelling(rm, ids, start)
             place = places[min(max(0, tokens[pair].divergence + at_token - start), len(places) - 1)]
-            found = sentence_at(text, min(place + 1, max(0, len(text) - 1)))  # + 1: past the space that opens a token
-            if found and found not in sentences[j]:
-                sentences[j].append(found)
+            sentence = sentence_at(text, min(place + 1, max(0, len(text) - 1)))  # + 1: past the space that opens a token
+            if sentence and sentence not in sentences[j]:
+                sentences[j].append(sentence)
             if len(sentences[j]) == SENTENCES:
                 break
     tops = {j: float(torch.cat(v).quantile(0.95)) if v else 0.0 for j, v in values.items()}
     return sentences, tops
 
 
-def swapped(text: str, places: Sequence[int], f: Tensor, number: int) -> tuple[str, str, str] | None:
-    """(the text with the phrase on which ``f`` [tokens] peaks swapped for neutral words, the phrase, the words).
+def swap_phrase(text: str, places: Sequence[int], f: Tensor, number: int) -> Swap | None:
+    """The text with the phrase on which ``f`` [tokens] peaks swapped for as many neutral words.
 
-    As many words come as go, from the filler sentence ``number``; a phrase without a word is deleted. None where the
-    peak has no text (a special token).
+    The words come from the filler sentence ``number``. A phrase without a word is deleted. None where the peak has no text
+    (a special token).
     """
     peak = int(f.argmax())
     low = high = peak
@@ -108,7 +117,7 @@ def swapped(text: str, places: Sequence[int], f: Tensor, number: int) -> tuple[s
     words = neutral_words(len(re.findall(r"[\w'’]+", phrase)), number)
     if phrase[0].isupper():
         words = words[:1].upper() + words[1:]
-    return text[:a] + words + text[b:], phrase, words
+    return Swap(text[:a] + words + text[b:], phrase, words)
 
 
 def _inner(character: str) -> bool:
@@ -124,6 +133,6 @@ def neutral_words(n: int, number: int) -> str:
     return " ".join(words[:n])
 
 
-def filler_like(text: str) -> str:
-    """The neutral sentence nearest in length."""
+def nearest_filler(text: str) -> str:
+    """The neutral sentence whose length is nearest."""
     return min(FILLERS, key=lambda filler: abs(len(filler) - len(text)))

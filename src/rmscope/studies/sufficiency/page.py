@@ -1,4 +1,4 @@
-"""The page of ``rmscope sufficiency``: how many features are of which kind, why, each one's curve, and text against R_j."""
+"""The page of the sufficiency study: how many features are of each kind, their curves, and text against R_j."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rmscope.report.page import environment
 
 
 def render_sufficiency(found: dict[str, Any]) -> str:
-    """The page of :func:`rmscope.studies.sufficiency.classify.sufficiency`'s figures, texts escaped."""
-    rows = [{"tokens": [], **row, "curve": dose_curve(row)} for row in found["features"]]
+    """The page of a ``SiteSufficiency`` as JSON; texts are escaped."""
+    rows = [{**row, "curve": dose_curve(row)} for row in found["features"]]
     page = (
         environment()
         .get_template("sufficiency/page.html")
@@ -21,13 +21,13 @@ def render_sufficiency(found: dict[str, Any]) -> str:
             found=found,
             rows=rows,
             total=len(rows),
-            puzzle=[row for row in rows if row["contributes"] and row["class"] != "sufficient"],
+            puzzle=[row for row in rows if row["contributes"] and row["kind"] != "sufficient"],
             contributes=sum(row["contributes"] for row in rows),
-            sufficient=sum(row["class"] == "sufficient" for row in rows),
+            sufficient=sum(row["kind"] == "sufficient" for row in rows),
             counts=count_figure(found["counts"]),
             scatter=figures.scatter(
                 [point[2:0:-1] for point in found["agreement"]["points"]],
-                "mean R_j, reward", "mean Δr of the text, reward", "Δr of the text against R_j",
+                "mean R_j, reward", "mean change by the text, reward", "Change by the text against R_j",
             ),
         )
     )  # fmt: skip
@@ -35,12 +35,12 @@ def render_sufficiency(found: dict[str, Any]) -> str:
 
 
 def count_figure(counts: Sequence[Mapping[str, Any]]) -> Markup:
-    """How many reported features are of each class, and by what or why."""
-    return curves.counts([(row["why"], row["features"]) for row in counts], "Features by class")
+    """How many reported features are of each kind."""
+    return curves.counts([(row["why"], row["features"]) for row in counts], "Features by kind")
 
 
 def dose_curve(row: Mapping[str, Any]) -> Markup:
-    """The reward against the dose: the feature with its interval, the directions' median and 95th percentile."""
+    """The reward against the dose: the feature with its interval, and the other directions' median and 95th percentile."""
     points = list(zip(row["steering"]["activations"], row["steering"]["curve"], strict=True))
     start = [(0.0, 0.0, 0.0, 0.0)]
     return curves.banded(
