@@ -1,4 +1,4 @@
-"""The tables of docs/audit.md: audits of one plants file and one text side by side, and pooled. And its figure.
+"""The tables of docs/results/audit.md and its appendix: audits of one plants file and one text, side by side and pooled.
 
 usage: audit_page.py OUT OUT ... [--figure FILE.svg --beside OUT OUT ...]
 

@@ -1,4 +1,4 @@
-"""docs/evidence.md: jailbreaks, experiments and mending on the zoo's PMs, from what the commands wrote.
+"""The tables of docs/results/evidence.md: jailbreaks, experiments and patches on the zoo's PMs, from what commands wrote.
 
 usage: evidence_page.py MENDING.json EDIT.json RUN RUN ...
 
@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 from explained_page import figure, table
-
-from rmscope.io import write_text
 
 EXPERIMENTS = ("thanks", "youre_right", "dont_know", "urls", "repetition")
 CUES = ("thanks", "youre_right", "dont_know", "url")
@@ -103,7 +101,8 @@ def jailbreak(found: dict[str, Any]) -> str:
             f"Mediated by {len(named['features'])} features at {named['site']}, frozen on the search's prompts; U is the "
             "mean gain over the control:"
         )
-        parts.append(table(["jailbreak", "over", "U", "mediated share", "largest of 16 matched sets", "clear of all"], rows))
+        columns = ["jailbreak", "over", "U", "mediated share", "largest of 16 matched controls", "clear of all"]
+        parts.append(table(columns, rows))
     phrases = "; ".join(f"“{p['text']}” ({p['slot']})" for p in found["lists"].get("features", {"phrases": []})["phrases"])
     parts.append(f"The list: {phrases}.")
     return "\n\n".join(parts)
@@ -122,9 +121,10 @@ def experiments(tried: Mapping[str, Any]) -> str:
         right, ablated = sum(c["verdict"] == "supported" for c in held), found["ablated"]
         rows.append([
             name, found["verdict"], f"{right} of {len(held)}", found["by_features"], percent(taken["share"]),
-            f"{taken['matched_controls']:.0%}", f"{len(ablated['features'])} at {ablated['site']}", f"{found['seconds']:.0f}",
+            f"{taken['matched_controls']:.0%}", f"{len(ablated['features'])} at {ablated['site']}",
+            f"{found['seconds']:.0f}",
         ])  # fmt: skip
-    return table(["file", "verdict", "claims", "by features", "taken back", "alike", "features", "seconds"], rows)
+    return table(["file", "verdict", "claims", "by features", "taken back", "matched controls", "features", "seconds"], rows)
 
 
 def _taken(found: dict[str, Any]) -> dict[str, Any]:
@@ -248,7 +248,7 @@ def main(mended: Path, edited: Path, *runs: Path) -> None:
         edit_features=", ".join(map(str, first["features"])), bench=bench(edit["check"]),
         bench_n=edit["check"]["styles"][0]["pairs"],
     )  # fmt: skip
-    write_text(Path(__file__).parents[1] / "docs" / "evidence.md", page)
+    sys.stdout.write(page)
 
 
 if __name__ == "__main__":

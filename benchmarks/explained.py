@@ -1,4 +1,4 @@
-"""How much of zoo:hh's reward difference SAEs explain on held-out pairs: writes docs/explained.md and its figures.
+"""How much of zoo:hh's reward difference SAEs explain on held-out pairs: docs/results/explained.md, its figures.
 
 usage: explained.py FOLDER [PART ...]        (RMSCOPE_DATA names the folder that holds hh-rlhf/ and rm-bench/)
 

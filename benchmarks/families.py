@@ -5,7 +5,7 @@ usage: families.py OUT        (RMSCOPE_DATA names the folder that holds hh-rlhf/
 d_sae 4,608, 600,000 tokens, trained on the fit half of the prompts of helpful-base rows 1-500, which the adapter never saw.
 TopK, BatchTopK and Matryoshka get k 32. For JumpReLU, gated and standard the penalty is what counts: several are trained
 from the same reading, and the one whose L0 on the confirm quarter lies nearest to 32 is taken. All figures are on the
-measure quarter. Prints a JSON line a case, then the table of docs/families.md. What is trained is kept in OUT.
+measure quarter. Prints a JSON line a case, then the table of docs/results/families.md. What is trained is kept in OUT.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ measured on the other half of the prompts, under every head and under 32 random 
 planted: the same with k 16 at resid_post.12 of zoo:planted, on the demo's pairs; F1 of the features that detect each cue
 best, before and after, on twins of the measure split.
 
-Prints a JSON line a case, then the tables of docs/reward_aware.md. What is done is kept in OUT.
+Prints a JSON line a case, then the tables of docs/results/reward_aware.md. What is done is kept in OUT.
 """
 
 from __future__ import annotations

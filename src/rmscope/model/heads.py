@@ -5,7 +5,7 @@ A head is a torch module that takes hidden states after the PM's last norm, [tex
 with a PM's own score head, and reads the last token of the text. A value head is simply an ``nn.Linear(d, 1)``.
 
 A reward that is not a function of one hidden state, such as DPO's sum over the response's tokens, cannot be written as a
-head (see docs/heads.md).
+head (see docs/howto/heads.md).
 """
 
 from __future__ import annotations
