@@ -13,27 +13,33 @@ from torch import nn
 
 from rmscope.effects.ablation import ablate_naively
 from rmscope.errors import InputError
+from rmscope.io import NoDisplay
 from rmscope.model import packing
 from rmscope.model.reward_model import RewardModel
-from rmscope.pairs.pair import Pair
-from rmscope.planted.matching import COSINE
-from rmscope.run.folder import NoDisplay, RunFolder
+from rmscope.pairs.pair import Pair, Split
+from rmscope.ranking.similarity import COSINE
+from rmscope.run.folder import RunFolder
+from rmscope.run.inputs import PairSet
 from rmscope.sae.base import Sae
-from rmscope.sae.metrics import measure
+from rmscope.sae.metrics import measure_sae
 from rmscope.sae.topk import TopKSae
+from rmscope.statistics import Figure
 from rmscope.studies.compare import analyse as comparing
-from rmscope.studies.compare.activations import count_features, matches, read_unit
-from rmscope.studies.compare.analyse import compare
+from rmscope.studies.compare.activations import compare_site, count_features, matches, read_unit
+from rmscope.studies.compare.analyse import compare_models
 from rmscope.studies.compare.classify import CLASSES, against_control, class_of, judge
-from rmscope.studies.compare.concepts import MOVED, concept_class, concepts
-from rmscope.studies.compare.effects import ablation_unit, paired, requested
-from rmscope.studies.compare.models import Dictionary, HeldOut, Version, dictionaries, fresh_pairs, meet
-from rmscope.studies.compare.page import render_comparison
+from rmscope.studies.compare.concepts import concept_class, concepts, groups
+from rmscope.studies.compare.effects import ablation_requests, ablation_unit, pair_effects
+from rmscope.studies.compare.held_out import HeldOut, fresh_pairs, hold_out
+from rmscope.studies.compare.models import ComparedModel, Dictionary, dictionaries
+from rmscope.studies.compare.result import CompareResult, FeatureComparison
 from rmscope.studies.edit.patch import EditPatch, FeatureEdit, load_edited
 from tests.model.small import ENCODER, SENTENCES, D, small_pm, small_sae, user
 from tests.report.test_page import Page
 
 LAST, SITE = "resid_post.3", "resid_post.1"
+Reported = dict[str, list[int]]
+Models = tuple[ComparedModel, ComparedModel]
 PARTS = [part for sentence in SENTENCES for part in sentence.split(", ")]
 TEXTS = [
     Pair(f"p{i}", user(f"Is it {i}?"), f"{PARTS[i % 9]} {i}. {PARTS[i % 4]}.", f"{PARTS[(i + 1) % 9]} {i}, {i}.")
@@ -56,23 +62,30 @@ def orthogonal() -> Sae:
     return TopKSae(D, D, k=D).fill({"W_dec": q, "W_enc": q.t(), "b_dec": torch.zeros(D), "b_enc": torch.zeros(D)})
 
 
-def version(rm: RewardModel, saes: dict[str, Sae] | None = None, reported: dict[str, list[int]] | None = None) -> Version:
-    return Version(rm, rm.name, rm.identity, saes=saes or {}, reported=reported or {})
+def model(rm: RewardModel, saes: dict[str, Sae] | None = None, reported: Reported | None = None) -> ComparedModel:
+    return ComparedModel(rm, rm.name, rm.identity, saes=saes or {}, reported=reported or {})
 
 
 def compared(
-    a: Version, b: Version, folder: Path, n: int = 24, control: Version | None = None
-) -> tuple[dict[str, Any], pl.DataFrame]:
-    fresh = meet(a, [b, *([control] if control else [])], [(p, p.first_human_turn()) for p in TEXTS[:n]])
-    return compare(a, b, fresh, RunFolder(folder, NoDisplay()), n, 0, control)
+    a: ComparedModel, b: ComparedModel, folder: Path, n: int = 24, control: ComparedModel | None = None
+) -> CompareResult:
+    held_out = hold_out(a, [b, *([control] if control else [])], TEXTS[:n])
+    return compare_models(a, b, held_out, RunFolder(folder, NoDisplay()), n, 0, control)
 
 
-def run_of(rm: RewardModel) -> Version:
-    return version(rm, {LAST: orthogonal()}, {LAST: list(range(16))})
+def with_run(rm: RewardModel) -> ComparedModel:
+    return model(rm, {LAST: orthogonal()}, {LAST: list(range(16))})
+
+
+def value(figure: Figure | None) -> float:
+    assert figure is not None
+    assert figure.value is not None
+    return figure.value
 
 
 def test_a_pm_does_not_differ_from_itself(tmp_path: Path) -> None:
-    found, table = compared(run_of(linear_pm()), run_of(linear_pm()), tmp_path)
+    result = compared(with_run(linear_pm()), with_run(linear_pm()), tmp_path)
+    table = result.table
     measured = table.filter(pl.col("prompts") > 0)
     assert measured.height == table.height == 2 * 16  # its features count once for each of the two runs
     assert (measured["difference"] == 0).all()
@@ -81,45 +94,60 @@ def test_a_pm_does_not_differ_from_itself(tmp_path: Path) -> None:
     assert (table["together"].drop_nulls() == 1).all()
     assert table["found_again"].all()
     assert (table["match"] == table["feature"]).all()
-    for row in found["sites"]:
-        assert row["a"] == row["b"]
-        assert row["rates"] == pytest.approx(1)
-        assert row["activation_ratio"] == row["together"] == 1
-        assert row["found_again"]["value"] == 1
-    assert found["delta"]["correlation"] == pytest.approx(1)
-    assert not any(row["changed"] for row in found["concepts"])
-    assert all(sorted(m["of"] for m in row["members"]) == ["a", "b"] for row in found["concepts"])
+    for site in result.sites:
+        assert site.a == site.b
+        assert site.rates == pytest.approx(1)
+        assert site.activation_ratio == site.together == 1
+        assert value(site.found_again) == 1
+    assert result.delta is not None
+    assert result.delta.correlation == pytest.approx(1)
+    assert not result.changed
+    assert all(sorted(m.of for m in concept.members) == ["a", "b"] for concept in result.concepts)
     assert not (tmp_path / ".parts").exists()
 
 
-def test_a_negated_head_changes_every_sign_and_no_firing(tmp_path: Path) -> None:
-    found, table = compared(run_of(linear_pm()), version(linear_pm(-1.0)), tmp_path)
+@pytest.fixture(scope="module")
+def negated(tmp_path_factory: pytest.TempPathFactory) -> CompareResult:
+    """A PM beside the same with the head's sign turned."""
+    return compared(with_run(linear_pm()), model(linear_pm(-1.0)), tmp_path_factory.mktemp("negated"))
+
+
+def test_a_negated_head_changes_every_sign_and_no_firing(negated: CompareResult) -> None:
+    result, table = negated, negated.table
     np.testing.assert_allclose(table["b"], -table["a"], atol=1e-6)
     np.testing.assert_allclose(table["difference"], -2 * table["a"], atol=1e-6)
     there = table.filter((pl.col("a_q") < 0.05) & (pl.col("prompts") >= 20))
     assert there.height >= 3
     assert set(there["class"]) == {"changed sign"}
-    assert found["delta"]["correlation"] == pytest.approx(-1)
-    assert found["delta"]["agreement"] == 0
-    assert found["sites"][0]["together"] == 1
+    assert result.delta is not None
+    assert result.delta.correlation == pytest.approx(-1)
+    assert result.delta.agreement == 0
+    assert result.sites[0].together == 1
+    assert "changed sign" in result.summary()
 
 
-def test_a_difference_holds_where_the_control_is_like_a_and_not_where_it_is_like_b(tmp_path: Path) -> None:
-    a, b = run_of(linear_pm()), version(linear_pm(-1.0))
-    alone, without = compared(a, b, tmp_path / "alone")
-    assert (alone["control"], alone["delta"]["control"]) == (None, None)
+def test_a_difference_holds_where_the_control_is_like_a_and_not_where_it_is_like_b(
+    negated: CompareResult, tmp_path: Path
+) -> None:
+    a, b = with_run(linear_pm()), model(linear_pm(-1.0))
+    assert negated.delta is not None
+    assert (negated.control, negated.delta.control) == (None, None)
     for sign, holds in ((1.0, True), (-1.0, False)):
-        found, table = compared(a, b, tmp_path / str(sign), control=version(linear_pm(sign)))
-        assert found["delta"]["control"] == pytest.approx(sign)
-        assert table.select(without.columns).equals(without)
+        result = compared(a, b, tmp_path / str(sign), control=model(linear_pm(sign)))
+        table = result.table
+        assert result.delta is not None
+        assert result.delta.control == pytest.approx(sign)
+        assert table.select(negated.table.columns).equals(negated.table)
         np.testing.assert_allclose(table["control"], sign * table["a"], atol=1e-6)
         changed = table.filter(pl.col("class") == "changed sign")
         assert set(changed["holds"]) == {holds}
         others = table.filter(pl.col("class").is_in(["kept", "undecided"]))
         assert others["holds"].null_count() == others.height > 0
-        text = Page(render_comparison(found | {"data": ["x"]})).text
-        n = sum(row["changed"] for row in found["concepts"])
-        assert f"{n if holds else 0} of {n} hold against the control" in text
+        n = len(result.changed)
+        assert f"{n if holds else 0} of {n} hold against the control" in Page(result.page().html).text
+        assert f"{n if holds else 0} hold against the control" in result.summary()
+        shown = next(rows for title, rows in result.tables().items() if title.startswith("Concepts that differ"))
+        assert [row["class"].endswith("\nholds") for row in shown] == [holds] * n
 
 
 @pytest.mark.parametrize(
@@ -163,98 +191,101 @@ def test_a_control_that_tells_nothing_apart_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         flat.model.score.weight.zero_()
     with pytest.raises(InputError, match="do not differ on the fresh pairs"):
-        compared(run_of(linear_pm()), version(linear_pm(-1.0)), tmp_path, control=version(flat))
+        compared(with_run(linear_pm()), model(linear_pm(-1.0)), tmp_path, control=model(flat))
 
 
-def test_a_suppressed_feature_vanishes_and_those_that_do_not_meet_it_stay(tmp_path: Path) -> None:
+def test_a_suppressed_feature_vanishes_and_those_that_do_not_meet_it_stay(negated: CompareResult, tmp_path: Path) -> None:
     rm, sae = linear_pm(), orthogonal()
-    _, before = compared(run_of(rm), version(linear_pm(-1.0)), tmp_path / "before")
-    strong = before.filter(pl.col("a_q") < 0.05).sort(pl.col("a").abs())["feature"].to_list()
+    strong = negated.table.filter(pl.col("a_q") < 0.05).sort(pl.col("a").abs())["feature"].to_list()
     gone = strong[len(strong) // 2]
     patch = EditPatch((FeatureEdit(LAST, (gone,)),), {LAST: sae}, rm.identity)
     edited = load_edited(linear_pm(), patch)
-    found, table = compared(run_of(rm), version(edited), tmp_path / "after")
+    result = compared(with_run(rm), model(edited), tmp_path / "after")
+    table = result.table
     row = table.row(by_predicate=pl.col("feature") == gone, named=True)
     assert row["class"] == "vanished"
     assert abs(row["b"]) < 1e-5 < abs(row["a"])
     others = table.filter(pl.col("feature") != gone)
-    scale = found["delta"]["sd_a"] / found["delta"]["sd_b"]  # in units of reward nothing else has moved
+    assert result.delta is not None
+    scale = result.delta.sd_a / result.delta.sd_b  # in units of reward nothing else has moved
     np.testing.assert_allclose(others["b"], others["a"] * scale, atol=1e-4)
     weak = table.row(by_predicate=pl.col("feature") == strong[0], named=True)
     assert weak["class"] == "kept"
-    (named,) = [c for c in found["concepts"] if c["class"] == "vanished"]
-    assert named["feature"] == gone
-    page = Page(render_comparison(found | {"data": ["pairs.jsonl"], "a": "<b>A"}))
+    (named,) = [c for c in result.concepts if c.class_ == "vanished"]
+    assert named.feature == gone
+    page = Page(result.model_copy(update={"data": ["pairs.jsonl"], "a": "<b>A"}).page().html)
     assert "1 rewarded concept differs between A and B (1 vanished)" in page.text
     assert "<b>A and llama, edited" in page.text
-    turned, _ = compared(version(edited, {LAST: sae}, {LAST: [gone]}), version(linear_pm()), tmp_path / "turned")
-    assert turned["features"][0]["class"] == "appeared"
+    turned = compared(model(edited, {LAST: sae}, {LAST: [gone]}), model(linear_pm()), tmp_path / "turned")
+    assert turned.features[0].class_ == "appeared"
 
 
 @pytest.fixture(scope="module")
-def moved() -> tuple[Version, Version]:
+def moved() -> Models:
     """A PM, and one with other embeddings; each with an SAE of its own at one site."""
     a, b = small_pm("llama"), small_pm("llama")
     with torch.no_grad():
         embedded = b.model.model.embed_tokens.weight
         embedded.add_(0.7 * torch.randn(embedded.shape, generator=torch.Generator().manual_seed(1)))
-    return version(a, {SITE: small_sae(k=2)}, {SITE: [2, 17, 40]}), version(b, {SITE: small_sae(seed=1, k=2)}, {SITE: [9]})
+    return model(a, {SITE: small_sae(k=2)}, {SITE: [2, 17, 40]}), model(b, {SITE: small_sae(seed=1, k=2)}, {SITE: [9]})
 
 
-def on(a: Version, b: Version, n: int) -> HeldOut:
-    return meet(a, [b], [(p, p.first_human_turn()) for p in TEXTS[:n]])
+def on(a: ComparedModel, b: ComparedModel, n: int) -> HeldOut:
+    return hold_out(a, [b], TEXTS[:n])
 
 
-def test_effects_are_those_of_naive_ablation_on_the_same_responses_in_both_pms(moved: tuple[Version, Version]) -> None:
+def test_effects_are_those_of_naive_ablation_on_the_same_responses_in_both_pms(
+    moved: Models,
+) -> None:
     a, b = moved
-    fresh, read = on(a, b, 10), dictionaries(a, b)
-    asked = requested(read_unit(a, b, fresh, range(10))["firing"], read, fresh, 10, 0)
-    ablations = ablation_unit({"a": a, "b": b}, read, fresh, asked, range(10))["ablations"]
-    found = paired(asked, ablations, {"a": 2.0, "b": 0.5})
+    held_out, read = on(a, b, 10), dictionaries(a, b)
+    requests = ablation_requests(read_unit(a, b, held_out, range(10))["firing"], read, held_out, 10, 0)
+    ablations = ablation_unit({"a": a, "b": b}, read, held_out, requests, range(10))["ablations"]
+    measured = pair_effects(requests, ablations, {"a": 2.0, "b": 0.5})
     saes = {d.of: d.sae for d in read}
     sums: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
-    for of, site, pair, side, feature, prompt in asked.iter_rows():
-        t = fresh.tokens[fresh.index[pair]]
+    for of, site, pair, side, feature, prompt in requests.iter_rows():
+        t = held_out.tokens[held_out.index[pair]]
         both = [
             float(ablate_naively(v.rm, saes[of], t.side(side), site, t.divergence, [[feature]])[0]) / sd
             for v, sd in ((a, 2.0), (b, 0.5))
         ]
         sums.setdefault((of, site, feature, prompt), []).append((both[0], both[1]))
-    assert len(sums) == found.height > 10
-    for of, site, feature, prompt, in_a, in_b in found.iter_rows():
+    assert len(sums) == measured.height > 10
+    for of, site, feature, prompt, in_a, in_b in measured.iter_rows():
         expected = np.mean(sums[of, site, feature, prompt], axis=0)
         np.testing.assert_allclose((in_a, in_b), expected, atol=2e-4)
-    assert {0.0} < set(found["a"]) | set(found["b"])  # where a feature is silent in one of the PMs
+    assert {0.0} < set(measured["a"]) | set(measured["b"])  # where a feature is silent in one of the PMs
 
 
-def test_what_is_read_is_what_the_saes_give_on_both_streams(moved: tuple[Version, Version]) -> None:
+def test_what_is_read_is_what_the_saes_give_on_both_streams(moved: Models) -> None:
     a, b = moved
-    fresh, d = on(a, b, 6), dictionaries(a, b)[0]
-    seen = read_unit(a, b, fresh, range(6))
-    row = comparing.site_row(d, seen["sums"], count_features(seen["counts"]), fresh.prompt_of)
+    held_out, d = on(a, b, 6), dictionaries(a, b)[0]
+    seen = read_unit(a, b, held_out, range(6))
+    site = compare_site(d, seen["sums"], count_features(seen["counts"]), held_out.prompt_of)
     f = {}
-    for v, rm in (("a", a.rm), ("b", b.rm)):
+    for v, rm, figures in (("a", a.rm, site.a), ("b", b.rm, site.b)):
         rows = []
-        for t in fresh.tokens:
+        for t in held_out.tokens:
             for side, start in (("chosen", 1), ("rejected", t.divergence)):
                 with torch.no_grad():
                     hidden = rm.model(t.side(side)[None], output_hidden_states=True).hidden_states
                 rows.append(hidden[2][0, start:])
         x = torch.cat(rows)
-        plain, f[v] = measure(d.sae, [x]), d.sae.encode(x)
-        assert row["tokens"] == plain.tokens
-        assert row[v]["l0"]["value"] == pytest.approx(plain.l0)
-        assert row[v]["fvu"]["value"] == pytest.approx(plain.fvu, rel=1e-4)
-        assert row[v]["dead"] == pytest.approx(plain.dead)
+        plain, f[v] = measure_sae(d.sae, [x]), d.sae.encode(x)
+        assert site.tokens == plain.tokens
+        assert figures.l0.value == pytest.approx(plain.l0)
+        assert figures.fvu.value == pytest.approx(plain.fvu, rel=1e-4)
+        assert figures.dead == pytest.approx(plain.dead)
     fires = {v: f[v] > 0 for v in f}
     union = (fires["a"] | fires["b"]).sum()
-    assert row["together"] == pytest.approx(float((fires["a"] & fires["b"]).sum() / union))
+    assert site.together == pytest.approx(float((fires["a"] & fires["b"]).sum() / union))
     ratio = f["b"].sum() / fires["b"].sum() / (f["a"].sum() / fires["a"].sum())
-    assert row["activation_ratio"] == pytest.approx(float(ratio), rel=1e-4)
+    assert site.activation_ratio == pytest.approx(float(ratio), rel=1e-4)
 
 
 def test_a_killed_comparison_goes_on_and_gives_the_same(
-    moved: tuple[Version, Version], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moved: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, b = moved
     monkeypatch.setattr(packing, "UNIT", 4)
@@ -272,28 +303,30 @@ def test_a_killed_comparison_goes_on_and_gives_the_same(
         compared(a, b, tmp_path / "killed", 8)
     monkeypatch.setattr(comparing, "read_unit", None)  # what is read is not read again
     again = compared(a, b, tmp_path / "killed", 8)
-    assert again[0] == whole[0]
-    assert again[1].equals(whole[1])
+    assert again.as_json() == whole.as_json()
+    assert again.table.equals(whole.table)
     assert ablated[2] == ablated[1] != ablated[0]
 
 
 def test_an_encoder_is_compared_by_whole_forwards(tmp_path: Path) -> None:
     a, b = small_pm(ENCODER), small_pm(ENCODER)
-    found, table = compared(version(a, {SITE: small_sae()}, {SITE: [2, 3]}), version(b), tmp_path, 8)
-    assert found["sites"][0]["together"] == 1
-    assert (table.filter(pl.col("prompts") > 0)["difference"] == 0).all()
+    result = compared(model(a, {SITE: small_sae()}, {SITE: [2, 3]}), model(b), tmp_path, 8)
+    assert result.sites[0].together == 1
+    assert (result.table.filter(pl.col("prompts") > 0)["difference"] == 0).all()
 
 
 def test_of_a_base_only_the_features_presence_is_measured(tmp_path: Path) -> None:
-    a, base = run_of(linear_pm()), small_pm("llama")
-    b = Version(base, "base", "base", base=True)
-    found, table = compared(a, b, tmp_path, 8)
-    assert (found["delta"], found["classes"], found["concepts"]) == (None, [], [])
-    assert "difference" not in table.columns
-    assert found["sites"][0]["there"]["value"] == 1
-    page = render_comparison(found | {"data": ["pairs.jsonl"]})
+    a, base = with_run(linear_pm()), small_pm("llama")
+    b = ComparedModel(base, "base", "base", base=True)
+    result = compared(a, b, tmp_path, 8)
+    assert (result.delta, result.classes, result.concepts) == (None, [], [])
+    assert "difference" not in result.table.columns
+    assert all(f.difference is None and f.class_ is None for f in result.features)
+    assert result.sites[0].there.value == 1
+    page = result.page().html
     assert "no scalar head" in page
     assert "Concepts that differ" not in page
+    assert f"16 of 16 at {LAST}" in result.summary()
 
 
 MEANS = [
@@ -333,43 +366,45 @@ def test_like_features_of_both_lists_are_one_concept_under_the_largest() -> None
     sae = small_sae()
     twin = small_sae()
     read = [Dictionary("a", SITE, sae, [1, 2]), Dictionary("b", SITE, twin, [2])]
-    rows = [
-        {"of": "a", "site": SITE, "feature": 1, "class": "undecided", "a": 9.0, "b": 0.0},
-        {"of": "a", "site": SITE, "feature": 2, "class": "kept", "a": 0.1, "b": 0.1},
-        {"of": "b", "site": SITE, "feature": 2, "class": "weakened", "a": 0.4, "b": 0.1},
+    features = [
+        FeatureComparison(of="a", site=SITE, feature=1, class_="undecided", a=Figure(9.0), b=Figure(0.0)),
+        FeatureComparison(of="a", site=SITE, feature=2, class_="kept", a=Figure(0.1), b=Figure(0.1)),
+        FeatureComparison(of="b", site=SITE, feature=2, class_="weakened", a=Figure(0.4), b=Figure(0.1)),
     ]
     assert float(sae.W_dec[1] @ sae.W_dec[2]) < COSINE
-    found = [[(m["of"], m["feature"]) for m in group] for group in concepts(rows, read)]
-    assert found == [[("b", 2), ("a", 2)], [("a", 1)]]
-    assert concept_class(concepts(rows, read)[0]) == "weakened"
-    rows[1]["class"] = "appeared"  # what one feature of the concept lost, another one gained
-    assert concept_class(concepts(rows, read)[0]) == MOVED
+    grouped = groups(features, read)
+    assert [[(m.of, m.feature) for m in members] for members in grouped] == [[("b", 2), ("a", 2)], [("a", 1)]]
+    assert concept_class(grouped[0]) == "weakened"
+    features[1].class_ = "appeared"  # what one feature of the concept lost, another one gained
+    assert concept_class(groups(features, read)[0]) == "moved"
+    (concept, _) = concepts(features, read)
+    assert (concept.class_, concept.changed, concept.feature) == ("moved", False, 2)
     assert matches(read[0], twin)["cosine"].to_list() == pytest.approx([1.0, 1.0])
 
 
-class Studied:
-    """What a study tells of its pairs' splits."""
-
-    def __init__(self, pairs: list[Pair], splits: list[str]) -> None:
-        self.pairs, self.ids, self.splits = pairs, [p.id for p in pairs], splits
-        self.prompts = {p.id: p.first_human_turn() for p in pairs}
-
-    def of_split(self, split: str) -> list[int]:
-        return [i for i, s in enumerate(self.splits) if s == split]
-
-    def one_a_prompt(self, items: list[int], most: int) -> list[int]:
-        return items[:most]
+def pair_set(pairs: list[Pair], splits: list[Split]) -> PairSet:
+    """Pairs whose splits are given."""
+    made = PairSet(pairs, [])
+    made.__dict__["splits"] = splits
+    return made
 
 
 def test_fresh_pairs_had_no_part_in_either_run() -> None:
-    first = Studied(TEXTS[:4], ["measure", "measure", "measure", "fit"])
+    first = pair_set(TEXTS[:4], ["measure", "measure", "measure", "fit"])
     renamed = [Pair(f"q{i}", p.prompt, p.chosen, p.rejected) for i, p in enumerate(TEXTS[1:6])]
-    second = Studied(renamed, ["measure", "confirm", "measure", "measure", "measure"])
-    # p2 was confirmed on by the second run, p3 fitted by the first; p1 stands in both and counts once
-    assert [p.id for p, _ in fresh_pairs([first, second], 9)] == ["p0", "p1", "q3", "q4"]
+    second = pair_set(renamed, ["measure", "confirm", "measure", "measure", "measure"])
+    # the second run confirmed on p2, the first fitted p3; both hold p1, which counts once
+    assert [p.id for p in fresh_pairs([first, second], 9)] == ["p0", "p1", "q3", "q4"]
 
 
-def test_two_pms_that_share_no_text_are_refused(moved: tuple[Version, Version]) -> None:
+def test_a_prompt_counts_as_used_under_its_group_and_under_its_first_turn() -> None:
+    planted = [Pair(p.id, p.prompt, p.chosen, p.rejected, {"group": f"g{i}"}) for i, p in enumerate(TEXTS[:3])]
+    from_file = [Pair(f"q{i}", p.prompt, p.chosen, p.rejected) for i, p in enumerate(TEXTS[1:4])]
+    first, second = pair_set(planted, ["measure", "measure", "fit"]), pair_set(from_file, ["fit", "measure", "measure"])
+    assert [p.id for p in fresh_pairs([first, second], 9)] == ["p0", "q2"]
+
+
+def test_two_pms_that_share_no_text_are_refused(moved: Models) -> None:
     a, _ = moved
     for other, said in (
         (small_pm("llama", hidden_size=64), "width 64"),
@@ -377,7 +412,7 @@ def test_two_pms_that_share_no_text_are_refused(moved: tuple[Version, Version]) 
         (small_pm("llama", num_hidden_layers=1), "no resid_post.1"),
     ):
         with pytest.raises(InputError, match=said):
-            on(a, version(other), 2)
+            on(a, model(other), 2)
     short = small_pm("llama", max_position_embeddings=8)
     with pytest.raises(InputError, match="no fresh pair"):
-        on(a, version(short), 2)
+        on(a, model(short), 2)

@@ -1,26 +1,28 @@
 """What became of a feature between A and B: the one place that defines it.
 
-Of the ablation effects per prompt, a in A and b in B, each in SD(Δr) of its PM (``effects.py``), three means are tested
-against METHOD's bound of .05 SD(Δr): a, b and the paired difference b - a, by sign flips per prompt, the same flips for all
-features, in both directions. Benjamini-Hochberg q runs over all features for each of the three; intervals are 95 %,
-bootstrap by prompt. An effect is *there* where it is beyond the bound (q < .05), *absent* where its interval lies within the
-bound; in between it is neither. The features were chosen on other prompts, so their effects here are not flattered by the
-choice.
+The data are ablation effects per prompt, a in A and b in B, each in SD(Δr) of its PM (:mod:`.effects`). Three means are
+tested against the bound of .05 SD(Δr): a, b and the paired difference b - a. The test is by sign flips per prompt, the same
+flips for all features, in both directions. Benjamini-Hochberg q runs over all features for each of the three. Intervals are
+95 %, bootstrap by prompt. An effect is *there* where it is beyond the bound (q < .05), *absent* where its interval lies
+within the bound; in between it is neither. The features were chosen on other prompts, so the choice does not flatter their
+effects here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 from jaxtyping import Float
 
 from rmscope.ranking.ranking import BOUND, ELIGIBLE_PROMPTS, Q
-from rmscope.statistics import Array, benjamini_hochberg, beyond_p, flip_matrix, mean_interval
+from rmscope.statistics import Array, Figure, benjamini_hochberg, beyond_p, flip_matrix, interval
 
-CLASSES = {
+FeatureClass = Literal["appeared", "vanished", "changed sign", "strengthened", "weakened", "kept", "undecided", "moved"]
+"""Those of :data:`CLASSES`; ``moved`` is a class of concepts alone."""
+CLASSES: dict[FeatureClass, str] = {
     "appeared": "absent in A, there in B, and the difference is beyond the bound",
     "vanished": "there in A, absent in B, and the difference is beyond the bound",
     "changed sign": "there in both with opposite signs, and the difference is beyond the bound",
@@ -29,14 +31,21 @@ CLASSES = {
     "kept": "there in both with the same sign, and no difference beyond the bound is shown",
     "undecided": f"none of these, or the feature fires on fewer than {ELIGIBLE_PROMPTS} fresh prompts",
 }
-"""Bound: .05 SD(Δr). The first that holds; a feature of too few prompts is undecided whatever it shows."""
+"""The first definition that holds, in this order. A feature of too few prompts is always undecided."""
 CHANGED = ("appeared", "vanished", "changed sign", "strengthened", "weakened")
 MEANS = ("a", "b", "difference")
 
 
 def judge(measured: pl.DataFrame, seed: int) -> pl.DataFrame:
-    """A row a feature (of, site, feature) of :func:`~rmscope.studies.compare.effects.paired`'s rows: prompts, and of a,
-    b and difference the mean, its interval (``_low``, ``_high``) and q (``_q``); class."""
+    """Tests and classifies every feature.
+
+    Args:
+        measured: the rows of :func:`~rmscope.studies.compare.effects.pair_effects`.
+
+    Returns:
+        One row per feature (of, site, feature): prompts; of a, b and difference the mean, its interval (``_low``, ``_high``)
+        and q (``_q``); class.
+    """
     prompts = sorted(measured["prompt"].unique())
     place, signs = {p: i for i, p in enumerate(prompts)}, flip_matrix(len(prompts), seed)
     rows: list[dict[str, Any]] = []
@@ -44,7 +53,7 @@ def judge(measured: pl.DataFrame, seed: int) -> pl.DataFrame:
         a, b = part["a"].to_numpy(), part["b"].to_numpy()
         flips = signs[:, [place[p] for p in part["prompt"]]]
         row = dict(zip(("of", "site", "feature"), key, strict=True)) | {"prompts": part.height}
-        rows.append(row | _figure("a", a, flips) | _figure("b", b, flips) | _figure("difference", b - a, flips))
+        rows.append(row | _columns("a", a, flips) | _columns("b", b, flips) | _columns("difference", b - a, flips))
     for name in MEANS:
         for row, q in zip(rows, benjamini_hochberg(np.array([row[f"{name}_q"] for row in rows])), strict=True):
             row[f"{name}_q"] = float(q)
@@ -59,40 +68,45 @@ SCHEMA = {
 
 
 def against_control(judged: pl.DataFrame, measured: pl.DataFrame, seed: int) -> pl.DataFrame:
-    """``judged`` with ``control`` (its mean, ``_low``, ``_high``) and ``holds``, from the rows whose ``c`` is a control.
+    """``judged`` with ``control`` (its mean, ``_low``, ``_high``) and ``holds``.
 
-    A control is another PM of A's kind, such as one of the same data with another seed. A difference between A and B holds
-    where B differs beyond the bound from the control too, in the same direction, and is farther from the nearer of the two
-    than they are from each other (paired by prompt, lower end of the interval above 0); null where A and B do not differ.
-    Were B of A's kind, a third of large differences would still hold: each of the three as often stands apart.
+    A control is another PM of A's kind, such as one of the same data with another seed; ``measured`` has its effects as
+    ``c``. A difference between A and B holds under two conditions. B also differs from the control, beyond the bound and in
+    the same direction. And B is farther from the nearer of the two than they are from each other (paired by prompt, lower
+    end of the interval above 0). ``holds`` is null where A and B do not differ. If B were of A's kind, a third of large
+    differences would still hold, because each of the three stands apart equally often.
     """
     other = judge(measured.with_columns(pl.col("c").alias("a")), seed)
     differs = other["class"].is_in(CHANGED) & (other["difference"].sign() == judged["difference"].sign())
-    farther = [_farther(part) > 0 for _, part in measured.group_by("of", "site", "feature", maintain_order=True)]
+    farther = [_farther(part) for _, part in measured.group_by("of", "site", "feature", maintain_order=True)]
     return judged.with_columns(
         *(other[f"a{end}"].alias(f"control{end}") for end in ("", "_low", "_high")),
         pl.when(pl.col("class").is_in(CHANGED)).then(differs & pl.Series(farther, dtype=pl.Boolean)).alias("holds"),
     )
 
 
-def _farther(part: pl.DataFrame) -> float:
-    """How much farther B is from the nearer of A and the control than those are from each other; the 95 % interval's end."""
+def _farther(part: pl.DataFrame) -> bool:
+    """Whether B is farther from the nearer of A and the control than those are from each other."""
     a, b, c = (part[v].to_numpy() for v in "abc")
     near, far = (a, c) if abs(b.mean() - a.mean()) <= abs(b.mean() - c.mean()) else (c, a)
     away = np.sign(b.mean() - near.mean())
-    return mean_interval(away * (b - near) - np.sign(near.mean() - far.mean()) * (near - far))[0]
+    excess: Figure = interval(away * (b - near) - np.sign(near.mean() - far.mean()) * (near - far))
+    return excess.low is not None and excess.low > 0
 
 
-def _figure(name: str, values: Float[Array, " prompts"], flips: Array) -> dict[str, float]:
-    """A mean with its interval; ``_q`` holds p until the correction."""
-    low, high = mean_interval(values)
+def _columns(name: str, values: Float[Array, " prompts"], flips: Array) -> dict[str, float | None]:
+    """The columns of a mean with its interval; ``_q`` holds p until the correction."""
+    mean = interval(values)
     return {
-        name: float(values.mean()), f"{name}_low": low, f"{name}_high": high, f"{name}_q": beyond_p(values, BOUND, flips)
-    }  # fmt: skip
+        name: mean.value,
+        f"{name}_low": mean.low,
+        f"{name}_high": mean.high,
+        f"{name}_q": beyond_p(values, BOUND, flips),
+    }
 
 
-def class_of(row: Mapping[str, Any]) -> str:
-    """The class of a feature, one of :data:`CLASSES`."""
+def class_of(row: Mapping[str, Any]) -> FeatureClass:
+    """The class of a feature, from its row of :func:`judge`."""
     there = {v: row[f"{v}_q"] < Q for v in "ab"}
     absent = {v: row[f"{v}_low"] >= -BOUND and row[f"{v}_high"] <= BOUND for v in "ab"}
     same_sign = row["a"] * row["b"] > 0
@@ -109,6 +123,6 @@ def class_of(row: Mapping[str, Any]) -> str:
     return "strengthened" if abs(row["b"]) > abs(row["a"]) else "weakened"
 
 
-def class_counts(classes: Sequence[str]) -> list[dict[str, Any]]:
-    """How many features are of each class, with its definition."""
-    return [{"class": name, "features": list(classes).count(name), "means": means} for name, means in CLASSES.items()]
+def class_counts(classes: Sequence[str]) -> dict[FeatureClass, int]:
+    """How many features are of each class."""
+    return {name: list(classes).count(name) for name in CLASSES}

@@ -1,25 +1,24 @@
-"""The two PMs of a comparison, and the fresh pairs on which they meet.
+"""The PMs of a comparison, and their SAEs.
 
-A comes with a finished run. B is another PM of the same width that reads texts as the same tokens, with a run of its own or
-without, or a base without a scalar head, of which only the stream can be read. *Fresh* pairs are those of the runs' measure
-splits: on their prompts no SAE was trained, no feature chosen and none confirmed, in either run.
+A comes with a finished run. B is another PM of the same width that reads texts as the same tokens, with or without a run of
+its own, or a base without a scalar head, of which only the stream can be read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
-
-import torch
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from rmscope.errors import InputError
-from rmscope.model.rendering import PairTokens
+from rmscope.model.loading import is_base
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.zoo import base_identity, load_base
-from rmscope.pairs.pair import Pair
+from rmscope.run.inputs import load_pm
+from rmscope.run.run import Run
+from rmscope.run.settings import RECORD
 from rmscope.sae.base import Sae
+from rmscope.studies.edit.patch import is_patch, load_edited
 
 
 def _no_tokens(_site: str, _feature: int) -> list[tuple[str, float]]:
@@ -27,8 +26,8 @@ def _no_tokens(_site: str, _feature: int) -> list[tuple[str, float]]:
 
 
 @dataclass(frozen=True)
-class Version:
-    """One of the two PMs. A PM without a run has no SAEs and reports nothing."""
+class ComparedModel:
+    """One of the compared PMs. A PM without a run has no SAEs and no reported features."""
 
     rm: RewardModel
     name: str
@@ -38,33 +37,31 @@ class Version:
     """Whether it has no scalar head, so that its rewards mean nothing."""
     saes: Mapping[str, Sae] = field(default_factory=dict)
     reported: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """The reported features of each site."""
-    tokens: Callable[[str, int], list[tuple[str, float]]] = _no_tokens
-    """(token text, share) on which a feature of a site fires most."""
+    """The reported features of each site, by rank."""
+    top_tokens: Callable[[str, int], list[tuple[str, float]]] = _no_tokens
+    """(site, feature) to the tokens on which the feature is most active, with their share of its activation."""
 
+    @classmethod
+    def of_run(cls, run: Run) -> ComparedModel:
+        """The PM of a finished run, with its SAEs and reported features. InputError where the run is not finished."""
+        reported = {site: run.reported(site)["feature"].to_list() for site in run.sites}
+        name = f"{run.config.model} (run {run.folder.name})"
+        return cls(run.rm, name, run.rm.identity, saes=run.saes, reported=reported, top_tokens=run.top_tokens)
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Pairs that had no part in training SAEs, choosing features or confirming them: ids, tokens, prompts, in one order."""
-
-    ids: list[str]
-    tokens: list[PairTokens]
-    prompts: list[str]
-
-    @cached_property
-    def prompt_of(self) -> dict[str, str]:
-        return dict(zip(self.ids, self.prompts, strict=True))
-
-    @cached_property
-    def index(self) -> dict[str, int]:
-        return {id_: i for i, id_ in enumerate(self.ids)}
+    @classmethod
+    def of_base(cls, source: str, like: RewardModel) -> ComparedModel:
+        """The base ``source``, reading texts as ``like`` renders them."""
+        model, tokenizer = load_base(base=source)
+        rm = RewardModel(model.to(like.device, like.dtype), tokenizer, like.rendering, source)
+        return cls(rm, source, base_identity(source), base=True)
 
 
 @dataclass(frozen=True)
 class Dictionary:
-    """An SAE of A or of B (``of``: a, b) with its reported features; it reads the streams of both PMs."""
+    """An SAE of A or of B with its reported features. It reads the streams of both PMs."""
 
     of: str
+    """Whose it is: a or b."""
     site: str
     sae: Sae
     reported: list[int]
@@ -74,82 +71,60 @@ class Dictionary:
         return self.of, self.site
 
 
-def dictionaries(a: Version, b: Version) -> list[Dictionary]:
+def dictionaries(a: ComparedModel, b: ComparedModel) -> list[Dictionary]:
     """A's SAEs, then B's, each by depth."""
     return [
-        Dictionary(of, site, v.saes[site], list(v.reported.get(site, [])))
-        for of, v in (("a", a), ("b", b))
-        for site in sorted(v.saes, key=v.rm.site_index)
+        Dictionary(of, site, model.saes[site], list(model.reported.get(site, [])))
+        for of, model in (("a", a), ("b", b))
+        for site in sorted(model.saes, key=model.rm.site_index)
     ]
 
 
-def open_base(source: str, like: RewardModel) -> Version:
-    """The base ``source``, reading texts as ``like`` renders them."""
-    model, tokenizer = load_base(base=source)
-    rm = RewardModel(model.to(like.device, like.dtype), tokenizer, like.rendering, source)
-    return Version(rm, source, base_identity(source), base=True)
+def open_other(run: Run, other: str) -> tuple[ComparedModel, Run | None]:
+    """B as it is named: the model, and its run where it has one.
+
+    ``other`` is a run folder, a base, a patch of the PM of ``run``, or a PM.
+    """
+    if (Path(other) / RECORD).is_file():
+        second = Run.open(other, run.display)
+        return ComparedModel.of_run(second), second
+    if is_base(other):
+        return ComparedModel.of_base(other, run.rm), None
+    if is_patch(other):
+        rm = load_edited(load_pm(run.config.model, run.config), other)
+    else:
+        rm = RewardModel.load(other, run.config.dtype, run.config.device)
+    return ComparedModel(rm, rm.name, rm.identity), None
 
 
-def must_match(a: Version, b: Version) -> None:
-    """InputError where B cannot be compared with A: another width, a site that is missing, another rendering."""
+def open_control(run: Run, control: str, b: ComparedModel) -> ComparedModel:
+    """The control, of which only the reward is read. InputError where it or B has no scalar head."""
+    if b.base:
+        raise InputError(
+            f"{b.name} has no scalar head, so no effect in it can be held against a control; leave --control out."
+        )
+    model, _ = open_other(run, control)
+    if model.base:
+        raise InputError(f"The control {model.name} has no scalar head; name another PM of A's kind.")
+    return replace(model, saes={}, reported={})
+
+
+def check_match(a: ComparedModel, b: ComparedModel) -> None:
+    """InputError where B cannot be compared with A: it has another width or rendering, or lacks a site."""
     if a.rm.d_model != b.rm.d_model:
         raise InputError(
-            f"{b.name} has a stream of width {b.rm.d_model}, {a.name} one of {a.rm.d_model}, so that no SAE reads both; "
-            "name a version of the same model."
+            f"{b.name} has a stream of width {b.rm.d_model}, {a.name} one of {a.rm.d_model}, so no SAE reads both; "
+            "name a PM of the same model."
         )
-    for v, other in ((a, b), (b, a)):
-        for site in v.saes:
-            if v.rm.site_index(site) >= len(other.rm.blocks):
+    for model, other in ((a, b), (b, a)):
+        for site in model.saes:
+            if model.rm.site_index(site) >= len(other.rm.blocks):
                 raise InputError(
-                    f"{other.name} has {len(other.rm.blocks)} blocks and no {site}, where {v.name} has an SAE; compare runs "
-                    "whose sites both PMs have."
+                    f"{other.name} has {len(other.rm.blocks)} blocks and no {site}, where {model.name} has an SAE; compare "
+                    "runs whose sites both PMs have."
                 )
     if a.rm.rendering != b.rm.rendering:
         raise InputError(
             f"{a.name} reads conversations as {a.rm.rendering.as_dict()}, {b.name} as {b.rm.rendering.as_dict()}, so they "
             "share no text; give one of them the other's rendering in rmscope.json."
         )
-
-
-def fresh_pairs(studies: Sequence[Any], most: int) -> list[tuple[Pair, str]]:
-    """(pair, prompt): of each study at most ``most`` of its measure split, one a prompt while prompts last.
-
-    A pair that both studies hold stands once; a prompt that either study fitted or confirmed on is left out.
-    """
-    used = {s.prompts[s.ids[i]] for s in studies for split in ("fit", "confirm") for i in s.of_split(split)}
-    found: dict[tuple[Any, ...], tuple[Pair, str]] = {}
-    for study in studies:
-        measure = [i for i in study.of_split("measure") if study.prompts[study.ids[i]] not in used]
-        for i in study.one_a_prompt(measure, most):
-            pair = study.pairs[i]
-            turns = tuple((m["role"], m["content"]) for m in pair.prompt)
-            found.setdefault((turns, pair.chosen, pair.rejected), (pair, study.prompts[pair.id]))
-    return list(found.values())
-
-
-def meet(a: Version, others: Sequence[Version], pairs: Sequence[tuple[Pair, str]]) -> HeldOut:
-    """The pairs that all PMs can read, numbered where two runs use one id for two pairs.
-
-    Raises:
-        InputError: the PMs do not match, read a text as different tokens, or no pair is left.
-    """
-    for other in others:
-        must_match(a, other)
-    ids: list[str] = []
-    tokens: list[PairTokens] = []
-    prompts: list[str] = []
-    read = (v.rm.tokenize_all([pair for pair, _ in pairs]) for v in (a, *others))
-    for (pair, prompt), mine, *theirs in zip(pairs, *read, strict=True):
-        for other, its in zip(others, theirs, strict=True):
-            if not all(torch.equal(mine.side(s), its.side(s)) for s in ("chosen", "rejected")):
-                raise InputError(
-                    f"{other.name} reads the pair {pair.id} as other tokens than {a.name}: its tokenizer is another one; "
-                    "name a version that kept the tokenizer."
-                )
-        if all(v.rm.fits(mine) for v in (a, *others)) and not torch.equal(mine.chosen, mine.rejected):
-            ids.append(pair.id if pair.id not in ids else f"{pair.id} ({len(ids)})")
-            tokens.append(mine)
-            prompts.append(prompt)
-    if not ids:
-        raise InputError("There is no fresh pair that all PMs can read; make the run with more prompts.")
-    return HeldOut(ids, tokens, prompts)

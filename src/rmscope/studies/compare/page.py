@@ -1,4 +1,4 @@
-"""The page of ``rmscope compare``: what the same SAEs see in two PMs, and which rewarded concepts differ between them."""
+"""The page of ``rmscope compare``: the same SAEs in two PMs, and the rewarded concepts that differ between them."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ from rmscope.report import curves, figures
 from rmscope.report.page import environment
 
 
-def render_comparison(found: dict[str, Any]) -> str:
-    """The page of :func:`rmscope.studies.compare.analyse.compare`'s figures, texts escaped."""
-    changed = [row for row in found["concepts"] if row["changed"]]
-    ends = [row[f"{v}{end}"] for row in changed for v in "ab" for end in ("", "_low", "_high")]
+def render_comparison(data: dict[str, Any]) -> str:
+    """The page of a :class:`~rmscope.studies.compare.result.CompareResult` as JSON; texts are escaped."""
+    changed = [row for row in data["concepts"] if row["changed"]]
+    ends = [row[name][end] for row in changed for name in ("a", "b") for end in ("value", "low", "high")]
+    effects = [(row["a"]["value"], row["b"]["value"]) for row in data["features"] if row["a"] and row["b"]]
     page = (
         environment()
         .get_template("compare/page.html")
         .render(
-            found=found,
+            data=data,
             changed=changed,
-            held=sum(bool(row.get("holds")) for row in changed),
-            others=[row for row in found["concepts"] if not row["changed"]],
+            held=sum(bool(row["holds"]) for row in changed),
+            others=[row for row in data["concepts"] if not row["changed"]],
             span=figures.extent(ends, include=[0.0], pad=0.04),
-            counts=curves.counts([(row["class"], row["features"]) for row in found["classes"]], "Features by class"),
+            counts=curves.counts([(row["class"], row["features"]) for row in data["classes"]], "Features by class"),
             scatter=figures.scatter(
-                [(row["a"], row["b"]) for row in found["features"] if not found["base"]],
-                "ablation effect in A, SD(Δr)", "ablation effect in B, SD(Δr)", "Ablation effects in B against those in A",
+                effects,
+                "ablation effect in A, SD(Δr)",
+                "ablation effect in B, SD(Δr)",
+                "Ablation effects in B against those in A",
             ),
         )
-    )  # fmt: skip
+    )
     return page.encode("utf-8", "replace").decode("utf-8")

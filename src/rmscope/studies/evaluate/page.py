@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
-from rmscope.evaluation.reconstruction import Evaluation
 from rmscope.report.page import environment
 
 COLUMNS = (
@@ -17,31 +12,10 @@ COLUMNS = (
     ("delta_r2_scaled", "… after a slope", True), ("agreement", "Agreement", True),
 )  # fmt: skip
 """(figure, heading, whether it is a share)."""
-BINS = 24
 
 
-def render_evaluation(found: Sequence[Evaluation], model: str, data: str, prompts: int) -> str:
-    """The page; the SAEs in the order given, names and figures escaped."""
-    return (
-        environment()
-        .get_template("evaluate/page.html")
-        .render(
-            title=f"{len(found)} SAE{'s' if len(found) > 1 else ''} side by side",
-            model=model,
-            data=data,
-            pairs=len(found[0].delta),
-            prompts=prompts,
-            tokens=found[0].tokens,
-            columns=COLUMNS,
-            saes=[_view(e) for e in found],
-        )
-    )
-
-
-def _view(e: Evaluation) -> dict[str, Any]:
-    rare = -np.log10(e.density[e.density > 0])
-    counts, edges = np.histogram(rare, BINS, (0, np.log10(e.tokens) + 1e-9))
-    return {
-        **asdict(e), "dead": e.dead, "points": list(zip(e.delta, e.delta_hat, strict=True)),
-        "edges": edges.tolist(), "counts": counts.tolist(),
-    }  # fmt: skip
+def render_evaluation(data: dict[str, Any]) -> str:
+    """The page of an :class:`~rmscope.studies.evaluate.result.EvaluateResult` as JSON; names and figures are escaped."""
+    n = len(data["saes"])
+    title = f"{n} SAE{'s' if n > 1 else ''} side by side"
+    return environment().get_template("evaluate/page.html").render(title=title, data=data, columns=COLUMNS)

@@ -1,0 +1,263 @@
+"""The result of a comparison: SAEs in both PMs, features with their class, concepts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from pydantic import BaseModel, ConfigDict, Field
+
+from rmscope.report import formatting
+from rmscope.report.page import Page
+from rmscope.report.result import Result, Rows
+from rmscope.statistics import Figure
+from rmscope.studies.compare.classify import FeatureClass
+from rmscope.studies.compare.page import render_comparison
+
+LISTED = 20
+"""Concepts in the table for the terminal, at most."""
+SD = "SD(Δr)"
+"""The unit of ablation effects."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaeFigures:
+    """An SAE on the stream of one PM."""
+
+    l0: Figure
+    fvu: Figure
+    """Centred per dimension at the PM's own mean."""
+    dead: float
+    """Share of features that never fire."""
+
+
+@dataclass(frozen=True, slots=True)
+class SiteComparison:
+    """One SAE in both PMs, over the same tokens."""
+
+    of: str
+    """Whose SAE it is: a or b."""
+    site: str
+    m: int
+    tokens: int
+    reported: int
+    a: SaeFigures
+    b: SaeFigures
+    rates: float | None
+    """Rank correlation of the features' firing rates."""
+    activation_ratio: float | None
+    """Mean activation where features fire, B over A."""
+    together: float | None
+    """Of the firings in either PM, the share in both at the same token."""
+    there: Figure
+    """Share of the reported features that are there in both PMs: at least half of their firings are together."""
+    found_again: Figure | None = None
+    """Share of the reported features that the other PM's own SAE has too; None where it has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardComparison:
+    """Δr of both PMs on the fresh pairs."""
+
+    sd_a: float
+    sd_b: float
+    correlation: float
+    agreement: float
+    """Share of pairs on which the signs agree."""
+    control: float | None
+    """Correlation of the control's Δr with A's."""
+
+
+class Row(BaseModel):
+    """A row with a class; its JSON key is ``class``."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+class ClassCount(Row):
+    """How many reported features are of a class."""
+
+    class_: FeatureClass = Field(alias="class")
+    features: int
+    means: str
+    """The definition of the class."""
+
+
+class Member(Row):
+    """A feature of a concept."""
+
+    of: str
+    feature: int
+    class_: FeatureClass = Field(alias="class")
+
+
+class FeatureComparison(Row):
+    """A reported feature of A or of B in both PMs.
+
+    Effects are means over fresh prompts, each in SD(Δr) of its PM; they are None where nothing was ablated: in a base, and
+    for a feature that fires on no fresh response.
+    """
+
+    of: str
+    site: str
+    feature: int
+    tokens: list[str] = []
+    """The tokens on which it is most active."""
+    fire_a: int = 0
+    """Tokens on which it fires in A."""
+    fire_b: int = 0
+    both: int = 0
+    """Tokens on which it fires in both PMs."""
+    sum_a: float = 0.0
+    """Sum of its activation in A."""
+    sum_b: float = 0.0
+    act_a: float | None = None
+    """Mean activation where it fires in A."""
+    act_b: float | None = None
+    together: float | None = None
+    """Jaccard index of its firings in A and in B."""
+    match: int | None = None
+    """The nearest feature of the other PM's own SAE."""
+    cosine: float | None = None
+    """Decoder cosine with that feature."""
+    encoder_cosine: float | None = None
+    found_again: bool | None = None
+    """Whether both cosines are at least .7."""
+    prompts: int = 0
+    """Prompts on which it was ablated."""
+    a: Figure | None = None
+    a_q: float | None = None
+    b: Figure | None = None
+    b_q: float | None = None
+    difference: Figure | None = None
+    """B - A, paired by prompt."""
+    difference_q: float | None = None
+    control: Figure | None = None
+    holds: bool | None = None
+    """Whether a difference holds against the control; None where there is no control or no difference."""
+    class_: FeatureClass | None = Field(None, alias="class")
+    concept: int | None = None
+    """The number of its concept."""
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> FeatureComparison:
+        """From a row of the result's table, in which a figure has three columns: its name, ``_low`` and ``_high``."""
+        figures = {name: _figure(row, name) for name in ("a", "b", "difference", "control")}
+        plain = {name: value for name, value in row.items() if not name.endswith(("_low", "_high"))}
+        return cls.model_validate(plain | figures)
+
+
+class Concept(FeatureComparison):
+    """Features with like decoders, with the figures of the one whose effect is largest."""
+
+    class_: FeatureClass = Field(alias="class")
+    members: list[Member]
+    changed: bool
+    """Whether the concept differs between A and B."""
+
+
+class CompareResult(Result):
+    """Two PMs on the same fresh pairs. Effects are in SD(Δr) of each PM."""
+
+    a: str
+    b: str
+    base: bool
+    """Whether B is a base without a scalar head; then there are no effects, classes and concepts."""
+    b_has_run: bool
+    control: str | None
+    pairs: int
+    prompts: int
+    sites: list[SiteComparison]
+    """One row per SAE: A's, then B's, by depth."""
+    delta: RewardComparison | None
+    classes: list[ClassCount]
+    concepts: list[Concept]
+    """The largest effects first."""
+    features: list[FeatureComparison]
+    data: list[str] = []
+    """The data of the runs."""
+    seconds: float = 0.0
+    table: pl.DataFrame = Field(exclude=True, repr=False)
+    """One row per reported feature of A and of B."""
+    path: Path = Field(Path("compare.html"), exclude=True)
+    """The file of the page."""
+
+    @property
+    def changed(self) -> list[Concept]:
+        """The concepts that differ."""
+        return [c for c in self.concepts if c.changed]
+
+    def as_json(self) -> Any:
+        return self.model_dump(mode="json", by_alias=True)
+
+    def summary(self) -> str:
+        where = f"between A ({self.a}) and B ({self.b}), on {self.prompts} fresh prompts"
+        if self.base:
+            there = ", ".join(f"{_hits(s.there)} of {s.reported} at {s.site}" for s in self.sites)
+            return f"Reported features of A ({self.a}) that fire in the base {self.b} where they fire in A: {there}."
+        counts = ", ".join(f"{n} {name}" for name, n in Counter(c.class_ for c in self.changed).items())
+        held = f" {sum(bool(c.holds) for c in self.changed)} hold against the control." if self.control else ""
+        differ = f"{len(self.changed)} of {len(self.concepts)} concepts differ{f' ({counts})' if counts else ''}"
+        return f"{differ} {where}.{held}"
+
+    def tables(self) -> dict[str, Rows]:
+        tables: dict[str, Rows] = {
+            f"The same SAEs in A and in B, {self.prompts} fresh prompts": [
+                {
+                    "SAE": f"{s.of.upper()} {s.site}",
+                    "L0 A": _value(s.a.l0), "L0 B": _value(s.b.l0), "FVU A": _value(s.a.fvu), "FVU B": _value(s.b.fvu),
+                    "dead A": formatting.percent(s.a.dead), "dead B": formatting.percent(s.b.dead),
+                }
+                for s in self.sites
+            ],
+            "Their features in both": [
+                {
+                    "SAE": f"{s.of.upper()} {s.site}", "rates": formatting.number(s.rates), "reported": s.reported,
+                    "there in both": " ".join(formatting.share(s.there.value, s.there.low, s.there.high)),
+                }
+                for s in self.sites
+            ],
+        }  # fmt: skip
+        if self.classes:
+            tables["Reported features by class"] = [{"class": c.class_, "features": c.features} for c in self.classes]
+        if self.changed:
+            title = f"Concepts that differ, ablation effects in {SD}"
+            tables[title] = [self._row(c) for c in self.changed[:LISTED]]
+        return tables
+
+    def _row(self, c: Concept) -> dict[str, str]:
+        """A row of several lines: one per PM, one for the difference."""
+        figures = {"A": c.a, "B": c.b, "B − A": c.difference, **({"control": c.control} if self.control else {})}
+        against = ["holds" if c.holds else "does not hold"] if self.control else []
+        return {
+            "concept": f"{c.of.upper()} {c.feature}, {c.site}\n{' '.join(map(repr, c.tokens[:3]))}",
+            "in": "\n".join(figures),
+            "effect": "\n".join(_effect(f) for f in figures.values()),
+            "class": "\n".join([str(c.class_), f"q {formatting.q_value(c.difference_q)}", *against]),
+        }
+
+    def page(self) -> Page:
+        return Page(render_comparison(self.as_json()), self.path)
+
+
+def _figure(row: Mapping[str, Any], name: str) -> Figure | None:
+    """The figure of a row's three columns; None where the row has none."""
+    if row.get(name) is None:
+        return None
+    return Figure(row[name], row[f"{name}_low"], row[f"{name}_high"], row["prompts"], SD)
+
+
+def _effect(figure: Figure | None) -> str:
+    return " ".join(formatting.effect(figure.value, figure.low, figure.high)) if figure else formatting.MISSING
+
+
+def _value(figure: Figure) -> str:
+    return formatting.estimate(figure.value, figure.low, figure.high)[0]
+
+
+def _hits(share: Figure) -> int:
+    return round((share.value or 0.0) * (share.n or 0))
