@@ -52,7 +52,7 @@ def responses(tmp_path_factory: pytest.TempPathFactory) -> Responses:
 
 @pytest.fixture(scope="module")
 def donors(responses: Responses) -> Donors:
-    return Donors(responses, [p.first_human_turn() for p in OTHERS], [p.first_human_turn() for p in PAIRS])
+    return Donors(responses, [p.prompt_key for p in OTHERS], [p.prompt_key for p in PAIRS])
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +75,17 @@ def test_a_stored_response_is_the_stream_of_its_span(responses: Responses) -> No
 def test_donors_never_share_the_prompt_and_are_one_a_prompt(donors: Donors, responses: Responses) -> None:
     for pair in range(len(PAIRS)):
         of = donors.of(pair)
-        prompts = [OTHERS[responses.pair[i]].first_human_turn() for i in of]
+        prompts = [OTHERS[responses.pair[i]].prompt_key for i in of]
         assert len(set(prompts)) == len(of) == 5
-        assert PAIRS[pair].first_human_turn() not in prompts
+        assert PAIRS[pair].prompt_key not in prompts
         np.testing.assert_array_equal(donors.of(pair), of)
     assert any(donors.of(0).tolist() != donors.of(p).tolist() for p in (1, 2, 3))
 
 
 def test_too_few_prompts_for_donors_are_told(responses: Responses) -> None:
-    one = [PAIRS[0].first_human_turn()]
+    one = [PAIRS[0].prompt_key]
     with pytest.raises(InputError, match="harvest more"):
-        Donors(responses, [p.first_human_turn() for p in OTHERS], one, n=7).of(0)
+        Donors(responses, [p.prompt_key for p in OTHERS], one, n=7).of(0)
 
 
 def test_a_donor_is_stretched_from_first_to_last() -> None:
