@@ -79,7 +79,7 @@ def settings(subject: Path, out: Path, **changes: Any) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def done(subject: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = Run(settings(subject, tmp_path_factory.mktemp("runs") / "riggs2024"))
+    run = Run.create(settings(subject, tmp_path_factory.mktemp("runs") / "riggs2024"))
     run.go()
     return run
 
@@ -124,7 +124,7 @@ def test_the_filters_keep_short_pairs_and_of_them_the_largest_differences(done: 
     for kind in ("estimated", "exact", "contribution"):
         table = pl.read_parquet(done.folder / "effects" / SITES[0] / f"{kind}.parquet")
         assert set(table["pair"]) <= set(done.ids)
-    left_out = json.loads((done.folder / "evidence" / "report.json").read_text())["data"]["left_out"]
+    left_out = [row.model_dump() for row in done.evidence.data.left_out]
     assert {"why": f"longer than max_tokens = {TOKENS}", "count": len(rows) - len(delta)} in left_out
     assert {"why": "scored, but not among the largest |Δr|", "count": len(delta) - PAIRS} in left_out
 
@@ -221,11 +221,11 @@ def path_gradient(run: Run, ids: Tensor, block: int, start: int, bias: Tensor, s
 
 
 def tokens_of(run: Run, pair: str) -> PairTokens:
-    return run.tokens[run.index[pair]]
+    return run.tokens[run.pair_set.index[pair]]
 
 
 def test_another_filter_goes_on_from_the_same_scores(done: Run, subject: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wider = Run(settings(subject, done.folder, top_share=0.25))
+    wider = Run.create(settings(subject, done.folder, top_share=0.25))
     monkeypatch.setattr(Run, "_harvest", lambda *_: (_ for _ in ()).throw(InputError("harvested anew")))
     monkeypatch.setattr(Run, "_score", lambda *_: pytest.fail("scored anew"))
     with pytest.raises(InputError, match="harvested anew"):
@@ -234,18 +234,18 @@ def test_another_filter_goes_on_from_the_same_scores(done: Run, subject: Path, m
 
 
 def test_the_plan_of_a_filtered_run_needs_no_scores(subject: Path, tmp_path: Path) -> None:
-    plan = Run(settings(subject, tmp_path / "none")).plan()
+    plan = Run.create(settings(subject, tmp_path / "none")).plan()
     assert plan["of largest |Δr|, studied"] == PAIRS < plan["pairs"]
 
 
 def test_a_length_that_no_pair_keeps_is_told(subject: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is longer than max_tokens = 3; use shorter texts"):
-        Run(settings(subject, tmp_path / "none", max_tokens=3)).go()
+        Run.create(settings(subject, tmp_path / "none", max_tokens=3)).go()
 
 
 def test_saes_that_are_not_there_are_told_before_anything_is_scored(subject: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"There is no SAE at .*ae_layer3\.pt"):
-        Run(settings(subject, tmp_path / "none", sites=["resid_post.3"])).go()
+        Run.create(settings(subject, tmp_path / "none", sites=["resid_post.3"])).go()
     assert not (tmp_path / "none" / "scores.parquet").exists()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -20,6 +20,8 @@ class Settings(BaseModel):
     """What a command does. Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    title: ClassVar[str] = "Options"
+    """The group of its flags in the help."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ Numbers = Annotated[list[int], BeforeValidator(_comma_separated)]
 class DeviceSettings(Settings):
     """Where products run, and how precisely."""
 
+    title = "Device"
+
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of rewards, gradients and ablations; effects need float32."""
     device: str = "auto"
@@ -79,6 +83,8 @@ class DeviceSettings(Settings):
 
 class LoadSettings(DeviceSettings):
     """How a PM is loaded."""
+
+    title = "Preference model"
 
     adapter: str | None = None
     """A PEFT adapter to put on the PM."""
@@ -90,6 +96,8 @@ class LoadSettings(DeviceSettings):
 
 class ReadSettings(Settings):
     """How pairs are read."""
+
+    title = "Pairs"
 
     limit: int | None = Field(None, gt=0)
     """At most this many pairs, from the start of the data."""
@@ -105,6 +113,8 @@ class ReadSettings(Settings):
 
 class ModelSettings(Settings):
     """A PM and pairs."""
+
+    title = "What is studied"
 
     model: str
     """The PM: a hub id, a folder, or zoo:hh / zoo:planted."""

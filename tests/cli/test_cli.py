@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import polars as pl
 import pytest
 
 import rmscope
-from tests.model.small import saved_pm, small_model, small_sae, tokenizer
+from tests.model.small import saved_pm, small_model, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +35,16 @@ def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
-def test_the_public_surface_is_the_documented_one() -> None:
-    documented = {
-        "Pair", "RewardModel", "Sae", "SaeConfig", "attribute", "harvest", "ledger", "load_edited", "load_pairs", "open_run",
-        "rank", "ablate", "stream", "train_saes",
-    }  # fmt: skip
-    assert set(rmscope.__all__) == documented
-    assert all(callable(getattr(rmscope, name)) for name in documented)
+def test_the_public_surface_is_what_the_package_documents() -> None:
+    """Every public name is importable and documented, and nothing public is left out of ``__all__``."""
+    assert sorted(rmscope.__all__) == list(rmscope.__all__)
+    for name in rmscope.__all__:
+        assert (getattr(rmscope, name).__doc__ or "").strip(), name
+    public = {n for n in vars(rmscope) if not n.startswith("_") and not isinstance(getattr(rmscope, n), ModuleType)}
+    assert public - {"annotations", "import_module", "TYPE_CHECKING", "Any"} <= set(rmscope.__all__)
+    reference = (Path(__file__).parents[2] / "docs" / "reference").rglob("*.md")
+    told = "\n".join(path.read_text("utf-8") for path in reference)
+    assert not [name for name in rmscope.__all__ if not re.search(rf"\b{name}\b", told)]
 
 
 def test_a_missing_file_is_one_sentence(pm: str, tmp_path: Path) -> None:
@@ -97,8 +102,8 @@ def test_score_gives_one_json_line_of_the_models_own_rewards(pm: str, tmp_path: 
 
 
 def test_one_of_several_outputs_or_weights_are_named_on_the_command_line_and_kept_by_a_run(tmp_path: Path) -> None:
+    from rmscope.run.inputs import Inputs
     from rmscope.run.settings import read_config
-    from rmscope.run.study import Study
 
     small_model("llama", num_labels=3).save_pretrained(tmp_path / "pm")
     tokenizer().save_pretrained(tmp_path / "pm")
@@ -115,9 +120,7 @@ def test_one_of_several_outputs_or_weights_are_named_on_the_command_line_and_kep
     config = read_config(None, stored)
     again = read_config(None, json.loads(config.model_dump_json()))  # as run.yaml keeps it
     assert again == config
-    assert Study(again).rm.score(rmscope.load_pairs(data)).chosen[0] == pytest.approx(rewards[2], abs=1e-5)
-    before = {k: v for k, v in config.model_dump().items() if k not in ("output", "trust_remote_code")}
-    assert read_config(None, before).output is None  # a run.yaml from before these settings
+    assert Inputs(again).rm.score(rmscope.load_pairs(data)).chosen[0] == pytest.approx(rewards[2], abs=1e-5)
 
 
 def test_every_command_that_loads_a_pm_takes_its_options() -> None:
@@ -151,39 +154,11 @@ def test_attribute_estimates_the_effects_of_a_brought_sae_and_says_that_they_are
     flags = ("--model", pm, "--data", str(data), "--sae", str(tmp_path / "sae"), "--site", "resid_post.1")
     done = rmscope_command("attribute", *flags, "--json")
     assert done.returncode == 0, done.stderr
-    assert "without a trust score" in done.stderr
+    assert "estimates of unknown quality" in done.stderr
     features = {f["feature"]: f["effect"] for f in json.loads(done.stdout)["features"]}
     table = rmscope.attribute(rmscope.RewardModel.load(pm), sae, rmscope.load_pairs(str(data)), site="resid_post.1")
     means = dict(table.group_by("feature").agg(pl.col("effect").mean()).iter_rows())
     assert features == pytest.approx(means, abs=1e-5)
-
-
-def test_evaluate_puts_saes_side_by_side_and_writes_table_and_page(pm: str, tmp_path: Path) -> None:
-    rows = [{"prompt": f"Is {i} even?", "chosen": "Yes, it is.", "rejected": "No."} for i in range(6)]
-    data = tmp_path / "pairs.jsonl"
-    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    for i, site in enumerate(("resid_post.0", "resid_post.2")):
-        sae = small_sae(seed=i)
-        sae.site = site
-        sae.save(tmp_path / "saes" / site)
-    flags = ("--model", pm, "--data", str(data), "--out", str(tmp_path / "out"), "--json")
-    done = rmscope_command("evaluate", *flags, "--sae", str(tmp_path / "saes"))
-    assert done.returncode == 0, done.stderr
-    (line,) = done.stdout.splitlines()
-    found = json.loads(line)
-    assert [row["site"] for row in found] == ["resid_post.0", "resid_post.2"]
-    assert all(row["fvu_low"] <= row["fvu"] <= row["fvu_high"] for row in found)
-    assert pl.read_parquet(tmp_path / "out" / "evaluation.parquet").height == 2
-    assert (tmp_path / "out" / "evaluation.html").read_text().count("<svg") == 4
-
-
-def test_evaluate_needs_pairs_and_an_sae_that_fits(pm: str, tmp_path: Path) -> None:
-    assert "--model and --data" in one_sentence(rmscope_command("evaluate", "--sae", str(tmp_path)))
-    wide = small_sae(d=48)
-    wide.site = "resid_post.0"
-    wide.save(tmp_path / "wide")
-    done = rmscope_command("evaluate", "--model", pm, "--data", "demo:planted", "--sae", str(tmp_path / "wide"))
-    assert "reads 48 dimensions" in one_sentence(done)
 
 
 def test_bad_usage_exits_with_2() -> None:

@@ -108,7 +108,7 @@ def site(rng: random.Random, name: str, scale: float) -> dict[str, Any]:
             "tokens": 1_840_000,
             "curve": [[s, 0.2 + 0.8 * math.exp(-s / 180)] for s in range(0, 1500, 25)],
         },
-        "trust": {
+        "quality": {
             "spearman_median": 0.934,
             "spearman_low": 0.921,
             "spearman_high": 0.947,

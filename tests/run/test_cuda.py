@@ -29,13 +29,13 @@ def runs(pm: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("devices")
     sae = SaeConfig(d_sae=96, k=6, tokens=8192, batch_size=512, amp=False)
     for device in ("cpu", "cuda"):
-        run = Run(settings(pm, folder / device, device=device).model_copy(update={"sae": sae}))
+        run = Run.create(settings(pm, folder / device, device=device).model_copy(update={"sae": sae}))
         run.go()
         assert all(bool(one._elsewhere) == (device == "cuda") for one in run.saes.values())
     return {device: folder / device for device in ("cpu", "cuda")}
 
 
-@pytest.mark.parametrize("name", ["exact", "contribution", "frozen", "trust"])
+@pytest.mark.parametrize("name", ["exact", "contribution", "frozen", "quality_sample"])
 def test_effects_are_those_of_the_cpu(runs: dict[str, Path], name: str) -> None:
     tables = sorted((runs["cpu"] / "effects").glob(f"*/{name}.parquet"))
     assert tables

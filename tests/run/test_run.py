@@ -19,6 +19,7 @@ from rmscope.pairs.readers import load_pairs
 from rmscope.run import collect, stages
 from rmscope.run.folder import RunFolder
 from rmscope.run.run import Run
+from rmscope.run.settings import read_config
 from rmscope.run.stages import STAGES
 from rmscope.sae import Sae
 from tests.model.small import small_model, tokenizer
@@ -300,3 +301,70 @@ def test_the_curves_of_a_run_go_into_its_report(done: Path, tmp_path: Path) -> N
     assert found[first["site"]]["evaluation"]["delta_r2"]["value"] == pytest.approx(first["delta_r2"], abs=1e-6)
     assert CliRunner().invoke(app, ["report", str(copy)]).exit_code == 0
     assert (copy / "report.html").read_text("utf-8").count("How much of Δr is explained") == len(found)
+
+
+def test_the_report_is_rendered_from_what_is_stored_without_the_pm(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(done, tmp_path / "run")
+    before = (out / "report.html").read_text("utf-8")
+    (out / "report.html").unlink()
+    shutil.rmtree(out / "activations")
+
+    def never(*_args: Any, **_kwargs: Any) -> Any:
+        raise AssertionError("the PM was loaded")
+
+    monkeypatch.setattr(RewardModel, "load", never)
+    run = Run.open(out)
+    assert run.report().read_text("utf-8") == before
+    assert run.show().html == before
+    assert "frozen features reported at 2 sites" in run.summary()
+    site = run.sites[0]
+    assert run.features(site).height + run.features(run.sites[1]).height == 16
+    assert run.sae(site).site == site
+    with pytest.raises(InputError, match="has no SAE at embed; it has resid_post"):
+        run.features("embed")
+
+
+def test_an_unfinished_run_says_how_to_finish_it(done: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(done, tmp_path / "run")
+    (out / "evidence" / "evidence.json").unlink()
+    with pytest.raises(InputError, match=rf"not finished; rmscope run {out} resumes it"):
+        Run.open(out).report()
+    with pytest.raises(InputError, match="is no run folder"):
+        Run.open(tmp_path)
+
+
+def test_the_contexts_of_a_feature_carry_its_exact_effects(done: Path) -> None:
+    run = Run.open(done)
+    site = run.sites[-1]
+    feature = run.effects(site).join(run.scores.filter(pl.col("split") == "confirm"), on="pair", how="semi")["feature"][0]
+    exact = {
+        (p, s): e for p, s, e in run.confirmed(site).filter(feature=feature).select("pair", "side", "effect").iter_rows()
+    }
+    contexts = run.contexts(site, feature)
+    assert len(contexts) == len({pair for pair, _ in exact})
+    sizes = []
+    for context in contexts:
+        moved = {s.side: s.before - s.after for s in context.sides}
+        assert any(
+            all(moved[side] == pytest.approx(exact.get((pair, side), 0.0), abs=1e-5) for side in moved)
+            for pair in {p for p, _ in exact}
+        )
+        sizes.append(max(abs(v) for v in moved.values()))
+        assert all((max(level for _, level in s.tokens) > 0) == s.fires for s in context.sides)
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_seed_of_the_run_is_its_saes_seed_too_unless_they_have_one() -> None:
+    given = {"model": "m", "data": "d", "out": "o"}
+    assert read_config(None, {**given, "seed": 3}).sae.seed == 3
+    assert read_config(None, {**given, "seed": 3, "sae": {"seed": 5}}).sae.seed == 5
+    again = read_config(None, read_config(None, {**given, "seed": 3, "sae": {"seed": 5}}).model_dump(mode="json"))
+    assert (again.seed, again.sae.seed) == (3, 5)
+
+
+def test_a_run_folder_stands_for_its_own_settings(done: Path) -> None:
+    config = read_config(done, {"ledger_pairs": 9})
+    assert (config.out, config.ledger_pairs) == (done, 9)
+    assert config.model_copy(update={"ledger_pairs": 8}) == Run.open(done).config

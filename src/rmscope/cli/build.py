@@ -24,13 +24,14 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
 )
 RUN_HELP = "A run folder."
 
 
 class OutputSettings(Settings):
     """What every command takes."""
+
+    title = "Output"
 
     json_: Annotated[bool, Flag("--json")] = False
     """Print one machine-readable result on stdout."""
@@ -47,6 +48,8 @@ class Parameter:
     field: FieldInfo
     name: str
     """The parameter's name in Python; its flag is the same with hyphens."""
+    panel: str
+    """The group in the help: the title of the settings that the field belongs to."""
 
     @property
     def flag(self) -> Flag:
@@ -58,7 +61,7 @@ class Parameter:
 
     def signature(self) -> inspect.Parameter:
         """The parameter as typer reads it. No value means that the setting keeps its default."""
-        kind, shown = _kind(self.field), _default(self.field)
+        kind = _kind(self.field)
         if self.flag.positional:
             argument = typer.Argument(help=self.field.description, show_default=False)
             needed = self.field.is_required()
@@ -68,19 +71,24 @@ class Parameter:
         names = [self.flag_name]
         if kind is bool and self.field.default is True:
             names = [f"{self.flag_name}/--no-{self.flag_name[2:]}"]
-        option = typer.Option(*names, help=self.field.description, show_default=shown, metavar=_metavar(self.field))
+        text, metavar = f"{self.field.description}{_default(self.field)}", _metavar(self.field)
+        option = typer.Option(*names, help=text, show_default=False, metavar=metavar, rich_help_panel=self.panel)
         annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def parameters(settings: type[Settings], taken: frozenset[str] = frozenset()) -> list[Parameter]:
     """One parameter per field. A nested field keeps its own name; where that is taken, its settings' name precedes it."""
-    own = [Parameter((name,), field, name) for name, field in settings.model_fields.items() if not _nested(field)]
+    own = [
+        Parameter((name,), field, name, _title(settings, name))
+        for name, field in settings.model_fields.items()
+        if not _nested(field)
+    ]
     names = {*taken, *(p.name for p in own)}
     for outer, field in settings.model_fields.items():
         if inner := _nested(field):
             for name, nested in inner.model_fields.items():
-                own.append(Parameter((outer, name), nested, f"{outer}_{name}" if name in names else name))
+                own.append(Parameter((outer, name), nested, f"{outer}_{name}" if name in names else name, inner.title))
     return own
 
 
@@ -90,7 +98,6 @@ def add_command(
     work: str,
     panel: str,
     text: str,
-    *,
     on_run: bool = False,
     config_file: str = "",
 ) -> None:
@@ -99,7 +106,7 @@ def add_command(
     Args:
         work: ``module:function``, imported when the command runs. It takes the settings and a display, or (``on_run``) the
             opened run and the settings, and gives a :class:`rmscope.report.result.Result`.
-        text: the help, its first line the summary.
+        text: the help, one line; the settings' docstring follows it.
         config_file: help of an optional YAML file of settings that flags override; empty for none.
     """
     listed = parameters(settings)
@@ -126,7 +133,8 @@ def add_command(
         own.insert(0, _argument("run_folder", Path, RUN_HELP, required=True))
     command.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in own}
-    app.command(name, help=text, rich_help_panel=panel)(command)
+    told = f"{text}\n\n{inspect.cleandoc(settings.__doc__ or '')}"
+    app.command(name, help=told, short_help=text, rich_help_panel=panel)(command)
 
 
 def _argument(name: str, kind: type, text: str, required: bool) -> inspect.Parameter:
@@ -182,18 +190,25 @@ def _kind(field: FieldInfo) -> Any:
 def _metavar(field: FieldInfo) -> str | None:
     plain = _plain(field.annotation)
     if plain is bool:
-        return None
+        return " "
     if get_origin(plain) is Literal:
         return "|".join(map(str, get_args(plain)))
     return {int: "N", float: "X", Path: "PATH"}.get(plain, "TEXT")
 
 
-def _default(field: FieldInfo) -> Any:
-    """The default as the help shows it."""
+def _default(field: FieldInfo) -> str:
+    """The default as the help says it."""
     if field.is_required():
-        return "required"
-    default = field.default
-    return False if default is None or default is False or default is True or default == "" else str(default)
+        return " Required."
+    shown = field.default if isinstance(field.default, int | float | str | Path) else ""
+    told = isinstance(shown, bool) or shown == "" or "efault" in (field.description or "")
+    return "" if told else f" Default: {shown}."
+
+
+def _title(settings: type[Settings], name: str) -> str:
+    """The title of the settings that declare a field; without one of their own, "Options"."""
+    owner = next(c for c in settings.__mro__ if name in c.__dict__.get("__annotations__", {}))
+    return str(owner.__dict__.get("title", Settings.title))
 
 
 def _function(where: str) -> Callable[..., Any]:

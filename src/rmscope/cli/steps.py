@@ -356,7 +356,7 @@ def ledger(job: Run, config: settings.LedgerConfig) -> LedgerResult:
     site, table = job.check_site(config.site), job.ledger(config.site)
     if table.is_empty():
         raise InputError(
-            f"The run in {job.folder} has no ledgers (ledger_pairs: 0); add them: rmscope run {job.folder} --ledger-pairs 24."
+            f"The run in {job.folder} has no ledgers (ledger_pairs: 0); rmscope run {job.folder} --ledger-pairs 24 makes 24."
         )
     if config.pair is not None:
         return _pair_ledger(job, site, table, config.pair, config.top)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import polars as pl
 from pydantic import BaseModel, Field
 
+from rmscope.planted.results import CueMatch
 from rmscope.ranking.ranking import power_statement
 from rmscope.report.headline import told, visible
 from rmscope.report.page import Page
@@ -39,8 +40,8 @@ class RunSummary(Result):
         text = f"{e.title}: accuracy {a.value:.3f} [{a.low:.3f}, {a.high:.3f}] (length alone {s.length_only:.3f}), "
         text += f"SD(Δr) {s.sd_delta:.3g}; {reported} features reported"
         if e.planted:
-            learned = [p for p in e.planted if p["learned"]]
-            text += f"; {sum(p['found'] for p in learned)} of {len(learned)} planted biases found"
+            learned = [p for p in e.planted if p.learned]
+            text += f"; {sum(p.found for p in learned)} of {len(learned)} planted biases found"
         return text
 
     def tables(self) -> dict[str, Rows]:
@@ -94,17 +95,16 @@ def _site_row(site: SiteEvidence) -> dict[str, Any]:
     }
 
 
-def _planted_row(p: dict[str, Any]) -> dict[str, Any]:
-    ate, share = p["ate"], p["mediated"]
+def _planted_row(p: CueMatch) -> dict[str, Any]:
     return {
-        "": "found" if p["found"] else "missed",
-        "bias": p["name"],
-        "sign": "+" if p["sign"] > 0 else "-",
-        "effect": f"{ate['value']:+.2f}",
-        "by": f"{p['hit']} {p['features']} at {p['site']}" if p["found"] else p["why"],
-        "rank": str(p["rank"] or ""),
-        "F1": f"{p['f1']:.2f}" if p["f1"] is not None else "",
-        "mediated": f"{share['value']:.0%}" if share else "",
+        "": "found" if p.found else "missed",
+        "bias": p.name,
+        "sign": "+" if p.sign > 0 else "-",
+        "effect": f"{p.ate.value:+.2f}",
+        "by": f"{p.hit} {p.features} at {p.site}" if p.found else p.why,
+        "rank": str(p.rank or ""),
+        "F1": f"{p.f1:.2f}" if p.f1 is not None else "",
+        "mediated": f"{p.mediated.value:.0%}" if p.mediated else "",
     }
 
 

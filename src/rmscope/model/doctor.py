@@ -140,17 +140,17 @@ def _others(rm: RewardModel) -> list[Rendering]:
 
 def _right(rm: RewardModel, rendering: Rendering, pairs: Sequence[Pair]) -> Any:
     """Whether the PM ranks each pair as labelled under a rendering, [pairs] bool; False for pairs that do not fit."""
+    right = torch.zeros(len(pairs), dtype=torch.bool)
     before, rm.rendering = rm.rendering, rendering
     try:
         tokens = rm.tokenize_all(pairs)
         fits = torch.tensor([rm.fits(t) for t in tokens])
-        right = torch.zeros(len(pairs), dtype=torch.bool)
         right[fits] = rm.score_tokens([t for t in tokens if rm.fits(t)]).delta > 0
-        return right.numpy()
-    except InputError:  # a template that refuses a role
-        return torch.zeros(len(pairs), dtype=torch.bool).numpy()
+    except InputError:
+        pass  # the template refuses a role, so no pair can be ranked under this rendering
     finally:
         rm.rendering = before
+    return right.numpy()
 
 
 def price(rm: RewardModel, tokens: Sequence[PairTokens]) -> Check:

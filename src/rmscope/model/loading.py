@@ -61,7 +61,7 @@ def _adapted_base(folder: Path) -> str | None:
 
 
 def _check_place(place: str) -> None:
-    """A PM is studied on one device; hooks, caches and SAEs do not follow a PM over several."""
+    """Raises InputError unless this is one device: hooks, caches and SAEs do not follow a PM over several."""
     try:
         torch.device(place)
     except RuntimeError as error:

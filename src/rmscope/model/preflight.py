@@ -187,10 +187,7 @@ def precision(rm: RewardModel) -> Check:
 
 
 def sites(rm: RewardModel, ids: Tensor) -> Check:
-    """Whether the stream at each site is transformers' hidden state there.
-
-    The last site is left out, because transformers applies the final norm to its state.
-    """
+    """Whether the stream at each site but the last (before the final norm) is transformers' hidden state there."""
     told = f"embed, resid_post.0 .. resid_post.{len(rm.blocks) - 1}; default {', '.join(rm.default_sites)}"
     try:
         with torch.no_grad():

@@ -74,6 +74,11 @@ class RunFolder:
         """What the stages took, all together."""
         return sum(stage["seconds"] for stage in self.record.get("stages", {}).values())
 
+    @property
+    def keys(self) -> dict[str, str]:
+        """The key of each stage that is done: it changes with all that the stage depends on."""
+        return {name: stage["key"] for name, stage in self.record.get("stages", {}).items()}
+
     def stage(self, name: str, settings: Any, outputs: Sequence[str], work: Callable[[Progress, str], None]) -> None:
         """Does a stage unless it is done with the same settings and its files are there."""
         key = content_hash(FORMAT, name, settings, self._last_key)

@@ -19,6 +19,8 @@ RECORD = "run.yaml"
 class RunConfig(LoadSettings, ReadSettings, ModelSettings):
     """What ``rmscope run`` does. Unknown keys are refused."""
 
+    title = "Run"
+
     out: Path
     """The run folder."""
     sites: Names | None = None

@@ -158,8 +158,7 @@ def _train(
         for site, of_site in running.items():
             x = rows[site].to(device)
             for run in (run for run in of_site if run.step == step < run.steps):
-                note = train_step(run, x * run.scale, rate)
-                if note:
+                if note := train_step(run, x * run.scale, rate):
                     progress(step + 1, steps, note)
                 if run.folder and run.step % run.config.checkpoint_steps == 0 and run.step < run.steps:
                     save_checkpoint(run)

@@ -47,7 +47,7 @@ def analyse(run: Run, config: JailbreakConfig) -> JailbreakResult:
     pairs, left_out = measured_pairs(run, config.data, config.on_bad_row)
 
     # 2. The lists
-    key = content_hash(VERSION, run.on_disk.record["stages"], list(inputs.saes), config.budget, config.seed)
+    key = content_hash(VERSION, run.on_disk.keys, list(inputs.saes), config.budget, config.seed)
     phrase_lists = _phrase_lists(run, inputs, config, key)
 
     # 3. The bad texts
