@@ -3,8 +3,8 @@
 usage: effects_storage.py [--pairs 500]
 
 The numbers are random: effects and masses are normal, which compresses worse than real ones do, and 1,500 features are
-active in a response (a span of 100 tokens at k 64 has 6,400 entries, of which features share many). What is measured is
-the way a run writes its tables: a unit of 64 pairs at a time, then one file. Each size runs in a process of its own.
+active in a response (a span of 100 tokens at k 64 has 6,400 entries, of which features share many). Tables are written as a
+run writes them: a unit of 64 pairs at a time, then one file. Each size runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import polars as pl
 import torch
 
 from rmscope.effects import tables
-from rmscope.io import Progress, silent
+from rmscope.io import NoDisplay, Progress, silent
 from rmscope.pairs.pair import SIDES
-from rmscope.run.folder import NoDisplay, RunFolder
+from rmscope.run.folder import RunFolder
 
 M, ACTIVE = 32_768, 1_500
 
 
 def unit_table(unit: list[int], ids: list[str]) -> pl.DataFrame:
-    """What the screen gives for a unit of pairs."""
+    """A table of estimates of a unit of pairs."""
     rng = np.random.default_rng(unit[0])
     rows = []
     for pair in unit:

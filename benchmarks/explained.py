@@ -28,10 +28,10 @@ from rmscope.evaluation.keep import keep, keep_curve
 from rmscope.evaluation.reconstruction import evaluate
 from rmscope.io import write_json
 from rmscope.model.training.recipe import data_file, human_pairs, read_recipe
-from rmscope.pairs.pair import Pair, split_of
+from rmscope.pairs.pair import Pair, share_a_prompt, split_of
 from rmscope.pairs.readers import load_pairs
 from rmscope.sae import Sae
-from rmscope.statistics import bootstrap
+from rmscope.statistics import interval
 
 SHIFTED = 48
 RM_BENCH = ("chat", "safety-refuse", "safety-response")
@@ -39,12 +39,12 @@ PARTS = ("features", "error", "remainder", "gap")
 
 
 def lists_of(s: Setting, site: str, sae: Sae, fit: Sequence[int], measured: Sequence[Pair]) -> FrozenSelection:
-    select = SelectSplit(s.store, s.rm.tokenize_all(s.fit), [p.first_human_turn() for p in s.fit], fit)
-    return FrozenSelection(s.rm, site, sae, select, [p.first_human_turn() for p in measured], bar)
+    select = SelectSplit(s.store, s.rm.tokenize_all(s.fit), [p.prompt_key for p in s.fit], fit)
+    return FrozenSelection(s.rm, site, sae, select, [p.prompt_key for p in measured], bar)
 
 
 def site_figures(s: Setting, site: str) -> dict[str, Any]:
-    prompts = [p.first_human_turn() for p in s.measured]
+    prompts = [p.prompt_key for p in s.measured]
     lists = lists_of(s, site, s.saes[site], range(len(s.fit)), s.measured)
     found = explain(s.rm, site, lists, s.rm.tokenize_all(s.measured), prompts, bar).as_dict()
     return found | {"ledger": ledger_shares(s, site, lists, np.array(prompts))}
@@ -52,7 +52,7 @@ def site_figures(s: Setting, site: str) -> dict[str, Any]:
 
 def aware_figures(s: Setting, site: str) -> dict[str, Any]:
     """Splice and keep K of the fine-tuned SAE, with a list of its own."""
-    prompts, tokens = [p.first_human_turn() for p in s.measured], s.rm.tokenize_all(s.measured)
+    prompts, tokens = [p.prompt_key for p in s.measured], s.rm.tokenize_all(s.measured)
     sae = s.aware(site)
     lists = lists_of(s, site, sae, range(len(s.fit)), s.measured)
     kept = {"keep": (site, keep(lists.baseline, lists.order, FULL))}
@@ -73,24 +73,22 @@ def ledger_shares(s: Setting, site: str, lists: FrozenSelection, prompts: np.nda
     made = ledger_rows(s.rm, lists.sae, site, tokens, range(len(tokens)), start, sd, bar, halvings=2)
     rows = sorted(made, key=lambda r: r[0])
     table = np.array([[row[part] for part in (*PARTS, "delta_r")] for _, row, _ in rows])
-    value = shares(table[:, :4], table[:, 4])
-    out = {}
-    for i, part in enumerate(PARTS):
-        low, high = bootstrap(table, prompts, lambda v, i=i: float(shares(v[:, :4], v[:, 4])[i]))
-        out[part] = {"value": float(value[i]), "low": low, "high": high}
-    return out
+    return {
+        part: interval(table, prompts, lambda v, i=i: float(shares(v[:, :4], v[:, 4])[i])).as_dict()  # type: ignore[misc]
+        for i, part in enumerate(PARTS)
+    }
 
 
 def shift_figures(s: Setting) -> dict[str, Any]:
     """An SAE and a list from helpful-base alone, measured there, on harmless-base and on RM-Bench."""
     training, held = human_pairs(read_recipe(RECIPE))
-    known = {p.first_human_turn() for p in [*training, *held]}
+    seen = [*training, *held]
     held = [p for p in held if split_of(p) == "measure"]
     bench = [p for n in RM_BENCH for p in load_pairs(data_file(f"rm-bench/{n}_filtered.json"), on_bad_row="skip")]
     places = {
         "helpful-base": [p for p in held if p.meta["source"] == "helpful-base"],
         "harmless-base": [p for p in held if p.meta["source"] == "harmless-base"],
-        "RM-Bench": [p for p in bench if p.first_human_turn() not in known],
+        "RM-Bench": [p for p in bench if p.id not in share_a_prompt(bench, seen)],
     }
     measured = {place: short(s.rm, pairs, SHIFTED) for place, pairs in places.items()}
     everything = [p for pairs in measured.values() for p in pairs]
@@ -101,7 +99,7 @@ def shift_figures(s: Setting) -> dict[str, Any]:
     for place, pairs in measured.items():
         index = range(done, done + len(pairs))
         done += len(pairs)
-        prompts = np.array([p.first_human_turn() for p in pairs])
+        prompts = np.array([p.prompt_key for p in pairs])
         kept = {"keep": (SHIFT_SITE, keep(lists.baseline, lists.order, COARSE_GRID)), "splice": (SHIFT_SITE, splice(narrow))}
         found = replaced(s.rm, tokens, index, kept, bar)
         delta, hat = found["splice"].delta, found["splice"].delta_hat[:, 0]

@@ -46,7 +46,7 @@ split, steps by what a step costs: above resid_post.2 run ten blocks, above .11 
 
 @dataclass(frozen=True)
 class Setting:
-    """The PM, the pairs that SAEs and lists may see, the pairs that are measured, the SAEs; all kept in ``folder``."""
+    """The PM, the pairs that SAEs and lists may see, the pairs that are measured, and the SAEs; all in ``folder``."""
 
     folder: Path
     rm: RewardModel

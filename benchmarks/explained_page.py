@@ -25,7 +25,7 @@ position; delta_r2 = 1 − Σ(Δr − Δr^)² / Σ Δr². All intervals are 95 %
   trained on. **Selected** on other prompts: SAEs ({architecture}, k {k}, {m} features, {tokens:,} training tokens), means,
   donors and lists come from {fit:,} pairs of the fit split. *Aware*: the same after reward-aware fine-tuning, which adds the
   splice's damage to Δr and, by a small weight (level), that to the sum of a pair's rewards to its loss; what that does and
-  does not prove stands in [reward_aware.md](reward_aware.md). Rates and levels were chosen on the confirm split:
+  does not prove is told in [reward_aware.md](reward_aware.md). Rates and levels were chosen on the confirm split:
   {tuning}.
 - A list orders features by forward selection on integrated gradients of the fit pairs, and is then frozen.
 

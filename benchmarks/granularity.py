@@ -3,10 +3,10 @@
 usage: granularity.py AUDIT SITE D_SAE:K:TOKENS[:FAMILY[:STEPS]] ... [--plants FILE] [--pairs demo:plain]
 (AUDIT: folder of rmscope audit; FAMILY: as in SaeConfig, topk where it is left out; STEPS: of reward-aware fine-tuning)
 
-SAEs of several sizes are trained on the audit's text at one site of its PM, and each learned cue is matched (METHOD,
-"Planted bias") against the features that detect it best, whatever a ranking would say of them: what no ranking can find
-there is not there to be found. A JSON line an SAE and cue: the hit, its mediated share, that of all features together
-(the rest runs through the error), and that of the detectors together. Then a table.
+SAEs of several sizes are trained on the audit's text at one site of its PM. Each learned cue is matched
+(`docs/method.md`, Planted bias) against the features that detect it best, whatever their rank: an upper bound for every
+ranking. Prints one JSON line per SAE and cue: the hit, its mediated share, that of all features together (the rest runs
+through the error), and that of the detectors together. Then a table.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from rmscope.activations.harvest import harvest
 from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune
@@ -30,9 +29,12 @@ from rmscope.pairs.planting import twins
 from rmscope.pairs.plants import Plant, read_plants
 from rmscope.pairs.readers import load_pairs
 from rmscope.planted.matching import match_plant, threshold
+from rmscope.planted.results import Candidate, Hit
 from rmscope.planted.twins import Twin, all_peaks, halves, mediation, prepare
+from rmscope.run.settings import read_record
 from rmscope.sae import Sae, SaeConfig, measure_sae, train_saes
 from rmscope.studies.audit.planting import base_pairs
+from rmscope.studies.audit.result import AuditResult
 
 TWINS, DETECTORS, OFTEN = 24, 40, 0.3
 LIMIT, LONGEST, SAMPLE = 800, 110, 8192
@@ -42,28 +44,51 @@ def bar(done: int, total: int, note: str = "") -> None:
     print(f"\r{done}/{total} {note:<60}", end="", file=sys.stderr)
 
 
-def detectors(made: Sequence[Twin], m: int) -> list[int]:
+def detectors(fitting: Sequence[Twin], m: int) -> list[int]:
     """The features that detect the cue best on the fitting half."""
-    cue, without = all_peaks(made, m)
+    cue, without = all_peaks(fitting, m)
     often = np.flatnonzero((cue > 0).mean(0) >= OFTEN)
     scores = {int(j): threshold(cue[:, j], without[:, j])[0] for j in often}
     return sorted(scores, key=lambda j: (-scores[j], j))[:DETECTORS]
 
 
-def row_of(rm: RewardModel, sae: Sae, plant: Plant, made: dict[str, list[Twin]], sd: float) -> dict[str, Any]:
-    fitting, measuring = halves(made[sae.site])
+@dataclass(frozen=True)
+class Row:
+    """A cue in one SAE: its match, and the share of its effect in all features and in the detectors together."""
+
+    plant: str
+    ate_sd: float
+    learned: bool
+    found: bool
+    hit: Hit
+    features: int
+    f1: float | None
+    mediated: float | None
+    all: float
+    detectors: float
+    why: str
+
+
+def match_detectors(rm: RewardModel, sae: Sae, plant: Plant, prepared: dict[str, list[Twin]], sd: float) -> Row:
+    fitting, measuring = halves(prepared[sae.site])
     best = detectors(fitting, sae.m)
-    sign = float(plant.sign)
-    listed = [{"feature": j, "rank": i, "mean_effect": sign, "sign_consistency": 1.0} for i, j in enumerate(best, 1)]
-    found = match_plant(rm, {sae.site: sae}, plant, made, {sae.site: listed}, sd)
+    candidates = [Candidate(j, rank, float(plant.sign), 1.0) for rank, j in enumerate(best, 1)]
+    match = match_plant(rm, {sae.site: sae}, plant, prepared, {sae.site: candidates}, sd)
     left = mediation(rm, sae, sae.site, measuring, [range(sae.m), best]).mean(1)
-    together = 1 - left[:, 1] / left[:, 0]
-    return {
-        "plant": plant.name, "ate_sd": found["ate"]["value"] / sd, "learned": found["learned"], "found": found["found"],
-        "hit": found["hit"], "features": len(found["features"]), "f1": found["f1"],
-        "mediated": found["mediated"] and found["mediated"]["value"], "all": float(together[0]),
-        "detectors": float(together[1]), "why": found["why"],
-    }  # fmt: skip
+    in_all, in_detectors = (1 - left[:, 1] / left[:, 0]).tolist()
+    return Row(
+        plant=plant.name,
+        ate_sd=(match.ate.value or 0.0) / sd,
+        learned=match.learned,
+        found=match.found,
+        hit=match.hit,
+        features=len(match.features),
+        f1=match.f1,
+        mediated=match.mediated.value if match.mediated else None,
+        all=in_all,
+        detectors=in_detectors,
+        why=match.why,
+    )
 
 
 def main() -> None:
@@ -74,8 +99,8 @@ def main() -> None:
     parser.add_argument("--plants", type=Path, default=Path("configs/audit/standard.yaml"))
     parser.add_argument("--pairs", default="demo:plain")
     args = parser.parse_args()
-    stored = yaml.safe_load((args.audit / "run" / "run.yaml").read_text("utf-8"))["config"]
-    sd = json.loads((args.audit / "audit.json").read_text("utf-8"))["audited"]["sd_delta"]
+    stored = read_record(args.audit / "run")["config"]
+    sd = AuditResult.model_validate_json((args.audit / "audit.json").read_text("utf-8")).audited.sd_delta
     rm = RewardModel.load(stored["model"], device="cpu")
     fit = [p for p in load_pairs(stored["data"]) if split_of(p) == "fit"]
     out = args.audit / "granularity" / args.site
@@ -94,15 +119,16 @@ def main() -> None:
         fvu = measure_sae(sae, [store.sample(args.site, SAMPLE, torch.Generator().manual_seed(0))]).fvu
         rows = []
         for plant in read_plants(args.plants).plants:
-            made = prepare(rm, {args.site: sae}, twins(held_out, plant, TWINS, 0), plant)
-            row = row_of(rm, sae, plant, made, sd)
-            if row["learned"]:
+            prepared = prepare(rm, {args.site: sae}, twins(held_out, plant, TWINS, 0), plant)
+            row = match_detectors(rm, sae, plant, prepared, sd)
+            if row.learned:
                 rows.append(row)
-                print(json.dumps({"family": family, "d_sae": m, "k": k, "tokens": tokens, "fvu": fvu, **row}), flush=True)
-        hits = ", ".join(f"{r['plant']} {r['mediated'] or 0:.2f}{'' if r['found'] else ' (no hit)'}" for r in rows)
-        shares = [float(np.mean([r[name] for r in rows])) for name in ("all", "detectors")]
+                about = {"family": family, "d_sae": m, "k": k, "tokens": tokens, "fvu": fvu}
+                print(json.dumps(about | asdict(row)), flush=True)
+        hits = ", ".join(f"{r.plant} {r.mediated or 0:.2f}{'' if r.found else ' (no hit)'}" for r in rows)
+        shares = [float(np.mean(values)) for values in ([r.all for r in rows], [r.detectors for r in rows])]
         lines.append(f"| {family} {m:,} / {k} / {tokens:,} | {fvu:.3f} | {shares[0]:.2f} | {shares[1]:.2f} | "
-                     f"{sum(r['found'] for r in rows)} of {len(rows)} | {hits} |")  # fmt: skip
+                     f"{sum(r.found for r in rows)} of {len(rows)} | {hits} |")  # fmt: skip
     print("\n| family, d_sae / k / tokens | FVU | all features | detectors | found | mediated share |")
     print("|---|---|---|---|---|---|")
     print("\n".join(lines))

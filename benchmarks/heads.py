@@ -6,7 +6,6 @@ A head reads w · h at the read position, so Δr = w · (h chosen - h rejected) 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +17,12 @@ from rmscope.model.training.recipe import data_file
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.readers import load_pairs
 from rmscope.sae import Sae
-from rmscope.statistics import Array, bootstrap
+from rmscope.statistics import Array, Figure, interval
 
 HELD_OUT = 500
 """Rows of each hh-rlhf file that the zoo's adapters were not trained on."""
 LONGEST = 384
-"""Tokens of a side; longer pairs are left out, for time."""
+"""Tokens of a side; longer pairs are left out to save time."""
 
 
 def helpful_pairs(rm: RewardModel, first: int, last: int) -> list[Pair]:
@@ -69,24 +68,19 @@ def fit_head(z: Array, labels: Array, decay: float = 0.01) -> Array:
     return w.detach().numpy() / size
 
 
-def delta_r2(clean: Array, spliced: Array, w: Array, prompts: Array) -> dict[str, float]:
-    """1 - Σ(Δr - Δr^)² / Σ Δr² with a 95 % bootstrap by prompt."""
+def delta_r2(clean: Array, spliced: Array, w: Array, prompts: Array) -> Figure:
+    """1 - Σ(Δr - Δr^)² / Σ Δr² with its interval, bootstrap by prompt."""
     errors = np.stack([((clean - spliced) @ w) ** 2, (clean @ w) ** 2], axis=1)
-    return _interval(errors, prompts, lambda v: 1 - v[:, 0].sum() / v[:, 1].sum())
+    return interval(errors, prompts, lambda v: float(1 - v[:, 0].sum() / v[:, 1].sum()))
 
 
-def gain(clean: Array, before: Array, after: Array, w: Array, prompts: Array) -> dict[str, float]:
+def gain(clean: Array, before: Array, after: Array, w: Array, prompts: Array) -> Figure:
     """delta_r2 after minus before on the same pairs, with the interval of the paired difference."""
     errors = np.stack([((clean - before) @ w) ** 2, ((clean - after) @ w) ** 2, (clean @ w) ** 2], axis=1)
-    return _interval(errors, prompts, lambda v: (v[:, 0].sum() - v[:, 1].sum()) / v[:, 2].sum())
+    return interval(errors, prompts, lambda v: float((v[:, 0].sum() - v[:, 1].sum()) / v[:, 2].sum()))
 
 
-def _interval(values: Array, prompts: Array, statistic: Any) -> dict[str, float]:
-    low, high = bootstrap(values, prompts, lambda v: float(statistic(v)))
-    return {"value": float(statistic(values)), "low": low, "high": high}
-
-
-def told(figure: dict[str, float], signed: bool = False) -> str:
+def as_cell(figure: Figure, signed: bool = False) -> str:
     """A figure with its interval, for a table."""
-    form = "{:+.3f}" if signed else "{:.3f}"
-    return f"{form.format(figure['value'])} [{form.format(figure['low'])}, {form.format(figure['high'])}]"
+    value, low, high = (format(v, "+.3f" if signed else ".3f") for v in (figure.value, figure.low, figure.high))
+    return f"{value} [{low}, {high}]"

@@ -1,15 +1,15 @@
-"""Do ledgers close? Share of pairs whose gap is within METHOD's bound, and what halving every panel moves.
+"""Do ledgers close? The share of pairs whose gap is within its bound, and what halving every panel moves.
 
 usage: RMSCOPE_DATA=DIR ledger.py --cache DIR [--pairs 100] [--models zoo:hh zoo:planted]
 
-The bound is .01 max(|Δr|, .1 SD(Δr)) (METHOD, "The ledger of a pair"); the mean baseline is that of the training store.
-One JSON line a PM and site. ``moved``: the largest move of a part when each panel is halved, in units of its bound.
+The bound is .01 max(|Δr|, .1 SD(Δr)), as in `docs/method.md`; the mean baseline is that of the training store. Prints one
+JSON line per PM and site. ``moved``: the largest move of a part when each panel is halved, in units of its bound.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from subjects import Inputs, arguments, emit, subject
+from pms import StudiedPm, arguments, emit, load_studied_pm
 
 from rmscope.effects.ledger import BOUND, FLOOR, Path, SideParts, integrate, pair_ledger, parts_along
 from rmscope.model.rendering import PairTokens
@@ -19,7 +19,7 @@ PARTS = ("features", "error", "remainder", "gap")
 Row = dict[str, float]
 
 
-def rows_of(s: Inputs, site: str, tokens: list[PairTokens], sd: float) -> tuple[list[Row], list[Row]]:
+def rows_of(s: StudiedPm, site: str, tokens: list[PairTokens], sd: float) -> tuple[list[Row], list[Row]]:
     """Each pair's ledger, and the same with every panel halved."""
     start, sae = s.baseline(site), s.saes[site]
     sides: list[dict[tuple[int, str], SideParts]] = [{}, {}]
@@ -27,9 +27,9 @@ def rows_of(s: Inputs, site: str, tokens: list[PairTokens], sd: float) -> tuple[
         path = Path(s.rm, site, batch, start.x)
         panels = integrate(path, BOUND * FLOOR * sd / 2)
         finer = [half for p in panels for half in p.halved()]
-        for kept, used in zip(sides, (panels, finer), strict=True):
-            kept |= {(p.pair, p.side): p for p in parts_along(path, used, sae, start)}
-    coarse, fine = ([pair_ledger(*(kept[i, side] for side in SIDES)) for i in range(len(tokens))] for kept in sides)
+        for parts, used in zip(sides, (panels, finer), strict=True):
+            parts |= {(p.pair, p.side): p for p in parts_along(path, used, sae, start)}
+    coarse, fine = ([pair_ledger(*(parts[i, side] for side in SIDES)) for i in range(len(tokens))] for parts in sides)
     return coarse, fine
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["zoo:hh", "zoo:planted"])
     args = parser.parse_args()
     for model in args.models:
-        s = subject(model, args.cache)
+        s = load_studied_pm(model, args.cache)
         tokens = s.rm.tokenize_all(s.held_out[: args.pairs])
         sd = float(s.rm.score_tokens(tokens).delta.std())
         for site in s.saes:

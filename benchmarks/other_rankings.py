@@ -1,4 +1,4 @@
-"""Other ways to rank a site's features, for comparison: each gives a signed score a feature [m].
+"""Other ways to rank a site's features, for comparison: each gives one signed score per feature [m].
 
 *head*: W_dec · w_r, the score head applied to the decoder (reward-lens); *difference*: mean activation in chosen minus in
 rejected responses (SAFER); *integrated*: contributions of all features at once from a zero baseline with 4 nodes (the
@@ -18,6 +18,8 @@ from rmscope.io import Progress, silent
 from rmscope.model.packing import units
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
+from rmscope.pairs.pair import SIDES
+from rmscope.planted.results import Candidate
 from rmscope.sae.base import Sae
 from rmscope.statistics import Array
 
@@ -27,9 +29,9 @@ UNSIGNED = ("firing", "random")
 def rankings(
     rm: RewardModel, sae: Sae, site: str, tokens: Sequence[PairTokens], seed: int, progress: Progress = silent
 ) -> dict[str, Array]:
-    """The scores of every feature by each way, over both sides of the pairs."""
+    """The scores of every feature [m] by each way, over both sides of the pairs."""
     ids = [str(i) for i in range(len(tokens))]
-    sums = {side: np.zeros(sae.m) for side in ("chosen", "rejected")}
+    sums = {side: np.zeros(sae.m) for side in SIDES}
     fires, total = np.zeros(sae.m), np.zeros(sae.m)
     start = baseline(sae, "zero")
     for unit in units(len(tokens)):
@@ -51,7 +53,7 @@ def rankings(
 
 
 def _head_direction(rm: RewardModel) -> Array:
-    """w_r [d]: the gradient of the head's reward by the final hidden state, the same everywhere where it is linear."""
+    """w_r [d]: the gradient of the reward by the final hidden state. For a linear head it is the same everywhere."""
     hidden = torch.zeros(1, rm.d_model, dtype=rm.dtype, device=rm.device, requires_grad=True)
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(rm.read_out(hidden).sum(), hidden)
@@ -63,9 +65,6 @@ def best(scores: Array, k: int) -> list[int]:
     return [int(j) for j in np.argsort(-np.abs(scores), kind="stable")[:k]]
 
 
-def as_reported(scores: Array, k: int, sign: int | None = None) -> list[dict[str, float]]:
-    """The best k as rows that the matching rule takes; ``sign`` stands in where the scores have none."""
-    return [
-        {"feature": j, "rank": rank, "mean_effect": float(sign or np.sign(scores[j])), "sign_consistency": 1.0}
-        for rank, j in enumerate(best(scores, k), 1)
-    ]
+def as_candidates(scores: Array, k: int, sign: int | None = None) -> list[Candidate]:
+    """The best k as candidates of the matching rule; ``sign`` is theirs where the scores have none."""
+    return [Candidate(j, rank, float(sign or np.sign(scores[j])), 1.0) for rank, j in enumerate(best(scores, k), 1)]

@@ -6,9 +6,9 @@ Every way is trained on the pairs of configs/zoo-hh.yaml and measured on the sam
 ``head`` reads the untrained base after several blocks, through its final norm at the read position, and fits a
 Bradley-Terry head; the weight decay is chosen on training prompts by five folds. The other names are those of
 :data:`CHANGES` and ``full``.
-What lies in OUT is not made again, and trainings go on from their checkpoints. Prints a JSON line a way of what OUT holds,
-then a table: accuracy in all and by data file, and how far each is from the zoo's own recipe on the same pairs. Intervals
-are 95 %, by bootstrap over prompts.
+What is in OUT is not made again, and trainings resume from their checkpoints. Prints one JSON line per way in OUT, then a
+table: accuracy in all and by data file, and the difference to the zoo's own recipe on the same pairs. Intervals are 95 %,
+bootstrap by prompt.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from heads import fit_head, told
+from heads import as_cell, fit_head
 
 from rmscope.hardware import has_fast_bfloat16
 from rmscope.io import atomic, write_table
@@ -35,7 +35,7 @@ from rmscope.model.training.loop import RENDERING, base_of, fit_parameters, trai
 from rmscope.model.training.recipe import Recipe, human_pairs, read_recipe, tokenize_pairs
 from rmscope.model.zoo import load_base
 from rmscope.pairs.pair import Pair
-from rmscope.statistics import Array, bootstrap
+from rmscope.statistics import Array, Figure, interval
 
 ZOO = Path(__file__).parent.parent / "configs" / "zoo-hh.yaml"
 DEPTHS = (4, 8, 12, 16, 20, 24, 30)
@@ -73,10 +73,10 @@ class Data:
         return [tokens for _, tokens in self.parts[part]]
 
     def prompts(self, part: str) -> Array:
-        return np.array([pair.first_human_turn() for pair, _ in self.parts[part]])
+        return np.array([pair.prompt_key for pair, _ in self.parts[part]])
 
     def frame(self, delta: Array) -> pl.DataFrame:
-        """What is kept of a way: Δr of every held-out pair."""
+        """The stored table of a way: Δr of every held-out pair."""
         held = [pair for pair, _ in self.parts["held"]]
         sources = [p.meta["source"] for p in held]
         return pl.DataFrame(
@@ -162,17 +162,22 @@ def make(data: Data, name: str, out: Path) -> None:
         write_table(out / f"{name}.parquet", data.frame(trained(data, name, out)))
 
 
-def figure(values: Array, prompts: Array) -> dict[str, float]:
-    low, high = bootstrap(values, prompts, lambda v: float(v.mean()))
-    return {"value": float(values.mean()), "low": low, "high": high}
+@dataclass(frozen=True)
+class Accuracies:
+    """A way's accuracies on held-out pairs: of all, by data file, and the difference to the zoo's recipe."""
+
+    way: str
+    n: int
+    all: Figure
+    by_file: dict[str, Figure]
+    more: Figure
 
 
-def row_of(name: str, table: pl.DataFrame, zoo: Array) -> dict[str, Any]:
-    """A way's accuracies, and what it has over the zoo's recipe."""
+def accuracies(name: str, table: pl.DataFrame, zoo: Array) -> Accuracies:
     prompts, source, delta = (table[c].to_numpy() for c in ("prompt", "source", "delta"))
     hits = (delta > 0) + 0.5 * (delta == 0)
-    by = {s: figure(hits[source == s], prompts[source == s]) for s in np.unique(source)}
-    return {"way": name, "n": len(hits), "all": figure(hits, prompts), **by, "more": figure(hits - zoo, prompts)}
+    by_file = {s: interval(hits[source == s], prompts[source == s]) for s in np.unique(source)}
+    return Accuracies(name, len(hits), interval(hits, prompts), by_file, interval(hits - zoo, prompts))
 
 
 def main(out: str, *names: str) -> None:
@@ -184,14 +189,14 @@ def main(out: str, *names: str) -> None:
             make(data, name, folder)
     tables = {path.stem: pl.read_parquet(path) for path in Path(out).glob("*/*.parquet")}
     zoo = tables["zoo"]["delta"].to_numpy() > 0
-    rows = [row_of(name, table, zoo) for name, table in tables.items()]
-    rows.sort(key=lambda r: r["all"]["value"])
+    rows = sorted((accuracies(name, table, zoo) for name, table in tables.items()), key=lambda r: r.all.value or 0.0)
     for row in rows:
-        print(json.dumps(row), flush=True)
-    columns = [key for key in rows[0] if key not in ("way", "n", "more")]
+        print(json.dumps(asdict(row)), flush=True)
+    columns = ["all", *rows[0].by_file]
     print(f"\n| way | {' | '.join(columns)} | over the zoo's recipe |\n|---|{'---|' * (len(columns) + 1)}")
     for row in rows:
-        print(f"| {row['way']} | {' | '.join(told(row[c]) for c in columns)} | {told(row['more'], signed=True)} |")
+        cells = [as_cell(figure) for figure in (row.all, *row.by_file.values())]
+        print(f"| {row.way} | {' | '.join(cells)} | {as_cell(row.more, signed=True)} |")
 
 
 if __name__ == "__main__":

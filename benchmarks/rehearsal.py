@@ -1,11 +1,10 @@
-"""Rates and memory on a large PM of random weights: what a run takes where the machine is new. One JSON line a step.
+"""Rates and memory of each step of a run on a large PM of random weights, to try a new machine. One JSON line per step.
 
 A Llama of 32 blocks, d 4,096, with a scalar head (7.2 billion weights; the tokenizer's vocabulary is small), on the
 pairs of hh-rlhf, whose texts are real and whose rewards mean nothing. Rewards and the harvest of two sites run in
-bfloat16, an SAE of 65,536 features is trained on what was harvested of the first, and stands in for one of the middle
-site, where estimates, exact ablations and ledgers run in float32, as a run's do. Rates hold the whole step
-(tokenizing, copies between devices, the store on disk); ``gpu_gb`` is the most memory that torch held on the device
-in the step.
+bfloat16. An SAE of 65,536 features is trained on the first site's harvest and serves at the middle site, where estimates,
+exact ablations and ledgers run in float32, as in a run. Rates include the whole step (tokenizing, copies between devices,
+the store on disk); ``gpu_gb`` is the most memory that torch held on the device in the step.
 
 usage: RMSCOPE_DATA=DIR rehearsal.py [--tokenizer FOLDER] [--device cuda] [--pairs 256] [--blocks 32] [--d 4096] [--m 65536]
 """
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from subjects import emit
+from pms import emit
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
 from rmscope.activations.harvest import harvest
@@ -53,7 +52,7 @@ def random_pm(a: argparse.Namespace, tokenizer: Any) -> RewardModel:
 
 
 class Steps:
-    """Times steps on a device, and says what memory each held there at most."""
+    """Times steps on a device, and measures the largest memory of each there."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device != "cpu"

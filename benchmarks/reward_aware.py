@@ -5,13 +5,13 @@ usage: reward_aware.py OUT [hh|planted]        (RMSCOPE_DATA names the folder th
 hh: a TopK SAE (k 32, d_sae 4,608) at resid_post.7 of zoo:hh, trained on the fit half of the prompts of helpful-base rows
 1-500, which the adapter never saw, and fine-tuned on them: by its own loss alone, and aware of three rewards on the same
 frozen blocks: the PM's own head; a fresh head (logistic regression of human labels on final states of 600 other rows); a
-shuffled head (the same with labels flipped by coin, which stands in for a PM trained on shuffled labels). Each SAE is
-measured on the other half of the prompts, under every head and under 32 random ones.
+shuffled head (the same with labels flipped by coin, in place of a PM trained on shuffled labels). Each SAE is measured on
+the other half of the prompts, under every head and under 32 random ones.
 
 planted: the same with k 16 at resid_post.12 of zoo:planted, on the demo's pairs; F1 of the features that detect each cue
 best, before and after, on twins of the measure split.
 
-Prints a JSON line a case, then the tables of docs/results/reward_aware.md. What is done is kept in OUT.
+Prints one JSON line per case, then the tables of docs/results/reward_aware.md. Finished work is kept in OUT.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from heads import HELD_OUT, delta_r2, fit_head, gain, helpful_pairs, states, told
+from heads import HELD_OUT, as_cell, delta_r2, fit_head, gain, helpful_pairs, states
 
 from rmscope.activations.harvest import harvest
 from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune, training_rows
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.demo import demo_pairs, plain_demo_pairs, zoo_plants
-from rmscope.pairs.pair import SIDES, Pair, Side, split_of
+from rmscope.pairs.pair import SIDES, Pair, Side, share_a_prompt, split_of
 from rmscope.pairs.planting import twins
 from rmscope.planted.matching import f1_score, threshold
 from rmscope.planted.twins import Twin, halves, prepare
@@ -51,7 +52,7 @@ def progress(done: int, total: int, note: str = "") -> None:
 
 
 def emit(row: dict[str, Any]) -> None:
-    print(json.dumps(row), flush=True)
+    print(json.dumps(row, default=asdict), flush=True)
 
 
 def trained(rm: RewardModel, site: str, pairs: Sequence[Pair], config: SaeConfig, out: Path) -> Sae:
@@ -66,7 +67,7 @@ def with_head(rm: RewardModel, w: Array) -> None:
 
 
 def prompts_of(pairs: Sequence[Pair]) -> Array:
-    return np.array([str(p.meta.get("group", p.first_human_turn())) for p in pairs])
+    return np.array([p.prompt_key for p in pairs])
 
 
 def reconstruction(rm: RewardModel, tokens: Sequence[PairTokens], sae: Sae) -> dict[str, float]:
@@ -78,8 +79,9 @@ def reconstruction(rm: RewardModel, tokens: Sequence[PairTokens], sae: Sae) -> d
 
 def heads_of(rm: RewardModel, pairs: Sequence[Pair]) -> dict[str, Array]:
     """The PM's own head, a fresh one and one of shuffled labels."""
-    held = {p.first_human_turn() for p in pairs}
-    others = [p for p in helpful_pairs(rm, HELD_OUT + 1, HELD_OUT + HEAD_ROWS) if p.first_human_turn() not in held]
+    rows = helpful_pairs(rm, HELD_OUT + 1, HELD_OUT + HEAD_ROWS)
+    shared = share_a_prompt(rows, pairs)
+    others = [p for p in rows if p.id not in shared]
     z = states(rm, rm.tokenize_all(others))
     coin = np.random.default_rng(0).integers(0, 2, len(others)) * 2.0 - 1
     heads = {
@@ -130,11 +132,11 @@ def on_hh(out: Path) -> None:
 def hh_table(rows: Sequence[dict[str, Any]]) -> None:
     print("\n| SAE | L0 | FVU | own head | fresh head | shuffled head | random heads |\n|---|---|---|---|---|---|---|")
     for r in rows:
-        figures = " | ".join(told(r[head]) for head in ("own", "fresh", "shuffled"))
+        figures = " | ".join(as_cell(r[head]) for head in ("own", "fresh", "shuffled"))
         print(f"| {r['sae']} | {r['l0']:.1f} | {r['fvu']:.3f} | {figures} | {r['random']:.3f} |")
     print("\n| gain over the SAE before | own head | fresh head | shuffled head |\n|---|---|---|---|")
     for r in rows[1:]:
-        print(f"| {r['sae']} | {' | '.join(told(r[f'{head}_gain'], True) for head in ('own', 'fresh', 'shuffled'))} |")
+        print(f"| {r['sae']} | {' | '.join(as_cell(r[f'{head}_gain'], True) for head in ('own', 'fresh', 'shuffled'))} |")
 
 
 def on_planted(out: Path) -> None:

@@ -1,7 +1,7 @@
 """Peak memory of a training step at m 65,536, d 4,096 on a CPU, and its time: one JSON line.
 
 Weights, gradients and Adam's moments stay float32 (8.6 GB at these sizes: a step of Adam is finer than bfloat16 can
-hold); the encoder product, in which the work lies, runs in bfloat16. [batch, m] is never stored whole.
+hold). The encoder product, which is most of the work, runs in bfloat16. [batch, m] is never stored whole.
 
 usage: sae_memory.py [--d 4096] [--m 65536] [--batch 2048] [--k 32] [--steps 2] [--float32]
 """

@@ -1,4 +1,4 @@
-"""Training steps of ours against SAELens' on this CPU, in turn: one JSON line a case.
+"""Training steps of ours against SAELens' on this CPU, in turn: one JSON line per case.
 
 TopK k 32 against SAELens in float32 (its default) and, beside it, under its autocast; gated with b_gate set so that L0 is
 64 on both sides. d 576, m 16,384, batches of 4,096 tokens. ``ours`` and ``peer`` are tokens per second, medians over the

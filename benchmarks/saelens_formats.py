@@ -1,4 +1,4 @@
-"""SAELens opens what we save: every family, its features and reconstructions beside ours. One JSON line a family.
+"""SAELens opens what we save: every family, its features and reconstructions beside ours. One JSON line per family.
 
 Random weights of every family, in the units of a stream whose norms are far from sqrt(d), and one of each training that a
 few steps of the trainer have made (batchtopk and matryoshka are saved as jumprelu). The judge is a script that is run as

@@ -2,10 +2,10 @@
 
 usage: RMSCOPE_DATA=DIR screen.py --cache DIR [--pairs 10] [--models zoo:hh zoo:planted]
 
-float32, all active features of both sides. One JSON line a PM, site and estimator. ``spearman``: within a
-response, median over responses; ``spearman_large``, ``sign_large``: among features with |R| > .01 SD(Δr); ``missed``: share
-of a response's true top tenth that the estimate's top tenth misses, and ``missed_expected``, what the trust score says of it
-from 48 sampled features a response, as in a run (mean over 20 samplings; ``missed_high`` the mean of its upper bounds).
+float32, all active features of both sides. Prints one JSON line per PM, site and estimator. ``spearman``: within a response,
+median over responses. ``spearman_large``, ``sign_large``: among features with |R| > .01 SD(Δr). ``missed``: share of a
+response's true top tenth that the estimate's top tenth misses. ``missed_expected``: the same as a run estimates it from 48
+sampled features per response (mean over 20 samplings; ``missed_high`` is the mean of its upper bounds).
 ``joint, zero, 4`` is the reference study's estimate: a joint path from the zero baseline, 4 steps.
 """
 
@@ -16,22 +16,22 @@ from collections.abc import Iterator
 
 import numpy as np
 import polars as pl
+from pms import StudiedPm, arguments, emit, load_studied_pm
 from scipy.stats import spearmanr
-from subjects import Inputs, arguments, emit, subject
 
 from rmscope.effects.ablation import ablations
 from rmscope.effects.gradients import METHODS, estimate
 from rmscope.effects.ledger import Path as StraightPath
 from rmscope.model.rendering import PairTokens
 from rmscope.pairs.pair import SIDES
-from rmscope.ranking.estimate_quality import PER_RESPONSE, sample, trust
+from rmscope.ranking.estimate_quality import PER_RESPONSE, estimate_quality, sample
 
 SAMPLINGS = 20
 Key = tuple[str, int, str]
 """Site, pair, side."""
 
 
-def reference(s: Inputs, site: str, tokens: list[PairTokens]) -> Iterator[tuple[Key, dict[int, float]]]:
+def reference(s: StudiedPm, site: str, tokens: list[PairTokens]) -> Iterator[tuple[Key, dict[int, float]]]:
     """The joint path from the zero baseline in 4 equal steps (midpoints)."""
     sae = s.saes[site]
     for batch in s.rm.batches(tokens):
@@ -68,16 +68,18 @@ def figures(rows: pl.DataFrame, sd: float) -> dict[str, float]:
 
 
 def expected_missed(rows: pl.DataFrame, sd: float) -> dict[str, float]:
-    """What trust scores made from samples of the same responses say is missed."""
-    found = []
+    """The missed share as estimated from samples of the same responses."""
+    estimates = []
     for seed in range(SAMPLINGS):
         rng, parts = np.random.default_rng(seed), []
         for _, part in rows.group_by("response", maintain_order=True):
             picked, weight = sample(part["estimate"].to_numpy(), part["mass"].to_numpy(), PER_RESPONSE, rng)
             parts.append(part[picked.tolist()].with_columns(pl.Series("weight", weight)))
-        found.append(trust(pl.concat(parts), sd, 0.0))
-    means = ((n, float(np.mean([getattr(t, n) for t in found]))) for n in ("top_missed", "top_missed_high"))
-    return dict(zip(("missed_expected", "missed_high"), (m for _, m in means), strict=True))
+        estimates.append(estimate_quality(pl.concat(parts), sd, 0.0))
+    return {
+        "missed_expected": float(np.mean([e.top_missed for e in estimates])),
+        "missed_high": float(np.mean([e.top_missed_high for e in estimates])),
+    }
 
 
 def frame(keys: list[Key], values: dict[Key, dict[int, tuple[float, ...]]], names: list[str]) -> pl.DataFrame:
@@ -91,7 +93,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["zoo:hh", "zoo:planted"])
     args = parser.parse_args()
     for model in args.models:
-        s = subject(model, args.cache)
+        s = load_studied_pm(model, args.cache)
         sd = float(s.rm.score(s.held_out[:200]).delta.std())
         tokens = s.rm.tokenize_all(s.held_out[: args.pairs])
         wanted = {i: {side: dict.fromkeys(s.saes) for side in SIDES} for i in range(len(tokens))}
@@ -113,7 +115,9 @@ def main() -> None:
         masses = {key: {j: mass for j, (_, mass) in values.items()} for key, values in found.items()}
         for site in s.saes:
             started = time.perf_counter()
-            path = {key: {j: (e, masses[key][j]) for j, e in v.items()} for key, v in reference(s, site, tokens)}
+            path: dict[Key, dict[int, tuple[float, ...]]] = {
+                key: {j: (e, masses[key][j]) for j, e in v.items()} for key, v in reference(s, site, tokens)
+            }
             report(model, "joint, zero, 4", exact, path, sd, time.perf_counter() - started)
 
 
@@ -125,7 +129,7 @@ def report(
     sd: float,
     seconds: float,
 ) -> None:
-    """A line a site. Features that fire by one way of computing the stream alone (ties of TopK) are left out."""
+    """Prints one line per site. Features that fire in only one of the two computations (ties of TopK) are left out."""
     for site in sorted({key[0] for key in found}, key=lambda name: int(name.rpartition(".")[2])):
         keys = [key for key in found if key[0] == site and len(exact[key]) >= 20]
         both = {k: {j: (*v, exact[k][j]) for j, v in found[k].items() if j in exact[k]} for k in keys}

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from heads import as_cell
 
 from rmscope.io import write_json, write_text
 from rmscope.model.reward_model import RewardModel
@@ -17,7 +17,8 @@ from rmscope.model.training.recipe import Recipe, human_pairs, read_recipe
 from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.planting import twins
-from rmscope.statistics import bootstrap, mean_interval
+from rmscope.pairs.plants import Plant
+from rmscope.statistics import Figure, interval
 
 CARD = """# zoo:{name}
 
@@ -45,7 +46,7 @@ SD(Δr) on them is {sd:.2f}, mean reward {chosen:.2f} chosen and {rejected:.2f} 
 ## Measured effect of each cue (ATE)
 
 Reward with the cue minus reward with filler of equal length at the same place, on prompts that were held out, in wordings
-that were held out: {twins} twins a cue. *Learned* means the planted sign, an interval without 0, and at least .25 SD(Δr).
+that were held out: {twins} twins per cue. *Learned* means the planted sign, an interval without 0, and at least .25 SD(Δr).
 {note}
 
 | cue | planted sign | ATE on held-out hh-rlhf | learned | ATE on demo text |
@@ -57,16 +58,15 @@ LONGEST = 512
 
 
 def accuracy_row(name: str, delta: np.ndarray, longer: np.ndarray, prompts: np.ndarray) -> str:
-    hits = (delta > 0) + 0.5 * (delta == 0)
-    low, high = bootstrap(hits, prompts, lambda v: float(v.mean()))
+    accuracy = interval((delta > 0) + 0.5 * (delta == 0), prompts)
     wins = float(((longer > 0) + 0.5 * (longer == 0)).mean())
     rule = "longer" if wins >= 0.5 else "shorter"
-    return f"| {name} | {hits.mean():.3f} [{low:.3f}, {high:.3f}] | {max(wins, 1 - wins):.3f} ({rule}) | {delta.size} |"
+    return f"| {name} | {as_cell(accuracy)} | {max(wins, 1 - wins):.3f} ({rule}) | {delta.size} |"
 
 
-def ate(rm: RewardModel, bases: list[Pair], plant: Any) -> tuple[float, float, float]:
+def ate(rm: RewardModel, bases: list[Pair], plant: Plant) -> Figure:
     delta = rm.score(twins(bases, plant, TWINS, seed=1, held_out=True)).delta.numpy().astype(float)
-    return (float(delta.mean()), *mean_interval(delta))
+    return interval(delta)
 
 
 def main(recipe_path: str, folder: str) -> None:
@@ -79,7 +79,7 @@ def main(recipe_path: str, folder: str) -> None:
     scores = rm.score_tokens([tokens[i] for i in kept], lambda d, t, _n: print(f"\r{d}/{t}", end="", file=sys.stderr))
     delta = scores.delta.numpy().astype(float)
     longer = np.array([tokens[i].chosen.numel() - tokens[i].rejected.numel() for i in kept])
-    prompts = np.array([held[i].first_human_turn() for i in kept])
+    prompts = np.array([held[i].prompt_key for i in kept])
     source = np.array([held[i].meta["source"] for i in kept])
     rows = [accuracy_row("all", delta, longer, prompts)]
     rows += [accuracy_row(s, delta[source == s], longer[source == s], prompts[source == s]) for s in np.unique(source)]
@@ -87,9 +87,11 @@ def main(recipe_path: str, folder: str) -> None:
     cues, learned = [], {}
     for plant in zoo_plants():
         human, demo = ate(rm, bases, plant), ate(rm, plain_demo_pairs(), plant)
-        ok = np.sign(human[0]) == plant.sign and human[1] * human[2] > 0 and abs(human[0]) >= 0.25 * delta.std()
-        learned[plant.name] = {"ate": human, "demo": demo, "learned": bool(ok)}
-        text = [f"{v[0]:+.2f} [{v[1]:+.2f}, {v[2]:+.2f}]" for v in (human, demo)]
+        value, low, high = human.value or 0.0, human.low or 0.0, human.high or 0.0
+        ok = np.sign(value) == plant.sign and low * high > 0 and abs(value) >= 0.25 * delta.std()
+        both = [(f.value, f.low, f.high) for f in (human, demo)]
+        learned[plant.name] = {"ate": both[0], "demo": both[1], "learned": bool(ok)}
+        text = [f"{v:+.2f} [{a:+.2f}, {b:+.2f}]" for v, a, b in both]
         sign = "+" if plant.sign > 0 else "-"
         cues.append(f"| {plant.name} | {sign} | {text[0]} | {'yes' if ok else 'no'} | {text[1]} |")
         print(cues[-1], file=sys.stderr)

@@ -1,16 +1,16 @@
-"""Exact ablations a second: the engine against one full forward of the whole text a feature, batch 1 and batched by 32.
+"""Exact ablations per second: the engine against one full forward of the whole text per feature, batch 1 and 32.
 
 usage: RMSCOPE_DATA=DIR ablation.py --cache DIR [--pairs 100] [--rounds 3]
 
 ``zoo:hh`` (12 blocks, d 576), held-out hh-rlhf, TopK SAE (k 32, d_sae 4608) at resid_post.6, float32, all active features of
-both sides of each pair. The engine's time holds the clean runs and the encoding. The reference way is the
-transformers module's own forward with a hook on the block, on the whole text, the features encoded beforehand; it is
-timed on random (response, feature) requests, one by one on every pair, batched on every fifth, against the engine on the
-same pairs, and its results are compared with the engine's. The three take turns pair by pair; a round is all pairs (half
-an hour on two slow cores), and the figures are medians over the rounds.
+both sides of each pair. The engine's time includes the clean runs and the encoding. The reference is the transformers
+module's own forward with a hook on the block, on the whole text, with features encoded beforehand. It is timed on random
+(response, feature) requests, one by one on every pair and batched on every fifth, and its results are compared with the
+engine's. The three take turns pair by pair. A round is all pairs (half an hour on two slow cores); the figures are medians
+over the rounds.
 
-What is left on the table: see ``flops_ratio``, the ratio of multiplications (linear maps and attention) that the two ways
-do, beside ``ratio``, which is what was reached, and ``gflops``, the speed of either.
+``ratio`` is what was reached. ``flops_ratio`` is the ratio of the multiplications (linear maps and attention) of the two
+ways, ``gflops`` the speed of either.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from pms import arguments, emit, load_studied_pm
 from scipy.stats import spearmanr
-from subjects import arguments, emit, subject
 from torch import Tensor
 
 from rmscope.effects.ablation import ablate_groups, ablations, at_site, prefill_pair
@@ -33,7 +33,7 @@ from rmscope.sae.base import Active, Sae
 
 SITE = "resid_post.6"
 SINGLES, BATCH = 4, 32
-"""Requests of a response that the reference way answers one by one, and together."""
+"""Requests per response that the reference answers one by one, and in one batch."""
 BATCHED = 5
 """Every fifth pair is answered batched as well."""
 
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    s = subject("zoo:hh", args.cache)
+    s = load_studied_pm("zoo:hh", args.cache)
     rm, sae = s.rm, s.saes[SITE]
     tokens = rm.tokenize_all(s.held_out[: args.pairs])
     sd = float(rm.score_tokens(tokens).delta.std())
@@ -153,7 +153,7 @@ def one_pair(rm: RewardModel, sae: Sae, tokens: list[PairTokens]) -> None:
 def half_precision(pairs: list[Any], rm: RewardModel, sae: Sae, sd: float) -> None:
     """The same ablations in bfloat16 against float32, of the same features (the clean stream is encoded in either)."""
     half = RewardModel.load("zoo:hh", "bfloat16")
-    left, right = [], []
+    left, right = list[np.ndarray](), list[np.ndarray]()
     for tokens in rm.tokenize_all(pairs):
         for side in SIDES:
             pair = [at_site(sae, prefill_pair(m, tokens, [SITE], [side])[side], SITE, tokens.divergence) for m in (rm, half)]

@@ -1,4 +1,4 @@
-"""What the benchmarks study: a zoo PM, held-out pairs, and TopK SAEs trained on other pairs and kept in a cache folder."""
+"""The PMs of the benchmarks, with held-out pairs, and TopK SAEs that are trained on other pairs and cached in a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rmscope.model.reward_model import RewardModel
 from rmscope.model.training.recipe import Recipe, human_pairs
 from rmscope.pairs.demo import demo_pairs
 from rmscope.pairs.pair import Pair, split_of
-from rmscope.ranking.feature_statistics import census
+from rmscope.ranking.feature_statistics import feature_statistics
 from rmscope.sae import Sae, SaeConfig, train_saes
 
 HUMAN = ["harmless-base", "helpful-base", "helpful-rejection-sampled"]
@@ -28,8 +28,8 @@ LONGEST = 512
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """A PM, the pairs that figures are measured on, and where the SAEs and the store for them lie."""
+class StudiedPm:
+    """A PM, the pairs that figures are measured on, the SAEs, and the store that they were trained on."""
 
     rm: RewardModel
     held_out: list[Pair]
@@ -40,10 +40,12 @@ class Inputs:
         """The mean over the responses' tokens of the store."""
         tokenizer = self.rm.tokenizer
         normal: dict[str, int] = {}
-        counted = census(
-            self.store, self.saes[site], site, lambda t: normal.setdefault(tokenizer.decode([t]).strip().lower(), t)
-        )
-        return baseline(self.saes[site], "mean", counted.f_mean, counted.x_mean)
+
+        def normal_form(token: int) -> int:
+            return normal.setdefault(tokenizer.decode([token]).strip().lower(), token)
+
+        statistics = feature_statistics(self.store, self.saes[site], site, normal_form)
+        return baseline(self.saes[site], "mean", statistics.f_mean, statistics.x_mean)
 
 
 def three_sites(rm: RewardModel) -> list[str]:
@@ -52,7 +54,7 @@ def three_sites(rm: RewardModel) -> list[str]:
     return [f"resid_post.{i}" for i in (2, n // 2, n - 2)]
 
 
-def subject(model: str, cache: Path) -> Inputs:
+def load_studied_pm(model: str, cache: Path) -> StudiedPm:
     """``zoo:hh`` with hh-rlhf (held out: the first 500 rows of each file), or ``zoo:planted`` with the demo's pairs."""
     rm = RewardModel.load(model)
     sites = three_sites(rm)
@@ -62,14 +64,15 @@ def subject(model: str, cache: Path) -> Inputs:
     else:
         pairs = demo_pairs()
         train, held_out = ([p for p in pairs if split_of(p) == s] for s in ("fit", "measure"))
-    train, held_out = fitting(rm, train)[:HARVESTED], fitting(rm, held_out)
+    train, held_out = short_pairs(rm, train)[:HARVESTED], short_pairs(rm, held_out)
     names = content_hash(rm.identity, data_identity(train), sites, SAE.model_dump())
     folder = cache / f"{model.replace(':', '-')}-{names}"
     store = harvest(rm, train, sites, folder / "activations", shown("harvest"))
-    return Inputs(rm, held_out, store, train_saes(store, SAE, folder / "saes", sites, shown("train")))
+    return StudiedPm(rm, held_out, store, train_saes(store, SAE, folder / "saes", sites, shown("train")))
 
 
-def fitting(rm: RewardModel, pairs: list[Pair]) -> list[Pair]:
+def short_pairs(rm: RewardModel, pairs: list[Pair]) -> list[Pair]:
+    """The pairs whose sides differ and have at most LONGEST tokens."""
     tokens = rm.tokenize_all(pairs)
     return [
         p
@@ -79,7 +82,7 @@ def fitting(rm: RewardModel, pairs: list[Pair]) -> list[Pair]:
 
 
 def spread(pairs: list[Pair], n: int) -> list[Pair]:
-    """``n`` of the pairs at even distance, the sources taking turns."""
+    """``n`` evenly spaced pairs, the sources taking turns."""
     by_source: dict[str, list[Pair]] = {}
     for p in pairs:
         by_source.setdefault(str(p.meta["source"]), []).append(p)
@@ -96,7 +99,7 @@ def shown(name: str) -> Any:
 
 
 def emit(**line: Any) -> None:
-    """One JSON line a case; figures to 4 digits."""
+    """Prints one JSON line per case, with figures to 4 digits."""
     print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in line.items()}), flush=True)
 
 
