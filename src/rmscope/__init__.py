@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rmscope.activations.harvest import harvest
     from rmscope.activations.stream import stream
-    from rmscope.api import ablate, attribute, doctor, ledger, rank
+    from rmscope.api.effects import ablate, attribute, doctor, ledger, rank
+    from rmscope.api.studies import audit, compare, edit, evaluate, experiment, gate, jailbreak, sufficiency
     from rmscope.model.reward_model import RewardModel
     from rmscope.pairs.pair import Pair
     from rmscope.pairs.readers import load_pairs
@@ -17,12 +18,11 @@ if TYPE_CHECKING:
     from rmscope.sae import Sae, SaeConfig, train_saes
     from rmscope.statistics import Figure
     from rmscope.studies.edit.patch import load_edited
-    from rmscope.studies.functions import audit, compare, edit, evaluate, experiment, gate, jailbreak, sufficiency
 
 _MODULES = {
     "rmscope.activations.harvest": ("harvest",),
     "rmscope.activations.stream": ("stream",),
-    "rmscope.api": ("ablate", "attribute", "doctor", "ledger", "rank"),
+    "rmscope.api.effects": ("ablate", "attribute", "doctor", "ledger", "rank"),
     "rmscope.model.reward_model": ("RewardModel",),
     "rmscope.pairs.pair": ("Pair",),
     "rmscope.pairs.readers": ("load_pairs",),
@@ -31,7 +31,7 @@ _MODULES = {
     "rmscope.sae": ("Sae", "SaeConfig", "train_saes"),
     "rmscope.statistics": ("Figure",),
     "rmscope.studies.edit.patch": ("load_edited",),
-    "rmscope.studies.functions": (
+    "rmscope.api.studies": (
         "audit", "compare", "edit", "evaluate", "experiment", "gate", "jailbreak", "sufficiency",
     ),
 }  # fmt: skip

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+
 FLIPS = 10_000
 RESAMPLES = 1_000
 Array = np.ndarray
@@ -46,7 +47,7 @@ def interval(
     unit: str = "",
     seed: int = 0,
 ) -> Figure:
-    """The mean of ``values`` [n], or another ``statistic`` of [n, ...], with its 95 % percentile bootstrap interval.
+    """The mean of ``values`` [n], or another ``statistic`` of [n, ...], with its 95 % bootstrap interval (percentiles).
 
     Whole prompts are resampled: ``prompts`` [n] names the prompt of each value; left out, each value has a prompt of its own.
     """

@@ -8,11 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import typer
 import yaml
 
 from rmscope.cli import app
+from rmscope.io import write_table
 from rmscope.run.run import Run
 from rmscope.run.settings import RunConfig
 from rmscope.settings import read_settings
@@ -24,8 +26,8 @@ ELSEWHERE = {"docs/howto/heads.md"}
 """Pages whose blocks another test runs (tests/model/test_heads.py)."""
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python") and named(page) not in ELSEWHERE]
 OF_A_RUN = [page for page in WITH_PYTHON if re.search(r"Run\.(open|create)\(", "".join(blocks(page, "python")))]
-SMALL = {"zoo:hh": "my-pm", "zoo:planted": "my-pm"}
-"""A small random PM in place of the zoo's."""
+SMALL = {"zoo:hh": "my-pm", "zoo:planted": "my-pm", "resid_post.7": "resid_post.2"}
+"""A small random PM in place of the zoo's; it has four blocks."""
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +41,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def with_run(folder: Path) -> Path:
-    """And a finished run in ``demo``."""
-    Run.create(settings(str(folder / "my-pm"), folder / "demo")).go()
+    """And a finished run in ``demo``, all of whose frozen features count as reported: of a random PM few would be."""
+    run = Run.create(settings(str(folder / "my-pm"), folder / "demo")).go()
+    for site in run.sites:
+        table = run.features(site)
+        unflagged = pl.Series("flags", [[]] * table.height, dtype=pl.List(pl.String))
+        write_table(
+            run.folder / "features" / f"{site}.parquet", table.with_columns(pl.lit(True).alias("reported"), unflagged)
+        )
     return folder
 
 

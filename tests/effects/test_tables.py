@@ -10,6 +10,7 @@ from rmscope.effects import tables
 from rmscope.effects.ledger import SILENT, baseline, ledger_rows
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES, Pair
+from rmscope.ranking.estimate_quality import quality_sample
 from tests.model.small import ENCODER, EOS, PAIRS, shared_pm, small_pm, small_sae
 
 SITES = ["resid_post.0", "resid_post.2"]
@@ -101,9 +102,9 @@ def test_the_order_is_one_number_a_response_and_the_same_for_all_features() -> N
     assert set(table.filter(pl.col("pair") == IDS[1])["prompt"]) == {"one"}
 
 
-def test_the_trust_sample_takes_new_prompts_first_and_stands_for_all_features() -> None:
+def test_the_quality_sample_takes_new_prompts_first_and_stands_for_all_features() -> None:
     estimates = ordered(estimated(shared_pm("llama"))[SITES[0]])
-    sampled = tables.quality_sample(estimates, 3, 0)
+    sampled = quality_sample(estimates, 3, 0)
     responses = sampled.select("pair", "side", "prompt").unique()
     assert responses.height == responses["prompt"].n_unique() == 3
     for pair, side in responses.select("pair", "side").iter_rows():
@@ -112,9 +113,9 @@ def test_the_trust_sample_takes_new_prompts_first_and_stands_for_all_features() 
         assert mine["weight"].sum() == pytest.approx(population.height)
         assert mine["feature"].is_in(population["feature"].implode()).all()
     assert "estimate" in sampled.columns
-    more = tables.quality_sample(estimates, 100, 0)
+    more = quality_sample(estimates, 100, 0)
     assert more.select("pair", "side").unique().height == 2 * len(PAIRS)
-    assert tables.quality_sample(estimates, 3, 0).equals(sampled)
+    assert quality_sample(estimates, 3, 0).equals(sampled)
 
 
 def test_ledger_and_contributions_hold_each_others_sums() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmscope.ranking.estimate_quality import PER_RESPONSE, sample, trust
+from rmscope.ranking.estimate_quality import PER_RESPONSE, estimate_quality, sample
 
 
 def table(effect: np.ndarray, estimate: np.ndarray, weight: np.ndarray | None = None) -> pl.DataFrame:
@@ -32,7 +32,7 @@ def effect() -> np.ndarray:
 
 
 def test_a_perfect_estimate_has_trust_1(effect: np.ndarray) -> None:
-    found = trust(table(effect, effect), 1.0, 0.0)
+    found = estimate_quality(table(effect, effect), 1.0, 0.0)
     assert found.spearman_median == found.spearman_low == found.spearman_high == pytest.approx(1.0)
     assert found.spearman_p10 == found.spearman_features == pytest.approx(1.0)
     assert found.sign_agreement == 1.0
@@ -41,14 +41,14 @@ def test_a_perfect_estimate_has_trust_1(effect: np.ndarray) -> None:
 
 
 def test_a_reversed_estimate_has_trust_minus_1_and_the_wrong_signs(effect: np.ndarray) -> None:
-    found = trust(table(effect, -effect), 1.0, 0.0)
+    found = estimate_quality(table(effect, -effect), 1.0, 0.0)
     assert found.spearman_median == found.spearman_p10 == found.spearman_features == pytest.approx(-1.0)
     assert found.sign_agreement == 0.0
     assert found.top_missed == 0.0  # the top is by size
 
 
 def test_an_unrelated_estimate_has_trust_around_0(effect: np.ndarray) -> None:
-    found = trust(table(effect, np.random.default_rng(1).normal(size=effect.shape)), 1.0, 0.0)
+    found = estimate_quality(table(effect, np.random.default_rng(1).normal(size=effect.shape)), 1.0, 0.0)
     assert abs(found.spearman_median) < 0.2
     assert found.spearman_low < 0.05
     assert 0.35 < found.sign_agreement < 0.65
@@ -60,30 +60,32 @@ def test_a_sample_that_is_good_across_responses_but_not_within_them_is_not_trust
     """Pooled correlation would be near 1: the responses differ in size, the features within them are shuffled."""
     rng = np.random.default_rng(0)
     level = np.linspace(-10, 10, 12)[:, None]
-    found = trust(table(level + 0.1 * rng.normal(size=(12, 40)), level + 0.1 * rng.normal(size=(12, 40))), 1.0, 0.0)
+    found = estimate_quality(
+        table(level + 0.1 * rng.normal(size=(12, 40)), level + 0.1 * rng.normal(size=(12, 40))), 1.0, 0.0
+    )
     assert abs(found.spearman_median) < 0.25
 
 
 def test_effects_below_the_noise_floor_count_as_0(effect: np.ndarray) -> None:
     small = np.where(np.abs(effect) < 0.5, effect, 0.0)
     estimate = np.where(np.abs(effect) < 0.5, -effect, effect)
-    assert trust(table(effect, estimate), 1.0, 0.0).sign_agreement < 0.9
-    assert trust(table(effect, estimate), 1.0, 0.5).sign_agreement == 1.0
-    assert np.isnan(trust(table(small, estimate), 1.0, 0.5).sign_agreement)
+    assert estimate_quality(table(effect, estimate), 1.0, 0.0).sign_agreement < 0.9
+    assert estimate_quality(table(effect, estimate), 1.0, 0.5).sign_agreement == 1.0
+    assert np.isnan(estimate_quality(table(small, estimate), 1.0, 0.5).sign_agreement)
 
 
 def test_signs_are_asked_only_where_the_effect_is_large_against_sd(effect: np.ndarray) -> None:
     estimate = np.where(np.abs(effect) < 0.2, -effect, effect)
-    assert trust(table(effect, estimate), 20.0, 0.0).sign_agreement == 1.0
-    assert trust(table(effect, estimate), 1.0, 0.0).sign_agreement < 1.0
+    assert estimate_quality(table(effect, estimate), 20.0, 0.0).sign_agreement == 1.0
+    assert estimate_quality(table(effect, estimate), 1.0, 0.0).sign_agreement < 1.0
 
 
 def test_the_relative_error_is_a_weighted_median() -> None:
     effect = np.full((1, 10), 1.0)
     estimate = np.array([[1.0] * 6 + [2.0] * 4])
-    assert trust(table(effect, estimate), 1.0, 0.0).relative_error == 0.0
+    assert estimate_quality(table(effect, estimate), 1.0, 0.0).relative_error == 0.0
     weight = np.array([[1.0] * 6 + [2.0] * 4])
-    assert trust(table(effect, estimate, weight), 1.0, 0.0).relative_error == pytest.approx(1 / 1.01)
+    assert estimate_quality(table(effect, estimate, weight), 1.0, 0.0).relative_error == pytest.approx(1 / 1.01)
 
 
 def test_the_missed_share_of_the_top() -> None:
@@ -91,20 +93,20 @@ def test_the_missed_share_of_the_top() -> None:
     effect = np.arange(100.0)[None] + 1
     estimate = effect.copy()
     estimate[0, [90, 95, 99]] = 0.5
-    assert trust(table(effect, estimate), 1.0, 0.0).top_missed == pytest.approx(0.3)
+    assert estimate_quality(table(effect, estimate), 1.0, 0.0).top_missed == pytest.approx(0.3)
 
 
 def test_responses_with_few_features_give_no_spearman(effect: np.ndarray) -> None:
-    found = trust(table(effect[:, :7], effect[:, :7]), 1.0, 0.0)
+    found = estimate_quality(table(effect[:, :7], effect[:, :7]), 1.0, 0.0)
     assert found.responses == 0
     assert np.isnan(found.spearman_median)
 
 
 def test_the_order_of_rows_does_not_matter(effect: np.ndarray) -> None:
     rows = table(effect, effect + np.random.default_rng(2).normal(size=effect.shape))
-    found = trust(rows, 1.0, 0.1)
-    assert trust(rows, 1.0, 0.1) == found
-    shuffled = trust(rows.sort("feature", "response"), 1.0, 0.1)
+    found = estimate_quality(rows, 1.0, 0.1)
+    assert estimate_quality(rows, 1.0, 0.1) == found
+    shuffled = estimate_quality(rows.sort("feature", "response"), 1.0, 0.1)
     assert shuffled.spearman_median == pytest.approx(found.spearman_median)
     assert shuffled.relative_error == pytest.approx(found.relative_error)
 

@@ -10,8 +10,8 @@ from typing import Any
 import polars as pl
 import pytest
 
+from rmscope.cli.effect_steps import ledger
 from rmscope.cli.step_settings import LedgerConfig
-from rmscope.cli.steps import ledger
 from rmscope.cli.summaries import RunSummary
 from rmscope.errors import InputError
 from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rmscope.api import attribute
+from rmscope.api.effects import attribute
 from rmscope.errors import InputError
 from rmscope.sae import Sae
 from rmscope.sae.formats import hook_name, sae_source, site_of

@@ -207,7 +207,7 @@ def _default(field: FieldInfo) -> str:
 
 def _title(settings: type[Settings], name: str) -> str:
     """The title of the settings that declare a field; without one of their own, "Options"."""
-    owner = next(c for c in settings.__mro__ if name in c.__dict__.get("__annotations__", {}))
+    owner = next(c for c in settings.__mro__ if name in inspect.get_annotations(c))
     return str(owner.__dict__.get("title", Settings.title))
 
 

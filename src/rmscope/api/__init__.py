@@ -1,0 +1,1 @@
+"""The public surface as functions: effects of features on pairs, and the studies of a run."""
