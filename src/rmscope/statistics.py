@@ -47,7 +47,7 @@ def interval(
     unit: str = "",
     seed: int = 0,
 ) -> Figure:
-    """The mean of ``values`` [n], or another ``statistic`` of [n, ...], with its 95 % bootstrap interval (percentiles).
+    """The mean of ``values`` [n], or another ``statistic`` of [n, ...], with its 95 % bootstrap interval.
 
     Whole prompts are resampled: ``prompts`` [n] names the prompt of each value; left out, each value has a prompt of its own.
     """
