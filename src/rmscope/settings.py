@@ -173,11 +173,11 @@ def validation_sentence(
 ) -> str:
     """The first fault of settings as one sentence; an unknown key comes with the known ones."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    path = _path(cls, first["loc"])
+    path, holder = _locate(cls, first["loc"])
     flag, told = (flags or {}).get(path), first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        name, known = ".".join(map(str, first["loc"])), ", ".join(_holder(cls, first["loc"]).model_fields)
-        return f"Setting {name}{where}: {told.lower()}; known settings are {known}."
+        known = ", ".join(holder.model_fields)
+        return f"Setting {'.'.join(map(str, first['loc']))}{where}: {told.lower()}; known settings are {known}."
     if first["type"] == "missing":
         mend = "give it, or a YAML file of settings" if flag else "give it"
         return f"{flag or 'Setting ' + '.'.join(path)} is missing{where}; {mend}."
@@ -199,8 +199,8 @@ def _was_given(path: tuple[str, ...], given: Mapping[str, Any]) -> bool:
     return True
 
 
-def _path(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[str, ...]:
-    """The setting in which a fault lies: the names of fields in ``loc``, up to the first that is none."""
+def _locate(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[tuple[str, ...], type[BaseModel]]:
+    """The setting in which a fault lies, as names of fields, and the class that holds the last part of ``loc``."""
     path: list[str] = []
     for part in loc:
         if str(part) not in cls.model_fields:
@@ -210,13 +210,4 @@ def _path(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[str, ...]:
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             break
         cls = inner
-    return tuple(path)
-
-
-def _holder(cls: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel]:
-    """The settings class in which the last part of ``loc`` was looked up."""
-    for part in loc[:-1]:
-        inner = cls.model_fields[str(part)].annotation if str(part) in cls.model_fields else None
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            cls = inner
-    return cls
+    return tuple(path), cls

@@ -49,7 +49,7 @@ def interval(
 ) -> Figure:
     """The mean of ``values`` [n], or another ``statistic`` of [n, ...], with its 95 % bootstrap interval.
 
-    Whole prompts are resampled: ``prompts`` [n] names the prompt of each value; left out, each value has a prompt of its own.
+    Whole prompts are resampled: ``prompts`` [n] names each value's prompt; left out, each value has its own.
     """
     rows = np.asarray(values, dtype=float)
     if not len(rows):

@@ -1,4 +1,4 @@
-"""The census on a constructed store: x_j itself is feature j, so every rate, mean and flag is known."""
+"""The statistics on a constructed store: x_j itself is feature j, so every rate, mean and flag is known."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rmscope.activations.store import StoreWriter
-from rmscope.ranking.feature_statistics import FeatureStatistics, _held_out_r2, census
+from rmscope.ranking.feature_statistics import FeatureStatistics, _held_out_r2, feature_statistics
 from rmscope.sae.standard import StandardSae
 
 D, PAIRS, LENGTH, PROMPT = 200, 80, 20, 6
@@ -60,7 +60,7 @@ def count(root: Path, joined: dict[int, int]) -> FeatureStatistics:
     encoder = torch.eye(D)
     encoder[100:102] = 0.0
     sae.fill({"W_enc": encoder, "W_dec": decoder, "b_dec": torch.zeros(D), "b_enc": torch.zeros(D)})
-    return census(ActivationStore.open(root), sae, SITE, lambda t: joined.get(t, t))
+    return feature_statistics(ActivationStore.open(root), sae, SITE, lambda t: joined.get(t, t))
 
 
 def flagged(counted: FeatureStatistics, flag: str) -> set[int]:

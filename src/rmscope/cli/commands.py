@@ -25,7 +25,7 @@ PANELS: dict[str, list[Row]] = {
         ("harvest", steps.HarvestConfig, "cli.steps:harvest", "Writes the residual stream at some sites to disk."),
         ("train", steps.TrainConfig, "cli.steps:train", "Trains SAEs on stored or streamed activations."),
         ("attribute", steps.AttributeConfig, "cli.effect_steps:attribute", "Estimates each feature's effect."),
-        ("ablate", steps.AblateConfig, "cli.effect_steps:ablate", "Measures exact ablation effects on a run's measure split."),
+        ("ablate", steps.AblateConfig, "cli.effect_steps:ablate", "Measures exact effects on a run's measure split."),
         ("ledger", steps.LedgerConfig, "cli.effect_steps:ledger", "Splits Δr into features, error, remainder and gap."),
         ("rank", steps.RankConfig, "cli.effect_steps:rank", "Lists a run's features by what they do."),
         ("evaluate", EvaluateConfig, "studies.evaluate.analyse:analyse", "Compares SAEs on held-out pairs."),
