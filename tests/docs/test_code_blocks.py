@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from rmscope.cli import app
 from rmscope.io import write_table
 from rmscope.run.run import Run
 from rmscope.run.settings import RunConfig
+from rmscope.sae import SaeConfig
 from rmscope.settings import read_settings
 from tests.docs.pages import BLOCK, PAGES, ROOT, blocks, commands, named, run
-from tests.model.small import saved_pm
-from tests.run.small import settings
+from tests.model.small import SENTENCES, saved_pm
 
 ELSEWHERE = {"docs/howto/heads.md"}
 """Pages whose blocks another test runs (tests/model/test_heads.py)."""
@@ -34,21 +33,28 @@ SMALL = {"zoo:hh": "my-pm", "zoo:planted": "my-pm", "resid_post.7": "resid_post.
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages assume: a PM in ``my-pm``, pairs in ``pairs.jsonl``."""
     root = tmp_path_factory.mktemp("docs")
-    settings(saved_pm(root / "my-pm"), root / "unused")
-    shutil.copy(root / "my-pm" / "pairs.jsonl", root / "pairs.jsonl")
+    saved_pm(root / "my-pm")
+    parts = [part for sentence in SENTENCES for part in sentence.split(", ")]
+    rows = [
+        {"prompt": f"Is it {i}?", "chosen": f"{parts[i % 9]}. {parts[i % 4]}.", "rejected": f"{parts[(i + 1) % 9]} {i}."}
+        for i in range(96)
+    ]
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
 
 @pytest.fixture(scope="module")
 def with_run(folder: Path) -> Path:
     """And a finished run in ``demo``, all of whose frozen features count as reported: of a random PM few would be."""
-    run = Run.create(settings(str(folder / "my-pm"), folder / "demo")).go()
+    run = Run.create(
+        model=str(folder / "my-pm"), data=str(folder / "pairs.jsonl"), out=folder / "demo", device="cpu",
+        sae=SaeConfig(d_sae=64, k=6, tokens=4096, batch_size=512), screen=12, others=20, responses=8, quality_responses=2,
+        frozen=24, confirm_prompts=8, ledger_pairs=8, ledger_halvings=1,
+    ).go()  # fmt: skip
     for site in run.sites:
-        table = run.features(site)
-        unflagged = pl.Series("flags", [[]] * table.height, dtype=pl.List(pl.String))
-        write_table(
-            run.folder / "features" / f"{site}.parquet", table.with_columns(pl.lit(True).alias("reported"), unflagged)
-        )
+        path, table = run.folder / "features" / f"{site}.parquet", run.features(site)
+        flags = pl.Series("flags", [[]] * table.height, dtype=pl.List(pl.String))
+        write_table(path, table.with_columns(pl.lit(True).alias("reported"), flags))
     return folder
 
 
@@ -65,7 +71,6 @@ def test_the_python_of_a_page_runs(page: Path, folder: Path, tmp_path: Path, mon
     assert len(run(page, SMALL)) > 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", OF_A_RUN, ids=named)
 def test_the_python_of_a_page_on_runs_runs(
     page: Path, with_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
