@@ -180,7 +180,7 @@ def test_a_pm_is_not_spread_over_several_devices(folder: Path, device: str) -> N
 def test_bfloat16_of_our_own_folders_leaves_rotary_frequencies_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model("llama")
     before = model.model.rotary_emb.inv_freq.clone()
-    monkeypatch.setattr(loading, "load_adapted", lambda _folder: (model, tokenizer(), Path("nowhere")))
+    monkeypatch.setattr(loading, "load_adapted", lambda _folder: (model, tokenizer()))
     rm = RewardModel.load("zoo:hh", "bfloat16", "cpu")
     assert {p.dtype for p in rm.model.parameters()} == {torch.bfloat16}
     assert torch.equal(rm.model.model.rotary_emb.inv_freq, before)

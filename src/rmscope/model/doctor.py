@@ -17,10 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from rmscope.errors import InputError
 from rmscope.io import Progress, silent
 from rmscope.model import cost
-from rmscope.model.capabilities import REFUSALS
 from rmscope.model.preflight import LIMITS, PROBES, Check, Preflight, in_sd, preflight, rewards_alone, verdict
 from rmscope.model.rendering import SETTINGS_FILE, STYLES, PairTokens, Rendering
-from rmscope.model.reward_model import RewardModel
+from rmscope.model.reward_model import REFUSALS, RewardModel
 from rmscope.pairs.pair import SIDES, Pair
 
 LEVEL = 0.01

@@ -25,18 +25,25 @@ def load(
     source: str, dtype: str, place: str, adapter: str | None, revision: str | None, trust_remote_code: bool
 ) -> tuple[Any, Any, Rendering]:
     """The model on its device, its tokenizer, and its rendering. Raises InputError where the source is not a PM."""
-    _check_place(place)
+    try:
+        torch.device(place)  # hooks, caches and SAEs do not follow a PM over several
+    except RuntimeError as error:
+        raise InputError(
+            f"--device {place} is not a device: a PM is studied on one (cpu, cuda, cuda:1), not spread over several; name a "
+            "device that is large enough, or halve the PM with --dtype bfloat16."
+        ) from error
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"--dtype {dtype} is not known; use float32, bfloat16 or float16.")
     if source == BASE:
         raise InputError("zoo:smollm2 is a base without a scalar head; use zoo:hh or zoo:planted, or train a PM on it.")
-    path = Path(source).expanduser()
-    ours = source.startswith("zoo:") or _is_ours(path)
-    if ours and adapter is not None:
-        raise InputError(f"{source} has its own adapter; --adapter is for PMs and bases in transformers' format.")
-    if ours:
-        model, tokenizer, folder = load_adapted(zoo_folder(source[4:]) if source.startswith("zoo:") else path)
-        return _cast(model, getattr(torch, dtype)).to(place), tokenizer, Rendering.find(folder, tokenizer)
+    path = zoo_folder(source[4:]) if source.startswith("zoo:") else Path(source).expanduser()
+    if _is_ours(path):
+        if adapter is not None:
+            raise InputError(f"{source} has its own adapter; --adapter is for PMs and bases in transformers' format.")
+        model, tokenizer = load_adapted(path)
+        for parameter in model.parameters():  # not the buffers: rotary frequencies in bfloat16 would be wrong later on
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+        return model.to(place), tokenizer, Rendering.find(path, tokenizer)
     if adapter is None and (base := _adapted_base(path)):
         source, adapter = base, source
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -45,6 +52,10 @@ def load(
     folders = [Path(p).expanduser() for p in (adapter, source) if p is not None]
     beside = next((p for p in folders if (p / SETTINGS_FILE).is_file()), None)
     return model, tokenizer, Rendering.find(beside, tokenizer, card)
+
+
+def _is_ours(folder: Path) -> bool:
+    return "base" in read_settings(folder)
 
 
 def _adapted_base(folder: Path) -> str | None:
@@ -60,35 +71,16 @@ def _adapted_base(folder: Path) -> str | None:
     return str(base_folder()) if base == BASE else base
 
 
-def _check_place(place: str) -> None:
-    """Raises InputError unless this is one device: hooks, caches and SAEs do not follow a PM over several."""
-    try:
-        torch.device(place)
-    except RuntimeError as error:
-        raise InputError(
-            f"--device {place} is not a device: a PM is studied on one (cpu, cuda, cuda:1), not spread over several; name a "
-            "device that is large enough, or halve the PM with --dtype bfloat16."
-        ) from error
-
-
-def _cast(model: Any, dtype: torch.dtype) -> Any:
-    """Casts the parameters only, as transformers does: rotary frequencies in bfloat16 would be wrong at later tokens."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
-
-
 def _card(source: str, revision: str | None) -> str:
     """The model card of a PM or an adapter, on disk or on the hub; empty without one."""
     from transformers.utils.hub import cached_file
 
-    path = Path(source).expanduser()
-    if path.is_dir():
-        found = path / "README.md"
-        return found.read_text("utf-8", errors="replace") if found.is_file() else ""
-    optional = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
-    cached = cached_file(source, "README.md", revision=revision, **optional)
-    return Path(cached).read_text("utf-8", errors="replace") if cached else ""
+    folder = Path(source).expanduser()
+    path: Any = folder / "README.md"
+    if not folder.is_dir():
+        optional = {f"_raise_exceptions_for_{w}": False for w in ("gated_repo", "missing_entries", "connection_errors")}
+        path = cached_file(source, "README.md", revision=revision, **optional)
+    return Path(path).read_text("utf-8", errors="replace") if path and Path(path).is_file() else ""
 
 
 def is_base(source: str) -> bool:
@@ -102,17 +94,21 @@ def is_base(source: str) -> bool:
         return not _has_head(AutoConfig.from_pretrained(path))
 
 
-def _is_ours(path: Path) -> bool:
-    return "base" in read_settings(path)
+def local_or_hub(source: str) -> str:
+    """The name by which transformers loads a source: a model folder's path, or a hub id.
+
+    Raises InputError where a folder is named that holds no model.
+    """
+    path = base_folder() if source == BASE else Path(source).expanduser()
+    if (source.startswith((".", "/", "~")) or path.exists()) and not (path / "config.json").is_file():
+        raise InputError(f"{source} is not a model folder: it has no config.json; name one, or a hub id.")
+    return str(path) if path.is_dir() else source
 
 
 def _from_transformers(source: str, dtype: str, place: str, adapter: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    path = Path(source).expanduser()
-    if (source.startswith((".", "/", "~")) or path.exists()) and not (path / "config.json").is_file():
-        raise InputError(f"{source} is not a model folder: it has no config.json; name a folder that transformers can load.")
-    name = str(path) if path.is_dir() else source
+    name = local_or_hub(source)
     brought = {} if adapter is None else _adapter_weights(adapter)
     config = _config(source, name, brought, options)
     with as_input_error(f"The PM {source}"), quiet_transformers() if brought else nullcontext():
@@ -125,13 +121,12 @@ def _from_transformers(source: str, dtype: str, place: str, adapter: str | None,
             ignore_mismatched_sizes=True,  # checked below
             **options,
         )
-    beside = None if adapter is None else Path(adapter).expanduser()
-    if beside is not None and not (beside / "tokenizer_config.json").is_file():
-        beside = None
-    with as_input_error(f"The tokenizer of {beside or source}"):
-        at = options if beside is None else {**options, "revision": None}
-        tokenizer = AutoTokenizer.from_pretrained(name if beside is None else str(beside), **at)
-    if beside is not None and tokenizer.pad_token_id is not None:  # the padding that the adapter was trained with
+    words, at = name, options
+    if adapter is not None and (Path(adapter).expanduser() / "tokenizer_config.json").is_file():
+        words, at = str(Path(adapter).expanduser()), {**options, "revision": None}
+    with as_input_error(f"The tokenizer of {words}"):
+        tokenizer = AutoTokenizer.from_pretrained(words, **at)
+    if words != name and tokenizer.pad_token_id is not None:  # the padding that the adapter was trained with
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     _check_whole(source, info, brought)
     if adapter is not None:
@@ -205,17 +200,6 @@ def _has_head(config: Any) -> bool:
     """False for a config that names another kind of model, such as a causal LM."""
     architectures = config.architectures or []
     return not architectures or any("SequenceClassification" in a or "Reward" in a for a in architectures)
-
-
-def context_of(model: Any) -> int:
-    """The longest text in tokens; a huge number where the model states none.
-
-    RoBERTa's first position is the one after the padding id, so its texts are that much shorter.
-    """
-    longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
-    embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    padding = getattr(embeddings, "padding_idx", None)
-    return longest if padding is None else longest - int(padding) - 1
 
 
 def output_weights(model: Any, output: int | Sequence[float] | None, head: Any = None) -> Tensor:

@@ -62,15 +62,9 @@ class Batch:
         texts = [replace(t, row=place[t.row]) for t in self.texts if t.row in place]
         return Batch(self.ids[rows], self.positions[rows], self.mask[rows], texts)
 
-    @property
-    def reads(self) -> tuple[Tensor, Tensor]:
-        """Row and column of each text's read position, [texts] each."""
-        rows = torch.tensor([t.row for t in self.texts])
-        return rows, torch.tensor([int(t.columns[t.read]) for t in self.texts])
-
 
 def packed_length(tokens: PairTokens) -> int:
-    """Tokens of a pair in a packed row."""
+    """Tokens of both sides, with their shared prefix once."""
     return tokens.chosen.numel() + tokens.rejected.numel() - tokens.shared
 
 
@@ -129,5 +123,6 @@ def units(n: int) -> Iterator[range]:
 
 def last_hidden_reads(hidden: Float[Tensor, "rows width d"], batch: Batch) -> Float[Tensor, "texts d"]:
     """The final hidden state of each text at its read position."""
-    rows, columns = batch.reads
-    return hidden[rows.to(hidden.device), columns.to(hidden.device)]
+    places = [(t.row, int(t.columns[t.read])) for t in batch.texts]
+    rows, columns = torch.tensor(places, device=hidden.device).T
+    return hidden[rows, columns]

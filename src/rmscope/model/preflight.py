@@ -15,10 +15,9 @@ from torch import Tensor
 
 from rmscope.errors import InputError
 from rmscope.io import Progress, silent
-from rmscope.model.capabilities import PROBE, REFUSALS
 from rmscope.model.packing import pad_texts
 from rmscope.model.rendering import SETTINGS_FILE, PairTokens, render
-from rmscope.model.reward_model import RewardModel
+from rmscope.model.reward_model import PROBE, REFUSALS, RewardModel
 from rmscope.pairs.pair import SIDES
 
 Status = Literal["ok", "warn", "fail"]

@@ -16,16 +16,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from rmscope.model.clean_run import CleanRun
-from rmscope.model.sites import StopForward, edit_streams, keep_stream, skip_blocks
+from rmscope.model.sites import StopForward, Trunk, keep_stream
 
 NAME = "rmscope_ragged"
 FUSED_TOKENS = 24
@@ -36,48 +35,28 @@ UNSUPPORTED = ("s_aux", "position_bias")
 """Arguments of attention layers that change the scores and are not supported here."""
 
 
-@runtime_checkable
-class Decoder(Protocol):
-    """The part of :class:`~rmscope.model.reward_model.RewardModel` that a ragged batch needs."""
-
-    model: Any
-    blocks: nn.ModuleList
-
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def gives_tuple(self) -> bool: ...
-    def site_index(self, site: str) -> int: ...
-    def read_out(self, hidden: Tensor) -> Tensor: ...
-
-
-@dataclass
 class _Row:
-    """Where the continuations are in the row, and the clean keys and values that their tokens see."""
+    """Where the continuations are in the row, and the clean keys and values that their tokens see.
 
-    keys: list[tuple[Tensor, Tensor]]
-    starts: Int[Tensor, " continuations"]
-    length: int
-    last: int
-    """The last block. The first pass ends there and keeps its keys and values; the second pass reads them."""
-    reading: bool = False
-    kept: tuple[Tensor, Tensor] | None = None
-    seen: set[int] = field(default_factory=set)
+    The first pass ends at the last block and keeps its keys and values; the second pass reads them.
+    """
 
-    def __post_init__(self) -> None:
-        lengths = self.length - self.starts
-        self.prefix, self.longest = int(self.starts.max()), int(lengths.max())
-        offsets = lengths.cumsum(0) - lengths
-        owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        place = torch.arange(int(lengths.sum()), device=lengths.device) - offsets[owner]
-        self.positions = place + self.starts[owner]
+    def __init__(self, text: CleanRun, starts: Int[Tensor, " continuations"], last: int) -> None:
+        self.keys, self.starts, self.last = text.keys, starts, last
+        self.reading = False
+        self.kept: tuple[Tensor, Tensor] | None = None
+        self.seen: set[int] = set()
+        lengths = text.ids.numel() - starts
+        n, offsets, device = int(lengths.sum()), lengths.cumsum(0) - lengths, starts.device
+        self.prefix, self.longest = int(starts.max()), int(lengths.max())
+        owner = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+        place = torch.arange(n, device=device) - offsets[owner]
+        self.positions = place + starts[owner]
         self.reads = offsets + lengths - 1
-        column = torch.arange(self.longest, device=lengths.device)
-        self.padded = (offsets[:, None] + column).clamp_max(int(lengths.sum()) - 1)
+        column = torch.arange(self.longest, device=device)
+        self.padded = (offsets[:, None] + column).clamp_max(n - 1)
         self.ragged = owner * self.longest + place
-        far = torch.arange(self.prefix, device=lengths.device) < self.starts[:, None]
+        far = torch.arange(self.prefix, device=device) < starts[:, None]
         near = (column <= column[:, None]).expand(len(lengths), -1, -1)
         self.mask = _additive(torch.cat([far[:, None].expand(-1, self.longest, -1), near], -1))
         self.read_mask = _additive(torch.cat([far, column < lengths[:, None]], -1)[:, None])
@@ -173,44 +152,45 @@ def _ragged_attention(model: Any, row: _Row) -> Iterator[None]:
         _row.reset(token)
 
 
-def resume_ragged(
-    rm: Decoder, text: CleanRun, site: str, starts: Sequence[int], stream: Float[Tensor, "tokens d"]
-) -> Float[Tensor, " continuations"]:
-    """r of each continuation, float32. Continuation c holds the tokens ``starts[c]`` .. read position.
+def ragged_states(
+    trunk: Trunk, text: CleanRun, site: str, starts: Sequence[int], stream: Float[Tensor, "tokens d"]
+) -> Float[Tensor, "continuations d"]:
+    """The final hidden state of each continuation. Continuation c holds the tokens ``starts[c]`` .. read position.
 
     ``stream`` holds the continuations' streams at ``site``, end to end. No block up to the site runs again, and no token
     before a continuation's start. Raises what the model raises where it does not take such a row;
     ``RewardModel.capabilities.ragged`` tells whether it does.
     """
-    upto, last = rm.site_index(site), len(rm.blocks) - 1
-    n, _ = text.ids.numel(), rm.gives_tuple  # measured on first use, by a forward pass with the usual attention
-    row = _Row(text.keys, torch.as_tensor(starts, device=rm.device), n, last)
-    stream = stream.to(rm.device, rm.dtype)
-    with torch.no_grad(), _ragged_attention(rm.model, row):
-        entering = stream if upto == last else _up_to_last(rm, text, row, upto, stream)
+    upto, last = trunk.site_index(site), len(trunk.blocks) - 1
+    n, _ = text.ids.numel(), trunk.gives_tuple  # measured on first use, by a forward pass with the usual attention
+    row = _Row(text, torch.as_tensor(starts, device=trunk.device), last)
+    stream = stream.to(trunk.device, trunk.dtype)
+    with torch.no_grad(), _ragged_attention(trunk.model, row):
+        if upto < last:
+            stream = _input_of_last(trunk, text, row, site, stream)
         row.reading = True
         reads = torch.full_like(row.starts, n - 1)
-        hidden = _run(rm, text.ids[reads.cpu()], reads, max(upto, last - 1), entering[row.reads])
+        hidden = _run(trunk, text, reads, site if upto == last else trunk.sites[last], stream[row.reads])
     if not set(range(upto + 1, last + 1)) <= row.seen:
         raise ValueError("a block's attention does not go through transformers' attention interface")
-    return rm.read_out(hidden[0])
+    return hidden
 
 
-def _up_to_last(rm: Decoder, text: CleanRun, row: _Row, upto: int, stream: Tensor) -> Float[Tensor, "tokens d"]:
+def _input_of_last(trunk: Trunk, text: CleanRun, row: _Row, site: str, stream: Tensor) -> Float[Tensor, "tokens d"]:
     """The last block's input. Runs the blocks between the site and the last one, whose keys it leaves in ``row``."""
+    before_last = trunk.sites[row.last]
     streams: dict[str, Tensor] = {}
     try:
-        with edit_streams(rm.blocks, {row.last - 1: keep_stream(streams, "entering")}):
-            _run(rm, text.ids[row.positions.cpu()], row.positions, upto, stream)
+        with trunk.edit_streams({before_last: keep_stream(streams, before_last)}):
+            _run(trunk, text, row.positions, site, stream)
     except StopForward:
-        return stream if upto == row.last - 1 else streams["entering"][0]
+        return stream if site == before_last else streams[before_last][0]
     raise ValueError("the last block's attention does not go through transformers' attention interface")
 
 
-def _run(rm: Decoder, ids: Tensor, positions: Tensor, upto: int, stream: Tensor) -> Tensor:
-    """The model's own forward over one row, with its stream after block ``upto`` (-1: the embedding) replaced."""
-    x = stream[None]
-    replace = edit_streams(rm.blocks, {-1: lambda _x: x}) if upto < 0 else skip_blocks(rm.blocks, upto, x, rm.gives_tuple)
-    with replace:
-        out = rm.model.base_model(ids[None].to(rm.device), position_ids=positions[None], use_cache=False)
-    return out.last_hidden_state  # type: ignore[no-any-return]
+def _run(trunk: Trunk, text: CleanRun, positions: Tensor, site: str, stream: Tensor) -> Float[Tensor, "tokens d"]:
+    """Final hidden states of one row by the model's own forward, with its stream at ``site`` replaced."""
+    ids = text.ids[positions.cpu()].to(trunk.device)
+    with trunk.replace_stream(site, stream[None]):
+        out = trunk.model.base_model(ids[None], position_ids=positions[None], use_cache=False)
+    return out.last_hidden_state[0]  # type: ignore[no-any-return]

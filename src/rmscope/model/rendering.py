@@ -14,11 +14,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rmscope.errors import InputError
-from rmscope.pairs.pair import Message
+from rmscope.pairs.pair import SIDES, Message, Pair
 
 Style = Literal["hh", "chat", "plain"]
 STYLES: tuple[Style, ...] = ("hh", "chat", "plain")
 SETTINGS_FILE = "rmscope.json"
+HH_TURN = {"system": "{}", "user": "\n\nHuman: {}", "assistant": "\n\nAssistant: {}"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +43,24 @@ class Rendering:
         For ``hh``, a model ``card`` that TRL wrote decides whether eos is appended. Raises :class:`InputError` where the
         file names a rendering that cannot be used.
         """
-        if folder is not None and (stored := read_settings(folder)):
-            given = stored.get("rendering", {})
-            known = given.keys() <= {"style", "append_eos", "suffix"} if isinstance(given, dict) else False
-            if not known or given.get("style", "hh") not in STYLES:
-                raise InputError(
-                    f"{folder / SETTINGS_FILE} names no rendering that rmscope knows ({given}); "
-                    f"give a style ({', '.join(STYLES)}) and append_eos."
-                )
-            found = cls(**given)
-            if found.style == "chat" and not getattr(tokenizer, "chat_template", None):
-                raise InputError(
-                    f"{folder / SETTINGS_FILE} asks for the chat template, but the tokenizer has none; add it "
-                    "(chat_template.jinja), or name another style."
-                )
-            return found
-        if getattr(tokenizer, "chat_template", None):
-            return cls("chat")
-        return cls("hh", append_eos=trl_appended_eos(card) and tokenizer.eos_token_id is not None)
+        template = getattr(tokenizer, "chat_template", None)
+        if folder is None or not (stored := read_settings(folder)):
+            if template:
+                return cls("chat")
+            return cls("hh", append_eos=trl_appended_eos(card) and tokenizer.eos_token_id is not None)
+        given = stored.get("rendering", {})
+        known = isinstance(given, dict) and given.keys() <= {"style", "append_eos", "suffix"}
+        if not known or given.get("style", "hh") not in STYLES:
+            raise InputError(
+                f"{folder / SETTINGS_FILE} names no rendering that rmscope knows ({given}); "
+                f"give a style ({', '.join(STYLES)}) and append_eos."
+            )
+        if given.get("style") == "chat" and not template:
+            raise InputError(
+                f"{folder / SETTINGS_FILE} asks for the chat template, but the tokenizer has none; add it "
+                "(chat_template.jinja), or name another style."
+            )
+        return cls(**given)
 
     def as_dict(self) -> dict[str, Any]:
         """The rendering as ``rmscope.json`` stores it; an empty suffix is left out."""
@@ -91,23 +92,40 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def render(rendering: Rendering, tokenizer: Any, prompt: Sequence[Message], response: str) -> str:
     """The whole text of one side, without the appended eos. Raises InputError where a role cannot be rendered."""
-    return _text(rendering, tokenizer, prompt, response) + rendering.suffix
-
-
-def _text(rendering: Rendering, tokenizer: Any, prompt: Sequence[Message], response: str) -> str:
+    messages: list[Message] = [*prompt, {"role": "assistant", "content": response}]
+    roles = [m["role"] for m in messages]
     if rendering.style == "chat":
-        messages = [*prompt, {"role": "assistant", "content": response}]
         try:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
         except Exception as error:  # templates raise errors of many classes
             raise InputError(
-                f"The PM's chat template refuses a conversation with the roles {[m['role'] for m in messages]} "
-                f"({error}); drop such rows or choose another rendering."
+                f"The PM's chat template refuses a conversation with the roles {roles} ({error}); drop such rows or choose "
+                "another rendering."
             ) from error
-    if rendering.style == "hh":
-        turns = "".join(HH_TURN[_role(m)].format(m["content"]) for m in prompt)
-        return turns + HH_TURN["assistant"].format(response)
-    return "\n".join([*(m["content"] for m in prompt), response])
+    elif rendering.style == "hh":
+        if unknown := [role for role in roles if role not in HH_TURN]:
+            raise InputError(
+                f"The hh transcript has no role {unknown[0]}; use system, user and assistant, or a chat template."
+            )
+        text = "".join(HH_TURN[m["role"]].format(m["content"]) for m in messages)
+    else:
+        text = "\n".join(m["content"] for m in messages)
+    return text + rendering.suffix
+
+
+def encode(rendering: Rendering, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of rendered texts, with the tokenizer's special tokens unless a chat template has put them in.
+
+    Raises InputError where eos is to be appended and the tokenizer has none.
+    """
+    if not texts:
+        return []
+    if rendering.append_eos and tokenizer.eos_token_id is None:
+        raise InputError(
+            "The rendering appends the eos token, but the PM's tokenizer has no eos token; set append_eos to false."
+        )
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=rendering.style != "chat").input_ids
+    return [[*row, tokenizer.eos_token_id] for row in ids] if rendering.append_eos else ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +144,11 @@ class PairTokens:
         """The number of first tokens that a run of one side may take from the other; 0 where the first tokens differ."""
         return self.divergence if self.chosen[0] == self.rejected[0] else 0
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer side."""
+        return max(self.chosen.numel(), self.rejected.numel())
+
 
 def divergence(chosen: Sequence[int], rejected: Sequence[int]) -> int:
     """The first index at which two token lists differ, or the last common index where one is a prefix of the other.
@@ -137,33 +160,12 @@ def divergence(chosen: Sequence[int], rejected: Sequence[int]) -> int:
     return max(1, min(first, shorter - 1))
 
 
-HH_TURN = {"system": "{}", "user": "\n\nHuman: {}", "assistant": "\n\nAssistant: {}"}
-
-
-def _role(message: Message) -> str:
-    if message["role"] not in HH_TURN:
-        raise InputError(
-            f"The hh transcript has no role {message['role']}; use system, user and assistant, or a chat template."
-        )
-    return message["role"]
-
-
-def encode(rendering: Rendering, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of rendered texts, with the tokenizer's special tokens unless a chat template has put them in.
-
-    Raises InputError where eos is to be appended and the tokenizer has none.
-    """
-    if not texts:
-        return []
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=rendering.style != "chat").input_ids
-    if rendering.append_eos:
-        if tokenizer.eos_token_id is None:
-            raise InputError(
-                "The rendering appends the eos token, but the PM's tokenizer has no eos token; set append_eos to false."
-            )
-        ids = [[*row, tokenizer.eos_token_id] for row in ids]
-    return ids
-
-
 def pair_tokens(chosen: list[int], rejected: list[int]) -> PairTokens:
     return PairTokens(torch.tensor(chosen), torch.tensor(rejected), divergence(chosen, rejected))
+
+
+def tokenize_sides(rendering: Rendering, tokenizer: Any, pairs: Sequence[Pair]) -> list[PairTokens]:
+    """The tokens of both sides of each pair."""
+    texts = [render(rendering, tokenizer, p.prompt, p.side(s)) for s in SIDES for p in pairs]
+    ids = encode(rendering, tokenizer, texts)
+    return [pair_tokens(c, r) for c, r in zip(ids[: len(pairs)], ids[len(pairs) :], strict=True)]

@@ -1,43 +1,55 @@
-"""RewardModel: a preference model that can be loaded, checked, scored, and run from any site."""
+"""RewardModel: a preference model that can be loaded, checked, scored, and run from any site.
+
+Each faster way of running it is used only where it gives the reward that the model's own forward gives the text alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rmscope.errors import InputError
 from rmscope.hardware import place
 from rmscope.io import Progress, silent
 from rmscope.model import loading
-from rmscope.model.capabilities import Capabilities, measure_capabilities
 from rmscope.model.clean_run import CleanRun, cache_of
 from rmscope.model.onednn import use_onednn
 from rmscope.model.packing import Batch, by_budget, last_hidden_reads, pack_pairs, packed_length, pad_texts, units
-from rmscope.model.ragged import resume_ragged
-from rmscope.model.rendering import PairTokens, Rendering, encode, pair_tokens, render
-from rmscope.model.sites import (
-    Edit,
-    StopForward,
-    block_gives_tuple,
-    default_sites,
-    edit_streams,
-    find_blocks,
-    keep_stream,
-    site_index,
-    skip_blocks,
-)
+from rmscope.model.ragged import ragged_states
+from rmscope.model.rendering import PairTokens, Rendering, encode, render, tokenize_sides
+from rmscope.model.sites import Edit, StopForward, Trunk, keep_stream
 from rmscope.pairs.pair import SIDES, Message, Pair
 
 TOKEN_BUDGET = 1024
 """Tokens (padding included) in one forward pass. On a CPU larger batches leave the cache: 2,700 tokens per second at 1,024,
 2,300 at 4,096."""
+PROBE = Pair(
+    "probe",
+    [{"role": "user", "content": "What is the capital of France?"}],
+    "It is Paris, on the Seine.",
+    "The capital of France is a large city.",
+)
+REFUSALS = (ValueError, RuntimeError, TypeError, IndexError, AttributeError)
+"""What a model's own forward raises where it does not take a mask, positions or a cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a PM's own forward takes. All three are False for encoders."""
+
+    packing: bool
+    """One row may hold both texts of a pair, with their shared prefix once (needs 4-D attention masks)."""
+    resume: bool
+    """A clean run can be resumed after any site, from any token on (needs a key-value cache)."""
+    ragged: bool
+    """Many resumed runs that begin at different tokens can share one row without padding (:mod:`rmscope.model.ragged`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +65,7 @@ class Scores:
         return self.chosen - self.rejected
 
 
-class RewardModel:
+class RewardModel(Trunk):
     """A preference model. ``model`` is the transformers module itself, ``tokenizer`` its tokenizer."""
 
     def __init__(
@@ -66,15 +78,12 @@ class RewardModel:
         head: nn.Module | None = None,
     ) -> None:
         """``head`` replaces the PM's own: it turns final hidden states [texts, d] into rewards (``model/heads.py``)."""
-        self.model = model.eval().requires_grad_(False)
+        super().__init__(model.eval().requires_grad_(False))
         use_onednn(self.model)
-        self.tokenizer = tokenizer
-        self.rendering = rendering
-        self.name = name
+        self.tokenizer, self.rendering, self.name = tokenizer, rendering, name
         self._words: dict[int, bool] = {}
         self._weights = loading.output_weights(model, output, head)
         self.own_head = None if head is None else head.to(self.device, self.dtype).eval().requires_grad_(False)
-        self.blocks: nn.ModuleList = find_blocks(model)
         self.causal = head is not None or isinstance(getattr(model, "score", None), nn.Linear)
 
     @classmethod
@@ -97,47 +106,10 @@ class RewardModel:
         model, tokenizer, rendering = loading.load(source, dtype, place(device), adapter, revision, trust_remote_code)
         return cls(model, tokenizer, rendering, source, output)
 
-    # What the model is
-
     @property
     def output(self) -> list[float]:
         """The weights of its outputs in the reward."""
         return list(self._weights.tolist())
-
-    @property
-    def d_model(self) -> int:
-        return int(self.model.config.get_text_config().hidden_size)
-
-    @property
-    def sites(self) -> list[str]:
-        return ["embed", *(f"resid_post.{i}" for i in range(len(self.blocks)))]
-
-    @property
-    def default_sites(self) -> list[str]:
-        return default_sites(len(self.blocks))
-
-    def site_index(self, site: str) -> int:
-        """The block whose output the site is. Raises InputError that lists the sites of this PM."""
-        return site_index(site, len(self.blocks))
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
-
-    @property
-    def context(self) -> int:
-        """The longest text in tokens; a huge number where the model states none."""
-        return loading.context_of(self.model)
-
-    @property
-    def pad_id(self) -> int:
-        """The id that fills batches; 0 where the model has none."""
-        pad = self.model.config.get_text_config().pad_token_id
-        return 0 if pad is None else int(pad)
 
     @cached_property
     def identity(self) -> str:
@@ -146,21 +118,8 @@ class RewardModel:
 
     @cached_property
     def capabilities(self) -> Capabilities:
-        """What the model's forward takes: packed rows, resumed runs, ragged rows. Measured on first use."""
-        return measure_capabilities(self)
-
-    @cached_property
-    def attention_window(self) -> int:
-        """The shortest window of a layer's attention, in tokens. Packed rows carry no windows, so longer texts run alone."""
-        config = self.model.config.get_text_config()
-        windows = [getattr(config, n, None) for n in ("sliding_window", "window_size", "attention_chunk_size")]
-        return min((w for w in windows if isinstance(w, int) and w > 0), default=1 << 30)
-
-    @cached_property
-    def gives_tuple(self) -> bool:
-        """Whether a block returns a tuple; measured by one forward pass."""
-        probe = torch.ones(1, 1, dtype=torch.long, device=self.device)
-        return block_gives_tuple(self.blocks, lambda: self.model.base_model(probe))
+        """What the model's own forward takes, measured on the probe on first use."""
+        return _measure_capabilities(self)
 
     # Text to tokens
 
@@ -169,15 +128,12 @@ class RewardModel:
         return self.tokenize_all([pair])[0]
 
     def tokenize_all(self, pairs: Sequence[Pair]) -> list[PairTokens]:
-        texts = [render(self.rendering, self.tokenizer, p.prompt, p.side(s)) for s in SIDES for p in pairs]
-        ids = encode(self.rendering, self.tokenizer, texts)
-        return [pair_tokens(c, r) for c, r in zip(ids[: len(pairs)], ids[len(pairs) :], strict=True)]
+        return tokenize_sides(self.rendering, self.tokenizer, pairs)
 
     def text_ids(self, prompt: Sequence[Message], response: str) -> Tensor:
         """Token ids [T] of one rendered text."""
-        return torch.tensor(
-            encode(self.rendering, self.tokenizer, [render(self.rendering, self.tokenizer, prompt, response)])[0]
-        )
+        text = render(self.rendering, self.tokenizer, prompt, response)
+        return torch.tensor(encode(self.rendering, self.tokenizer, [text])[0])
 
     def read_position(self, ids: Tensor) -> int:
         """Where the model's own forward reads the score of this text alone: the rightmost token that is not padding.
@@ -208,7 +164,7 @@ class RewardModel:
 
     def fits(self, tokens: PairTokens) -> bool:
         """Whether both sides are within the PM's context."""
-        return _longest(tokens) <= self.context
+        return tokens.longest <= self.context
 
     # Batches
 
@@ -220,7 +176,7 @@ class RewardModel:
     def unit_batches(self, tokens: Sequence[PairTokens], unit: Sequence[int], budget: int = TOKEN_BUDGET) -> Iterator[Batch]:
         """Batches of one unit: packed pairs first, then the texts that need a row of their own."""
         packing = self.capabilities.packing
-        packs = {i: packing and _longest(tokens[i]) <= self.attention_window for i in unit}
+        packs = {i: packing and tokens[i].longest <= self.attention_window for i in unit}
         together = [i for i in unit if packs[i]]
         for chosen in by_budget([packed_length(tokens[i]) for i in together], budget):
             pairs = [(i, tokens[i]) for i in (together[c] for c in chosen)]
@@ -245,21 +201,22 @@ class RewardModel:
                 return self.read_out(self.model.base_model(ids).last_hidden_state[:, -1])[0].cpu()
             return self.reward_of(self.model(ids).logits)[0].cpu()
 
-    def rewards(self, batch: Batch, edits: dict[str, Edit] | None = None) -> Float[Tensor, " texts"]:
+    def rewards(self, batch: Batch, edits: Mapping[str, Edit] | None = None) -> Float[Tensor, " texts"]:
         """r of every text of the batch, float32. Each edit changes the stream at its site."""
-        by_index = {self.site_index(site): edit for site, edit in (edits or {}).items()}
-        with edit_streams(self.blocks, by_index), torch.set_grad_enabled(bool(edits) and torch.is_grad_enabled()):
+        with self.edit_streams(edits or {}), torch.set_grad_enabled(bool(edits) and torch.is_grad_enabled()):
             if not self.causal:
                 return self.reward_of(self.model(**batch.inputs(self.device, self.dtype)).logits)
-            hidden = self.model.base_model(**batch.inputs(self.device, self.dtype), use_cache=False).last_hidden_state
-        return self.read_out(last_hidden_reads(hidden, batch))
+            return self._rewards(batch)
 
     def rewards_from(self, batch: Batch, site: str, stream: Float[Tensor, "rows width d"]) -> Float[Tensor, " texts"]:
         """r of every text with the stream at ``site`` replaced; blocks up to the site do not run. Differentiable."""
-        if not self.causal or site == "embed":
+        if not self.causal:
             return self.rewards(batch, {site: lambda _x: stream})
-        with skip_blocks(self.blocks, self.site_index(site), stream, self.gives_tuple):
-            hidden = self.model.base_model(**batch.inputs(self.device, self.dtype), use_cache=False).last_hidden_state
+        with self.replace_stream(site, stream):
+            return self._rewards(batch)
+
+    def _rewards(self, batch: Batch) -> Float[Tensor, " texts"]:
+        hidden = self.model.base_model(**batch.inputs(self.device, self.dtype), use_cache=False).last_hidden_state
         return self.read_out(last_hidden_reads(hidden, batch))
 
     def read_out(self, hidden: Float[Tensor, "texts d"]) -> Float[Tensor, " texts"]:
@@ -276,13 +233,11 @@ class RewardModel:
     @torch.no_grad()
     def streams(self, batch: Batch, sites: Sequence[str]) -> dict[str, Float[Tensor, "rows width d"]]:
         """The residual stream at each site; the forward pass stops after the last one."""
-        index = {site: self.site_index(site) for site in sites}
         streams: dict[str, Tensor] = {}
-        edits = {i: keep_stream(streams, site) for site, i in index.items()}
-        with suppress(StopForward), edit_streams(self.blocks, edits, stop_after=max(index.values())):
-            options = {"use_cache": False} if self.causal else {}
+        options = {"use_cache": False} if self.causal else {}
+        with suppress(StopForward), self.edit_streams({s: keep_stream(streams, s) for s in sites}, stop=True):
             self.model.base_model(**batch.inputs(self.device, self.dtype), **options)
-        return {site: streams[site] for site in index}
+        return {site: streams[site] for site in sites}
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, sites: Sequence[str], before: CleanRun | None = None, shared: int = 0) -> CleanRun:
@@ -296,8 +251,8 @@ class RewardModel:
         cache: Any = DynamicCache() if before is None else cache_of(before.keys, shared, 1)
         start = 0 if before is None else shared
         new: dict[str, Tensor] = {}
-        with edit_streams(self.blocks, {self.site_index(site): keep_stream(new, site) for site in sites}):
-            hidden = self._run_cached(ids[start:], start, cache)
+        with self.edit_streams({site: keep_stream(new, site) for site in sites}):
+            hidden = self.run_cached(ids[None, start:], torch.arange(start, ids.numel()), cache)
         reward = float(self.read_out(hidden[:, -1])[0])
         streams = {s: x[0] if before is None else torch.cat([before.streams[s][:shared], x[0]]) for s, x in new.items()}
         return CleanRun(ids, streams, [(layer.keys, layer.values) for layer in cache.layers], reward)
@@ -310,22 +265,18 @@ class RewardModel:
 
         No block up to the site runs again, and no token before ``start``: their keys and values come from the clean run.
         """
-        rows, upto = stream.shape[0], self.site_index(site)
-        stream = stream.to(self.dtype)
-        replace = (
-            edit_streams(self.blocks, {upto: lambda _x: stream})
-            if site == "embed"
-            else skip_blocks(self.blocks, upto, stream, self.gives_tuple)
-        )
-        with replace:
-            hidden = self._run_cached(text.ids[start:], start, cache_of(text.keys, start, rows), rows)
+        ids, positions = text.ids[start:].expand(len(stream), -1), torch.arange(start, text.ids.numel())
+        with self.replace_stream(site, stream.to(self.dtype)):
+            hidden = self.run_cached(ids, positions, cache_of(text.keys, start, len(stream)))
         return self.read_out(hidden[:, -1])
 
-    def _run_cached(self, ids: Tensor, start: int, cache: Any, rows: int = 1) -> Float[Tensor, "rows rest d"]:
-        """Final hidden states of the tokens [rest] that follow a cache of ``start`` tokens, in so many rows."""
+    def run_cached(
+        self, ids: Int[Tensor, "rows rest"], positions: Int[Tensor, " rest"], cache: Any
+    ) -> Float[Tensor, "rows rest d"]:
+        """Final hidden states of tokens that follow those in the cache, which is extended by them."""
         return self.model.base_model(
-            ids.to(self.device).expand(rows, -1),
-            position_ids=torch.arange(start, start + ids.numel(), device=self.device).expand(rows, -1),
+            ids.to(self.device),
+            position_ids=positions.to(self.device).expand(len(ids), -1),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
@@ -333,12 +284,11 @@ class RewardModel:
     def resume_ragged(
         self, text: CleanRun, site: str, starts: Sequence[int], stream: Float[Tensor, "tokens d"]
     ) -> Float[Tensor, " continuations"]:
-        """r of many continuations of a clean run in one row (:func:`rmscope.model.ragged.resume_ragged`)."""
-        return resume_ragged(self, text, site, starts, stream)
+        """r of many continuations of a clean run in one row, float32 (:func:`rmscope.model.ragged.ragged_states`)."""
+        return self.read_out(ragged_states(self, text, site, starts, stream))
 
     # Scores
 
-    @torch.no_grad()
     def score(self, pairs: Sequence[Pair], progress: Progress = silent) -> Scores:
         """Rewards of both sides, [pairs] float32. Raises InputError where a text is longer than the PM's context."""
         tokens = self.tokenize_all(pairs)
@@ -350,7 +300,6 @@ class RewardModel:
             )
         return self.score_tokens(tokens, progress)
 
-    @torch.no_grad()
     def score_tokens(self, tokens: Sequence[PairTokens], progress: Progress = silent) -> Scores:
         """The same for pairs that are tokenized already."""
         out: dict[str, Tensor] = {side: torch.zeros(len(tokens)) for side in SIDES}
@@ -362,18 +311,53 @@ class RewardModel:
             progress(min(done, len(tokens)), len(tokens), "pairs scored")
         return Scores(out["chosen"], out["rejected"])
 
-    @torch.no_grad()
     def score_texts(self, prompt: str | Sequence[Message], responses: Sequence[str]) -> Float[Tensor, " texts"]:
         """Rewards of any responses to one prompt, [responses] float32. Raises InputError where a text is too long."""
         turns: Sequence[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         ids = [self.text_ids(turns, response) for response in responses]
         if (longest := max((i.numel() for i in ids), default=0)) > self.context:
             raise InputError(f"A text of {longest} tokens exceeds the PM's context of {self.context} tokens; shorten it.")
-        out = torch.zeros(len(ids))
-        for batch in self.text_batches(ids):
+        return self.score_ids(ids)
+
+    def score_ids(self, texts: Sequence[Tensor]) -> Float[Tensor, " texts"]:
+        """Rewards of texts that are tokenized already, [T] each."""
+        out = torch.zeros(len(texts))
+        for batch in self.text_batches(texts):
             out[torch.tensor([t.pair for t in batch.texts])] = self.rewards(batch).cpu()
         return out
 
 
-def _longest(tokens: PairTokens) -> int:
-    return max(tokens.chosen.numel(), tokens.rejected.numel())
+def _measure_capabilities(rm: RewardModel) -> Capabilities:
+    """Runs the probe in each way and compares its rewards with those of the model's own forward."""
+    if not rm.causal:
+        return Capabilities(packing=False, resume=False, ragged=False)
+    tokens = rm.tokenize(PROBE)
+    alone = torch.stack([rm.reward_alone(tokens.side(side)) for side in SIDES])
+
+    def pack() -> tuple[Tensor, Tensor]:
+        return alone, rm.rewards(pack_pairs([(0, tokens, rm.read_positions(tokens))]))
+
+    def resume() -> tuple[Tensor, Tensor]:
+        site, start = "resid_post.0", tokens.chosen.numel() // 2
+        clean = rm.prefill(tokens.chosen, [site])
+        return alone[:1], rm.resume(clean, site, start, clean.streams[site][None, start:])
+
+    def resume_many() -> tuple[Tensor, Tensor]:
+        clean = rm.prefill(tokens.chosen, ["embed"])
+        starts = [clean.ids.numel() - n for n in (12, 5)]
+        halves = [0.5 * clean.streams["embed"][start:] for start in starts]
+        one_by_one = [rm.resume(clean, "embed", s, x[None]) for s, x in zip(starts, halves, strict=True)]
+        return torch.cat(one_by_one), rm.resume_ragged(clean, "embed", starts, torch.cat(halves))
+
+    can_resume = _agree(rm, resume)
+    return Capabilities(_agree(rm, pack), can_resume, can_resume and _agree(rm, resume_many))
+
+
+def _agree(rm: RewardModel, run: Callable[[], tuple[Tensor, Tensor]]) -> bool:
+    """Whether ``run`` gives the expected rewards; False where the model's forward refuses."""
+    tolerance = 5e-2 if rm.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    try:
+        expected, rewards = (r.cpu() for r in run())
+    except REFUSALS:
+        return False
+    return bool(((expected - rewards).abs() <= tolerance * (1 + expected.abs())).all())

@@ -35,12 +35,10 @@ def run_from_prefix(rm: RewardModel, clean: CleanRun, ids: Tensor, sites: Sequen
 @torch.no_grad()
 def rewards_from_prefix(rm: RewardModel, clean: CleanRun | None, texts: Sequence[Tensor]) -> Float[Tensor, " texts"]:
     """r of each text [T], float32. Without a clean run (PMs that cannot be resumed) every text is run whole."""
-    out = torch.zeros(len(texts))
     cut = [ids[: rm.read_position(ids) + 1] for ids in texts]
     if clean is None:
-        for batch in rm.text_batches(cut):
-            out[torch.tensor([t.pair for t in batch.texts])] = rm.rewards(batch).cpu()
-        return out
+        return rm.score_ids(cut)
+    out = torch.zeros(len(texts))
     shared = [min(shared_prefix_length(clean.ids, ids), ids.numel() - 1) for ids in cut]
     for some in _batches(shared, [ids.numel() for ids in cut]):
         out[torch.tensor(some)] = _run(rm, clean, [cut[i] for i in some], min(shared[i] for i in some))
@@ -51,15 +49,9 @@ def _run(rm: RewardModel, clean: CleanRun, texts: Sequence[Tensor], start: int) 
     """One forward pass of the texts' tokens from ``start`` on."""
     rows = pad_sequence([ids[start:] for ids in texts], batch_first=True, padding_value=rm.pad_id)
     reads = torch.tensor([ids.numel() - start - 1 for ids in texts], device=rm.device)
-    positions = torch.arange(start, start + rows.shape[1], device=rm.device).clamp_max(rm.context - 1)
-    hidden = rm.model.base_model(
-        rows.to(rm.device),
-        position_ids=positions.expand(len(texts), -1),
-        past_key_values=cache_of(clean.keys, start, len(texts)),
-        use_cache=True,
-    ).last_hidden_state
-    at = hidden[torch.arange(len(texts), device=rm.device), reads]
-    return rm.read_out(at).cpu()
+    positions = torch.arange(start, start + rows.shape[1]).clamp_max(rm.context - 1)
+    hidden = rm.run_cached(rows, positions, cache_of(clean.keys, start, len(texts)))
+    return rm.read_out(hidden[torch.arange(len(texts), device=rm.device), reads]).cpu()
 
 
 def _batches(shared: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:

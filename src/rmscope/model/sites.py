@@ -1,12 +1,13 @@
-"""Sites: names of places in the residual stream, and the blocks they belong to.
+"""A PM's residual stream: its sites, the blocks that they belong to, and hooks that read or replace the stream there.
 
 ``resid_post.L`` is the stream after block L (from 0), ``embed`` the stream before block 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,29 +18,6 @@ from rmscope.errors import InputError
 
 Edit = Callable[[Float[Tensor, "rows width d"]], Float[Tensor, "rows width d"]]
 """Takes the stream at a site and returns the stream that the model goes on with."""
-
-
-def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """The model's blocks: its longest list of modules. Raises InputError where there is none."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    if not lists:
-        raise InputError(f"{type(model).__name__} has no list of blocks, so it has no residual stream to study.")
-    return max(lists, key=len)
-
-
-def site_index(site: str, n_blocks: int) -> int:
-    """The block whose output the site is; -1 for ``embed``. Raises InputError that lists the sites of this PM."""
-    if site == "embed":
-        return -1
-    head, _, number = site.rpartition(".")
-    if head == "resid_post" and number.isdigit() and int(number) < n_blocks:
-        return int(number)
-    raise InputError(f"There is no site {site!r} in this PM; it has embed and resid_post.0 .. resid_post.{n_blocks - 1}.")
-
-
-def default_sites(n_blocks: int) -> list[str]:
-    """The sites at about one third and two thirds of the depth."""
-    return [f"resid_post.{i}" for i in sorted({max(0, round(n_blocks * share) - 1) for share in (1 / 3, 2 / 3)})]
 
 
 class StopForward(Exception):  # noqa: N818
@@ -56,74 +34,146 @@ def keep_stream(streams: dict[str, Tensor], site: str) -> Edit:
     return edit
 
 
-@contextmanager
-def edit_streams(blocks: nn.ModuleList, edits: dict[int, Edit], stop_after: int | None = None) -> Iterator[None]:
-    """Within the context, ``edits[l]`` changes the stream after block ``l`` (-1: before block 0).
+class Trunk:
+    """A PM without its head. ``model`` is the transformers module itself, ``blocks`` its longest list of modules.
 
-    The forward pass raises :class:`StopForward` after block ``stop_after``.
+    Raises :class:`InputError` where the model has no list of blocks.
     """
 
-    def hook(index: int) -> Callable[..., Any]:
-        def after(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            stream, *rest = output if isinstance(output, tuple) else (output,)
-            changed = edits[index](stream) if index in edits else stream
-            if stop_after == index:
+    def __init__(self, model: Any) -> None:
+        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+        if not lists:
+            raise InputError(f"{type(model).__name__} has no list of blocks, so it has no residual stream to study.")
+        self.model = model
+        self.blocks: nn.ModuleList = max(lists, key=len)
+
+    @property
+    def d_model(self) -> int:
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def sites(self) -> list[str]:
+        return ["embed", *(f"resid_post.{i}" for i in range(len(self.blocks)))]
+
+    @property
+    def default_sites(self) -> list[str]:
+        """The sites at about one third and two thirds of the depth."""
+        depths = {max(0, round(len(self.blocks) * share) - 1) for share in (1 / 3, 2 / 3)}
+        return [f"resid_post.{i}" for i in sorted(depths)]
+
+    def site_index(self, site: str) -> int:
+        """The block whose output the site is; -1 for ``embed``. Raises InputError that lists the sites of this PM."""
+        if site not in self.sites:
+            last = self.sites[-1]
+            raise InputError(f"There is no site {site!r} in this PM; it has embed and resid_post.0 .. {last}.")
+        return self.sites.index(site) - 1
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def context(self) -> int:
+        """The longest text in tokens; a huge number where the model states none.
+
+        RoBERTa's first position is the one after the padding id, so its texts are that much shorter.
+        """
+        longest = int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
+        embeddings = getattr(getattr(self.model.base_model, "embeddings", None), "position_embeddings", None)
+        padding = getattr(embeddings, "padding_idx", None)
+        return longest if padding is None else longest - int(padding) - 1
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills batches; 0 where the model has none."""
+        pad = self.model.config.get_text_config().pad_token_id
+        return 0 if pad is None else int(pad)
+
+    @cached_property
+    def attention_window(self) -> int:
+        """The shortest window of a layer's attention, in tokens. Packed rows carry no windows, so longer texts run alone."""
+        config = self.model.config.get_text_config()
+        windows = [getattr(config, n, None) for n in ("sliding_window", "window_size", "attention_chunk_size")]
+        return min((w for w in windows if isinstance(w, int) and w > 0), default=1 << 30)
+
+    @cached_property
+    def gives_tuple(self) -> bool:
+        """Whether a block returns a tuple; measured by one forward pass."""
+        seen: list[bool] = []
+        hook = self.blocks[0].register_forward_hook(lambda _m, _i, out: seen.append(isinstance(out, tuple)))
+        try:
+            with torch.no_grad():
+                self.model.base_model(torch.ones(1, 1, dtype=torch.long, device=self.device))
+        finally:
+            hook.remove()
+        return seen[0]
+
+    @contextmanager
+    def edit_streams(self, edits: Mapping[str, Edit], stop: bool = False) -> Iterator[None]:
+        """Within the context, each edit changes the stream at its site.
+
+        With ``stop``, a forward pass raises :class:`StopForward` after the last of the sites.
+        """
+        by_index = {self.site_index(site): edit for site, edit in edits.items()}
+        last = max(by_index) if stop else None
+
+        def change(index: int, stream: Tensor) -> Tensor:
+            changed = by_index[index](stream)
+            if index == last:
                 raise StopForward
-            return (changed, *rest) if isinstance(output, tuple) else changed
+            return changed
 
-        return after
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (change(-1, args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": change(-1, kwargs["hidden_states"])}
 
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            changed = edits[-1](args[0])
-            args = (changed, *args[1:])
-        else:
-            kwargs["hidden_states"] = edits[-1](kwargs["hidden_states"])
-        if stop_after == -1:
-            raise StopForward
-        return args, kwargs
+        def after(index: int) -> Callable[..., Any]:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+                if isinstance(output, tuple):
+                    return (change(index, output[0]), *output[1:])
+                return change(index, output)
 
-    with ExitStack() as stack:
-        if -1 in edits:
-            stack.callback(blocks[0].register_forward_pre_hook(before, with_kwargs=True).remove)
-        for index in {*edits, *([] if stop_after is None else [stop_after])} - {-1}:
-            stack.callback(blocks[index].register_forward_hook(hook(index)).remove)
-        yield
+            return hook
 
+        with ExitStack() as stack:
+            for index in by_index:
+                if index < 0:
+                    stack.callback(self.blocks[0].register_forward_pre_hook(before, with_kwargs=True).remove)
+                else:
+                    stack.callback(self.blocks[index].register_forward_hook(after(index)).remove)
+            yield
 
-@contextmanager
-def skip_blocks(
-    blocks: nn.ModuleList, upto: int, stream: Float[Tensor, "rows width d"], gives_tuple: bool
-) -> Iterator[None]:
-    """Within the context, blocks 0 .. ``upto`` do not run, and the stream after block ``upto`` is ``stream``.
+    @contextmanager
+    def replace_stream(self, site: str, stream: Float[Tensor, "rows width d"]) -> Iterator[None]:
+        """Within the context, the stream at ``site`` is ``stream``, and no block up to the site runs.
 
-    The model's own forward still makes masks and positions and passes them to every later block, so resuming needs no
-    code per architecture.
-    """
+        The model's own forward still makes masks and positions and passes them to every later block, so resuming needs no
+        code per architecture.
+        """
+        if site == "embed":
+            with self.edit_streams({site: lambda _x: stream}):
+                yield
+            return
 
-    def give(*_args: Any, **_kwargs: Any) -> Any:
-        return (stream,) if gives_tuple else stream
+        output = (stream,) if self.gives_tuple else stream
 
-    originals = [(block, block.__dict__.get("forward")) for block in blocks[: upto + 1]]
-    for block, _ in originals:
-        block.forward = give
-    try:
-        yield
-    finally:
-        for block, own in originals:
-            if own is None:
-                del block.forward
-            else:
-                block.forward = own
+        def give(*_args: Any, **_kwargs: Any) -> Any:
+            return output
 
-
-def block_gives_tuple(blocks: nn.ModuleList, run: Callable[[], Any]) -> bool:
-    """Whether a block returns a tuple rather than a tensor. ``run`` makes one forward pass."""
-    seen: list[bool] = []
-    handle = blocks[0].register_forward_hook(lambda _m, _i, out: seen.append(isinstance(out, tuple)))
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        handle.remove()
-    return seen[0]
+        skipped = self.blocks[: self.site_index(site) + 1]
+        own = [block.__dict__.get("forward") for block in skipped]
+        for block in skipped:
+            block.forward = give
+        try:
+            yield
+        finally:
+            for block, forward in zip(skipped, own, strict=True):
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward

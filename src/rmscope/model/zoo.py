@@ -142,11 +142,10 @@ def load_base(blocks: int | None = None, base: str = BASE) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def load_adapted(folder: Path) -> tuple[Any, Any, Path]:
-    """A PM that ``rmscope train-pm`` wrote: the model with the adapter of ``folder`` merged, its tokenizer, the folder."""
+def load_adapted(folder: Path) -> tuple[Any, Any]:
+    """A PM that ``rmscope train-pm`` wrote: the model with the adapter of ``folder`` merged, and its tokenizer."""
     from peft import PeftModel
 
     settings = json.loads((folder / "rmscope.json").read_text("utf-8"))
     model, tokenizer = load_base(settings["blocks"], settings["base"])
-    merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-    return merged.eval(), tokenizer, folder
+    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval(), tokenizer

@@ -19,9 +19,9 @@ from torch import nn
 from rmscope.errors import InputError
 from rmscope.hardware import has_fast_bfloat16, place
 from rmscope.io import Progress, atomic_folder, content_hash, silent, write_json
-from rmscope.model.loading import as_input_error, context_of
+from rmscope.model.loading import as_input_error
 from rmscope.model.rendering import SETTINGS_FILE, PairTokens, Rendering, read_json_object
-from rmscope.model.sites import find_blocks
+from rmscope.model.sites import Trunk
 from rmscope.model.training.recipe import TrlRecipe, human_pairs, recipe_as_dict, tokenize_pairs
 from rmscope.model.zoo import BASE, base_folder, quiet_transformers
 from rmscope.pairs.pair import SIDES
@@ -40,7 +40,7 @@ def train_trl(recipe: TrlRecipe, out: Path, progress: Progress = silent) -> dict
     _check(recipe)
     model, tokenizer, fresh = _base(recipe)
     rendering = rendering_of(recipe, tokenizer)
-    longest = min(recipe.max_tokens, context_of(model))
+    longest = min(recipe.max_tokens, Trunk(model).context)
     pairs, held = human_pairs(recipe)
     items = [tokens for _, tokens in tokenize_pairs(pairs, tokenizer, rendering, longest)]
     if not items:
@@ -109,7 +109,7 @@ def _base(recipe: TrlRecipe) -> tuple[Any, Any, list[str]]:
             f"The tokenizer of {recipe.base} has no pad and no eos token, so texts cannot be batched; give it a pad token."
         )
     fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    trunk = {id(p) for part in (find_blocks(model), model.get_input_embeddings()) for p in part.parameters()}
+    trunk = {id(p) for part in (Trunk(model).blocks, model.get_input_embeddings()) for p in part.parameters()}
     if lost := sorted(key for key, p in model.named_parameters() if key in fresh and id(p) in trunk):
         raise InputError(
             f"The base {recipe.base} lacks {', '.join(lost[:3])}: it would be trained from noise; name a complete one."
@@ -142,7 +142,7 @@ def _lora(recipe: TrlRecipe, model: Any, fresh: Sequence[str]) -> Any:
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
-    inside = set(find_blocks(model).modules())
+    inside = set(Trunk(model).blocks.modules())
     maps = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m in inside}
     return LoraConfig(
         r=recipe.rank,
