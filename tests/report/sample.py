@@ -241,7 +241,7 @@ def sample(planted: bool = True, seed: int = 0) -> dict[str, Any]:
             "pairs": 1204,
             "prompts": 602,
             "splits": {"fit": 601, "confirm": 304, "measure": 299},
-            "left_out": [{"why": "longer than the context", "count": 3}],
+            "left_out": {"longer than the context": 3},
         },
         "scores": {
             "accuracy": {"value": 0.683, "low": 0.656, "high": 0.709},

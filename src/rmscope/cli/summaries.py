@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Literal
 
 import polars as pl
 from pydantic import BaseModel, Field
 
 from rmscope.planted.results import CueMatch
-from rmscope.ranking.ranking import power_statement
+from rmscope.ranking.confirm import power_statement
 from rmscope.report.headline import told, visible
 from rmscope.report.page import Page
 from rmscope.report.result import Result, Rows
@@ -127,11 +128,13 @@ class SiteRanking(BaseModel):
 
     @property
     def title(self) -> str:
-        """Flagged features are counted apart."""
+        """How many features passed the test; flagged ones are counted apart."""
         verb, column = {"effect": ("drive reward", "reported"), "preference": ("drive preference", "prefers")}[self.by]
-        passed = [f for f in self.features if f[column]]
-        flagged = sum(bool(f["flags"]) for f in passed)
-        return f"{self.site}: {len(passed)} of {len(self.features)} {verb} (q < .05), {len(passed) - flagged} without a flag"
+        flags = [f["flags"] for f in self.features if f[column]]
+        counts = ", ".join(f"{flag} {n}" for flag, n in Counter(flag for listed in flags for flag in listed).most_common())
+        plain = sum(not listed for listed in flags)
+        told = f"{self.site}: {len(flags)} of {len(self.features)} frozen features {verb} (q < .05), {plain} without a flag"
+        return told + (f", {len(flags) - plain} with ({counts})" if counts else "")
 
 
 class Ranking(Result):

@@ -21,15 +21,13 @@ from rmscope.pairs.plants import Plant
 from rmscope.planted.matching import match_plant
 from rmscope.planted.results import Candidate, Candidates
 from rmscope.planted.twins import prepare
+from rmscope.ranking.confirm import BOUND, power_statement
 from rmscope.ranking.feature_statistics import firings
-from rmscope.ranking.ranking import BOUND, power_statement
 from rmscope.ranking.similarity import merged_ranks
 from rmscope.run.data import RunData
 from rmscope.run.evidence import (
-    Check,
     Context,
     Evidence,
-    Exclusion,
     FeatureEvidence,
     Footer,
     Histogram,
@@ -100,7 +98,7 @@ def _model(run: RunData) -> ModelEvidence:
         d_model=rm.d_model,
         identity=rm.identity,
         rendering=f"{rm.rendering.style}{', eos appended' if rm.rendering.append_eos else ''}",
-        preflight=[Check(**row) for row in checks],
+        preflight=checks,
     )
 
 
@@ -115,7 +113,7 @@ def _pairs(run: RunData) -> PairsEvidence:
         pairs=len(run.pairs),
         prompts=len({p.prompt_key for p in run.pairs}),
         splits=dict(Counter(run.pair_set.splits)),
-        left_out=[Exclusion(why=why, count=n) for why, n in left_out.items() if n],
+        left_out={why: n for why, n in left_out.items() if n},
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+from rmscope.model.preflight import Check
 from rmscope.planted.results import CueMatch
 from rmscope.statistics import Figure
 
@@ -15,15 +16,6 @@ class Stored(BaseModel):
     """A part of what is stored; not finite numbers are kept as they are."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants", protected_namespaces=())
-
-
-class Check(Stored):
-    """One row of the preflight."""
-
-    check: str
-    status: str
-    detail: str
-    mend: str
 
 
 class ModelEvidence(Stored):
@@ -37,13 +29,6 @@ class ModelEvidence(Stored):
     preflight: list[Check]
 
 
-class Exclusion(Stored):
-    """Pairs that were left out, and why."""
-
-    why: str
-    count: int
-
-
 class PairsEvidence(Stored):
     """The pairs."""
 
@@ -51,7 +36,8 @@ class PairsEvidence(Stored):
     pairs: int
     prompts: int
     splits: dict[str, int]
-    left_out: list[Exclusion]
+    left_out: dict[str, int]
+    """How many pairs were left out, by reason."""
 
 
 class Histogram(Stored):
