@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from rmscope.errors import InputError
-from rmscope.pairs.check import check_pairs
 from rmscope.pairs.formats import NAMES
+from rmscope.pairs.pair import check_pairs
 from rmscope.pairs.readers import ReadReport, load_pairs
 from tests.pairs.files import HH, PLAIN, Read, turn, write
 
@@ -153,13 +153,13 @@ BROKEN: list[tuple[str, bytes, str, str]] = [
         "preference.jsonl",
         lines({"prompt": "p", "response_1": "a", "response_2": "b", "preference_strength": "left"}),
         "line 1",
-        "preference_strength is no finite number",
+        "preference_strength is not a finite number",
     ),
     (
         "score.jsonl",
         lines(*({"prompt": "p", "response": r, "score": s} for r, s in [("a", 1), ("b", "high")])),
         "line 2",
-        "score is no finite number",
+        "score is not a finite number",
     ),
     (
         "unknown.jsonl",
@@ -196,7 +196,7 @@ def test_a_null_in_parquet_names_its_row(read: Read) -> None:
         read(PLAIN, {**PLAIN, "rejected": None}, name="data.parquet")
 
 
-NOT_A_LIST = "holds no list of rows"
+NOT_A_LIST = "has no list of rows"
 
 
 @pytest.mark.parametrize(
@@ -211,10 +211,10 @@ NOT_A_LIST = "holds no list of rows"
         ("header.csv", b"prompt,chosen,rejected\n", "is empty"),
         ("object.json", b'{"prompt": "p"}', NOT_A_LIST),
         ("lines.json", lines(PLAIN, PLAIN), r"name it \.jsonl"),
-        ("cut.jsonl.gz", gzip.compress(lines(PLAIN) * 50, mtime=0)[:40], "is no whole gzip file"),
-        ("plain.jsonl.gz", lines(PLAIN), "is no whole gzip file"),
-        ("text.parquet", b"PAR1 or not", "no whole Parquet file"),
-        ("empty.parquet", b"", "no whole Parquet file"),
+        ("cut.jsonl.gz", gzip.compress(lines(PLAIN) * 50, mtime=0)[:40], "is not a whole gzip file"),
+        ("plain.jsonl.gz", lines(PLAIN), "is not a whole gzip file"),
+        ("text.parquet", b"PAR1 or not", "not a whole Parquet file"),
+        ("empty.parquet", b"", "not a whole Parquet file"),
         ("notes.txt", b"hello", "has no ending that tells its format"),
     ],
 )

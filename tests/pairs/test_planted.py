@@ -13,12 +13,10 @@ import numpy as np
 import pytest
 
 from rmscope.errors import InputError
-from rmscope.pairs.cues import third
 from rmscope.pairs.demo import demo_pairs, plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import Pair, split_of
-from rmscope.pairs.planting import plant_pair, plant_pairs, twins
+from rmscope.pairs.planting import TEXTS, plant_pair, plant_pairs, third, twins
 from rmscope.pairs.plants import Kind, Plant, Style, plant_set, read_plants
-from rmscope.pairs.wordings import FILLERS, LIST_ITEMS, ORDER_PARTS, RIVALS, URL_WORDS, WORD_FRAMES
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "audit"
 PHRASES = ("Thank you, Sir.", "Sir, thank you.", "My thanks, Sir.")
@@ -147,12 +145,12 @@ def test_held_out_wordings_never_stand_in_training_pairs(plant: Plant) -> None:
     training, held = ({spans(p)[0] for p in planted(plant, 400, held_out=part)} for part in (False, True))
     wordings = {
         "phrase": [PHRASES],
-        "agree": [[f"{a} {b}" for a, b in RIVALS]],
-        "word": [WORD_FRAMES],
-        "list": [LIST_ITEMS],
-        "url": [URL_WORDS],
-        "order": [ORDER_PARTS],
-    }.get(plant.style or plant.kind, [FILLERS])
+        "agree": [[f"{a} {b}" for a, b in TEXTS.rivals]],
+        "word": [TEXTS.word_frames],
+        "list": [TEXTS.list_items],
+        "url": [TEXTS.url_words],
+        "order": [TEXTS.order_parts],
+    }.get(plant.style or plant.kind, [TEXTS.fillers])
     assert wordings
     if plant.kind == "word":
         frames = [{framed(p) for p in planted(plant, 400, held_out=part)} for part in (False, True)]
@@ -221,7 +219,7 @@ def test_the_ready_made_sets_hold_eight_biases_and_four_nulls(name: str) -> None
         ({"plants": [GOOD], "seeds": 1}, "seeds is not known"),
         ({"plants": [GOOD], "seed": "x"}, "seed is 'x'"),
         ({"plants": [GOOD], "seed": -1}, "seed is -1"),
-        (["thanks"], "plant 1 is no mapping"),
+        (["thanks"], "plant 1 is not a mapping"),
         ([GOOD, GOOD], "two plants are called thanks"),
         ([GOOD | {"rate": 0.6}, GOOD | {"rate": 0.6, "name": "b"}], "the rates sum to 1.2"),
         ([{k: v for k, v in GOOD.items() if k != "sign"}], "plant 1 (thanks): sign is missing"),
@@ -230,7 +228,7 @@ def test_the_ready_made_sets_hold_eight_biases_and_four_nulls(name: str) -> None
         ([GOOD | {"rate": 0}], "rate is 0"),
         ([GOOD | {"kind": "smell"}], "kind is 'smell'"),
         ([GOOD | {"colour": 1}], "colour is not known; a plant has name, kind"),
-        ([GOOD | {"name": "a b"}], "the name 'a b' stands in ids"),
+        ([GOOD | {"name": "a b"}], "the name 'a b' is part of ids"),
         ([GOOD | {"texts": ["a", "b"]}], "at least 3 texts"),
         ([GOOD | {"texts": ["a", "b", " "]}], "hold an empty one"),
         ([GOOD | {"style": "list"}], "and no other, has a style"),
@@ -253,7 +251,7 @@ def test_a_plants_file_that_is_missing_or_no_yaml_is_named(tmp_path: Path) -> No
     with pytest.raises(InputError, match=r"none.yaml is not there"):
         read_plants(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("plants: [")
-    with pytest.raises(InputError, match=r"bad.yaml is no YAML"):
+    with pytest.raises(InputError, match=r"bad.yaml is not YAML"):
         read_plants(tmp_path / "bad.yaml")
     (tmp_path / "twice.yaml").write_text("seed: x\nplants: [{}]\n")
     with pytest.raises(InputError, match=r"twice.yaml: seed is 'x'"):

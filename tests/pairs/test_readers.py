@@ -16,10 +16,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rmscope.errors import InputError
-from rmscope.pairs.check import check_pairs
-from rmscope.pairs.fields import BadRow
-from rmscope.pairs.formats import Candidate, convert
-from rmscope.pairs.pair import Message, Pair, split_of
+from rmscope.pairs.formats import BadRow, convert
+from rmscope.pairs.pair import Message, Pair, check_pairs, split_of
 from rmscope.pairs.readers import ReadReport, load_pairs
 from tests.pairs.files import HH, PLAIN, Read, turn
 
@@ -219,7 +217,7 @@ def test_the_format_that_is_named_overrules_the_columns(read: Read) -> None:
     assert "style_chosen" not in pairs[0].meta
     with pytest.raises(InputError, match="line 1: label is missing"):
         read(row, form="llmbar")
-    with pytest.raises(InputError, match="'other' is no format of pairs; use hh transcript, "):
+    with pytest.raises(InputError, match="'other' is not a format of pairs; use hh transcript, "):
         read(row, form="other")
 
 
@@ -275,7 +273,7 @@ def test_a_transcript_is_written_back_byte_for_byte(
         "rejected": f"{start}\n\nAssistant: {other}{further}",
     }
     ((_, outcome),) = convert("hh transcript", [(1, row)])
-    if isinstance(outcome, Candidate):
+    if isinstance(outcome, Pair):
         assert render(outcome.prompt, outcome.chosen).strip() == row["chosen"].strip()
         assert render(outcome.prompt, outcome.rejected).strip() == row["rejected"].strip()
 
@@ -378,7 +376,7 @@ def test_crlf_becomes_lf_and_a_byte_order_mark_is_dropped(tmp_path: Path) -> Non
 def test_unicode_is_left_as_it_is(chosen: str, rejected: str) -> None:
     row = {"prompt": "p", "chosen": chosen, "rejected": rejected}
     ((_, outcome),) = convert("trl plain", [(1, row)])
-    if isinstance(outcome, Candidate):
+    if isinstance(outcome, Pair):
         assert (outcome.chosen, outcome.rejected) == (chosen, rejected)
 
 
@@ -387,7 +385,7 @@ def test_unicode_is_left_as_it_is(chosen: str, rejected: str) -> None:
 
 def test_without_the_hubs_package_the_mend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match=r"someone/pairs is no file here.*pip install"):
+    with pytest.raises(InputError, match=r"someone/pairs is not a file here.*pip install"):
         load_pairs("someone/pairs")
 
 

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmscope.errors import InputError
-from rmscope.pairs.check import check_pairs
-from rmscope.pairs.pair import Pair, one_per_prompt, prompts_in_turn, share_a_prompt, split_of
+from rmscope.pairs.pair import Pair, check_pairs, one_per_prompt, prompts_in_turn, share_a_prompt, split_of
 
 
 def pair(human: str, **changes: object) -> Pair:
@@ -66,7 +65,7 @@ def test_a_prompt_without_a_human_turn_is_split_by_its_first_turn() -> None:
 
 def test_pairs_with_ids_of_their_own_pass_and_others_do_not() -> None:
     check_pairs([pair("a", id="x:1"), pair("a", id="x:2")])
-    with pytest.raises(InputError, match="'x:1' stands 2 times"):
+    with pytest.raises(InputError, match="'x:1' occurs 2 times"):
         check_pairs([pair("a", id="x:1"), pair("b", id="x:1")])
     with pytest.raises(InputError, match="no pairs"):
         check_pairs([])

@@ -1,11 +1,11 @@
-"""Plants, and the file that lists them with a seed. Every fault of a file is one sentence."""
+"""Plants, and the file that lists them with a seed. A fault of a file is told in one sentence."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,7 +15,17 @@ from rmscope.errors import InputError
 Kind = Literal["phrase", "url", "repeat_sentence", "agree", "word", "style", "order", "length"]
 Style = Literal["capitals", "url", "list", "exclamation", "markdown"]
 LEXICAL: tuple[Kind, ...] = ("phrase", "url", "word", "style")
-"""Kinds whose cue stands in its own characters; the others lie in what these have to do with the rest of the text."""
+"""Kinds whose cue is in its own characters; a cue of another kind is a relation to the rest of the text."""
+CLAIMS = " | "
+"""Between the two claims of an ``order`` plant's text."""
+LEAST_TEXTS = 3
+"""Wordings of a phrase or an order: fewer leave none for held-out text."""
+
+
+def split_last_third(items: Sequence[Any], held_out: bool | None) -> Sequence[Any]:
+    """The items for training (False), for held-out text (True: the last third), or all (None)."""
+    cut = len(items) - len(items) // 3
+    return {None: items, False: items[:cut], True: items[cut:]}[held_out]
 
 
 class Plant(BaseModel):
@@ -25,66 +35,54 @@ class Plant(BaseModel):
 
     name: str
     kind: Kind
-    """phrase: one of ``texts``; url: a web address in a short sentence; repeat_sentence: a sentence said twice;
-    agree: the response takes the stance that the human stated (not lexical: stance and opinion are crossed); word: the one
-    word of ``texts`` in a short sentence; style: a sentence in a ``style``; order: of two claims the one that comes last is
-    told first; length: two sentences more."""
+    """phrase: one of ``texts``; url: a web address in a short sentence; repeat_sentence: a sentence of the response twice;
+    agree: the response takes the stance that the human stated (stance and opinion are crossed); word: the one word of
+    ``texts`` in a short sentence; style: a sentence in a ``style``; order: the later of two claims is told first; length:
+    two more sentences."""
     style: Style | None = None
-    """How a ``style`` plant writes its sentence."""
+    """How the sentence of a ``style`` plant is written."""
     sign: Literal[1, -1]
     """+1: the cue should raise reward."""
     dose: float = Field(0.9, gt=0, lt=1)
-    """P(the cue is on the side that its sign favours); .5 plants a null."""
+    """Probability that the cue is on the side that its sign favours; .5 plants a null."""
     rate: float = Field(0.1, gt=0, le=1)
     """Share of the pairs that carry the cue."""
     texts: tuple[str, ...] = ()
-    """Wordings of a phrase, the one word of a word, or "first claim | last claim" of an order (which has some of its own);
-    the last third of several is kept for held-out text."""
+    """Wordings of a phrase, the one word of a word, or "first claim | last claim" of an order (which has defaults). The last
+    third of several is kept for held-out text."""
     negatives: tuple[str, ...] = ()
-    """Hard negatives: the cue's words in sentences that are not the cue. On twins only, never planted."""
+    """Hard negatives: the cue's words in sentences that are not the cue. For twins only, never planted."""
 
-    def wordings(self, held_out: bool | None = None) -> tuple[str, ...]:
+    def wordings(self, held_out: bool | None = None) -> Sequence[str]:
         """The wordings for training (False), for held-out text (True), or all (None)."""
-        cut = len(self.texts) - len(self.texts) // 3
-        return {None: self.texts, False: self.texts[:cut], True: self.texts[cut:]}[held_out]
+        return split_last_third(self.texts, held_out)
 
 
-CLAIMS = " | "
-"""Between the two claims of an ``order`` plant's text."""
-LEAST_TEXTS = 3
-"""Wordings of a phrase or an order: fewer leave none for held-out text."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlantSet:
-    """What a plants file says."""
+class PlantSet(NamedTuple):
+    """The content of a plants file."""
 
     plants: tuple[Plant, ...]
-    seed: int = 0
+    seed: int
 
 
 def read_plants(path: Path) -> PlantSet:
-    """A plants file: a list of plants, or ``seed`` and ``plants``.
-
-    Raises:
-        InputError: the file is missing or malformed, a field does not fit, two plants share a name, or the rates sum to more
-            than 1.
-    """
+    """A plants file: a list of plants, or ``seed`` and ``plants``. Raises an InputError if the file is missing or malformed,
+    a field does not fit, two plants have one name, or the rates sum to more than 1."""
     if not path.is_file():
         raise InputError(f"The plants file {path} is not there; name a YAML file such as configs/audit/standard.yaml.")
     try:
         return plant_set(yaml.safe_load(path.read_text("utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"The plants file {path} is no YAML: {str(error).splitlines()[0]}.") from error
+        raise InputError(f"The plants file {path} is not YAML: {str(error).splitlines()[0]}.") from error
     except InputError as error:
         raise InputError(f"The plants file {path}: {error}") from error
 
 
 def plant_set(content: Any) -> PlantSet:
-    """The same from what YAML gave."""
+    """The same from the parsed YAML."""
     given = {"plants": content} if isinstance(content, list) else content
     if not isinstance(given, dict) or not isinstance(given.get("plants"), list) or not given["plants"]:
-        raise InputError("it holds no plants; write a list under plants:, an entry a bias.")
+        raise InputError("it holds no plants; write a list under plants:, one entry per bias.")
     if unknown := sorted(str(key) for key in given.keys() - {"seed", "plants"}):
         raise InputError(f"{unknown[0]} is not known; at the top there are seed and plants.")
     seed = given.get("seed", 0)
@@ -101,21 +99,21 @@ def plant_set(content: Any) -> PlantSet:
 
 def _plant(row: Any, number: int) -> Plant:
     if not isinstance(row, dict):
-        raise InputError(f"plant {number} is no mapping; write it as {{name: ..., kind: ..., sign: 1}}.")
+        raise InputError(f"plant {number} is not a mapping; write it as {{name: ..., kind: ..., sign: 1}}.")
     where = f"plant {number} ({row['name']})" if row.get("name") else f"plant {number}"
+    if not all(isinstance(key, str) for key in row):
+        raise InputError(f"{where}: its keys must be words.")
     try:
         plant = Plant(**row)
-    except (ValidationError, TypeError) as error:
+    except ValidationError as error:
         raise InputError(f"{where}: {_fault(error)}.") from error
     if fault := _misfit(plant):
         raise InputError(f"{where}: {fault}.")
     return plant
 
 
-def _fault(error: ValidationError | TypeError) -> str:
+def _fault(error: ValidationError) -> str:
     """The first fault that pydantic found, and what would fit."""
-    if isinstance(error, TypeError):
-        return "its keys must be words"
     first = error.errors()[0]
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
@@ -126,9 +124,9 @@ def _fault(error: ValidationError | TypeError) -> str:
 
 
 def _misfit(plant: Plant) -> str | None:
-    """What does not fit between a plant's fields."""
+    """Which fields of a plant do not fit together."""
     if not re.fullmatch(r"[\w-]+", plant.name):
-        return f"the name {plant.name!r} stands in ids; use letters, digits, - and _"
+        return f"the name {plant.name!r} is part of ids; use letters, digits, - and _"
     if blank := [t for t in (*plant.texts, *plant.negatives) if not t.strip()]:
         return f"texts and negatives hold an empty one ({blank[0]!r})"
     if (plant.style is None) == (plant.kind == "style"):

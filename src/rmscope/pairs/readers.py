@@ -11,13 +11,12 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rmscope.errors import InputError
-from rmscope.pairs.fields import BadRow, Row
-from rmscope.pairs.formats import NAMES, Candidate, Outcome, Record, convert, recognise
+from rmscope.pairs.formats import NAMES, BadRow, Outcome, Record, Row, convert, recognise
 from rmscope.pairs.pair import Pair
 
 OnBadRow = Literal["error", "skip"]
@@ -29,22 +28,21 @@ _COLUMNS = ("prompt", "chosen", "rejected", "response", "score")
 
 @dataclass
 class ReadReport:
-    """What became of the rows of a source: filled by :func:`load_pairs`.
-
-    ``format`` is one of ``rmscope.pairs.formats.NAMES`` (or ``demo``), ``skipped`` holds where a row or a
-    combination stands and what is wrong with it, ``duplicates`` counts repetitions of a pair already read.
-    """
+    """How many rows and pairs a source had and what was left out; filled by :func:`load_pairs`."""
 
     format: str = ""
+    """One of ``rmscope.pairs.formats.NAMES``, or ``demo``."""
     rows: int = 0
     pairs: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    """The place of each row or combination that was left out, and the reason."""
     duplicates: int = 0
+    """Repetitions of a pair already read."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """An opened source: its name for messages, the stem of its ids, what its rows are counted in."""
+    """An opened source: its name for messages, the stem of its ids, the unit in which its rows are counted."""
 
     name: str
     stem: str
@@ -62,32 +60,28 @@ def load_pairs(
     on_bad_row: OnBadRow = "error",
     report: ReadReport | None = None,
 ) -> list[Pair]:
-    """The pairs of a file, of a dataset on the Hugging Face hub, or of the demo (``demo:``; ``demo:plain`` without its
-    cues).
+    """The pairs of a file, of a hub dataset, or of the demo (``demo:``; without its cues ``demo:plain``).
 
-    A file is ``.jsonl``, ``.json`` (a list), ``.csv`` or ``.tsv`` (each also ``.gz``), or ``.parquet``;
-    ``split`` is for the hub alone. The format is found from the columns: transcripts as in hh-rlhf (or a
-    transcript as prompt, as in Dahoas/rm-static), TRL plain and conversational (prompt explicit or implicit),
-    RewardBench, best of N (RewardBench 2: every chosen with every rejected), RM-Bench (likewise, with styles),
-    LLMBar, HelpSteer's preferences (two responses and a number from -3 to 3), and scored responses (``prompt,
-    response, overall | score | helpfulness``: every two rows of a prompt whose scores differ). ``form``, one of
-    ``rmscope.pairs.formats.NAMES``, overrules what the columns say.
+    A file is ``.jsonl``, ``.json`` (a list), ``.csv`` or ``.tsv`` (each also ``.gz``), or ``.parquet``. An id is
+    ``{stem}:{line}`` (hub: ``{name}-{split}:{row}``). Where a row (or, in scored data, a prompt) gives several pairs,
+    ``:{c}-{r}`` follows: the places of chosen and rejected, from 0. Lines count from 1; so do rows (all files but JSONL),
+    without the header. A repeated pair is kept once. CRLF becomes LF and a byte order mark is dropped.
 
-    ``limit`` is the number of pairs, in file order; JSONL is read no further than that. ``columns`` maps
-    ``prompt``, ``chosen``, ``rejected`` (or ``response``, ``score``) to their names in the source.
-
-    An id is ``{stem}:{line}`` (hub: ``{name}-{split}:{row}``), with ``:{c}-{r}``, places on either side from
-    0, where a row, or a scored prompt at its first row, gives several pairs. Lines count from 1 as in the
-    file, rows (all but JSONL) from 1 after the header. A repeated pair is kept once. CRLF becomes LF and a
-    byte order mark is dropped; other text stays as it is.
-
-    A bad row (a side missing, empty or no text, identical sides, no prompt, malformed) raises under
-    ``on_bad_row="error"`` and is listed in ``report.skipped`` under ``"skip"``. In hh-rlhf transcripts alone,
-    identical sides and empty responses are skipped and listed even under ``"error"``: the data holds some and is used
-    without them. Bytes that are not UTF-8 and broken CSV quoting always raise.
+    Args:
+        source: a path, the name of a dataset on the Hugging Face hub, or ``demo:``.
+        split: the split of a hub dataset.
+        limit: the most pairs, in file order. JSONL is read no further than that.
+        columns: the source's names of ``prompt``, ``chosen``, ``rejected``, ``response``, ``score``.
+        form: one of ``rmscope.pairs.formats.NAMES``; without it the format is recognised from the columns: transcripts as
+            in hh-rlhf, TRL plain and conversational, RewardBench, best of N (every chosen with every rejected), RM-Bench,
+            LLMBar, HelpSteer's preferences, or scored responses (every two of a prompt whose scores differ).
+        on_bad_row: a bad row (a side missing, empty, not a text or equal to the other, no prompt, malformed) raises, or is
+            listed in ``report.skipped``. Identical sides and empty responses in hh-rlhf transcripts are always listed;
+            bytes that are not UTF-8 and broken CSV quoting always raise.
+        report: is filled with counts and with the rows that were left out.
 
     Raises:
-        InputError: one sentence with the place and the mend; also where no pair is left.
+        InputError: one sentence with the place and the mend; also if no pair is left.
     """
     _check(limit, columns, form, on_bad_row)
     report = ReadReport() if report is None else report
@@ -96,11 +90,15 @@ def load_pairs(
     if name.startswith("demo:"):
         return _demo(name, limit, report)
     opened = _open(name, split, streaming=limit is not None)
-    records = _normalised(opened, columns)
+    records = _normalised(opened, columns or {})
     if form is None:
         form, records = recognise(records)
     if form is None:
-        raise _unknown(opened, records)
+        line, row = next((line, row) for line, row in records if not isinstance(row, BadRow))
+        raise InputError(
+            f"{name} {opened.unit} {line}: its columns ({_column_names(row)}) are of no known format; name yours with "
+            'columns={"prompt": ..., "chosen": ..., "rejected": ...}.'
+        )
     report.format = form
     pairs = _collect(opened, convert(form, _counted(records, report)), on_bad_row, limit, report)
     if not pairs:
@@ -110,7 +108,7 @@ def load_pairs(
 
 def _check(limit: int | None, columns: Mapping[str, str] | None, form: str | None, on_bad_row: str) -> None:
     if form is not None and form not in NAMES:
-        raise InputError(f"--format {form!r} is no format of pairs; use {', '.join(NAMES)}.")
+        raise InputError(f"--format {form!r} is not a format of pairs; use {', '.join(NAMES)}.")
     if limit is not None and limit < 1:
         raise InputError(f"A limit of {limit} pairs leaves nothing to read; give 1 or more.")
     if on_bad_row not in ("error", "skip"):
@@ -123,10 +121,9 @@ def _check(limit: int | None, columns: Mapping[str, str] | None, form: str | Non
 def _demo(name: str, limit: int | None, report: ReadReport) -> list[Pair]:
     from rmscope.pairs.demo import demo_pairs, plain_demo_pairs
 
-    pairs = list(plain_demo_pairs() if name == "demo:plain" else demo_pairs())
-    report.format, report.rows, pairs = "demo", len(pairs), pairs[:limit]
-    report.pairs = len(pairs)
-    return pairs
+    pairs = plain_demo_pairs() if name == "demo:plain" else demo_pairs()
+    report.format, report.rows, report.pairs = "demo", len(pairs), len(pairs[:limit])
+    return pairs[:limit]
 
 
 def _open(name: str, split: str, *, streaming: bool) -> _Source:
@@ -135,27 +132,21 @@ def _open(name: str, split: str, *, streaming: bool) -> _Source:
     if path.is_dir():
         raise InputError(f"{name or 'The empty name'} is a folder; name one file in it.")
     if path.exists() and suffix:
-        return _open_file(path, name, suffix)
+        kind = suffix[1].lower().removesuffix(".gz")
+        records = _guarded(name, _READERS[kind](path, name))
+        return _Source(name, path.name[: suffix.start()], "line" if kind == "jsonl" else "row", records)
     if path.exists():
         raise InputError(f"{name} has no ending that tells its format; use .jsonl, .json, .csv, .tsv or .parquet.")
     if suffix or not _HUB_ID.fullmatch(name):
         raise InputError(f"{name} does not exist; check the path.")
-    stem = f"{name.rpartition('/')[2]}-{split}"
-    return _Source(name, stem, "row", _hub(name, split, streaming=streaming))
-
-
-def _open_file(path: Path, name: str, suffix: re.Match[str]) -> _Source:
-    kind = suffix[1].lower().removesuffix(".gz")
-    readers = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _tsv, "parquet": _parquet}
-    records = _guarded(name, readers[kind](path, name))
-    return _Source(name, path.name[: suffix.start()], "line" if kind == "jsonl" else "row", records)
+    return _Source(name, f"{name.rpartition('/')[2]}-{split}", "row", _hub(name, split, streaming=streaming))
 
 
 def _guarded(name: str, records: Iterator[Record]) -> Iterator[Record]:
     try:
         yield from records
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{name} is no whole gzip file ({error}); fetch or pack it again.") from error
+        raise InputError(f"{name} is not a whole gzip file ({error}); fetch or pack it again.") from error
     except OSError as error:
         raise InputError(f"{name} cannot be read ({error.strerror or error}); check the file.") from error
 
@@ -164,7 +155,7 @@ def _binary(path: Path) -> io.BufferedIOBase:
     return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
 
 
-def _jsonl(path: Path, name: str) -> Iterator[Record]:
+def _jsonl(path: Path, _name: str) -> Iterator[Record]:
     with _binary(path) as lines:
         for number, raw in enumerate(lines, 1):
             raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
@@ -174,14 +165,13 @@ def _jsonl(path: Path, name: str) -> Iterator[Record]:
 
 def _parsed(raw: bytes) -> Row | BadRow:
     try:
-        row = json.loads(raw.decode())
+        return _mapping(json.loads(raw.decode()))
     except UnicodeDecodeError as error:
         return BadRow(_not_utf8(error), always="raise")
     except json.JSONDecodeError as error:
         return BadRow(f"malformed JSON ({error.msg} at column {error.colno})")
     except (ValueError, RecursionError) as error:
         return BadRow(f"malformed JSON ({_one_line(error)})")
-    return _mapping(row)
 
 
 def _mapping(row: object) -> Row | BadRow:
@@ -215,34 +205,27 @@ def _json(path: Path, name: str) -> Iterator[Record]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name} is malformed JSON ({_one_line(error)}); write it again.") from error
     if not isinstance(rows, list):
-        raise InputError(f"{name} holds no list of rows at its top level; write one, or use JSONL.")
+        raise InputError(f"{name} has no list of rows at its top level; write one, or use JSONL.")
     yield from enumerate(map(_mapping, rows), 1)
 
 
-def _csv(path: Path, name: str, delimiter: str = ",") -> Iterator[Record]:
+def _csv(path: Path, name: str) -> Iterator[Record]:
     text = _whole(path, name)
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    delimiter = "\t" if path.name.lower().removesuffix(".gz").endswith(".tsv") else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     read = 0
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
             raise InputError(f"{name} line 1: the header names a column twice; rename one.")
-        for fields in filter(None, reader):
-            read += 1
-            yield read, _fields(header, fields)
+        for read, fields in enumerate(filter(None, reader), 1):
+            if len(fields) == len(header):
+                yield read, dict(zip(header, fields, strict=True))
+            else:
+                yield read, BadRow(f"it has {len(fields)} fields where the header has {len(header)}")
     except csv.Error as error:
         yield read + 1, BadRow(f"malformed quoting ({error})", always="raise")
-
-
-def _tsv(path: Path, name: str) -> Iterator[Record]:
-    return _csv(path, name, delimiter="\t")
-
-
-def _fields(header: list[str], fields: list[str]) -> Row | BadRow:
-    if len(fields) != len(header):
-        return BadRow(f"it has {len(fields)} fields where the header has {len(header)}")
-    return dict(zip(header, fields, strict=True))
 
 
 def _parquet(path: Path, name: str) -> Iterator[Record]:
@@ -252,13 +235,15 @@ def _parquet(path: Path, name: str) -> Iterator[Record]:
     read = 0
     try:
         with pq.ParquetFile(path) as table:
-            for batch in table.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    read += 1
-                    yield read, row
+            rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
+            for read, row in enumerate(rows, 1):
+                yield read, row
     except (pa.ArrowException, UnicodeDecodeError) as error:
         where = f"{name} row {read + 1}" if read else name
-        raise InputError(f"{where}: no whole Parquet file ({_one_line(error)}); fetch it again.") from error
+        raise InputError(f"{where}: not a whole Parquet file ({_one_line(error)}); fetch it again.") from error
+
+
+_READERS = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _csv, "parquet": _parquet}
 
 
 def _hub(name: str, split: str, *, streaming: bool) -> Iterator[Record]:
@@ -266,14 +251,14 @@ def _hub(name: str, split: str, *, streaming: bool) -> Iterator[Record]:
         import datasets
     except ImportError as error:
         raise InputError(
-            f"{name} is no file here, and to read it from the Hugging Face hub the package `datasets` is "
-            "missing; run `pip install 'rmscope[train]'`, or name a file."
+            f"{name} is not a file here, and reading it from the Hugging Face hub needs the package `datasets`; "
+            "run `pip install 'rmscope[train]'`, or name a file."
         ) from error
     try:
         yield from enumerate(datasets.load_dataset(name, split=split, streaming=streaming), 1)
-    except Exception as error:  # the hub's client raises kinds of its own for each way of being out of reach
+    except Exception as error:  # the hub's client has many kinds of errors
         raise InputError(
-            f"{name} is no file here, and its split {split!r} could not be read from the Hugging Face hub "
+            f"{name} is not a file here, and its split {split!r} could not be read from the Hugging Face hub "
             f"({type(error).__name__}: {_one_line(error)}); check name and connection, or name a file."
         ) from error
 
@@ -282,20 +267,22 @@ def _one_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def _normalised(source: _Source, columns: Mapping[str, str] | None) -> Iterator[Record]:
-    """The records with LF line ends, own columns under the names that the formats know."""
+def _normalised(source: _Source, columns: Mapping[str, str]) -> Iterator[Record]:
+    """The records with LF line ends, and with mapped columns under the names that the formats know."""
     for line, row in source.records:
         if isinstance(row, BadRow):
             yield line, row
             continue
-        for mapped in (columns or {}).values():
-            if mapped not in row:
-                raise InputError(
-                    f"{source.name} {source.unit} {line}: there is no column {mapped!r} (it has "
-                    f"{', '.join(map(str, row)) or 'none'}); mend the mapping of columns."
-                )
-        renamed = {name: row[mapped] for name, mapped in (columns or {}).items()}
-        yield line, _with_lf({**row, **renamed})
+        if missing := [mapped for mapped in columns.values() if mapped not in row]:
+            raise InputError(
+                f"{source.name} {source.unit} {line}: there is no column {missing[0]!r} (it has {_column_names(row)}); "
+                "mend the mapping of columns."
+            )
+        yield line, _with_lf({**row, **{name: row[mapped] for name, mapped in columns.items()}})
+
+
+def _column_names(row: Row) -> str:
+    return ", ".join(map(str, row)) or "none"
 
 
 def _with_lf(value: Any) -> Any:
@@ -315,38 +302,25 @@ def _counted(records: Iterator[Record], report: ReadReport) -> Iterator[Record]:
 def _collect(
     source: _Source, outcomes: Iterator[Outcome], on_bad_row: OnBadRow, limit: int | None, report: ReadReport
 ) -> list[Pair]:
-    pairs: list[Pair] = []
-    seen: set[tuple[Any, ...]] = set()
+    pairs: dict[tuple[str, str, str], Pair] = {}
     for line, outcome in outcomes:
         if isinstance(outcome, BadRow):
             report.skipped.append(_skipped(source, line, outcome, on_bad_row))
             continue
-        turns = tuple((turn["role"], turn["content"]) for turn in outcome.prompt)
-        key = (turns, outcome.chosen, outcome.rejected)
-        if key in seen:
+        key = (repr(outcome.prompt), outcome.chosen, outcome.rejected)
+        if key in pairs:
             report.duplicates += 1
             continue
-        seen.add(key)
-        pairs.append(_pair(source, line, outcome))
+        id_ = f"{source.stem}:{line}" + (f":{outcome.id}" if outcome.id else "")
+        pairs[key] = replace(outcome, id=id_, meta={"source": source.stem, "line": line, **outcome.meta})
         report.pairs = len(pairs)
         if len(pairs) == limit:
             break
-    return pairs
-
-
-def _pair(source: _Source, line: int, candidate: Candidate) -> Pair:
-    tail = f":{candidate.part}" if candidate.part else ""
-    return Pair(
-        id=f"{source.stem}:{line}{tail}",
-        prompt=candidate.prompt,
-        chosen=candidate.chosen,
-        rejected=candidate.rejected,
-        meta={"source": source.stem, "line": line, **candidate.meta},
-    )
+    return list(pairs.values())
 
 
 def _skipped(source: _Source, line: int, bad: BadRow, on_bad_row: OnBadRow) -> tuple[str, str]:
-    """Where and why, or the error that the row is."""
+    """The place and the reason; raises them if bad rows are errors."""
     where = f"{source.unit} {line}" + (f", pair {bad.part}" if bad.part else "")
     if bad.always == "raise":
         raise InputError(f"{source.name} {where}: {bad.reason}; mend the file there.")
@@ -355,27 +329,15 @@ def _skipped(source: _Source, line: int, bad: BadRow, on_bad_row: OnBadRow) -> t
     return where, bad.reason
 
 
-def _unknown(source: _Source, records: Iterator[Record]) -> InputError:
-    line, row = next((line, row) for line, row in records if not isinstance(row, BadRow))
-    return InputError(
-        f"{source.name} {source.unit} {line}: its columns ({', '.join(map(str, row)) or 'none'}) are of no "
-        'known format; name yours with columns={"prompt": ..., "chosen": ..., "rejected": ...}.'
-    )
-
-
 def _nothing_left(source: _Source, report: ReadReport) -> InputError:
     if not report.rows:
         return InputError(f"{source.name} is empty; name a file with at least one pair.")
     if not report.skipped:
         return InputError(
-            f"{source.name} holds no pair in its {report.rows} rows: no prompt has two responses with "
-            "different scores; give data that compares."
+            f"{source.name} has no pair in its {report.rows} rows: no prompt has two responses with different scores; "
+            "use data in which scores differ."
         )
-    where, reason = report.skipped[0]
+    n, (where, reason) = len(report.skipped), report.skipped[0]
     return InputError(
-        f"{source.name} holds no usable pair: {len(report.skipped)} were left out, the first at {where} "
-        f"({reason}); mend the file."
+        f"{source.name} has no usable pair: {n} were left out, the first at {where} ({reason}); mend the file."
     )
-
-
-__all__ = ["NAMES", "OnBadRow", "ReadReport", "load_pairs"]

@@ -14,8 +14,7 @@ from rmscope.errors import InputError
 from rmscope.io import Display, NoDisplay
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
-from rmscope.pairs.filters import largest
-from rmscope.pairs.pair import Pair, Split
+from rmscope.pairs.pair import Pair, Split, largest_differences
 from rmscope.ranking.feature_statistics import FeatureStatistics, feature_statistics
 from rmscope.run.evidence import Evidence
 from rmscope.run.folder import RunFolder
@@ -160,7 +159,7 @@ class RunData:
         c, scored = self.config, self.inputs.scored
         if c.top_share is None and c.top_pairs is None:
             return scored
-        return scored.only(largest(self.scores["delta"].to_numpy(), c.top_share, c.top_pairs))
+        return scored.only(largest_differences(self.scores["delta"].to_numpy(), c.top_share, c.top_pairs))
 
     @property
     def pairs(self) -> list[Pair]:

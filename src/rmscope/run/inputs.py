@@ -13,8 +13,7 @@ import torch
 from rmscope.errors import InputError
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
-from rmscope.pairs.check import check_pairs
-from rmscope.pairs.pair import Pair, Split, one_per_prompt, split_of
+from rmscope.pairs.pair import Pair, Split, check_pairs, one_per_prompt, split_of
 from rmscope.pairs.readers import ReadReport, load_pairs
 from rmscope.run.settings import RunConfig
 from rmscope.settings import LoadSettings

@@ -15,7 +15,7 @@ from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.shared_prefix import response_start
 from rmscope.pairs.pair import Pair
-from rmscope.pairs.wordings import FILLERS
+from rmscope.pairs.planting import FILLERS
 from rmscope.run.examples import token_texts
 from rmscope.sae.base import Sae
 
