@@ -22,7 +22,8 @@ import numpy as np
 import polars as pl
 from scipy import stats
 
-from rmscope.ranking.ranking import BOUND, confirm, preference_signs
+from rmscope.ranking.candidates import preference_signs
+from rmscope.ranking.confirm import BOUND, confirm
 from rmscope.run.run import Run
 
 Tables = dict[str, pl.DataFrame]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
-from rmscope.ranking.ranking import confirm
+from rmscope.ranking.confirm import confirm
 
 
 def measured(

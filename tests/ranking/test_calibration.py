@@ -7,15 +7,8 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from rmscope.ranking.ranking import (
-    BOUND,
-    confirm,
-    firing_counts,
-    first_responses,
-    freeze,
-    pairs_a_prompt,
-    preference_signs,
-)
+from rmscope.ranking.candidates import firing_counts, first_responses, freeze, pairs_a_prompt, preference_signs
+from rmscope.ranking.confirm import BOUND, confirm
 
 FEATURES, FIT, CONFIRM = 24, 60, 40
 

@@ -1,4 +1,4 @@
-"""Trust: 1 for a perfect estimate, -1 for a reversed one, and samples that stand for the whole population."""
+"""Estimate quality: 1 for a perfect estimate, -1 for a reversed one, and samples that represent the whole population."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rmscope.ranking.estimate_quality import PER_RESPONSE, estimate_quality, sam
 
 
 def table(effect: np.ndarray, estimate: np.ndarray, weight: np.ndarray | None = None) -> pl.DataFrame:
-    """A row a (response, feature) of ``effect`` [responses, features]; two responses a prompt."""
+    """One row per (response, feature) of ``effect`` [responses, features]; two responses per prompt."""
     at, feature = np.divmod(np.arange(effect.size), effect.shape[1])
     return pl.DataFrame(
         {

@@ -102,7 +102,7 @@ def test_the_held_out_r2_is_that_of_predicting_by_the_mean_at_the_same_key() -> 
     f = (rng.random((n, m)) < 0.5) * rng.random((n, m)) + (key[:, None] % np.arange(1, m + 1) == 0)
     f[:, 5] = 0.0
     row, feature = f.nonzero()
-    found = _held_out_r2(key, np.arange(n), row, feature, f[row, feature], held_out, m)
+    found = _held_out_r2(key, row, feature, f[row, feature], held_out, m)
     train, test = f[~held_out], f[held_out]
     means = np.stack([train[key[~held_out] == k].mean(0) for k in range(9)])
     residual = ((test - means[key[held_out]]) ** 2).sum(0)

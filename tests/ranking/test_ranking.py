@@ -14,19 +14,16 @@ from hypothesis import strategies as st
 import rmscope
 from rmscope.model.reward_model import Scores
 from rmscope.pairs.pair import Pair, split_of
-from rmscope.ranking.ranking import (
-    BOUND,
+from rmscope.ranking.candidates import (
     ELIGIBLE_PROMPTS,
     candidates,
-    confirm,
     firing_counts,
     first_responses,
     freeze,
     pairs_a_prompt,
-    power,
-    power_statement,
     preference_signs,
-)  # fmt: skip
+)
+from rmscope.ranking.confirm import BOUND, confirm, power, power_statement
 from rmscope.statistics import flip_matrix, sign_flip_p
 from tests.ranking.ranked import frozen, measured, ranked
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from rmscope.planted.results import Candidate
-from rmscope.ranking.ranking import confirm, strongest
+from rmscope.ranking.candidates import strongest
+from rmscope.ranking.confirm import confirm
 from rmscope.run import collect
 from rmscope.run.data import RunData
 from rmscope.studies.audit.scoring import FRESH_PROMPTS, JUDGED, replication_requests

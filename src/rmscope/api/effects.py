@@ -19,7 +19,8 @@ from rmscope.model.preflight import Preflight
 from rmscope.model.reward_model import RewardModel, Scores
 from rmscope.pairs.demo import plain_demo_pairs
 from rmscope.pairs.pair import SIDES, Pair, one_per_prompt, split_of
-from rmscope.ranking.ranking import confirm, firing_counts, freeze, preference_signs
+from rmscope.ranking.candidates import firing_counts, freeze, preference_signs
+from rmscope.ranking.confirm import confirm
 from rmscope.sae.base import Sae
 
 CHECKED_PAIRS = 64

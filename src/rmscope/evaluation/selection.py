@@ -23,9 +23,9 @@ from rmscope.io import Progress, silent
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
+from rmscope.ranking.confirm import length_bound
 from rmscope.ranking.feature_statistics import DENSE
 from rmscope.ranking.flags import ENDING
-from rmscope.ranking.ranking import length_bound
 from rmscope.sae.base import Sae
 from rmscope.statistics import Array
 

@@ -27,7 +27,7 @@ from rmscope.pairs.plants import LEXICAL, Plant
 from rmscope.planted.matching import F1, MASS, f1_score, matches, threshold
 from rmscope.planted.results import Candidate, Candidates, NullMatch
 from rmscope.planted.twins import Twin, all_peaks, halves, largest, localises, mediation, peaks
-from rmscope.ranking.ranking import BOUND
+from rmscope.ranking.confirm import BOUND
 from rmscope.sae.base import Sae
 from rmscope.statistics import interval
 

@@ -1,1 +1,1 @@
-"""Which features are told: statistics, candidates, freeze, confirm, flags, the quality of estimates."""
+"""Which features are reported: statistics, candidates, tests, flags, and the quality of estimates."""

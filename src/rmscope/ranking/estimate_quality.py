@@ -1,17 +1,18 @@
 """The quality of an estimate at a site: how well it tracks exact ablation, on a sample weighted back to all features.
 
-The sample is stratified, a response at a time, by |estimate| and by Σ_t f_tj |d_j|: a pooled correlation over the top
-and a uniform sample would flatter (METHOD, "Estimated ablation effect").
+The sample is stratified within each response by |estimate| and by Σ_t f_tj |d_j|. A pooled correlation over the top features
+and a uniform sample would flatter the estimate.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 
-from rmscope.statistics import bootstrap, weighted_spearman
+from rmscope.ranking.candidates import PLACE
+from rmscope.statistics import Array, bootstrap, weighted_spearman
 
 STRATA = 4
 """Strata by |estimate| times strata by mass, quartiles each."""
@@ -44,16 +45,12 @@ class EstimateQuality:
     responses: int
     features: int
 
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
 
-
-def sample(estimate: np.ndarray, mass: np.ndarray, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def sample(estimate: Array, mass: Array, n: int, rng: np.random.Generator) -> tuple[Array, Array]:
     """(indices, weights) of at most ``n`` of one response's active features, stratified; weights sum to their number."""
-    total = estimate.size
-    if total <= n:
-        return np.arange(total), np.ones(total)
-    cell = _quantile_bin(np.abs(estimate)) * STRATA + _quantile_bin(mass)
+    if estimate.size <= n:
+        return np.arange(estimate.size), np.ones(estimate.size)
+    cell = _quartile(np.abs(estimate)) * STRATA + _quartile(mass)
     cells = np.unique(cell)
     picked, weights = [], []
     for c in cells:
@@ -64,24 +61,18 @@ def sample(estimate: np.ndarray, mass: np.ndarray, n: int, rng: np.random.Genera
     return np.concatenate(picked), np.concatenate(weights)
 
 
-def _quantile_bin(values: np.ndarray) -> np.ndarray:
+def _quartile(values: Array) -> Array:
     ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable")
     return (ranks * STRATA) // values.size
 
 
 def quality_sample(estimates: pl.DataFrame, responses: int, seed: int) -> pl.DataFrame:
-    """A stratified sample of the active features of ``responses`` responses, one a prompt while prompts last.
+    """A stratified sample of the active features of ``responses`` responses, different prompts first.
 
-    ``estimates`` carries prompt and order (see :func:`with_order`). Adds ``weight``: how many features a row stands for.
+    ``estimates`` has pair, side, prompt, order, effect and mass. ``weight`` is how many features a row stands for.
     """
-    keys = (
-        estimates.select("pair", "side", "prompt", "order")
-        .unique()
-        .sort("order")
-        .with_columns(pl.int_range(pl.len()).over("prompt").alias("turn"))
-        .sort("turn", "order")
-        .head(responses)
-    )
+    keys = estimates.select("pair", "side", "prompt", "order").unique().sort("order")
+    keys = keys.sort(PLACE.over("prompt"), "order").head(responses)
     rng = np.random.default_rng(seed)
     parts = []
     for pair, side in keys.select("pair", "side").iter_rows():
@@ -96,63 +87,47 @@ def estimate_quality(table: pl.DataFrame, sd: float, floor: float) -> EstimateQu
 
     ``sd`` is SD(Δr), ``floor`` the noise floor τ; exact effects below it count as 0.
     """
-    table = table.with_columns(pl.when(pl.col("effect").abs() < floor).then(0.0).otherwise(pl.col("effect")).alias("effect"))
-    rows = [_response(part, sd) for _, part in table.group_by("response", maintain_order=True) if part.height >= MINIMUM]
-    if not rows:
+    table = table.with_columns(pl.when(pl.col("effect").abs() < floor).then(0.0).otherwise("effect").alias("effect"))
+    parts = [part for part in table.partition_by("response") if part.height >= MINIMUM]
+    if not parts:
         nan = float("nan")
         return EstimateQuality(nan, nan, nan, nan, nan, nan, nan, nan, nan, 0, table.height)
-    values = np.array([(r["spearman"], r["missed"]) for r in rows])
-    prompts = np.array([r["prompt"] for r in rows])
-    low, high = bootstrap(values, prompts, lambda v: float(np.nanmedian(v[:, 0])))
-    _, missed_high = bootstrap(values, prompts, lambda v: float(np.nanmean(v[:, 1])))
-    means = table.group_by("feature", maintain_order=True).agg(
-        pl.col("estimate").mean(), pl.col("effect").mean(), pl.col("weight").sum()
-    )
-    estimate, effect, weight = (table[c].to_numpy() for c in ("estimate", "effect", "weight"))
+    prompts = np.array([part["prompt"][0] for part in parts])
+    spearman = np.array([weighted_spearman(*_arrays(part)) for part in parts])
+    missed = np.array([_missed(*_arrays(part)) for part in parts])
+    low, high = bootstrap(spearman, prompts, lambda v: float(np.nanmedian(v)))
+    _, missed_high = bootstrap(missed, prompts, lambda v: float(np.nanmean(v)))
+    by_feature = table.group_by("feature", maintain_order=True)
+    means = by_feature.agg(pl.col("estimate", "effect").mean(), pl.col("weight").sum())
+    estimate, effect, weight = _arrays(table)
     large = np.abs(effect) > max(floor, 0.01 * sd)
+    agree = (np.sign(estimate) == np.sign(effect))[large]
     error = np.abs(estimate - effect) / (np.abs(effect) + 0.01 * sd)
+    order = np.argsort(error)
+    middle = np.searchsorted(np.cumsum(weight[order]), weight.sum() / 2)
     return EstimateQuality(
-        spearman_median=float(np.nanmedian(values[:, 0])),
+        spearman_median=float(np.nanmedian(spearman)),
         spearman_low=low,
         spearman_high=high,
-        spearman_p10=float(np.nanpercentile(values[:, 0], 10)),
-        spearman_features=weighted_spearman(*(means[c].to_numpy() for c in ("estimate", "effect", "weight"))),
-        sign_agreement=_share(np.sign(estimate[large]) == np.sign(effect[large]), weight[large]),
-        relative_error=_weighted_median(error, weight),
-        top_missed=float(np.nanmean(values[:, 1])),
+        spearman_p10=float(np.nanpercentile(spearman, 10)),
+        spearman_features=weighted_spearman(*_arrays(means)),
+        sign_agreement=float(np.average(agree, weights=weight[large])) if agree.size else float("nan"),
+        relative_error=float(error[order][middle]),
+        top_missed=float(np.nanmean(missed)),
         top_missed_high=missed_high,
-        responses=len(rows),
+        responses=len(parts),
         features=table.height,
     )
 
 
-def _response(part: pl.DataFrame, sd: float) -> dict[str, float | str]:
-    estimate, effect, weight = (part[c].to_numpy() for c in ("estimate", "effect", "weight"))
-    k = max(1.0, weight.sum() / 10)
-    return {
-        "prompt": part["prompt"][0],
-        "spearman": weighted_spearman(estimate, effect, weight),
-        "missed": _missed(np.abs(estimate), np.abs(effect), weight, k),
-    }
+def _arrays(table: pl.DataFrame) -> tuple[Array, Array, Array]:
+    return table["estimate"].to_numpy(), table["effect"].to_numpy(), table["weight"].to_numpy()
 
 
-def _missed(estimate: np.ndarray, effect: np.ndarray, weight: np.ndarray, k: float) -> float:
-    """Weighted share of the true top k that is not in the estimated top k."""
-    true_top, estimated_top = _top(effect, weight, k), _top(estimate, weight, k)
-    return _share(~estimated_top[true_top], weight[true_top])
-
-
-def _top(values: np.ndarray, weight: np.ndarray, k: float) -> np.ndarray:
-    order = np.argsort(-values, kind="stable")
-    inside = np.zeros(values.size, dtype=bool)
-    inside[order] = np.cumsum(weight[order]) - weight[order] < k
-    return inside
-
-
-def _share(hits: np.ndarray, weight: np.ndarray) -> float:
-    return float((hits * weight).sum() / weight.sum()) if weight.size else float("nan")
-
-
-def _weighted_median(values: np.ndarray, weight: np.ndarray) -> float:
-    order = np.argsort(values)
-    return float(values[order][np.searchsorted(np.cumsum(weight[order]), weight.sum() / 2)])
+def _missed(estimate: Array, effect: Array, weight: Array) -> float:
+    """Weighted share of the tenth of the features with the largest |effect| that is not in that of the estimate."""
+    top = np.zeros((2, weight.size), dtype=bool)
+    for inside, values in zip(top, (effect, estimate), strict=True):
+        order = np.argsort(-np.abs(values), kind="stable")
+        inside[order] = np.cumsum(weight[order]) - weight[order] < max(1.0, weight.sum() / 10)
+    return float(np.average(~top[1, top[0]], weights=weight[top[0]]))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from rmscope.sae.base import Sae
 from rmscope.statistics import Array
@@ -20,12 +21,9 @@ JACCARD = 0.5
 
 def cosines(sae: Sae, other: Sae, features: Sequence[int]) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"]]:
     """Cosines of each of ``features`` with every feature of ``other``: of the decoders, and of the encoders."""
-
-    def between(own: Tensor, others: Tensor) -> Tensor:
-        rows, columns = (torch.nn.functional.normalize(w, dim=1) for w in (own[list(features)], others))
-        return rows @ columns.t()
-
-    return between(sae.W_dec, other.W_dec), between(sae.W_enc.t(), other.W_enc.t())
+    weights = ((sae.W_dec, other.W_dec), (sae.W_enc.t(), other.W_enc.t()))
+    decoder, encoder = (normalize(own[list(features)], dim=1) @ normalize(all_, dim=1).t() for own, all_ in weights)
+    return decoder, encoder
 
 
 def found_again(sae: Sae, other: Sae, features: Sequence[int]) -> list[bool]:
@@ -38,18 +36,16 @@ def merged_ranks(features: Sequence[int], W_dec: Float[Tensor, "m d"], fires: Bo
 
     ``fires`` says on which tokens each of the features fires.
     """
-    rows = torch.nn.functional.normalize(W_dec[list(features)], dim=1)
-    cosine = (rows @ rows.t()).numpy()
+    rows = normalize(W_dec[list(features)], dim=1)
     together = fires.T.astype(np.float64) @ fires
     each = together.diagonal()
     jaccard = together / np.maximum(each[:, None] + each[None] - together, 1)
-    similar = (cosine >= COSINE) | (jaccard >= JACCARD)
+    similar = ((rows @ rows.t()).numpy() >= COSINE) | (jaccard >= JACCARD)
     ranks: dict[int, int] = {}
     heads: list[int] = []
     for i, feature in enumerate(features):
-        head = next((place for place, h in enumerate(heads) if similar[i, h]), None)
-        if head is None:
+        head = next((place for place, h in enumerate(heads) if similar[i, h]), len(heads))
+        if head == len(heads):
             heads.append(i)
-            head = len(heads) - 1
         ranks[feature] = head + 1
     return ranks

@@ -16,8 +16,7 @@ from rmscope.effects import tables
 from rmscope.io import Progress, write_table
 from rmscope.model.rendering import PairTokens
 from rmscope.ranking import flags
-from rmscope.ranking.estimate_quality import quality_sample
-from rmscope.ranking.ranking import (
+from rmscope.ranking.candidates import (
     candidates,
     firing_counts,
     first_responses,
@@ -26,6 +25,7 @@ from rmscope.ranking.ranking import (
     preference_signs,
     strongest,
 )
+from rmscope.ranking.estimate_quality import quality_sample
 from rmscope.run.data import RunData
 
 Tables = dict[str, pl.DataFrame]

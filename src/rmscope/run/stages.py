@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from rmscope.model.preflight import preflight as check_pm
 from rmscope.model.reward_model import Scores
 from rmscope.pairs.pair import split_of
 from rmscope.ranking import flags
+from rmscope.ranking.confirm import SCHEMA, Q, confirm
 from rmscope.ranking.estimate_quality import estimate_quality
-from rmscope.ranking.ranking import SCHEMA, Q, confirm
 from rmscope.run.ablate import ablate
 from rmscope.run.collect import collect
 from rmscope.run.data import RunData
@@ -155,7 +155,7 @@ def rank(run: RunData, _progress: Progress, _key: str) -> None:
         write_table(run.folder / "features" / f"{site}.parquet", _described(run, site, table, frozen[site]))
         response = (pl.col("pair") + "/" + pl.col("side")).alias("response")
         sample = pl.read_parquet(folder / "quality_sample.parquet").with_columns(response)
-        write_json(folder / "estimate_quality.json", estimate_quality(sample, run.sd, run.noise_floor).as_dict())
+        write_json(folder / "estimate_quality.json", asdict(estimate_quality(sample, run.sd, run.noise_floor)))
 
 
 def _described(run: RunData, site: str, table: pl.DataFrame, frozen: pl.DataFrame) -> pl.DataFrame:

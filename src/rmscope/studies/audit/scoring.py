@@ -23,7 +23,8 @@ from rmscope.planted.matching import cue_effect, match_plant
 from rmscope.planted.recall_metrics import KS
 from rmscope.planted.results import Candidate, CueResult
 from rmscope.planted.twins import prepare
-from rmscope.ranking.ranking import BOUND, pairs_a_prompt, strongest
+from rmscope.ranking.candidates import pairs_a_prompt, strongest
+from rmscope.ranking.confirm import BOUND
 from rmscope.ranking.similarity import found_again
 from rmscope.run.collect import TWINS, best_reported
 from rmscope.run.run import Run
