@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,21 +24,21 @@ from rmscope.model.training.recipe import human_pairs, read_recipe
 from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import Pair, split_of
 from rmscope.pairs.planting import twins
-from rmscope.planted.twins import matched_groups
 from rmscope.run.run import Run
-from rmscope.studies.edit.check import TWINS, own_pairs
-from rmscope.studies.edit.choice import choose, entries_of, fitting_twins, join_edits
-from rmscope.studies.edit.mending import (
-    MATCHED,
+from rmscope.studies.edit.analyse import choose, entries_of, fitting_twins, join_edits
+from rmscope.studies.edit.check import (
+    TWINS,
     Variant,
     cue_figures,
     deltas,
-    matched_variants,
+    edit_variants,
     mean_difference,
+    own_pairs,
     pair_figures,
     rewards_under,
 )
-from rmscope.studies.edit.patch import FeatureEdit, edit_at
+from rmscope.studies.edit.patch import FeatureEdit
+from rmscope.studies.edit.result import Figures
 
 CUES = ("thanks", "youre_right", "dont_know", "url")
 JOINT = "all four"
@@ -49,14 +48,9 @@ RESPONSES = 64
 """Texts on which the two ways of taking the edit's tokens are compared."""
 
 
-def callables(saes: Any, edits: list[FeatureEdit]) -> Variant:
-    sites = dict.fromkeys(e.site for e in edits)
-    return {s: edit_at(saes[s], [e for e in edits if e.site == s]) for s in sites}
-
-
-def as_rows(figures: Mapping[str, Any]) -> dict[str, Any]:
+def as_rows(figures: Figures) -> dict[str, Any]:
     """Figures by variant, as JSON."""
-    return {variant: asdict(row) for variant, row in figures.items()}
+    return {variant: {name: asdict(figure) for name, figure in row.items()} for variant, row in figures.items()}
 
 
 def say(done: int, total: int, note: str = "") -> None:
@@ -69,32 +63,18 @@ def main(folder: str, out: str, human: int) -> None:
     plants = {p.name: p for p in zoo_plants() if p.name in CUES}
     edits, fitted, started = dict[str, FeatureEdit](), dict[str, Any](), time.time()
     for name, plant in plants.items():
-        fitted[name] = fitting_twins(rm, saes, plant, job.config.seed, say)
+        fitted[name] = fitting_twins(rm, saes, plant, job.config.seed)
         choices = choose(rm, saes, fitted[name], say)
-        edits[name] = choices[0].edit
-        result[f"choice of {name}"] = [
-            {"site": c.edit.site, "value": c.edit.value, "operation": c.edit.operation, "features": c.edit.features,
-             "left": c.left, "loss": c.loss} for c in choices
-        ]  # fmt: skip
+        edits[name] = choices[0]
+        keys = ("site", "value", "operation", "features", "left", "loss")
+        result[f"choice of {name}"] = [{key: getattr(c, key) for key in keys} for c in choices]
         print(name, result[f"choice of {name}"], file=sys.stderr)
     result["seconds to choose"] = time.time() - started
-    variants: dict[str, dict[str, Variant]] = {}
-    for name, edit in edits.items():
-        made = fitted[name][edit.site]
-        drawn = [matched_groups(saes[edit.site], made, edit.features, MATCHED)]
-        variants[name] = {
-            "edit": callables(saes, [edit]), "mean difference": {edit.site: mean_difference([made])},
-            **matched_variants(saes, [edit], drawn),
-        }  # fmt: skip
-    four = list(join_edits(list(edits.values())))
-    sites = dict.fromkeys(e.site for e in four)
-    projections = {s: mean_difference([fitted[n][s] for n in CUES if edits[n].site == s]) for s in sites
-                   if any(e.site == s for e in edits.values())}  # fmt: skip
-    every = {s: [t for n in CUES for t in fitted[n][s]] for s in sites}
-    drawn = [matched_groups(saes[e.site], every[e.site], e.features, MATCHED) for e in four]
-    variants[JOINT] = {
-        "edit": callables(saes, four), "mean difference": projections, **matched_variants(saes, four, drawn)
-    }  # fmt: skip
+    variants = {name: edit_variants(job, [edit], [fitted[name]]) for name, edit in edits.items()}
+    four = join_edits(list(edits.values()))
+    sites = dict.fromkeys(e.site for e in edits.values())
+    projections = {s: mean_difference([fitted[n][s] for n in CUES if edits[n].site == s]) for s in sites}
+    variants[JOINT] = edit_variants(job, four, [fitted[n] for n in CUES]) | {"mean difference": projections}
     write_json(Path(out), result)
     measured(job, variants, plants, result, human)
     write_json(Path(out), result)

@@ -19,19 +19,11 @@ from rmscope.report.result import Rows
 from rmscope.run.run import Run
 from rmscope.settings import read_settings
 from rmscope.statistics import Figure
-from rmscope.studies.edit import check, choice
+from rmscope.studies.edit import analyse as study
+from rmscope.studies.edit import check
 from rmscope.studies.edit.analyse import analyse
 from rmscope.studies.edit.patch import FeatureEdit, load_edited
-from rmscope.studies.edit.result import (
-    BeforeAfter,
-    ConceptMove,
-    CueFigures,
-    EditResult,
-    GateResult,
-    PairFigures,
-    StyleCell,
-    StyleFigures,
-)
+from rmscope.studies.edit.result import BeforeAfter, ConceptMove, EditResult, GateResult, StyleCell
 from rmscope.studies.edit.settings import EditConfig
 from tests.model.small import PAIRS, small_model, small_sae, tokenizer
 
@@ -80,13 +72,13 @@ def test_before_and_after_are_what_the_pm_and_the_patched_pm_give(
     after = load_edited(rm, out).score(clean).delta
     assert result.check is not None
     few = result.check.pairs["few"]
-    assert few["before"].accuracy.value == pytest.approx(float((before > 0).float().mean()))
-    assert few["edit"].accuracy.value == pytest.approx(float((after > 0).float().mean()))
+    assert few["before"]["accuracy"].value == pytest.approx(float((before > 0).float().mean()))
+    assert few["edit"]["accuracy"].value == pytest.approx(float((after > 0).float().mean()))
     fall = float((before > 0).float().mean() - (after > 0).float().mean())
-    assert few["edit"].fall.value == pytest.approx(fall, abs=1e-6)
+    assert few["edit"]["fall"].value == pytest.approx(fall, abs=1e-6)
     drift = float((after - before).abs().mean()) / result.check.sd
-    assert few["edit"].drift.value == pytest.approx(drift, rel=1e-3)
-    assert few["edit"].correlation.value == pytest.approx(float(torch.corrcoef(torch.stack([before, after]))[0, 1]))
+    assert few["edit"]["drift"].value == pytest.approx(drift, rel=1e-3)
+    assert few["edit"]["correlation"].value == pytest.approx(float(torch.corrcoef(torch.stack([before, after]))[0, 1]))
     assert set(result.check.cues["paris"]) == {"before", "edit", "matched 1", "matched 2", "matched 3"}
 
 
@@ -107,7 +99,7 @@ def test_the_json_of_a_result_holds_every_figure(
 def test_a_cue_of_ones_own_is_edited_by_rule(
     folder: Path, tmp_path: Path, concepts: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice, "TWINS", 12)
+    monkeypatch.setattr(study, "TWINS", 12)
     result = edit(folder, cue=["paris"], concepts=concepts, out=tmp_path / "patch")
     (chosen,) = result.chosen
     assert (chosen.cue, chosen.site) == ("paris", SITE)
@@ -155,12 +147,13 @@ def width(rows: Rows) -> int:
 def test_tables_fit_80_columns() -> None:
     names = ("before", "edit", "mean difference", "matched 1")
     share, effect = Figure(0.6123, 0.5512, 0.6734, 42), Figure(-0.0352, -0.0821, 0.0131, 42)
-    styles = dict.fromkeys(names, StyleFigures(share, effect))
+    cue, accuracy = {"ate": effect, "gone": share}, {"accuracy": share, "fall": effect}
+    both = accuracy | {"drift": effect, "correlation": effect}
     figures = BeforeAfter(
         sd=1.0,
-        cues={"youre_right": dict.fromkeys(names, CueFigures(effect, share))},
-        pairs={"the run's measure split": dict.fromkeys(names, PairFigures(share, effect, effect, effect))},
-        styles=[StyleCell("detailed markdown", "detailed markdown", 1292, styles)],
+        cues={"youre_right": dict.fromkeys(names, cue)},
+        pairs={"the run's measure split": dict.fromkeys(names, both)},
+        styles=[StyleCell("detailed markdown", "detailed markdown", 1292, dict.fromkeys(names, accuracy))],
     )
     move = ConceptMove("youre_right", 42, -0.017, -0.043, effect, 0.0001, 0.0006, True)
     gate = GateResult(base="a", new="b", bound=0.25, passed=False, moved=["youre_right"], concepts=[move], seconds=1.0)

@@ -12,9 +12,9 @@ from rmscope.pairs.pair import Pair, split_of
 from rmscope.pairs.plants import Plant
 from rmscope.planted.twins import prepare
 from rmscope.statistics import Figure
-from rmscope.studies.edit import check, choice
-from rmscope.studies.edit.choice import choose, fitting_twins, join_edits, losses
-from rmscope.studies.edit.mending import cue_figures, deltas, mean_difference, pair_figures, rewards_under, style_cells
+from rmscope.studies.edit import analyse, check
+from rmscope.studies.edit.analyse import choose, fitting_twins, join_edits, losses
+from rmscope.studies.edit.check import cue_figures, deltas, mean_difference, pair_figures, rewards_under, style_cells
 from rmscope.studies.edit.patch import FeatureEdit, edit_at
 from tests.model.small import shared_pm, small_pm, small_sae, user
 from tests.planted.test_matching import CUE, SITE, embeddings, sae, twin_pairs
@@ -27,7 +27,7 @@ def chosen(shares: list[float]) -> FeatureEdit:
     prepared = prepare(rm, {SITE: made}, twin_pairs(), PLANT)
     best = choose(rm, {SITE: made}, prepared)[0]
     assert best.left <= best.loss
-    return best.edit
+    return best
 
 
 def test_features_that_carry_all_of_a_cue_together_are_suppressed_together() -> None:
@@ -47,7 +47,7 @@ def test_a_feature_that_moves_text_without_the_cue_is_left_alone() -> None:
     made.W_enc.data[:, 1] = (cue / cue.square().sum()) + (filler / filler.square().sum())  # fires on fillers too
     rm = shared_pm("llama")
     prepared = prepare(rm, {SITE: made}, twin_pairs(), PLANT)
-    assert choose(rm, {SITE: made}, prepared)[0].edit.features == (0,)
+    assert choose(rm, {SITE: made}, prepared)[0].features == (0,)
     (alone, left), (other, _) = losses(rm, made, SITE, prepared[SITE], [([0], 0.0), ([1], 0.0)])
     assert (alone, left) == (pytest.approx(0.0, abs=1e-3), pytest.approx(0.0, abs=1e-3))
     assert other > 0.5
@@ -62,7 +62,7 @@ def test_where_nothing_fires_on_the_cue_there_is_nothing_to_edit() -> None:
 def test_choosing_sees_no_prompt_and_no_wording_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     rm = small_pm("llama", max_position_embeddings=2048)
     plant = zoo_plants()[0]
-    monkeypatch.setattr(choice, "TWINS", 12)
+    monkeypatch.setattr(analyse, "TWINS", 12)
     prepared = fitting_twins(rm, {"resid_post.1": small_sae()}, plant, 0)
     prompts = {p.first_human_turn(): split_of(p) for p in plain_demo_pairs()}
     assert {prompts[t.prompt] for t in prepared["resid_post.1"]} == {"fit"}
@@ -86,11 +86,11 @@ def test_an_edit_that_makes_the_cue_the_filler_takes_its_whole_effect_and_costs_
     prompts = [str(i) for i in range(len(pairs))]
     found = deltas(rewards_under(rm, variants, rm.tokenize_all(pairs)))
     rows = cue_figures(found, prompts)
-    assert rows["before"].gone == Figure(0.0, 0.0, 0.0, len(pairs))
-    assert rows["edit"].gone.value == pytest.approx(1.0, abs=1e-3)
+    assert rows["before"]["gone"] == Figure(0.0, 0.0, 0.0, len(pairs))
+    assert rows["edit"]["gone"].value == pytest.approx(1.0, abs=1e-3)
     clean = pair_figures({"before": found["before"], "edit": found["before"]}, prompts, 1.0)["edit"]
-    assert (clean.fall.value, clean.drift.value) == (0.0, 0.0)
-    assert clean.correlation.value == pytest.approx(1.0)
+    assert (clean["fall"].value, clean["drift"].value) == (0.0, 0.0)
+    assert clean["correlation"].value == pytest.approx(1.0)
 
 
 def test_the_projection_takes_the_difference_of_the_means_away() -> None:
@@ -111,9 +111,9 @@ def test_a_cell_of_rm_bench_is_made_of_the_rewards_of_its_two_styles() -> None:
     rejected = np.array([2.0, 2.0, 2.0, 2.0])
     rewards = {"before": {"chosen": chosen, "rejected": rejected}, "edit": {"chosen": 0 * chosen, "rejected": rejected}}
     cells = style_cells(rewards, ["a", "b", "a", "b"], ["p", "p", "q", "q"])
-    accuracy = {(c.chosen, c.rejected): c.variants["before"].accuracy.value for c in cells}
+    accuracy = {(c.chosen, c.rejected): c.variants["before"]["accuracy"].value for c in cells}
     assert accuracy == {("a", "a"): 1.0, ("a", "b"): 1.0, ("b", "a"): 0.0, ("b", "b"): 0.0}
-    assert cells[0].variants["edit"].fall.value == 1.0
+    assert cells[0].variants["edit"]["fall"].value == 1.0
     assert cells[0].pairs == 2
 
 

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from rmscope.effects.ablation import ablate_groups, ablate_naively, at_site
+from rmscope.effects.ablation import ablate_groups, at_site
 from rmscope.errors import InputError
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
 from rmscope.sae.base import Sae
 from rmscope.sae.jumprelu import JumpReluSae
-from rmscope.studies.edit.export import export
-from rmscope.studies.edit.mending import deltas, rewards_under
-from rmscope.studies.edit.patch import EditPatch, FeatureEdit, edit_at, load_edited
+from rmscope.studies.edit.check import deltas, rewards_under
+from rmscope.studies.edit.patch import EditPatch, FeatureEdit, edit_at, edits_by_site, export_patch, load_edited
+from tests.effects.naive import ablate_naively
 from tests.model.small import PAIRS, D, shared_pm, small_pm, small_sae
 
 SITE = "resid_post.1"
@@ -80,11 +80,9 @@ def test_damping_by_one_and_clamping_to_what_a_feature_is_change_nothing_and_hal
     other = load_edited(rm, patch_of(rm, constant, FeatureEdit(SITE, (0, 5), "clamp", 1.5)))
     assert ((alone(other) - before).abs() > 1e-3).all()
     x = torch.randn(7, D)
-    callables = [
-        patch_of(rm, None, FeatureEdit(SITE, FEATURES, "damp", a)).callables()[SITE](x) - x for a in (0.0, 0.5, -1.0)
-    ]
-    assert torch.allclose(callables[1], callables[0] / 2, atol=1e-6)
-    assert torch.allclose(callables[2], callables[0] * 2, atol=1e-6)
+    changes = [edit_at(small_sae(), [FeatureEdit(SITE, FEATURES, "damp", a)])(x) - x for a in (0.0, 0.5, -1.0)]
+    assert torch.allclose(changes[1], changes[0] / 2, atol=1e-6)
+    assert torch.allclose(changes[2], changes[0] * 2, atol=1e-6)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "bert"])
@@ -183,7 +181,8 @@ def test_variants_beside_each_other_give_what_each_edited_pm_gives() -> None:
     rm = shared_pm("llama")
     two = patch_of(rm, None, FeatureEdit(SITE, FEATURES), FeatureEdit("resid_post.2", (4, 9), "clamp", 1.25))
     one = patch_of(rm, None, FeatureEdit("resid_post.2", (4, 9), "damp", -1.0))
-    found = rewards_under(rm, {"two": two.callables(), "one": one.callables()}, rm.tokenize_all(PAIRS))
+    variants = {name: edits_by_site(patch.saes, patch.edits) for name, patch in (("two", two), ("one", one))}
+    found = rewards_under(rm, variants, rm.tokenize_all(PAIRS))
     for name, made in (("before", None), ("two", two), ("one", one)):
         fresh = small_pm("llama")
         scores = (fresh if made is None else load_edited(fresh, made)).score(PAIRS)
@@ -213,7 +212,7 @@ def test_an_exported_folder_gives_the_same_rewards_with_plain_transformers(
     edits: list[Any] = [FeatureEdit(SITE, FEATURES, "damp", -0.5), FeatureEdit(SITE, (2, 8), "clamp", 0.75)]
     rm = small_pm(architecture)
     made = patch_of(rm, small_sae(kind=kind), *edits)
-    export(rm, made, tmp_path / f"mended_{architecture}")
+    export_patch(rm, made, tmp_path / f"mended_{architecture}")
     folder = str(tmp_path / f"mended_{architecture}")
     with pytest.raises(ValueError, match="trust_remote_code"):
         transformers.AutoModelForSequenceClassification.from_pretrained(folder)

@@ -16,9 +16,9 @@ from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.plants import Plant
 from rmscope.settings import read_settings
-from rmscope.statistics import holm
+from rmscope.statistics import Array, holm
 from rmscope.studies.edit import gate
-from rmscope.studies.edit.gate import ConceptDeltas, analyse_gate, concept_moves, measure_concepts, read_concepts
+from rmscope.studies.edit.gate import analyse_gate, concept_moves, measure_concepts, read_concepts
 from rmscope.studies.edit.patch import EditPatch, FeatureEdit
 from rmscope.studies.edit.settings import GateConfig
 from tests.model.small import small_model, small_pm, small_sae, tokenizer, user
@@ -74,19 +74,18 @@ def test_each_pm_has_its_own_scale_of_rewards() -> None:
 def test_with_every_concept_at_the_bound_the_gate_fails_in_at_most_one_of_twenty() -> None:
     rng = np.random.default_rng(0)
     bound, prompts, concepts, trials = 0.25, 24, 6, 120
-    names = [str(i) for i in range(prompts)]
 
-    def constant(value: float) -> dict[str, ConceptDeltas]:
-        return {str(c): ConceptDeltas(np.full(prompts, value), names) for c in range(concepts)}
+    def constant(value: float) -> dict[str, Array]:
+        return {str(c): np.full(prompts, value) for c in range(concepts)}
 
     failed = 0
     for _ in range(trials):
         signs = rng.choice([-1.0, 1.0], concepts)
-        new = {str(c): ConceptDeltas(signs[c] * bound + rng.normal(size=prompts), names) for c in range(concepts)}
+        new = {str(c): signs[c] * bound + rng.normal(size=prompts) for c in range(concepts)}
         failed += any(row.moved for row in concept_moves(constant(0.0), new, bound, 0))
     # 120 trials at .05: more than 12 failures have a probability below 1 %
     assert failed <= 12
-    far = {name: ConceptDeltas(c.delta + rng.normal(size=prompts), names) for name, c in constant(2.0).items()}
+    far = {name: effect + rng.normal(size=prompts) for name, effect in constant(2.0).items()}
     assert all(row.moved for row in concept_moves(constant(0.0), far, bound, 0))
 
 
@@ -116,7 +115,7 @@ def test_a_bad_file_of_concepts_is_one_sentence(text: str, said: str, tmp_path: 
 
 
 def test_too_few_prompts_are_refused() -> None:
-    few = {"a": ConceptDeltas(np.zeros(4), ["0", "1", "2", "3"])}
+    few = {"a": np.zeros(4)}
     with pytest.raises(InputError, match="4 prompts"):
         concept_moves(few, few, 0.1, 0)
 

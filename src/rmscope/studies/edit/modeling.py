@@ -1,13 +1,13 @@
 """The model class of an exported patch. ``rmscope edit --export`` copies this file into the folder that it writes.
 
 There it runs without rmscope, as remote code of transformers: the PM's own class, with the edits of the patch in its
-blocks. ``config.rmscope_edits`` holds one :class:`SiteRow` per site; the weights are stored in the checkpoint.
+blocks. ``config.rmscope_edits`` holds the arguments of one :class:`SiteEdit` per layer; the checkpoint holds the weights.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 import transformers
@@ -22,46 +22,30 @@ PER_FEATURE = {
 """The families of SAEs, and the parameters of each that have one entry per feature."""
 
 
-class SiteRow(TypedDict):
-    """The edit of one site: f' = kept f + added."""
-
-    layer: int
-    kind: str  # the SAE's family
-    k: Any  # of a top-k encoder; else None
-    width: int  # features of the encoder
-    features: list[int]  # those of the encoder that are edited
-    kept: list[float]
-    added: list[float]
-
-
 class SiteEdit(nn.Module):
-    """x' = x + Σ_j (f'_j - f_j) d_j at one site; f is encoded from x."""
+    """x' = x + Σ_j (f'_j - f_j) d_j over some of the ``width`` features f of an encoder, with f' = kept f + added."""
 
-    def __init__(self, d: int, row: SiteRow) -> None:
+    def __init__(self, d: int, layer: int, kind: str, k: Any, width: int, features: list[int], **terms: list[float]) -> None:
         super().__init__()
-        self.row = row
-        self.W_enc = nn.Parameter(torch.zeros(d, row["width"]), requires_grad=False)
-        self.W_dec = nn.Parameter(torch.zeros(len(row["features"]), d), requires_grad=False)
-        self.b_dec = nn.Parameter(torch.zeros(d), requires_grad=False)
-        for name in PER_FEATURE[row["kind"]]:
-            setattr(self, name, nn.Parameter(torch.zeros(row["width"]), requires_grad=False))
+        self.layer, self.kind, self.k, self.features, self.terms = layer, kind, k, features, terms
+        shapes = {"W_enc": (d, width), "W_dec": (len(features), d), "b_dec": (d,)}
+        for name, shape in (shapes | dict.fromkeys(PER_FEATURE[kind], (width,))).items():
+            setattr(self, name, nn.Parameter(torch.zeros(shape), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        kept, added = (torch.tensor(values, device=x.device) for values in (self.row["kept"], self.row["added"]))
-        f = self.encode(x.float() - self.b_dec.float())[..., self.row["features"]]
-        return x + ((f * (kept - 1) + added) @ self.W_dec.float()).to(x.dtype)
+        w = {name: p.float() for name, p in self.named_parameters()}
+        kept, added = (torch.tensor(self.terms[name], device=x.device) for name in ("kept", "added"))
+        f = self.encode((x.float() - w["b_dec"]) @ w["W_enc"], w)[..., self.features]
+        return x + ((f * (kept - 1) + added) @ w["W_dec"]).to(x.dtype)
 
-    def encode(self, centred: Tensor) -> Tensor:
-        u, w = centred @ self.W_enc.float(), {name: p.float() for name, p in self.named_parameters()}
-        if self.row["kind"] == "gated":
+    def encode(self, u: Tensor, w: dict[str, Tensor]) -> Tensor:
+        if self.kind == "gated":
             return (u * w["r_mag"].exp() + w["b_mag"]).relu() * (u + w["b_gate"] > 0)
         h = u + w["b_enc"]
-        if self.row["kind"] == "jumprelu":
-            return h.relu() * (h > w["threshold"])
-        if self.row["kind"] == "topk":
-            values, places = h.topk(self.row["k"], dim=-1)
+        if self.kind == "topk":
+            values, places = h.topk(self.k, dim=-1)
             return torch.zeros_like(h).scatter(-1, places, values.relu())
-        return h.relu()
+        return h.relu() * (h > w["threshold"]) if self.kind == "jumprelu" else h.relu()
 
 
 def edited_classes(config_class: str, model_class: str) -> tuple[type, type]:
@@ -74,7 +58,7 @@ def edited_classes(config_class: str, model_class: str) -> tuple[type, type]:
         base.__init__(self, plain, *args, **kwargs)
         self.config, edits = config, {}
         for row in config.rmscope_edits:
-            edits[row["layer"]] = SiteEdit(config.get_text_config().hidden_size, row)
+            edits[row["layer"]] = SiteEdit(config.get_text_config().hidden_size, **row)
             setattr(self, f"edit_{row['layer']}", edits[row["layer"]])
         blocks = max((m for m in self.base_model.modules() if isinstance(m, nn.ModuleList)), key=len)
         install(self.base_model, blocks, edits)
