@@ -25,7 +25,7 @@ from pms import arguments, emit, load_studied_pm
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from rmscope.effects.ablation import ablate_groups, ablations, at_site, prefill_pair
+from rmscope.effects.ablation import ablate_groups, ablations, at_site, clean_runs
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
@@ -156,7 +156,7 @@ def half_precision(pairs: list[Any], rm: RewardModel, sae: Sae, sd: float) -> No
     left, right = list[np.ndarray](), list[np.ndarray]()
     for tokens in rm.tokenize_all(pairs):
         for side in SIDES:
-            pair = [at_site(sae, prefill_pair(m, tokens, [SITE], [side])[side], SITE, tokens.divergence) for m in (rm, half)]
+            pair = [at_site(sae, clean_runs(m, tokens, [SITE], [side])[side], SITE, tokens.divergence) for m in (rm, half)]
             both = pair[0].features()[torch.isin(pair[0].features(), pair[1].features())]
             for model, response, out in zip((rm, half), pair, (left, right), strict=True):
                 out.append(ablate_groups(model, sae, response, SITE, [[int(j)] for j in both]).numpy())

@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from rmscope.activations.harvest import _fast, harvest
+from rmscope.activations.harvest import harvest
+from rmscope.hardware import fast_products
 from rmscope.model import loading
 from rmscope.model.rendering import render
 from rmscope.model.reward_model import RewardModel
@@ -43,7 +44,7 @@ def plain_loop(model: Any, tokenizer: Any, texts: list[str], blocks: list[int], 
     tokens, kept = 0, []
     for start in range(0, len(texts), BATCH):
         batch = tokenizer(texts[start : start + BATCH], return_tensors="pt", padding=True, padding_side="right")
-        with torch.no_grad(), _fast(rm):
+        with torch.no_grad(), fast_products(rm.device):
             hidden = model(**batch, output_hidden_states=True).hidden_states
         mask = batch["attention_mask"].bool()
         kept += [hidden[block + 1][mask] for block in blocks]

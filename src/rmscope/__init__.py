@@ -6,8 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rmscope.activations.harvest import harvest
-    from rmscope.activations.stream import stream
+    from rmscope.activations.harvest import harvest, stream
     from rmscope.api.effects import ablate, attribute, doctor, ledger, rank
     from rmscope.api.studies import audit, compare, edit, evaluate, experiment, gate, jailbreak, sufficiency
     from rmscope.model.reward_model import RewardModel
@@ -20,8 +19,7 @@ if TYPE_CHECKING:
     from rmscope.studies.edit.patch import load_edited
 
 _MODULES = {
-    "rmscope.activations.harvest": ("harvest",),
-    "rmscope.activations.stream": ("stream",),
+    "rmscope.activations.harvest": ("harvest", "stream"),
     "rmscope.api.effects": ("ablate", "attribute", "doctor", "ledger", "rank"),
     "rmscope.model.reward_model": ("RewardModel",),
     "rmscope.pairs.pair": ("Pair",),

@@ -117,14 +117,14 @@ def test_an_epoch_visits_every_kept_row_once_and_can_begin_anywhere(tmp_path: Pa
     given = write(tmp_path)
     store = ActivationStore.open(tmp_path)
     kept = int((given["position"] > 0).sum())
-    batches = list(store.batches("embed", 5, epochs=2, seed=3))
+    batches = [rows["embed"] for rows in store.training_batches(["embed"], 5, epochs=2, seed=3)]
     assert len(batches) == 2 * (kept // 5)
     epoch = torch.cat(batches[: kept // 5])
     assert len(torch.unique(epoch, dim=0)) == kept // 5 * 5
     sinks = given["x"][given["position"] == 0]
     assert not (epoch[:, None] == sinks[None]).all(dim=2).any()
     for start in (0, 1, kept // 5, kept // 5 + 3, 2 * (kept // 5)):
-        tail = list(store.batches("embed", 5, epochs=2, seed=3, start=start))
+        tail = [rows["embed"] for rows in store.training_batches(["embed"], 5, epochs=2, seed=3, start=start)]
         assert len(tail) == len(batches) - start
         assert all(torch.equal(a, b) for a, b in zip(tail, batches[start:], strict=True))
     assert not torch.equal(epoch, torch.cat(batches[kept // 5 :]))

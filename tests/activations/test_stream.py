@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import rmscope as rs
-from rmscope.activations.harvest import harvest
-from rmscope.activations.stream import ActivationStream, plan_refills, stream
+from rmscope.activations.harvest import ActivationStream, harvest, plan_refills, stream
 from rmscope.errors import InputError
 from rmscope.pairs.pair import Pair
 from rmscope.sae import SaeConfig, train_saes

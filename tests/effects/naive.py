@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from rmscope.model.packing import pad_texts
 from rmscope.model.reward_model import RewardModel
+from rmscope.sae.base import Sae
 
 
 def reward_with(rm: RewardModel, ids: Tensor, site: str, change: Callable[[Tensor], Tensor]) -> float:
@@ -31,3 +33,23 @@ def reward_with(rm: RewardModel, ids: Tensor, site: str, change: Callable[[Tenso
             return float(rm.model(ids[None]).logits[0, 0])
     finally:
         handle.remove()
+
+
+@torch.no_grad()
+def ablate_naively(rm: RewardModel, sae: Sae, ids: Tensor, site: str, start: int, groups: Sequence[Sequence[int]]) -> Tensor:
+    """R_G of each group of features, by one full forward pass of the text per group, f_tj := 0 from ``start`` on."""
+    ids = ids[: rm.read_position(ids) + 1] if rm.causal else ids
+    batch = pad_texts([(0, "chosen", ids, start, ids.numel() - 1)], 0)
+    clean = rm.rewards(batch)
+    f = sae.encode(rm.streams(batch, [site])[site][0, start:].float().cpu())
+    effects = []
+    for group in groups:
+        change = -f[:, list(group)] @ sae.W_dec[list(group)]
+
+        def edit(stream: Tensor, change: Tensor = change) -> Tensor:
+            edited = stream.clone()
+            edited[0, start:] += change.to(stream)
+            return edited
+
+        effects.append((clean - rm.rewards(batch, {site: edit}))[0].float().cpu())
+    return torch.stack(effects)

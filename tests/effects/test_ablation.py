@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rmscope.effects import ablation
-from rmscope.effects.ablation import ablate_groups, ablate_naively, ablations, at_site, prefill_pair
+from rmscope.effects.ablation import ablate_groups, ablations, at_site, clean_runs
 from rmscope.model import ragged
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES, Pair
@@ -68,11 +68,8 @@ def test_ablating_a_group_is_the_naive_forward_without_all_of_it(architecture: s
         for side in SIDES:
             ids = tokens.side(side)
             groups = [[0, 1, 2, 3], list(range(0, 96, 2)), list(range(96)), [95]]
-            if rm.capabilities.resume:
-                response = at_site(sae, prefill_pair(rm, tokens, [site])[side], site, tokens.divergence)
-                effects = ablate_groups(rm, sae, response, site, groups)
-            else:
-                effects = ablate_naively(rm, sae, ids, site, tokens.divergence, groups)
+            response = at_site(sae, clean_runs(rm, tokens, [site])[side], site, tokens.divergence)
+            effects = ablate_groups(rm, sae, response, site, groups)
             for group, effect in zip(groups, effects.tolist(), strict=True):
                 assert effect == pytest.approx(naive_effect(rm, sae, ids, site, tokens.divergence, group), abs=1e-4)
 
@@ -81,15 +78,11 @@ def test_ablating_a_group_is_the_naive_forward_without_all_of_it(architecture: s
 def test_ablating_nothing_changes_nothing(architecture: str) -> None:
     rm, sae, site = shared_pm(architecture), small_sae(), "resid_post.1"
     tokens = rm.tokenize(PAIRS[0])
-    start = tokens.divergence
-    naive = ablate_naively(rm, sae, tokens.chosen, site, start, [[], [0]])
-    assert naive[0] == 0.0
-    if rm.capabilities.resume:
-        response = at_site(sae, rm.prefill(tokens.chosen, [site]), site, start)
-        silent = sorted(set(range(sae.m)) - set(response.features().tolist()))
-        assert silent
-        groups = [[], silent, *([j] for j in silent)]
-        assert torch.equal(ablate_groups(rm, sae, response, site, groups), torch.zeros(len(groups)))
+    response = at_site(sae, clean_runs(rm, tokens, [site])["chosen"], site, tokens.divergence)
+    silent = sorted(set(range(sae.m)) - set(response.features().tolist()))
+    assert silent
+    groups = [[], silent, *([j] for j in silent)]
+    assert torch.equal(ablate_groups(rm, sae, response, site, groups), torch.zeros(len(groups)))
 
 
 def test_the_clean_stream_is_encoded_once_and_the_error_stays() -> None:
@@ -155,8 +148,8 @@ def test_a_batch_starts_at_its_earliest_firing_and_keeps_the_budget() -> None:
     assert batches == [[0, 1], [2, 3], [4, 5, 6]]
 
 
-def test_a_model_that_takes_no_branches_is_resumed_in_rectangles() -> None:
-    """Attention that transformers calls through its interface is branched, GPT-J's and Bloom's own is not."""
+def test_a_model_that_takes_no_ragged_rows_is_resumed_in_rectangles() -> None:
+    """Attention that transformers calls through its interface takes ragged rows, GPT-J's and Bloom's own does not."""
     takes = {a: shared_pm(a).capabilities.ragged for a in [*DECODERS, *OTHERS]}
     assert {a for a, yes in takes.items() if not yes} == {"gptj", *OTHERS}
     rm, sae, site = shared_pm("phi"), small_sae(), "resid_post.0"
@@ -239,10 +232,10 @@ def test_batches_lose_nothing_keep_the_budget_and_cost_no_more_than_one_each() -
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "phi"])
-def test_fused_attention_of_long_branches_is_the_plain_one(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_attention_of_long_rows_is_the_plain_one(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rm, sae, site = shared_pm(architecture), small_sae(), "resid_post.0"
     tokens = rm.tokenize(PAIRS[3])
-    response = at_site(sae, prefill_pair(rm, tokens, [site])["chosen"], site, tokens.divergence)
+    response = at_site(sae, clean_runs(rm, tokens, [site])["chosen"], site, tokens.divergence)
     groups = [[int(j)] for j in response.features()]
     assert rm.capabilities.ragged  # measured now, so that what is counted below is the ablations' own
     found = []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rmscope.effects import gradients
 from rmscope.effects.ablation import ablations
-from rmscope.effects.gradients import Estimates, colours_of, estimate, streams_and_gradients
+from rmscope.effects.gradients import Estimates, estimate, probe_groups, streams_and_gradients
 from rmscope.model.packing import pad_texts
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
@@ -169,7 +169,7 @@ class Alone:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "bloom", ENCODER])
-def test_a_midpoint_with_a_colour_a_feature_is_the_gradient_halfway_to_its_ablation(
+def test_a_midpoint_with_one_group_per_feature_is_the_gradient_halfway_to_its_ablation(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rm, sae, site = shared_pm(architecture, torch.float64), small_sae(), "resid_post.1"
@@ -183,10 +183,8 @@ def test_a_midpoint_with_a_colour_a_feature_is_the_gradient_halfway_to_its_ablat
 
 
 @pytest.mark.parametrize("architecture", ["llama", ENCODER])
-def test_features_of_a_colour_are_moved_together_with_their_signs(
-    architecture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Against g.v + s (g' - g).v by whole forwards on each text alone, where most features share their colour."""
+def test_features_of_a_group_are_moved_together_with_their_signs(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against g.v + s (g' - g).v by whole forwards on each text alone, where most features share their group."""
     rm, sae, site = shared_pm(architecture, torch.float64), small_sae(), "resid_post.1"
     monkeypatch.setattr(gradients, "PROBE_GROUPS", 3)
     tokens = rm.tokenize_all(PAIRS[:2])
@@ -195,29 +193,29 @@ def test_features_of_a_colour_are_moved_together_with_their_signs(
         first = (alone.f > 0).int().argmax(0)
         turn = sorted(one.feature.tolist(), key=lambda j: (int(first[j]), j))
         clean = alone.gradient(0.0)
-        for colour in range(3):
-            mine = [(j, (-1) ** i) for i, j in enumerate(turn[colour::3])]
+        for group in range(3):
+            mine = [(j, (-1) ** i) for i, j in enumerate(turn[group::3])]
             moved = alone.gradient(-sum(sign * alone.part(j) for j, sign in mine) / 2)
             for j, sign in mine:
                 expected = float(((clean + sign * (moved - clean)) * alone.part(j)).sum())
                 assert float(one.effect[one.feature == j]) == pytest.approx(expected, abs=2e-5)
 
 
-def test_features_that_begin_at_one_token_have_different_colours() -> None:
+def test_features_that_begin_at_one_token_are_in_different_groups() -> None:
     rm, site = shared_pm("llama"), "resid_post.1"
     ids = rm.tokenize(PAIRS[0]).chosen
     active = small_sae().active(rm.prefill(ids, [site]).streams[site])
-    (colours, signs), begun = colours_of(active), set()
+    (groups, signs), begun = probe_groups(active), set()
     for t in range(active.n_tokens):
         at = active.token == t
-        new = {int(j): int(c) for j, c in zip(active.feature[at], colours[at], strict=True) if int(j) not in begun}
+        new = {int(j): int(c) for j, c in zip(active.feature[at], groups[at], strict=True) if int(j) not in begun}
         assert len(set(new.values())) == min(len(new), gradients.PROBE_GROUPS)
         begun |= set(new)
-    by_feature = {int(j): set(colours[active.feature == j].tolist()) for j in active.feature.unique()}
+    by_feature = {int(j): set(groups[active.feature == j].tolist()) for j in active.feature.unique()}
     assert all(len(c) == 1 for c in by_feature.values())
     first = {int(j): int(active.token[active.feature == j].min()) for j in active.feature.unique()}
-    for colour in set(colours.tolist()):
-        mine = {int(j): int(s) for j, s in zip(active.feature[colours == colour], signs[colours == colour], strict=True)}
+    for group in set(groups.tolist()):
+        mine = {int(j): int(s) for j, s in zip(active.feature[groups == group], signs[groups == group], strict=True)}
         assert [mine[j] for j in sorted(mine, key=lambda j: (first[j], j))] == [1, -1] * (len(mine) // 2) + [1] * (
             len(mine) % 2
         )

@@ -14,13 +14,12 @@ from rmscope.effects.ledger import (
     Path,
     SideParts,
     baseline,
-    contributions,
     integrate,
     ledger_rows,
     parts_along,
     shares,
 )
-from rmscope.model.packing import pad_texts
+from rmscope.model.packing import Batch, pad_texts
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES, Pair
 from rmscope.sae.base import Sae
@@ -43,6 +42,12 @@ def means(rm: RewardModel, sae: Sae, site: str = SITE) -> tuple[Tensor, Tensor]:
 
 def start_of(rm: RewardModel, sae: Sae, kind: str, site: str = SITE) -> Baseline:
     return baseline(sae, "zero") if kind == "zero" else baseline(sae, "mean", *means(rm, sae, site))
+
+
+def contributions(rm: RewardModel, sae: Sae, site: str, batch: Batch, start: Baseline, tolerance: float) -> list[SideParts]:
+    """The parts of every response of a batch, each response's gap at most ``tolerance`` where that can be had."""
+    path = Path(rm, site, batch, start.x)
+    return list(parts_along(path, integrate(path, tolerance), sae, start))
 
 
 def parts(

@@ -8,8 +8,16 @@ import pytest
 import torch
 
 from rmscope.effects import tables
-from rmscope.effects.ledger import SILENT, baseline, ledger_rows
-from rmscope.effects.ledger_summary import PARTS, length_groups, pair_features, share_rows, shares_by
+from rmscope.effects.ledger import (
+    PARTS,
+    SILENT,
+    baseline,
+    ledger_rows,
+    length_groups,
+    pair_features,
+    share_rows,
+    shares_by,
+)
 from rmscope.pairs.pair import SIDES
 from tests.model.small import PAIRS, shared_pm, small_sae
 

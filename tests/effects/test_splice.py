@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rmscope.effects import splice as splices
+from rmscope.effects import ablation
 from rmscope.effects.splice import (
     Span,
     agreement,
@@ -79,7 +79,7 @@ def test_a_perfect_reconstruction_changes_nothing(architecture: str) -> None:
 def test_variants_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     rm, sae = shared_pm("llama"), small_sae()
     tokens = rm.tokenize_all(PAIRS)
-    monkeypatch.setattr(splices, "BATCH_TOKENS", limit)
+    monkeypatch.setattr(ablation, "BATCH_TOKENS", limit)
 
     def three(at: Span) -> Tensor:
         return torch.stack([at.x, sae(at.x), torch.zeros_like(at.x)])

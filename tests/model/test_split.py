@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rmscope.effects.ablation import prefill_pair
+from rmscope.effects.ablation import clean_runs
 from rmscope.model.packing import pad_texts
 from rmscope.model.rendering import pair_tokens
 from rmscope.model.reward_model import RewardModel
@@ -69,7 +69,7 @@ def test_a_side_that_takes_the_shared_prefix_of_the_other_side_is_its_own_clean_
     for pair in PAIRS:
         tokens = rm.tokenize(pair)
         for order in (("chosen", "rejected"), ("rejected", "chosen")):
-            second = prefill_pair(rm, tokens, SITES, order)[order[1]]
+            second = clean_runs(rm, tokens, SITES, order)[order[1]]
             alone = rm.prefill(tokens.side(order[1]), SITES)
             assert second.reward == pytest.approx(alone.reward, abs=limit(architecture))
             assert torch.equal(second.ids, alone.ids)
@@ -87,7 +87,7 @@ def test_the_second_side_runs_only_the_tokens_after_the_shared_prefix() -> None:
     tokens = rm.tokenize(PAIRS[0])
     widths: list[int] = []
     rm.blocks[0].register_forward_pre_hook(lambda _m, args: widths.append(args[0].shape[1]))
-    prefill_pair(rm, tokens, ["resid_post.0"])
+    clean_runs(rm, tokens, ["resid_post.0"])
     assert widths == [tokens.chosen.numel(), tokens.rejected.numel() - tokens.divergence]
 
 
@@ -117,7 +117,7 @@ def test_resuming_leaves_the_clean_run_as_it_was() -> None:
 def test_sides_without_a_common_first_token_share_no_prefix() -> None:
     rm = shared_pm("llama", torch.float64)
     tokens = pair_tokens([11, 12, 13, 14], [21, 12, 13])
-    both = prefill_pair(rm, tokens, SITES)
+    both = clean_runs(rm, tokens, SITES)
     assert both["rejected"].reward == pytest.approx(whole(rm, tokens.rejected), abs=1e-9)
 
 
@@ -125,6 +125,6 @@ def test_the_clean_run_ends_at_the_read_position() -> None:
     rm = small_pm("llama", torch.float64, append_eos=True, pad_token_id=EOS)
     tokens = rm.tokenize(PAIRS[2])  # chosen is a prefix of rejected, so the shared prefix ends before its read position
     for order in (("chosen", "rejected"), ("rejected", "chosen")):
-        for side, text in prefill_pair(rm, tokens, SITES, order).items():
+        for side, text in clean_runs(rm, tokens, SITES, order).items():
             assert text.ids.numel() == tokens.side(side).numel() - 1
             assert text.reward == pytest.approx(float(rm.reward_alone(tokens.side(side))), abs=1e-9)

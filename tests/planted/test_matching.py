@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from rmscope.effects.ablation import ablate_naively
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.plants import Plant
 from rmscope.planted import matching
@@ -25,6 +24,7 @@ from rmscope.planted.recall_metrics import recall
 from rmscope.planted.results import Candidate, CueMatch
 from rmscope.planted.twins import halves, matched_groups, mediation, peaks, prepare
 from rmscope.sae.jumprelu import JumpReluSae
+from tests.effects.naive import ablate_naively
 from tests.model.small import shared_pm, user
 
 CUE, FILLER = "Z", "Q"

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import accumulate, pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -28,23 +28,16 @@ COLUMNS = {"token": torch.int32, "pair": torch.int32, "position": torch.int32, "
 REGIONS = ("prompt", "chosen", "rejected")
 """The meaning of the values 0, 1, 2 of ``region``."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MANIFEST = "manifest.json"
+MANIFEST, SHARDS = "manifest.json", "shard-*.safetensors"
+Column = Int[Tensor, " n"]
 
 
-class StoreWriter:
+class StoreWriter(AbstractContextManager["StoreWriter"]):
     """Writes a store: ``add`` rows in any portions, then ``close`` (or use it as a context manager).
 
-    At most one shard per site is held in memory. An exception inside the context leaves no manifest behind.
-
-    Args:
-        root: the folder, which gets one subfolder per site.
-        sites: names such as ``resid_post.6``.
-        d: width of the stream, d_model.
-        identity: what the rows come from (model, data, ...); stored in the manifest.
-        dtype: ``float32`` or ``bfloat16``.
-        shard_tokens: rows per shard.
-
-    Raises InputError where the dtype is unknown or the disk is full.
+    ``root`` gets one subfolder per site. ``d`` is the width of the stream, ``dtype`` is float32 or bfloat16, ``identity``
+    names the model, data and sites. At most one shard of ``shard_tokens`` rows per site is held in memory. An exception
+    inside the context leaves no manifest behind. Raises InputError where the dtype is unknown or the disk is full.
     """
 
     def __init__(
@@ -66,17 +59,11 @@ class StoreWriter:
         for site in sites:
             (self.root / site).mkdir(parents=True, exist_ok=True)
             (self.root / site / MANIFEST).unlink(missing_ok=True)
-            for stale in (self.root / site).glob("shard-*.safetensors"):
+            for stale in (self.root / site).glob(SHARDS):
                 stale.unlink()
 
     def add(
-        self,
-        site: str,
-        x: Float[Tensor, "n d_model"],
-        token: Int[Tensor, " n"],
-        pair: Int[Tensor, " n"],
-        position: Int[Tensor, " n"],
-        region: Int[Tensor, " n"],
+        self, site: str, x: Float[Tensor, "n d_model"], token: Column, pair: Column, position: Column, region: Column
     ) -> None:
         """Appends n rows to a site. Raises InputError where the site, the lengths or the width do not fit the store."""
         if site not in self._pending:
@@ -98,13 +85,8 @@ class StoreWriter:
             if self._pending[site]:
                 self._write_shard(site)
         for site, shards in self._shards.items():
-            manifest = {
-                "identity": self.identity,
-                "d": self.d,
-                "dtype": self.dtype,
-                "total": sum(shard["n"] for shard in shards),
-                "shards": shards,
-            }
+            manifest = {"identity": self.identity, "d": self.d, "dtype": self.dtype}
+            manifest |= {"total": sum(shard["n"] for shard in shards), "shards": shards}
             write_json(self.root / site / MANIFEST, manifest)
 
     def _write_shard(self, site: str) -> None:
@@ -118,22 +100,19 @@ class StoreWriter:
             save_file(shard, temporary)
         self._shards[site].append({"file": path.name, "n": len(shard["x"]), "sha256": sha256(path)})
 
-    def __enter__(self) -> StoreWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
             self.close()
 
 
 class _Site:
-    """The shards of one site, which are memory-mapped on first use."""
+    """The shards of one site. A tensor is memory-mapped on first use, so only the pages that are used are read."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
         self.starts = list(accumulate((shard["n"] for shard in manifest["shards"]), initial=0))
-        self.columns: dict[str, Tensor] = {}
         self._x: dict[int, Tensor] = {}
+        self._columns: dict[str, Column] = {}
 
     def tensor(self, shard: int, name: str) -> Tensor:
         path = self.folder / self.manifest["shards"][shard]["file"]
@@ -143,11 +122,16 @@ class _Site:
         except (OSError, SafetensorError) as error:
             raise InputError(f"Shard {path} cannot be read ({error}); harvest this site again.") from error
 
-    def x(self, shard: int) -> Tensor:
-        """[n, d_model], memory-mapped: only the pages that are used are read."""
+    def x(self, shard: int) -> Float[Tensor, "n d_model"]:
         if shard not in self._x:
             self._x[shard] = self.tensor(shard, "x")
         return self._x[shard]
+
+    def column(self, name: str) -> Column:
+        if name not in self._columns:
+            parts = [self.tensor(shard, name) for shard in range(len(self.starts) - 1)]
+            self._columns[name] = torch.cat([torch.empty(0, dtype=COLUMNS[name]), *parts])
+        return self._columns[name]
 
 
 class ActivationStore:
@@ -163,11 +147,10 @@ class ActivationStore:
         Raises InputError where there is no store, a site is unfinished (without a manifest), or the origins differ.
         """
         root = Path(root)
-        folders = sorted({path.parent for path in root.glob("*/*") if _belongs(path)})
+        folders = sorted({path.parent for name in (MANIFEST, SHARDS) for path in root.glob(f"*/{name}")})
         if not folders:
             raise InputError(f"{root} holds no activations; make them with rmscope harvest.")
-        unfinished = [folder.name for folder in folders if not (folder / MANIFEST).exists()]
-        if unfinished:
+        if unfinished := [folder.name for folder in folders if not (folder / MANIFEST).exists()]:
             raise InputError(f"{root} is unfinished at {', '.join(unfinished)}; run the harvest again.")
         sites = {}
         for folder in folders:
@@ -217,13 +200,9 @@ class ActivationStore:
 
     def column(self, site: str, name: str) -> Int[Tensor, " n"]:
         """One of :data:`COLUMNS` over all rows of the site."""
-        opened = self._site(site)
         if name not in COLUMNS:
             raise InputError(f"{site} has no column {name}; it has {', '.join(COLUMNS)}.")
-        if name not in opened.columns:
-            parts = [opened.tensor(shard, name) for shard in range(len(opened.starts) - 1)]
-            opened.columns[name] = torch.cat(parts) if parts else torch.empty(0, dtype=COLUMNS[name])
-        return opened.columns[name]
+        return self._site(site).column(name)
 
     def training_mask(self, site: str) -> Bool[Tensor, " n"]:
         """Position > 0: the first token is an attention sink of huge norm and stays out of SAE training."""
@@ -237,10 +216,9 @@ class ActivationStore:
         """
         if len({self.tokens(site) for site in sites}) != 1:
             raise InputError(f"The sites {', '.join(sites)} hold different tokens; harvest them in one pass.")
-        kept = int(self.training_mask(sites[0]).sum())
-        if kept == 0:
+        if not (n := int(self.training_mask(sites[0]).sum())):
             raise InputError(f"{self.root} holds no tokens to train on after the first of each text.")
-        return kept
+        return n
 
     def sample(self, site: str, n: int, generator: torch.Generator) -> Float[Tensor, "n d_model"]:
         """At most n different training rows, drawn at random, as float32."""
@@ -249,27 +227,18 @@ class ActivationStore:
 
     def norm_scale(self, site: str) -> float:
         """s with mean |s x| = sqrt(d_model) over the training rows. Raises InputError where that is not a number."""
-        opened, keep = self._site(site), self.training_mask(site)
-        norms = 0.0
-        for shard in range(len(opened.starts) - 1):
-            kept = keep[opened.starts[shard] : opened.starts[shard + 1]]
-            for rows in opened.x(shard)[kept].split(8192):
+        opened, keep, norms = self._site(site), self.training_mask(site), 0.0
+        for shard, (start, stop) in enumerate(pairwise(opened.starts)):
+            for rows in opened.x(shard)[keep[start:stop]].split(8192):
                 norms += float(rows.float().norm(dim=1).double().sum())
         if not norms > 0 or norms == float("inf"):
             raise InputError(f"{site} has no rows to train on, or their norms are not finite; check the harvest.")
         return float(self.d(site) ** 0.5 * int(keep.sum()) / norms)
 
-    def batches(
-        self, site: str, batch_size: int, epochs: int = 1, seed: int = 0, start: int = 0
-    ) -> Iterator[Float[Tensor, "batch d_model"]]:
-        """Shuffled batches of the training rows at one site as float32; see :func:`shuffle_batches`."""
-        for batch in self.training_batches([site], batch_size, epochs, seed, start):
-            yield batch[site]
-
     def training_batches(
         self, sites: Sequence[str], batch_size: int, epochs: int, seed: int, start: int = 0
     ) -> Iterator[dict[str, Float[Tensor, "batch d_model"]]]:
-        """The same shuffled batches at several sites, from batch number ``start`` on."""
+        """The same shuffled batches at all sites, from batch number ``start`` on; see :func:`shuffle_batches`."""
         kept = self.training_mask(sites[0]).nonzero().squeeze(1)
         for index in shuffle_batches(kept, batch_size, epochs, seed, start):
             yield {site: self.rows(site, index) for site in sites}
@@ -283,10 +252,9 @@ class ActivationStore:
 def shuffle_batches(
     rows: Int[Tensor, " n"], batch_size: int, epochs: int, seed: int, start: int = 0
 ) -> Iterator[Int[Tensor, " batch"]]:
-    """Batches of row numbers. Every epoch is a new permutation, which depends on (seed, epoch) only.
+    """Batches of row numbers. The order of an epoch depends on (seed, epoch) only, so any batch can be the ``start``.
 
-    So the order is the same in every run, and a resumed run can begin at batch ``start``. Rows that do not fill the last
-    batch of an epoch are left out of that epoch. If there are fewer than ``batch_size`` rows, one batch holds all of them.
+    Rows that do not fill the last batch of an epoch are left out of it. Fewer than ``batch_size`` rows make one batch.
     """
     size = min(batch_size, len(rows))
     per_epoch = len(rows) // size if size else 0
@@ -295,7 +263,3 @@ def shuffle_batches(
         order = rows[torch.randperm(len(rows), generator=generator)]
         first = max(0, start - epoch * per_epoch)
         yield from order[first * size : per_epoch * size].split(size)
-
-
-def _belongs(path: Path) -> bool:
-    return path.name == MANIFEST or path.match("shard-*.safetensors")

@@ -15,7 +15,7 @@ from rmscope.cli.steps import read_pairs
 from rmscope.cli.summaries import Ranking
 from rmscope.effects import tables
 from rmscope.effects.interactions import PROMPTS, TOP, groups_of, interactions
-from rmscope.effects.ledger_summary import FEWEST, length_groups, pair_features, share_rows, shares_by
+from rmscope.effects.ledger import FEWEST, length_groups, pair_features, share_rows, shares_by
 from rmscope.errors import InputError
 from rmscope.io import Display, write_table
 from rmscope.model.reward_model import RewardModel

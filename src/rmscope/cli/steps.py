@@ -10,8 +10,8 @@ import polars as pl
 from pydantic import ValidationError
 
 from rmscope.activations.harvest import harvest as write_streams
+from rmscope.activations.harvest import stream
 from rmscope.activations.store import ActivationStore
-from rmscope.activations.stream import stream
 from rmscope.cli import step_settings as settings
 from rmscope.cli.figures import Figures, Frame
 from rmscope.cli.summaries import RunSummary
@@ -20,9 +20,8 @@ from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune
 from rmscope.io import Display, write_table
 from rmscope.model.doctor import examine
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.training.held_out import measure_accuracy
 from rmscope.model.training.loop import train_pm as train_by_our_loop
-from rmscope.model.training.recipe import TrlRecipe, read_recipe
+from rmscope.model.training.recipe import TrlRecipe, measure_accuracy, read_recipe
 from rmscope.pairs.pair import Pair, split_of
 from rmscope.pairs.readers import ReadReport, load_pairs
 from rmscope.report.result import Result, Rows

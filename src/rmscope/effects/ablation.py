@@ -1,11 +1,10 @@
 """Exact ablation effects: R_j = r(s) - r(s with f_tj := 0 for t in the span), by running the model.
 
-Features are encoded once from the clean run; the edit is x_t - f_tj d_j; the SAE's error stays and nothing is encoded
-again (METHOD, "Ablation effect"). Where the time goes, and how it is saved: only features that fire are run; the model
-starts at the site, with the stream and the keys and values of the clean run; only tokens from the feature's first
-firing on, many features in one row without padding (``branches.py``); the last block for the read position only. PMs that
-take no such rows run rectangles that begin at the earliest firing; PMs that cannot be resumed at a site (encoders) run
-whole forwards with a hook.
+Features are encoded once, from the clean run. The edit is x_t - f_tj d_j: the SAE's error stays, and nothing is encoded
+again. Only features that fire are run. A run starts at the site and at the feature's first firing; what comes before is
+taken from the clean run, as streams, keys and values. Many ablations share one row without padding (``model/ragged.py``),
+and the last block runs for the read position only. PMs that take no such rows run batches, each from its earliest firing
+on. PMs that cannot be resumed at a site (encoders) need a full forward pass per ablation, so they are slow.
 """
 
 from __future__ import annotations
@@ -18,20 +17,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rmscope.model.clean_run import CleanRun
 from rmscope.model.packing import pad_texts
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
+from rmscope.model.sites import CleanRun
 from rmscope.pairs.pair import SIDES
 from rmscope.sae.base import Active, Sae
 
 ROW_TOKENS = 1024
-"""Tokens of all branches in one row."""
+"""Tokens of all ablations in one row."""
 BATCH_TOKENS = 2048
-"""Tokens (features x rest of the response) in one run."""
+"""Tokens (ablations x rest of the response) in one run."""
 RUN_COST = 32
-"""What a run costs beside its tokens, in tokens (8 ms at 4,000 tokens a second on two cores)."""
-
+"""What a run costs beside its tokens, in tokens (8 ms at 4,000 tokens per second on two cores)."""
 
 Entries = tuple[Tensor, Tensor, Tensor]
 """Tokens in the span, features and values of active entries, sorted by token."""
@@ -39,7 +37,7 @@ Entries = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Ablations:
-    """One response at one site: features (or groups) and what ablating each does to the reward."""
+    """One response at one site: features and what ablating each does to the reward."""
 
     pair: int
     side: str
@@ -59,19 +57,54 @@ class Response:
     active: Active
 
     def features(self) -> Int[Tensor, " active"]:
+        """The features that fire, ascending."""
         return torch.unique(self.active.feature)
 
 
-def prefill_pair(
+def clean_runs(
     rm: RewardModel, tokens: PairTokens, sites: Sequence[str], sides: Sequence[str] = SIDES
 ) -> dict[str, CleanRun]:
-    """Clean runs of a pair's sides; the second forks the first one's keys and values at the divergence."""
+    """Clean runs of a pair's sides. The second side takes the shared prefix from the first."""
+    if not rm.capabilities.resume:
+        return {side: run_whole(rm, tokens.side(side), sites) for side in sides}
     first, *rest = sides
     out = {first: rm.prefill(tokens.side(first), sites)}
     for side in rest:
         shared = min(tokens.shared, out[first].ids.numel(), rm.read_position(tokens.side(side)))
         out[side] = rm.prefill(tokens.side(side), sites, out[first], shared)
     return out
+
+
+def run_whole(rm: RewardModel, ids: Tensor, sites: Sequence[str]) -> CleanRun:
+    """The clean run of one text [T] without keys and values, for PMs that cannot be resumed at a site."""
+    ids = ids[: rm.read_position(ids) + 1] if rm.causal else ids
+    batch = pad_texts([(0, "chosen", ids, 1, ids.numel() - 1)], 0)
+    streams = rm.streams(batch, sites) if sites else {}
+    return CleanRun(ids, {site: x[0] for site, x in streams.items()}, [], float(rm.rewards(batch)[0]))
+
+
+@torch.no_grad()
+def rewards_on_span(
+    rm: RewardModel, text: CleanRun, site: str, start: int, streams: Float[Tensor, "variants span d"]
+) -> Float[Tensor, " variants"]:
+    """r of a text with its stream at ``site`` replaced from token ``start`` to the read position, variant by variant.
+
+    Nothing before ``start`` and no block up to the site runs again, unless the PM cannot be resumed at a site.
+    """
+    if streams.shape[1] == 0:
+        return torch.full((len(streams),), text.reward)
+    rewards = []
+    for part in streams.split(max(1, BATCH_TOKENS // (streams.shape[1] if text.keys else text.ids.numel()))):
+        if text.keys:
+            rewards.append(rm.resume(text, site, start, part.to(rm.device)).cpu())
+            continue
+
+        def edit(stream: Tensor, part: Tensor = part) -> Tensor:
+            return torch.cat([stream[:, :start], part.to(stream)], 1)
+
+        copies = pad_texts([(0, "chosen", text.ids, 1, text.ids.numel() - 1)] * len(part), 0)
+        rewards.append(rm.rewards(copies, {site: edit}).cpu())
+    return torch.cat(rewards)
 
 
 def at_site(sae: Sae, text: CleanRun, site: str, start: int) -> Response:
@@ -83,53 +116,53 @@ def at_site(sae: Sae, text: CleanRun, site: str, start: int) -> Response:
 def ablate_groups(
     rm: RewardModel, sae: Sae, response: Response, site: str, groups: Sequence[Sequence[int]]
 ) -> Float[Tensor, " groups"]:
-    """R_G of each group of features ablated together; 0 exactly where none of a group fires."""
-    return ablate_entries(rm, sae, response, site, [_entries(response.active, group) for group in groups])
+    """R_G of each group of features, ablated together; exactly 0 where none of a group fires."""
+    active, entries = response.active, []
+    for group in groups:
+        mask = torch.isin(active.feature, torch.as_tensor(list(group)))
+        entries.append((active.token[mask], active.feature[mask], active.value[mask]))
+    return ablate_entries(rm, sae, response, site, entries)
 
 
 def ablate_entries(
     rm: RewardModel, sae: Sae, response: Response, site: str, entries: Sequence[Entries]
 ) -> Float[Tensor, " ablations"]:
     """The effect of setting each list of entries (token in the span, feature, value; by token) to 0."""
-    effects = torch.zeros(len(entries))
+    text, effects = response.text, torch.zeros(len(entries))
     first = {i: int(token[0]) for i, (token, _, _) in enumerate(entries) if token.numel()}
     fires = sorted(first, key=lambda i: first[i])
-    together = rm.capabilities.ragged and response.text.ids.numel() <= rm.attention_window
-    run, cut = (_in_one_row, _rows) if together else (_in_rectangles, _batches)
-    for batch in cut(fires, [first[i] for i in fires], response.x.shape[0]):
+    cut = (fires, [first[i] for i in fires], response.x.shape[0])
+    if not text.keys:
+        run, batches = _in_rectangles, [[i] for i in fires]
+    elif rm.capabilities.ragged and text.ids.numel() <= rm.attention_window:
+        run, batches = _in_one_row, _rows(*cut)
+    else:
+        run, batches = _in_rectangles, _batches(*cut)
+    for batch in batches:
         rewards = run(rm, sae, response, site, [entries[i] for i in batch])
-        effects[torch.tensor(batch)] = (response.text.reward - rewards).float().cpu()
+        effects[torch.tensor(batch)] = (text.reward - rewards).float().cpu()
     return effects
 
 
 def _in_one_row(rm: RewardModel, sae: Sae, response: Response, site: str, entries: Sequence[Entries]) -> Tensor:
     """Each ablation from its own first firing on, all in one row."""
-    length = response.x.shape[0]
     firsts = torch.stack([token[0] for token, _, _ in entries])
-    lengths = length - firsts
-    offsets = lengths.cumsum(0) - lengths - firsts  # where a branch's token t lies: offset + t
-    row = torch.repeat_interleave(offsets, lengths)
-    stream = response.x[torch.arange(int(lengths.sum())) - row]
+    lengths = response.x.shape[0] - firsts
+    offsets = lengths.cumsum(0) - lengths - firsts  # the place of an ablation's token t in the row is offset + t
+    stream = response.x[torch.arange(int(lengths.sum())) - torch.repeat_interleave(offsets, lengths)]
     counts = torch.tensor([token.numel() for token, _, _ in entries])
     token, feature, value = (torch.cat(column) for column in zip(*entries, strict=True))
-    at = torch.repeat_interleave(offsets, counts) + token
-    stream.index_add_(0, at, -value[:, None] * sae.W_dec[feature])
+    stream.index_add_(0, torch.repeat_interleave(offsets, counts) + token, -value[:, None] * sae.W_dec[feature])
     return rm.resume_ragged(response.text, site, (response.start + firsts).tolist(), stream)
 
 
 def _in_rectangles(rm: RewardModel, sae: Sae, response: Response, site: str, entries: Sequence[Entries]) -> Tensor:
     """All ablations from the earliest of their firings on, one row each."""
     first = int(entries[0][0][0])
-    stream = response.x[first:].expand(len(entries), -1, -1).clone()
-    for row, (token, feature, value) in enumerate(entries):
-        stream[row].index_add_(0, token - first, -value[:, None] * sae.W_dec[feature])
-    return rm.resume(response.text, site, response.start + first, stream.to(rm.device))
-
-
-def _entries(active: Active, group: Sequence[int]) -> Entries:
-    """The active entries of a group's features, by token."""
-    mask = torch.isin(active.feature, torch.as_tensor(list(group)))
-    return active.token[mask], active.feature[mask], active.value[mask]
+    streams = response.x[first:].expand(len(entries), -1, -1).clone()
+    for stream, (token, feature, value) in zip(streams, entries, strict=True):
+        stream.index_add_(0, token - first, -value[:, None] * sae.W_dec[feature])
+    return rewards_on_span(rm, response.text, site, response.start + first, streams)
 
 
 def _entries_of_each(active: Active, features: Int[Tensor, " n"]) -> list[Entries]:
@@ -142,7 +175,7 @@ def _entries_of_each(active: Active, features: Int[Tensor, " n"]) -> list[Entrie
 
 
 def _rows(ids: Sequence[int], firsts: Sequence[int], length: int) -> list[list[int]]:
-    """Ablations in order of their first firing, in rows of at most ``ROW_TOKENS`` tokens, as even as can be."""
+    """Ablations in order of their first firing, in rows of about ``ROW_TOKENS`` tokens, as even as possible."""
     total = np.cumsum([length - first for first in firsts])
     if not len(total):
         return []
@@ -154,8 +187,8 @@ def _rows(ids: Sequence[int], firsts: Sequence[int], length: int) -> list[list[i
 def _batches(ids: Sequence[int], firsts: Sequence[int], length: int) -> list[list[int]]:
     """The cheapest cut of the ablations, sorted by first firing, into batches that each start at their earliest token.
 
-    A run costs its tokens (ablations x the rest of the response) and a fixed sum; the best cut follows by dynamic
-    programming over where the last batch begins.
+    A run costs its tokens (ablations x the rest of the response) and a fixed sum. Dynamic programming over the beginning of
+    the last batch gives the best cut.
     """
     n = len(ids)
     rest = length - np.asarray(firsts)
@@ -168,33 +201,10 @@ def _batches(ids: Sequence[int], firsts: Sequence[int], length: int) -> list[lis
         cut[stop] = int(total.argmin())
         cost[stop] = total[cut[stop]]
     batches: list[list[int]] = []
-    stop = n
-    while stop:
-        batches.append(list(ids[cut[stop] : stop]))
-        stop = int(cut[stop])
+    while n:
+        batches.append(list(ids[cut[n] : n]))
+        n = int(cut[n])
     return batches[::-1]
-
-
-def ablate_naively(rm: RewardModel, sae: Sae, ids: Tensor, site: str, start: int, groups: Sequence[Sequence[int]]) -> Tensor:
-    """The same by one full forward pass a group, with a hook: the fallback for PMs that cannot be resumed at a site."""
-    ids = ids[: rm.read_position(ids) + 1] if rm.causal else ids
-    batch = pad_texts([(0, "chosen", ids, start, ids.numel() - 1)], 0)
-    with torch.no_grad():
-        clean = rm.rewards(batch)
-        x = rm.streams(batch, [site])[site][0, start:].float().cpu()
-        active = sae.active(x)
-        effects = []
-        for group in groups:
-            token, feature, value = _entries(active, group)
-            change = torch.zeros_like(x).index_add_(0, token, -value[:, None] * sae.W_dec[feature])
-
-            def edit(stream: Tensor, change: Tensor = change) -> Tensor:
-                edited = stream.clone()
-                edited[0, start:] += change.to(stream)
-                return edited
-
-            effects.append((clean - rm.rewards(batch, {site: edit}))[0].float().cpu())
-    return torch.stack(effects) if effects else torch.zeros(0)
 
 
 def ablations(
@@ -206,33 +216,22 @@ def ablations(
 ) -> Iterator[tuple[str, Ablations]]:
     """(site, ablations) for ``wanted[pair][side][site]`` = features, or None for all active ones.
 
-    With ``endings`` each ablation is done again on the response's ending alone (0 else, and for encoders).
-
-    Features that do not fire in a response are left out: their effect is exactly 0.
+    Features that do not fire in a response are left out: their effect is exactly 0. With ``endings`` each feature is also
+    ablated from the response's ending alone (0 without it, and for PMs that cannot be resumed at a site).
     """
     for pair, sides in wanted.items():
-        t = tokens[pair]
-        texts = prefill_pair(rm, t, list(saes), list(sides)) if rm.capabilities.resume else {}
+        texts = clean_runs(rm, tokens[pair], list(saes), list(sides))
         for side, by_site in sides.items():
             for site, features in by_site.items():
-                if rm.capabilities.resume:
-                    response = at_site(saes[site], texts[side], site, t.divergence)
-                    firing = response.features()
-                    run = _chosen(firing, features)
-                    entries = _entries_of_each(response.active, run)
-                    effect = ablate_entries(rm, saes[site], response, site, entries)
-                    ending = torch.zeros_like(effect)
-                    if endings:
-                        end = rm.ending(response.text.ids) - t.divergence
-                        last = [(token[token >= end], j[token >= end], f[token >= end]) for token, j, f in entries]
-                        ending = ablate_entries(rm, saes[site], response, site, last)
-                else:
-                    x = rm.streams(pad_texts([(0, side, t.side(side), 1, 0)], 0), [site])[site][0, t.divergence :]
-                    run = _chosen(torch.unique(saes[site].active(x.float().cpu()).feature), features)
-                    effect = ablate_naively(rm, saes[site], t.side(side), site, t.divergence, [[int(j)] for j in run])
-                    ending = torch.zeros_like(effect)
+                response = at_site(saes[site], texts[side], site, tokens[pair].divergence)
+                run = response.features()
+                if features is not None:
+                    run = run[torch.isin(run, torch.as_tensor(list(features)))]
+                entries = _entries_of_each(response.active, run)
+                effect = ablate_entries(rm, saes[site], response, site, entries)
+                ending = torch.zeros_like(effect)
+                if endings and response.text.keys:
+                    end = rm.ending(response.text.ids) - response.start
+                    last = [(token[token >= end], j[token >= end], f[token >= end]) for token, j, f in entries]
+                    ending = ablate_entries(rm, saes[site], response, site, last)
                 yield site, Ablations(pair, side, run, effect, ending)
-
-
-def _chosen(firing: Tensor, features: Sequence[int] | None) -> Tensor:
-    return firing if features is None else firing[torch.isin(firing, torch.as_tensor(list(features)))]

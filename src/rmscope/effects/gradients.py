@@ -1,21 +1,22 @@
-"""Estimated ablation effects, from gradients: attribution patching at the clean point, and coloured midpoints.
+"""Estimated ablation effects from gradients: attribution patching at the clean point, or midpoints of probe groups.
 
 ``atp``: to first order, ablating feature j from a response changes its reward by Σ_t f_tj <dr/dx_t, d_j>, t over the span
-(attribution patching; Syed et al. 2023, arXiv 2310.10348, eq. 2, with the ablated activation as the patch). One
-backward pass gives dr/dx at every site at once and serves every feature; effects live at active entries only.
+(attribution patching; Syed et al. 2023, arXiv 2310.10348, eq. 2, with the ablated activation as the patch). One backward
+pass gives dr/dx at all sites and serves every feature. Only active entries have effects.
 
-``midpoint``: the gradient halfway to the ablation, <dr/dx at x - v_j/2, v_j> with v_j the feature's part of the stream,
-is right to second order, but costs as much as the ablation. Features are therefore put into colours, the ones that begin at
-a token into different ones, and those of a colour are moved together, by half and with alternating signs s_j, so that what
-they do to one another's gradients cancels: R_j is about <g, v_j> + s_j <g' - g, v_j>, g clean and g' at x - Σ s_k v_k / 2 (a
-probed diagonal of the Hessian; Bekas, Kokiopoulou and Saad 2007). A backward pass a colour serves all.
+``midpoint``: let v_j be the feature's part of the stream. The gradient halfway to the ablation, <dr/dx at x - v_j/2, v_j>,
+is right to second order, but costs as much as the ablation. So features are moved in 32 probe groups, one backward pass per
+group. Features that begin at the same token are in different groups. All features of a group are moved by half, with
+alternating signs s_j, so that their effects on each other's gradients cancel: R_j is about <g, v_j> + s_j <g' - g, v_j>,
+with g the clean gradient and g' the one at x - Σ s_k v_k / 2 (a probed diagonal of the Hessian; Bekas, Kokiopoulou and Saad
+2007).
 
-Not exact: estimates are shown with their measured quality and claimed only after exact ablation (``ablation.py``).
+Estimates are not exact. Their quality is measured and shown, and only exact ablations (``ablation.py``) are claimed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +34,7 @@ Method = Literal["atp", "midpoint"]
 METHODS: tuple[Method, ...] = ("atp", "midpoint")
 PROBE_GROUPS = 32
 """Backward passes of ``midpoint``."""
+Stream = Float[Tensor, "rows width d"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,95 +48,94 @@ class Estimates:
     mass: Float[Tensor, " active"]
 
 
-def watch(store: dict[str, Tensor], site: str, first: bool) -> Callable[[Tensor], Tensor]:
-    """An edit that keeps the stream for its gradient; at the first site the graph starts there."""
-
-    def edit(x: Tensor) -> Tensor:
-        if first:
-            x = x.detach().requires_grad_(True)
-        store[site] = x
-        return x
-
-    return edit
+def on_span(stream: Stream, text: Text) -> Float[Tensor, "span d"]:
+    """The part of a batch's stream, or of its gradient, on the span of one text: float32 on the CPU."""
+    return stream[text.row, text.span.to(stream.device)].float().cpu()
 
 
-def streams_and_gradients(
-    rm: RewardModel, batch: Batch, sites: Sequence[str]
-) -> dict[str, tuple[Float[Tensor, "rows width d"], Float[Tensor, "rows width d"]]]:
+def derivatives(sae: Sae, active: Active, gradient: Float[Tensor, "span d"]) -> Float[Tensor, " nnz"]:
+    """<gradient_t, d_j> at the active entries."""
+    return (gradient[active.token] * sae.W_dec[active.feature]).sum(-1)
+
+
+def sum_by_feature(active: Active, values: Float[Tensor, " nnz"]) -> tuple[Tensor, Tensor]:
+    """(distinct features, the sum of ``values`` over the entries of each)."""
+    feature, place = torch.unique(active.feature, return_inverse=True)
+    return feature, torch.zeros(feature.numel(), dtype=values.dtype).index_add_(0, place, values)
+
+
+def gradient_at(rm: RewardModel, batch: Batch, site: str, point: Stream) -> Stream:
+    """dr/dx at a point of the stream."""
+    point = point.detach().requires_grad_(True)
+    with torch.enable_grad():
+        return torch.autograd.grad(rm.rewards_from(batch, site, point).sum(), point)[0]
+
+
+def streams_and_gradients(rm: RewardModel, batch: Batch, sites: Sequence[str]) -> dict[str, tuple[Stream, Stream]]:
     """(x, dr/dx) at each site, from one forward and one backward pass.
 
-    In a packed row the prefix belongs to both texts, so its gradient is that of the sum of the two rewards; spans start
-    behind it and are each text's own.
+    In a packed row the prefix belongs to both texts, so its gradient is that of the sum of the two rewards. Spans start
+    after the prefix, and each belongs to one text.
     """
     ordered = sorted(sites, key=rm.site_index)
-    kept: dict[str, Tensor] = {}
+    streams: dict[str, Tensor] = {}
+
+    def keep(x: Tensor, site: str) -> Tensor:
+        streams[site] = x.detach().requires_grad_(True) if site == ordered[0] else x  # the graph starts at the first site
+        return streams[site]
+
     with torch.enable_grad():
-        rewards = rm.rewards(batch, {site: watch(kept, site, site == ordered[0]) for site in ordered})
-        gradients = torch.autograd.grad(rewards.sum(), [kept[site] for site in ordered])
-    return {site: (kept[site].detach(), g) for site, g in zip(ordered, gradients, strict=True)}
+        rewards = rm.rewards(batch, {site: lambda x, site=site: keep(x, site) for site in ordered})  # type: ignore[misc]
+        gradients = torch.autograd.grad(rewards.sum(), [streams[site] for site in ordered])
+    return {site: (streams[site].detach(), g) for site, g in zip(ordered, gradients, strict=True)}
 
 
-def attribute_text(sae: Sae, active: Active, gradient: Float[Tensor, "span d"], text: Text) -> Estimates:
-    """One response's estimates from its active features and one gradient on the span."""
-    return _estimates(sae, active, (gradient.float()[active.token] * sae.W_dec[active.feature]).sum(-1), text)
-
-
-def _estimates(sae: Sae, active: Active, products: Float[Tensor, " nnz"], text: Text) -> Estimates:
-    """``products``: <gradient, d_j> at each active entry."""
-    feature, effect = sum_by_feature(active, active.value * products)
+def _estimates(sae: Sae, active: Active, along: Float[Tensor, " nnz"], text: Text) -> Estimates:
+    """``along``: the derivative of r along d_j at each active entry."""
+    feature, effect = sum_by_feature(active, active.value * along)
     _, mass = sum_by_feature(active, active.value)
     return Estimates(text.pair, text.side, feature, effect, mass * sae.W_dec[feature].norm(dim=-1))
 
 
-def midpoints(
-    rm: RewardModel, sae: Sae, site: str, batch: Batch, x: Float[Tensor, "rows width d"], actives: Sequence[Active]
-) -> Iterator[Estimates]:
-    """Every text's estimates by coloured midpoints; ``x`` is the clean stream, ``actives`` holds each text's features."""
-    coloured = [colours_of(active) for active in actives]
-    clean = _products(rm, sae, site, batch, x, actives)
-    products = [p.clone() for p in clean]
-    for colour in range(PROBE_GROUPS):
+def midpoints(rm: RewardModel, sae: Sae, site: str, batch: Batch) -> Iterator[Estimates]:
+    """The estimates of every text of a batch by the midpoints of probe groups."""
+    x = rm.streams(batch, [site])[site]
+    actives = [sae.active(on_span(x, text)) for text in batch.texts]
+    groups = [probe_groups(active) for active in actives]
+    clean = _derivatives_at(rm, sae, site, batch, x, actives)
+    estimated = [before.clone() for before in clean]
+    for number in range(PROBE_GROUPS):
         point = x.clone()
-        for text, active, (mine, sign) in zip(batch.texts, actives, coloured, strict=True):
-            at = mine == colour
+        for text, active, (group, sign) in zip(batch.texts, actives, groups, strict=True):
+            at = group == number
             halves = -0.5 * (sign * active.value)[at, None] * sae.W_dec[active.feature[at]]
             point[text.row].index_add_(0, text.span[active.token[at]].to(x.device), halves.to(x))
-        moved = _products(rm, sae, site, batch, point, actives)
-        for product, before, after, (mine, sign) in zip(products, clean, moved, coloured, strict=True):
-            at = mine == colour
-            product[at] += (sign * (after - before))[at]
-    for text, active, product in zip(batch.texts, actives, products, strict=True):
-        yield _estimates(sae, active, product, text)
+        moved = _derivatives_at(rm, sae, site, batch, point, actives)
+        for along, before, after, (group, sign) in zip(estimated, clean, moved, groups, strict=True):
+            at = group == number
+            along[at] += (sign * (after - before))[at]
+    for text, active, along in zip(batch.texts, actives, estimated, strict=True):
+        yield _estimates(sae, active, along, text)
 
 
-def _products(
-    rm: RewardModel, sae: Sae, site: str, batch: Batch, point: Float[Tensor, "rows width d"], actives: Sequence[Active]
+def _derivatives_at(
+    rm: RewardModel, sae: Sae, site: str, batch: Batch, point: Stream, actives: Sequence[Active]
 ) -> list[Float[Tensor, " nnz"]]:
-    """<dr/dx at a point of the stream, d_j> at each text's active entries."""
-    point = point.detach().requires_grad_(True)
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(rm.rewards_from(batch, site, point).sum(), point)
-    found = []
-    for text, active in zip(batch.texts, actives, strict=True):
-        g = gradient[text.row, text.span.to(point.device)].float().cpu()
-        found.append((g[active.token] * sae.W_dec[active.feature]).sum(-1))
-    return found
+    """<dr/dx at a point of the stream, d_j> at the active entries of each text."""
+    gradient = gradient_at(rm, batch, site, point)
+    return [derivatives(sae, active, on_span(gradient, t)) for t, active in zip(batch.texts, actives, strict=True)]
 
 
-def colours_of(active: Active) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"]]:
-    """(colour, sign) of each active entry's feature: features take turns in the order of their first firing, and those of a
-    colour alternate in sign, the first at +1."""
+def probe_groups(active: Active) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"]]:
+    """(group, sign) of the feature of each active entry.
+
+    Features are dealt out to the groups in the order of their first firing. Signs alternate within a group, from +1 on.
+    """
     feature, place = torch.unique(active.feature, return_inverse=True)
     first = torch.full_like(feature, active.n_tokens).scatter_reduce_(0, place, active.token, "amin")
     rank = torch.empty_like(feature)
     rank[first.argsort(stable=True)] = torch.arange(feature.numel())
     return (rank % PROBE_GROUPS)[place], (1 - 2 * (rank // PROBE_GROUPS % 2))[place]
-
-
-def sum_by_feature(active: Active, values: Float[Tensor, " nnz"]) -> tuple[Tensor, Tensor]:
-    """(distinct features, the sum of ``values`` over each one's entries)."""
-    feature, place = torch.unique(active.feature, return_inverse=True)
-    return feature, torch.zeros(feature.numel(), dtype=values.dtype).index_add_(0, place, values)
 
 
 def estimate(
@@ -152,14 +153,12 @@ def estimate(
             at = streams_and_gradients(rm, batch, list(saes))
             for text in batch.texts:
                 for site, sae in saes.items():
-                    x, gradient = (t[text.row, text.span.to(t.device)].float().cpu() for t in at[site])
-                    yield site, attribute_text(sae, sae.active(x), gradient, text)
+                    x, gradient = (on_span(part, text) for part in at[site])
+                    active = sae.active(x)
+                    yield site, _estimates(sae, active, derivatives(sae, active, gradient), text)
         else:
-            streams = rm.streams(batch, list(saes))
             for site, sae in saes.items():
-                x = streams[site]
-                spans = [x[text.row, text.span.to(x.device)].float().cpu() for text in batch.texts]
-                for one in midpoints(rm, sae, site, batch, x, [sae.active(span) for span in spans]):
-                    yield site, one
+                for estimates in midpoints(rm, sae, site, batch):
+                    yield site, estimates
         done += len({t.pair for t in batch.texts})
         progress(done, len(unit), "pairs attributed")

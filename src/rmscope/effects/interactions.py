@@ -1,26 +1,24 @@
-"""Interactions: what ablating features together does beyond the sum of what ablating each does, exactly.
+"""Interactions: what ablating features together does beyond the sum of their single ablations, exactly.
 
-I_ij = R_ij - R_i - R_j on responses in which both features fire, for the best-ranked features of a site, and
-I_G = R_G - Σ R_j for the whole reported group and for its two halves, up and down (METHOD, "Ablation effect"). Of features
-that raise reward, I > 0 says that one stands in for the other (redundancy: each alone looks smaller than it is), I < 0
-that they need each other; where the reward is linear in the stream, I = 0. Everything is run, nothing estimated, on
-pairs of the measure split, which had no part in choosing the features.
+I_ij = R_ij - R_i - R_j on responses in which both features fire, for the best-ranked features of a site. I_G = R_G - Σ R_j
+for all reported features, for those that raise reward and for those that lower it. Of two features that raise reward, I > 0
+means that one makes up for the other (redundancy: each alone looks smaller than it is); I < 0 means that they need each
+other. Where the reward is linear in the stream, I = 0. Everything is run, on pairs of the measure split, which had no part
+in the choice of features.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import polars as pl
-import torch
-from torch import Tensor
 
-from rmscope.effects.ablation import ablate_groups, ablate_naively, at_site, prefill_pair
+from rmscope.effects.ablation import ablate_groups, at_site, clean_runs
 from rmscope.io import Progress, silent
-from rmscope.model.packing import pad_texts
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
@@ -34,7 +32,6 @@ PROMPTS = 48
 PER_PAIR = 12
 """Responses for each pair of features: 30 features that all fire together then cost 5,220 joint ablations, not 41,760."""
 
-Run = Callable[[Sequence[Sequence[int]]], Tensor]
 PAIRS = {
     "feature": pl.Int32, "other": pl.Int32, "n": pl.Int32, "ablation": pl.Float64, "other_ablation": pl.Float64,
     "joint": pl.Float64, "interaction": pl.Float64, "ci_low": pl.Float64, "ci_high": pl.Float64,
@@ -46,13 +43,10 @@ GROUPS = {
 
 
 def groups_of(ranked: pl.DataFrame) -> dict[str, list[int]]:
-    """The reported group of a site's ranking: all of it, what raises reward, what lowers it."""
-    reported = ranked.filter(pl.col("reported"))
-    return {
-        "reported": reported["feature"].to_list(),
-        "up": reported.filter(pl.col("mean_effect") > 0)["feature"].to_list(),
-        "down": reported.filter(pl.col("mean_effect") < 0)["feature"].to_list(),
-    }
+    """The reported features of a site's ranking: all of them, those that raise reward, those that lower it."""
+    reported = ranked.filter("reported")
+    up, down = (reported.filter(sign * pl.col("mean_effect") > 0) for sign in (1, -1))
+    return {name: rows["feature"].to_list() for name, rows in (("reported", reported), ("up", up), ("down", down))}
 
 
 def interactions(
@@ -74,76 +68,45 @@ def interactions(
         groups: sets of features that are ablated whole, wherever one of them fires.
 
     Returns:
-        A row a pair of features that fire together somewhere, with the columns of ``PAIRS`` (means over the n responses),
-        largest |interaction| first; and a row a group, with those of ``GROUPS`` (sum = Σ_j R_j, interaction = joint - sum).
+        One row per pair of features that fire together somewhere, with the columns of ``PAIRS`` (means over n responses),
+        largest |interaction| first. One row per group with the columns of ``GROUPS`` (sum = Σ_j R_j, interaction = joint -
+        sum).
     """
     seen: Counter[tuple[int, int]] = Counter()
-    pair_rows: list[tuple[str, int, int, float, float, float]] = []
-    group_rows: list[tuple[str, str, float, float]] = []
+    pair_rows: list[dict[str, Any]] = []
+    group_rows: list[dict[str, Any]] = []
     for number, (pair, prompt) in enumerate(zip(tokens, prompts, strict=True)):
-        for fires, run in _sides(rm, sae, site, pair):
+        texts = clean_runs(rm, pair, [site])
+        for side in SIDES:
+            response = at_site(sae, texts[side], site, pair.divergence)
+            fires = set(response.features().tolist())
             together = [p for p in combinations([j for j in top if j in fires], 2) if seen[p] < most]
             seen.update(together)
-            held = {name: [j for j in group if j in fires] for name, group in groups.items()}
-            held = {name: group for name, group in held.items() if group}
-            alone = sorted({j for some in (*together, *held.values()) for j in some})
-            effects = iter(run([*([j] for j in alone), *together, *held.values()]).double().tolist())
+            firing = {name: [j for j in group if j in fires] for name, group in groups.items()}
+            firing = {name: group for name, group in firing.items() if group}
+            alone = sorted({j for some in (*together, *firing.values()) for j in some})
+            sets = [*([j] for j in alone), *together, *firing.values()]
+            effects = iter(ablate_groups(rm, sae, response, site, sets).double().tolist())
             r = {j: next(effects) for j in alone}
-            pair_rows += [(prompt, i, j, r[i], r[j], next(effects)) for i, j in together]
-            group_rows += [(prompt, name, sum(r[j] for j in group), next(effects)) for name, group in held.items()]
+            for i, j in together:
+                row = {"feature": i, "other": j, "ablation": r[i], "other_ablation": r[j], "joint": next(effects)}
+                pair_rows.append({"prompt": prompt, **row, "interaction": row["joint"] - r[i] - r[j]})
+            for name, group in firing.items():
+                total, joint = sum(r[j] for j in group), next(effects)
+                row = {"group": name, "features": len(groups[name]), "sum": total, "joint": joint}
+                group_rows.append({"prompt": prompt, **row, "interaction": joint - total})
         progress(number + 1, len(tokens), f"{len(pair_rows)} pairs of features ablated together")
-    sizes = {name: len(group) for name, group in groups.items()}
-    return _pairs(pair_rows), _groups(group_rows, sizes)
+    pairs = _means(pair_rows, ["feature", "other"], PAIRS)
+    order = [pl.col("interaction").abs(), pl.col("feature"), pl.col("other")]
+    return pairs.sort(order, descending=[True, False, False]), _means(group_rows, ["group", "features"], GROUPS)
 
 
-def _sides(rm: RewardModel, sae: Sae, site: str, tokens: PairTokens) -> Iterator[tuple[set[int], Run]]:
-    """For each side of a pair the features that fire, and what ablates sets of them."""
-    start = tokens.divergence
-    texts = prefill_pair(rm, tokens, [site]) if rm.capabilities.resume else {}
-    for side in SIDES:
-        ids = tokens.side(side)
-        if rm.capabilities.resume:
-            response = at_site(sae, texts[side], site, start)
-            yield set(response.features().tolist()), lambda sets, at=response: ablate_groups(rm, sae, at, site, sets)  # type: ignore[misc]
-        else:
-            x = rm.streams(pad_texts([(0, side, ids, start, ids.numel() - 1)], 0), [site])[site][0, start:]
-            fires = set(torch.unique(sae.active(x.float().cpu()).feature).tolist())
-            yield fires, lambda sets, ids=ids: ablate_naively(rm, sae, ids, site, start, sets)  # type: ignore[misc]
-
-
-def _interval(prompts: pl.Series, values: pl.Series) -> dict[str, float]:
-    """The 95 % interval of a mean over responses, resampling prompts; missing where there is one prompt."""
-    by_prompt = pl.DataFrame({"p": prompts, "v": values}).group_by("p", maintain_order=True).agg(pl.col("v").mean())
-    if by_prompt.height < 2:
-        return {"ci_low": float("nan"), "ci_high": float("nan")}
-    low, high = mean_interval(by_prompt["v"].to_numpy())
-    return {"ci_low": low, "ci_high": high}
-
-
-def _pairs(rows: Sequence[tuple[str, int, int, float, float, float]]) -> pl.DataFrame:
-    schema = ["prompt", "feature", "other", "ablation", "other_ablation", "joint"]
-    table = pl.DataFrame(rows, schema=schema, orient="row").with_columns(
-        (pl.col("joint") - pl.col("ablation") - pl.col("other_ablation")).alias("interaction")
-    )
-    found = [
-        {"feature": i, "other": j, "n": part.height}
-        | {c: float(np.mean(part[c].to_numpy())) for c in ("ablation", "other_ablation", "joint", "interaction")}
-        | _interval(part["prompt"], part["interaction"])
-        for (i, j), part in table.group_by("feature", "other", maintain_order=True)
-    ]
-    return pl.DataFrame(found, schema=PAIRS).sort(
-        pl.col("interaction").abs(), "feature", "other", descending=[True, False, False]
-    )
-
-
-def _groups(rows: Sequence[tuple[str, str, float, float]], sizes: Mapping[str, int]) -> pl.DataFrame:
-    table = pl.DataFrame(rows, schema=["prompt", "group", "sum", "joint"], orient="row").with_columns(
-        (pl.col("joint") - pl.col("sum")).alias("interaction")
-    )
-    found = [
-        {"group": name, "features": sizes[str(name)], "n": part.height}
-        | {c: float(np.mean(part[c].to_numpy())) for c in ("sum", "joint", "interaction")}
-        | _interval(part["prompt"], part["interaction"])
-        for (name,), part in table.group_by("group", maintain_order=True)
-    ]
-    return pl.DataFrame(found, schema=GROUPS)
+def _means(rows: Sequence[dict[str, Any]], keys: list[str], schema: Mapping[str, Any]) -> pl.DataFrame:
+    """Means over responses, one row per distinct ``keys``. The 95 % interval of the interaction resamples prompts."""
+    means = []
+    for key, part in pl.DataFrame(rows).group_by(keys, maintain_order=True) if rows else ():
+        by_prompt = part.group_by("prompt", maintain_order=True).agg(pl.col("interaction").mean())["interaction"]
+        low, high = mean_interval(by_prompt.to_numpy()) if len(by_prompt) > 1 else (float("nan"), float("nan"))
+        values = {c: float(np.mean(part[c].to_numpy())) for c in part.columns if c not in ("prompt", *keys)}
+        means.append({**dict(zip(keys, key, strict=True)), "n": part.height, **values, "ci_low": low, "ci_high": high})
+    return pl.DataFrame(means, schema=schema)

@@ -1,19 +1,18 @@
-"""Contributions and the ledger: what a pair's reward difference is made of, summing to it.
+"""Contributions and the ledger: the parts of a pair's reward difference, which sum to it.
 
-Integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365, eq. 1), all features moving together: on the span the
-stream goes along the straight line from a baseline x0 to x, and the mean gradient G_t on it (Gauss-Legendre) gives
+Integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365, eq. 1), all features moving together. On the span the
+stream goes along the straight line from a baseline x0 to x. With G_t the mean gradient on it (Gauss-Legendre quadrature),
 
     A_j   = Σ_t (f_tj - f0_j) <G_t, d_j>          features, active and silent
     A_err = Σ_t <G_t, e_t - e0>                   the SAE's error
     Σ_j A_j + A_err = r(x) - r(x0)                up to quadrature: the gap
 
-The path is cut into panels, and a panel is halved until the rewards at its ends agree with the integral (see
-:func:`integrate`).
+The path is cut into panels. A panel is halved until the rewards at its ends agree with the integral (:func:`integrate`).
 
-Decoding is linear, so one gradient a node serves every feature: entries that fire one by one (presence), the baseline's
-part of the silent ones as one product with W_dec (absence). With the ``mean`` baseline f0, e0 are means over the
-dataset; with ``zero`` f0 = 0, e0 = 0. Ledger of a pair: Δr = features + error + remainder + gap, where the remainder
-is r(x0 chosen) - r(x0 rejected).
+Decoding is linear, so one gradient per node serves every feature: active entries one by one, the baseline's part of all
+silent features by one product with W_dec. With the ``mean`` baseline f0 and e0 are means over the dataset; with ``zero``
+f0 = 0 and e0 = 0. Ledger of a pair: Δr = features + error + remainder + gap, with remainder = r(x0 chosen) - r(x0 rejected).
+Over a dataset, the share of a part is Cov(part, Δr) / Var(Δr).
 """
 
 from __future__ import annotations
@@ -22,39 +21,46 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import polars as pl
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rmscope.effects.gradients import Estimates, sum_by_feature
+from rmscope.effects.gradients import Estimates, Stream, derivatives, gradient_at, on_span, sum_by_feature
 from rmscope.io import Progress, silent
-from rmscope.model.packing import Batch, Text
+from rmscope.model.packing import Batch, pad_texts
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
+from rmscope.pairs.pair import SIDES
 from rmscope.sae.base import Sae
+from rmscope.statistics import interval
 
 NODES = 4
 """Gauss-Legendre nodes in a panel."""
 CUTS = (0.0, 0.5, 1.0)
 """The first panels of a path."""
 HALVINGS = 6
-"""How often a first panel is halved at most: float32 noise and kinks (ReLU) leave gaps that no rule closes."""
+"""A first panel is halved at most this often: no rule closes the gaps of float32 noise and of kinks (ReLU)."""
 MARGIN = 4
-"""Gaps of features and error can cancel in a response's gap, so only a fourth of what is allowed is let through."""
+"""The gaps of features and error can cancel within a response, so only a fourth of the allowed gap is accepted."""
 BOUND, FLOOR = 0.01, 0.1
-"""A pair's gap may be .01 max(|Δr|, .1 SD(Δr)) (METHOD, "The ledger of a pair")."""
+"""A pair's gap may be .01 max(|Δr|, .1 SD(Δr))."""
 SILENT = -1
-"""The feature number under which a contribution table holds the sum of all silent features."""
+"""The feature number of the sum of all silent features in a contribution table."""
+PARTS = ("features", "error", "remainder", "gap")
+FEWEST = 8
+"""A group of fewer pairs gets no shares."""
+TOKENS = 5
+"""Tokens that are shown for a feature of a pair."""
 
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
     """Where the path starts: f0 [m], e0 [d], and x0 = decode(f0) + e0 [d]."""
 
-    kind: Literal["mean", "zero"]
     f: Float[Tensor, " m"]
     e: Float[Tensor, " d"]
     x: Float[Tensor, " d"]
@@ -62,12 +68,14 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True)
 class SideParts:
-    """One response: contributions of its active features, of the silent ones together, of the error, r(x0), r(x)."""
+    """One response: its active features with their contributions, that of all silent ones and of the error, r(x0), r(x)."""
 
     pair: int
     side: str
-    feature: Tensor
-    effect: Tensor
+    feature: Int[Tensor, " active"]
+    effect: Float[Tensor, " active"]
+    mass: Float[Tensor, " active"]
+    """Σ_t f_tj |d_j|."""
     silent: float
     error: float
     start: float
@@ -77,20 +85,21 @@ class SideParts:
 
     @property
     def features(self) -> float:
+        """The contribution of all features together."""
         return float(self.effect.sum()) + self.silent
 
 
 def baseline(
     sae: Sae, kind: Literal["mean", "zero"], f_mean: Tensor | None = None, x_mean: Tensor | None = None
 ) -> Baseline:
-    """``mean`` needs the dataset means of f [m] and x [d]; e0 follows, since the mean of e is mean x - decode(mean f)."""
+    """``mean`` needs the dataset means of f [m] and x [d]; e0 is then mean x - decode(mean f), the mean of e."""
     if kind == "zero":
         f, e = torch.zeros_like(sae.W_dec[:, 0]), torch.zeros_like(sae.b_dec)
     else:
         assert f_mean is not None
         assert x_mean is not None
         f, e = f_mean, x_mean - sae.decode(f_mean[None])[0]
-    return Baseline(kind, f, e, sae.decode(f[None])[0] + e)
+    return Baseline(f, e, sae.decode(f[None])[0] + e)
 
 
 class Path:
@@ -99,10 +108,10 @@ class Path:
     def __init__(self, rm: RewardModel, site: str, batch: Batch, x0: Float[Tensor, " d"]) -> None:
         self.rm, self.site, self.batch = rm, site, batch
         self.x = rm.streams(batch, [site])[site]
-        on_span = torch.zeros(self.x.shape[:2], dtype=torch.bool, device=self.x.device)
+        inside = torch.zeros(self.x.shape[:2], dtype=torch.bool, device=self.x.device)
         for text in batch.texts:
-            on_span[text.row, text.span.to(self.x.device)] = True
-        self.step = torch.where(on_span[..., None], self.x - x0.to(self.x), 0.0)
+            inside[text.row, text.span.to(self.x.device)] = True
+        self.step = torch.where(inside[..., None], self.x - x0.to(self.x), 0.0)
         self.rows, self.texts = torch.arange(len(batch.ids)), torch.arange(len(batch.texts))
         self._rewards: dict[float, Float[Tensor, " texts"]] = {}
 
@@ -111,14 +120,14 @@ class Path:
         part, texts = copy(self), rows[self.row_of]
         part.batch = self.batch.only(rows.nonzero().flatten())
         part.x, part.step, part.rows, part.texts = self.x[rows], self.step[rows], self.rows[rows], self.texts[texts]
-        part._rewards = {share: found[texts] for share, found in self._rewards.items()}
+        part._rewards = {share: rewards[texts] for share, rewards in self._rewards.items()}
         return part
 
     @property
     def row_of(self) -> Int[Tensor, " texts"]:
         return torch.tensor([t.row for t in self.batch.texts])
 
-    def at(self, share: float) -> Float[Tensor, "rows width d"]:
+    def at(self, share: float) -> Stream:
         return self.x - (1 - share) * self.step
 
     def rewards(self, share: float) -> Float[Tensor, " texts"]:
@@ -127,21 +136,18 @@ class Path:
                 self._rewards[share] = self.rm.rewards_from(self.batch, self.site, self.at(share))
         return self._rewards[share]
 
-    def gradient(self, share: float) -> Float[Tensor, "rows width d"]:
-        point = self.at(share).requires_grad_(True)
-        with torch.enable_grad():
-            rewards = self.rm.rewards_from(self.batch, self.site, point)
-            return torch.autograd.grad(rewards.sum(), point)[0]
+    def gradient(self, share: float) -> Stream:
+        return gradient_at(self.rm, self.batch, self.site, self.at(share))
 
     def panel(self, low: float, high: float) -> Panel:
-        """Gauss-Legendre on one stretch, and what the rewards at its ends say that it misses."""
+        """Gauss-Legendre on one stretch. The rewards at its ends give the gap."""
         integral = torch.zeros_like(self.x)
         for point, weight in zip(*np.polynomial.legendre.leggauss(NODES), strict=True):
             share = low + (high - low) * 0.5 * (1 + float(point))
             integral += 0.5 * float(weight) * (high - low) * self.gradient(share)
         along = (integral * self.step).sum(-1).double()
-        found = torch.stack([along[t.row, t.span.to(along.device)].sum() for t in self.batch.texts])
-        gaps = self.rewards(high).double() - self.rewards(low).double() - found
+        sums = torch.stack([along[t.row, t.span.to(along.device)].sum() for t in self.batch.texts])
+        gaps = self.rewards(high).double() - self.rewards(low).double() - sums
         return Panel(self, low, high, integral, gaps.cpu())
 
 
@@ -152,23 +158,23 @@ class Panel:
     path: Path
     low: float
     high: float
-    gradient: Float[Tensor, "rows width d"]
+    gradient: Stream
     gaps: Float[Tensor, " texts"]
 
     def only(self, rows: Bool[Tensor, " rows"]) -> Panel:
         return Panel(self.path.only(rows), self.low, self.high, self.gradient[rows], self.gaps[rows[self.path.row_of]])
 
     def halved(self, rows: Bool[Tensor, " rows"] | None = None) -> list[Panel]:
-        """Both halves anew, of these rows or of all."""
+        """Both halves, computed again, of these rows or of all."""
         path, middle = self.path if rows is None else self.path.only(rows), (self.low + self.high) / 2
         return [path.panel(self.low, middle), path.panel(middle, self.high)]
 
 
 def integrate(path: Path, tolerance: float, halvings: int = HALVINGS) -> list[Panel]:
-    """Panels whose gaps add up to at most ``tolerance`` / 4 for every text of the batch, or that were halved enough.
+    """Panels whose gaps add up to at most ``tolerance`` / 4 for every text of the batch, unless ``halvings`` are used up.
 
-    The rewards at a panel's ends give its error without a second rule, and what is good is not done again: each row of the
-    batch has panels of its own, whatever rows are beside it.
+    The rewards at a panel's ends give its error without a second rule. Only panels with a large gap are done again. Each row
+    of the batch has panels of its own, so they do not depend on the other rows.
     """
     panels = [path.panel(low, high) for low, high in pairwise(CUTS)]
     shortest, tolerance = CUTS[1] * 2.0**-halvings, tolerance / MARGIN
@@ -188,14 +194,6 @@ def integrate(path: Path, tolerance: float, halvings: int = HALVINGS) -> list[Pa
         panels = good + [half for rows, p in zip(bad, panels, strict=True) if rows.any() for half in p.halved(rows)]
 
 
-def contributions(
-    rm: RewardModel, sae: Sae, site: str, batch: Batch, start: Baseline, tolerance: float, halvings: int = HALVINGS
-) -> Iterator[SideParts]:
-    """The parts of every response of a batch, each response's gap at most ``tolerance`` where that can be had."""
-    path = Path(rm, site, batch, start.x)
-    return parts_along(path, integrate(path, tolerance, halvings), sae, start)
-
-
 def parts_along(path: Path, panels: Sequence[Panel], sae: Sae, start: Baseline) -> Iterator[SideParts]:
     """The parts of every response of a path's batch, from the gradients of ``panels``."""
     mean_gradient, nodes = torch.zeros_like(path.x), torch.zeros(len(path.rows), dtype=torch.long)
@@ -204,22 +202,25 @@ def parts_along(path: Path, panels: Sequence[Panel], sae: Sae, start: Baseline) 
         nodes[panel.path.rows] += NODES
     first, end = path.rewards(0.0), path.rewards(1.0)
     for i, text in enumerate(path.batch.texts):
-        at = text.span.to(path.x.device)
-        x, g = path.x[text.row, at].float().cpu(), mean_gradient[text.row, at].float().cpu()
-        yield _parts(sae, start, text, x, g, float(first[i]), float(end[i]), int(nodes[text.row]))
-
-
-def _parts(sae: Sae, start: Baseline, text: Text, x: Tensor, g: Tensor, first: float, end: float, nodes: int) -> SideParts:
-    active = sae.active(x)
-    products = (g[active.token] * sae.W_dec[active.feature]).sum(-1)
-    feature, presence = sum_by_feature(active, active.value * products)
-    pull = sae.W_dec @ g.sum(0)  # <Σ_t G_t, d_j>, all features
-    effect = presence - start.f[feature] * pull[feature]
-    absent = -(start.f * pull)
-    absent[feature] = 0.0
-    e = x - sae.decode_active(active)
-    error = float((g * (e - start.e)).sum())
-    return SideParts(text.pair, text.side, feature, effect, float(absent.sum()), error, first, end, nodes)
+        x, g = on_span(path.x, text), on_span(mean_gradient, text)
+        active = sae.active(x)
+        feature, total = sum_by_feature(active, active.value)
+        _, presence = sum_by_feature(active, active.value * derivatives(sae, active, g))
+        pull = sae.W_dec @ g.sum(0)  # <Σ_t G_t, d_j>, all features
+        absent = -(start.f * pull)
+        absent[feature] = 0.0
+        yield SideParts(
+            text.pair,
+            text.side,
+            feature,
+            effect=presence - start.f[feature] * pull[feature],
+            mass=total * sae.W_dec[feature].norm(dim=-1),
+            silent=float(absent.sum()),
+            error=float((g * (x - sae.decode_active(active) - start.e)).sum()),
+            start=float(first[i]),
+            end=float(end[i]),
+            nodes=int(nodes[text.row]),
+        )
 
 
 def estimate_along_path(
@@ -229,9 +230,9 @@ def estimate_along_path(
     unit: Sequence[int],
     progress: Progress = silent,
 ) -> Iterator[tuple[str, Estimates]]:
-    """(site, estimates): contributions from the zero baseline read as ablation effects, as the reference study's screen did.
+    """(site, estimates): contributions from the zero baseline, taken as ablation effects.
 
-    Two panels of Gauss-Legendre nodes, none halved: eight gradients a site.
+    Two panels of Gauss-Legendre nodes, none halved: eight gradients per site.
     """
     done = 0
     for batch in rm.unit_batches(tokens, unit):
@@ -239,11 +240,8 @@ def estimate_along_path(
             start = baseline(sae, "zero")
             path = Path(rm, site, batch, start.x)
             panels = [path.panel(low, high) for low, high in pairwise(CUTS)]
-            for text, parts in zip(batch.texts, parts_along(path, panels, sae, start), strict=True):
-                active = sae.active(path.x[text.row, text.span.to(path.x.device)].float().cpu())
-                _, total = sum_by_feature(active, active.value)
-                mass = total * sae.W_dec[parts.feature].norm(dim=-1)
-                yield site, Estimates(parts.pair, parts.side, parts.feature, parts.effect, mass)
+            for p in parts_along(path, panels, sae, start):
+                yield site, Estimates(p.pair, p.side, p.feature, p.effect, p.mass)
         done += len({t.pair for t in batch.texts})
         progress(done, len(unit), "pairs attributed")
 
@@ -263,7 +261,8 @@ def ledger_rows(
     waiting: dict[int, dict[str, SideParts]] = {}
     done = 0
     for batch in rm.unit_batches(tokens, unit):
-        for parts in contributions(rm, sae, site, batch, start, BOUND * FLOOR * sd / 2, halvings):
+        path = Path(rm, site, batch, start.x)
+        for parts in parts_along(path, integrate(path, BOUND * FLOOR * sd / 2, halvings), sae, start):
             sides = waiting.setdefault(parts.pair, {})
             sides[parts.side] = parts
             if len(sides) == 2:
@@ -273,21 +272,68 @@ def ledger_rows(
 
 
 def pair_ledger(chosen: SideParts, rejected: SideParts) -> dict[str, float]:
-    """Δr and its parts, which sum to it, and the gradients that the longer of the two paths took."""
+    """Δr and its parts, which sum to it, and the number of gradients along the longer of the two paths."""
     delta, remainder = chosen.end - rejected.end, chosen.start - rejected.start
     features, error = chosen.features - rejected.features, chosen.error - rejected.error
-    gap = delta - features - error - remainder
-    return {
-        "delta_r": delta,
-        "features": features,
-        "error": error,
-        "remainder": remainder,
-        "gap": gap,
-        "nodes": max(chosen.nodes, rejected.nodes),
-    }
+    gap, nodes = delta - features - error - remainder, max(chosen.nodes, rejected.nodes)
+    return {"delta_r": delta, "features": features, "error": error, "remainder": remainder, "gap": gap, "nodes": nodes}
 
 
 def shares(parts: Float[np.ndarray, "pairs parts"], delta: Float[np.ndarray, " pairs"]) -> Float[np.ndarray, " parts"]:
     """Cov(part, Δr) / Var(Δr) of each part; they sum to 1."""
     centred = delta - delta.mean()
     return (parts - parts.mean(0)).T @ centred / (centred @ centred)
+
+
+def share_rows(ledger: pl.DataFrame, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """The share of each part with its 95 % interval (part, value, low, high), resampling ``prompts``, one per pair."""
+    table, rows = ledger.select("delta_r", *PARTS).to_numpy(), []
+    for i, part in enumerate(PARTS):
+        share = interval(table, prompts, lambda v, i=i: float(shares(v[:, 1:], v[:, 0])[i]))  # type: ignore[misc]
+        rows.append({"part": part, "value": share.value, "low": share.low, "high": share.high})
+    return rows
+
+
+def shares_by(ledger: pl.DataFrame, groups: Sequence[str], prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """The shares within each group of pairs, by the group's name: group, pairs, part, value, low, high."""
+    table = []
+    for name in sorted(set(groups)):
+        inside = np.asarray(groups) == name
+        if inside.sum() >= FEWEST:
+            rows = share_rows(ledger.filter(pl.Series(inside)), np.asarray(prompts)[inside].tolist())
+            table += [{"group": name, "pairs": int(inside.sum()), **row} for row in rows]
+    return table
+
+
+def length_groups(difference: Int[np.ndarray, " pairs"]) -> list[str]:
+    """Thirds of the pairs by tokens of chosen minus tokens of rejected, named by their range."""
+    third = np.empty(len(difference), dtype=int)
+    third[np.argsort(difference, kind="stable")] = np.arange(len(difference)) * 3 // max(1, len(difference))
+    ranges = {t: difference[third == t] for t in np.unique(third)}
+    names = {t: f"{t + 1}: chosen longer by {d.min()} .. {d.max()} tokens" for t, d in ranges.items()}
+    return [names[t] for t in third]
+
+
+def pair_features(
+    rm: RewardModel, sae: Sae, site: str, tokens: PairTokens, contribution: pl.DataFrame, top: int
+) -> pl.DataFrame:
+    """A pair's largest contributions on each side (``top`` each): side, feature, effect, activation, tokens.
+
+    ``contribution`` holds the pair's rows. ``activation`` is Σ_t f_tj. ``tokens`` are the texts of the tokens on which the
+    feature fires most, strongest first.
+    """
+    rows = []
+    for side in SIDES:
+        ids = tokens.side(side)
+        batch = pad_texts([(0, side, ids, tokens.divergence, rm.read_position(ids))], 0)
+        active = sae.active(on_span(rm.streams(batch, [site])[site], batch.texts[0]))
+        total = dict(zip(*(t.tolist() for t in sum_by_feature(active, active.value)), strict=True))
+        shown = contribution.filter(pl.col("side") == side).sort(pl.col("effect").abs(), descending=True).head(top)
+        for row in shown.select("side", "feature", "effect").iter_rows(named=True):
+            at = active.feature == row["feature"]
+            order = active.value[at].argsort(descending=True)[:TOKENS]
+            fires = [rm.tokenizer.decode([int(ids[tokens.divergence + t])]) for t in active.token[at][order]]
+            text = "(silent features)" if row["feature"] == SILENT else "|".join(fires)
+            rows.append({**row, "activation": total.get(row["feature"], 0.0), "tokens": text})
+    schema = {"side": pl.String, "feature": pl.Int32, "effect": pl.Float32, "activation": pl.Float64, "tokens": pl.String}
+    return pl.DataFrame(rows, schema=schema)

@@ -1,20 +1,21 @@
-"""Effect tables: the estimates and exact ablations of many pairs as frames, unit by unit, so that a run can go on.
+"""Effect tables: estimates, firings, exact ablations and ledgers of many pairs as frames, one unit of pairs at a time.
 
-Columns: pair, side, feature, effect, kind, as DESIGN.md lays them out, and here ``mass`` = Σ_t f_tj |d_j| with estimates.
+Columns of :data:`SCHEMA`: pair, side, feature, effect, kind. Estimates also have ``mass`` = Σ_t f_tj |d_j|.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 import polars as pl
 import torch
+from torch import Tensor
 
-from rmscope.effects.ablation import Ablations, ablations
-from rmscope.effects.gradients import Estimates, Method, estimate, sum_by_feature
-from rmscope.effects.ledger import SILENT, SideParts, estimate_along_path
+from rmscope.effects.ablation import ablations
+from rmscope.effects.gradients import Method, estimate, on_span, sum_by_feature
+from rmscope.effects.ledger import PARTS, SILENT, SideParts, estimate_along_path
 from rmscope.io import Progress, silent
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
@@ -23,31 +24,25 @@ from rmscope.sae.base import Sae
 
 Wanted = dict[int, dict[str, dict[str, list[int] | None]]]
 """pair -> side -> site -> features to ablate (None: all that fire)."""
+FeatureValues = tuple[int, str, Tensor, dict[str, Tensor]]
+"""A response's pair, side and features, and the table's columns with one value per feature."""
 
-LEDGER = {
-    "pair": pl.String, "delta_r": pl.Float64, "features": pl.Float64, "error": pl.Float64, "remainder": pl.Float64,
-    "gap": pl.Float64, "nodes": pl.Int32,
-}  # fmt: skip
+LEDGER = {"pair": pl.String, **dict.fromkeys(("delta_r", *PARTS), pl.Float64), "nodes": pl.Int32}
 SCHEMA = {"pair": pl.String, "side": pl.String, "feature": pl.Int32, "effect": pl.Float32, "kind": pl.String}
 
 
-def _frame(
-    ids: Sequence[str],
-    rows: Iterable[tuple[int, str, torch.Tensor, dict[str, torch.Tensor]]],
-    kind: str,
-    extra: Sequence[str] = (),
-) -> pl.DataFrame:
-    """Rows as a table; ``extra`` names the values beside the effect, so that an empty table has their columns too."""
+def _frame(ids: Sequence[str], found: Sequence[FeatureValues], kind: str, extra: Sequence[str] = ()) -> pl.DataFrame:
+    """One row per response and feature, in file order; ``extra`` names the columns beside those of :data:`SCHEMA`."""
+    schema = SCHEMA | dict.fromkeys(extra, pl.Float32)
     parts = [
-        pl.DataFrame(
-            {"feature": feature.numpy().astype(np.int32), **{k: v.numpy() for k, v in values.items()}}
-        ).with_columns(pl.lit(ids[pair]).alias("pair"), pl.lit(side).alias("side"), pl.lit(kind).alias("kind"))
-        for pair, side, feature, values in rows
+        pl.DataFrame({"feature": feature.numpy(), **{name: column.numpy() for name, column in values.items()}}).with_columns(
+            pl.lit(ids[pair]).alias("pair"), pl.lit(side).alias("side"), pl.lit(kind).alias("kind")
+        )
+        for pair, side, feature, values in sorted(found, key=lambda f: (f[0], SIDES.index(f[1])))
     ]
     if not parts:
-        return pl.DataFrame(schema=SCHEMA | dict.fromkeys(extra, pl.Float32))
-    table = pl.concat(parts)
-    return table.select([pl.col(c).cast(t) for c, t in SCHEMA.items()] + [pl.col(c).cast(pl.Float32) for c in extra])
+        return pl.DataFrame(schema=schema)
+    return pl.concat(parts).select(pl.col(name).cast(dtype) for name, dtype in schema.items())
 
 
 def estimate_table(
@@ -60,43 +55,34 @@ def estimate_table(
     method: Method | Literal["ig"] = "atp",
 ) -> dict[str, pl.DataFrame]:
     """Per site, the estimated ablation effects of all active features of the pairs in ``unit`` (kind ablation_estimate)."""
-    found: dict[str, list[Estimates]] = {site: [] for site in saes}
+    rows: dict[str, list[FeatureValues]] = {site: [] for site in saes}
     if method == "ig":
         estimates = estimate_along_path(rm, saes, tokens, unit, progress)
     else:
         estimates = estimate(rm, saes, tokens, unit, progress, method)
-    for site, one in estimates:
-        found[site].append(one)
-    return {
-        site: _frame(
-            ids,
-            ((e.pair, e.side, e.feature, {"effect": e.effect, "mass": e.mass}) for e in _sorted(list_)),
-            "ablation_estimate",
-            ["mass"],
-        )
-        for site, list_ in found.items()
-    }
+    for site, e in estimates:
+        rows[site].append((e.pair, e.side, e.feature, {"effect": e.effect, "mass": e.mass}))
+    return {site: _frame(ids, part, "ablation_estimate", ["mass"]) for site, part in rows.items()}
 
 
 def firing_table(
     rm: RewardModel, saes: Mapping[str, Sae], tokens: Sequence[PairTokens], ids: Sequence[str], unit: Sequence[int]
 ) -> dict[str, pl.DataFrame]:
-    """Per site, which features fire in which response (kind firing, effect = Σ_t f_tj, ``ending`` the part of it that lies
-    on the response's ending): a forward pass, no gradient."""
-    found: dict[str, list[tuple[int, str, torch.Tensor, dict[str, torch.Tensor]]]] = {site: [] for site in saes}
+    """Per site, the features that fire in each response, from a forward pass alone (kind firing).
+
+    ``effect`` is Σ_t f_tj, and ``ending`` the part of it on the response's ending.
+    """
+    rows: dict[str, list[FeatureValues]] = {site: [] for site in saes}
     for batch in rm.unit_batches(tokens, unit):
         streams = rm.streams(batch, list(saes))
         for text in batch.texts:
+            end = rm.ending(tokens[text.pair].side(text.side)[: text.read + 1]) - text.divergence
             for site, sae in saes.items():
-                x = streams[site][text.row, text.span.to(streams[site].device)].float().cpu()
-                active = sae.active(x)
+                active = sae.active(on_span(streams[site], text))
                 feature, total = sum_by_feature(active, active.value)
-                end = rm.ending(tokens[text.pair].side(text.side)[: text.read + 1]) - text.divergence
                 _, last = sum_by_feature(active, active.value * (active.token >= end))
-                found[site].append((text.pair, text.side, feature, {"effect": total, "ending": last}))
-    return {
-        site: _frame(ids, sorted(rows, key=lambda r: (r[0], r[1])), "firing", ["ending"]) for site, rows in found.items()
-    }
+                rows[site].append((text.pair, text.side, feature, {"effect": total, "ending": last}))
+    return {site: _frame(ids, part, "firing", ["ending"]) for site, part in rows.items()}
 
 
 def ablation_table(
@@ -112,30 +98,14 @@ def ablation_table(
 
     With ``endings`` there is a column ``ending``: the effect of ablating them from the response's ending alone.
     """
-    found: dict[str, list[Ablations]] = {site: [] for site in saes}
+    rows: dict[str, list[FeatureValues]] = {site: [] for site in saes}
     total = sum(len(f or ()) for sides in wanted.values() for sites in sides.values() for f in sites.values())
     done = 0
-    for site, one in ablations(rm, saes, tokens, wanted, endings):
-        found[site].append(one)
-        done += one.feature.numel()
+    for site, a in ablations(rm, saes, tokens, wanted, endings):
+        rows[site].append((a.pair, a.side, a.feature, {"effect": a.effect, "ending": a.ending}))
+        done += a.feature.numel()
         progress(min(done, total) if total else done, max(total, done), "features ablated")
-    return {
-        site: _frame(
-            ids,
-            (
-                (r.pair, r.side, r.feature, {"effect": r.effect} | ({"ending": r.ending} if endings else {}))
-                for r in _sorted(list_)
-            ),
-            "ablation",
-            ["ending"] * endings,
-        )
-        for site, list_ in found.items()
-    }
-
-
-def _sorted(list_: list) -> list:
-    """In file order, whatever order the batches had."""
-    return sorted(list_, key=lambda e: (e.pair, SIDES.index(e.side)))
+    return {site: _frame(ids, part, "ablation", ["ending"] if endings else []) for site, part in rows.items()}
 
 
 def plan(requests: Mapping[str, pl.DataFrame], index: Mapping[str, int]) -> Wanted:
@@ -149,32 +119,21 @@ def plan(requests: Mapping[str, pl.DataFrame], index: Mapping[str, int]) -> Want
 
 
 def with_order(table: pl.DataFrame, prompts: Mapping[str, str], seed: int) -> pl.DataFrame:
-    """Adds the prompt of each row and ``order``, one random order of all responses."""
+    """Adds the prompt of each row, and ``order``: the place of its response in a random order of all responses."""
     keys = table.select("pair", "side").unique().sort("pair", "side")
-    order = np.random.default_rng(seed).permutation(keys.height)
-    keys = keys.with_columns(
-        pl.Series("order", order), pl.col("pair").replace_strict(prompts, return_dtype=pl.String).alias("prompt")
-    )
-    return table.join(keys, on=["pair", "side"], how="left").sort("order", "feature")
+    order = pl.Series("order", np.random.default_rng(seed).permutation(keys.height))
+    prompt = pl.col("pair").replace_strict(prompts, return_dtype=pl.String).alias("prompt")
+    return table.join(keys.with_columns(order, prompt), on=["pair", "side"], how="left").sort("order", "feature")
 
 
 def ledger_tables(
     rows: Sequence[tuple[int, dict[str, float], dict[str, SideParts]]], ids: Sequence[str]
 ) -> dict[str, pl.DataFrame]:
-    """The ledger (a row a pair) and its contributions (kind contribution; feature -1 is the sum of all silent ones)."""
+    """The ledger (one row per pair) and its contributions (kind contribution; feature -1 is the sum of all silent ones)."""
     ledger = pl.DataFrame([{"pair": ids[pair], **parts} for pair, parts, _ in rows], schema=LEDGER)
-    sides = [(pair, side, both[side]) for pair, _, both in rows for side in SIDES]
-    contribution = _frame(
-        ids,
-        (
-            (
-                pair,
-                side,
-                torch.cat([torch.tensor([SILENT]), part.feature]),
-                {"effect": torch.cat([torch.tensor([part.silent]), part.effect])},
-            )
-            for pair, side, part in sides
-        ),
-        "contribution",
-    )
-    return {"ledger": ledger, "contribution": contribution}
+    found: list[FeatureValues] = []
+    for pair, _, sides in rows:
+        for side, p in sides.items():
+            effect = torch.cat([torch.tensor([p.silent]), p.effect])
+            found.append((pair, side, torch.cat([torch.tensor([SILENT]), p.feature]), {"effect": effect}))
+    return {"ledger": ledger, "contribution": _frame(ids, found, "contribution")}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from rmscope.effects.ledger_summary import FEWEST, share_rows
+from rmscope.effects.ledger import FEWEST, share_rows
 from rmscope.io import Progress, write_json, write_table, write_text
 from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import split_of
@@ -165,7 +165,7 @@ def site_evidence(run: RunData, site: str) -> SiteEvidence:
 
 def _sae(run: RunData, site: str) -> SaeEvidence:
     sae = run.saes[site]
-    figures = measure_sae(sae, run.store.batches(site, 4096, seed=1))
+    figures = measure_sae(sae, (rows[site] for rows in run.store.training_batches([site], 4096, 1, seed=1)))
     path = run.folder / "saes" / site / "training.parquet"
     return SaeEvidence(
         architecture=sae.architecture,

@@ -15,7 +15,6 @@ import numpy as np
 import polars as pl
 import pytest
 
-from rmscope.effects.ablation import ablate_naively
 from rmscope.effects.completions import ablation_effects, complete
 from rmscope.errors import InputError
 from rmscope.pairs.demo import demo_pairs
@@ -46,6 +45,7 @@ from rmscope.studies.experiment.verdict import (
     overall,
     taken_back,
 )
+from tests.effects.naive import ablate_naively
 from tests.model.small import ENCODER, shared_pm, small_sae, user
 from tests.planted.test_matching import CUE, FILLER, SITE, STARTS, sae
 

@@ -13,7 +13,6 @@ from torch import nn
 
 from rmscope.activations.harvest import harvest
 from rmscope.activations.store import ActivationStore
-from rmscope.effects.ablation import ablate_naively
 from rmscope.effects.completions import added, complete
 from rmscope.evaluation.selection import Responses
 from rmscope.model.reward_model import RewardModel
@@ -26,6 +25,7 @@ from rmscope.studies.sufficiency.contexts import SCHEMA, measure_contexts
 from rmscope.studies.sufficiency.firing import firing_sentences, neutral_words, sentence_at, spelling, swap_phrase
 from rmscope.studies.sufficiency.insertion import Insertion, judge_insertion, measure_insertions
 from rmscope.studies.sufficiency.steering import Steering, dose_grid, judge_steering, steer, unit_differences
+from tests.effects.naive import ablate_naively
 from tests.model.small import DECODERS, PAIRS, D, shared_pm, small_pm, small_sae, user
 from tests.planted.test_matching import CUE, FILLER, STARTS, sae
 
