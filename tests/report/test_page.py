@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from rmscope.report.headline import headline, name_of, visible
-from rmscope.report.page import anchor, render_report, segments
+from rmscope.report.page import anchor, headline, name_of, render_report, segments, visible
 from tests.report.sample import sample
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=http://x.example/a onerror=alert(2)>"
@@ -168,14 +167,14 @@ def test_the_headline_counts_reported_features_only() -> None:
     data = sample()
     reported = [f for s in data["sites"] for f in s["features"] if f["reported"]]
     head = headline(data)
-    assert head.reported == len(reported)
-    assert head.up
-    assert head.down
-    assert head.up.count == sum(f["mean_effect"] > 0 for f in reported)
-    assert head.flagged == sum(bool(f["flags"]) for f in reported)
+    assert head["reported"] == len(reported)
+    assert head["up"]
+    assert head["down"]
+    assert head["up"]["count"] == sum(f["mean_effect"] > 0 for f in reported)
+    assert head["flagged"] == sum(bool(f["flags"]) for f in reported)
     text = Page(render_report(data)).text
-    assert f"Of {head.frozen} candidate features at 2 sites, {head.reported} are reported at q < .05." in text
-    assert f"{head.flagged} of the {head.reported} carry a flag" in text
+    assert f"Of {head['frozen']} candidate features at 2 sites, {head['reported']} are reported at q < .05." in text
+    assert f"{head['flagged']} of the {head['reported']} carry a flag" in text
 
 
 def test_a_pm_that_orders_its_pairs_by_coin_is_told_of_first() -> None:

@@ -10,8 +10,7 @@ from pydantic import BaseModel, Field
 
 from rmscope.planted.results import CueMatch
 from rmscope.ranking.confirm import power_statement
-from rmscope.report.headline import told, visible
-from rmscope.report.page import Page
+from rmscope.report.page import Page, told, visible
 from rmscope.report.result import Result, Rows
 from rmscope.run.evidence import Evidence, SiteEvidence
 from rmscope.run.run import Run

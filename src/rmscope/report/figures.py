@@ -1,8 +1,8 @@
 """Figures as inline SVG: small functions from numbers to :class:`Markup`.
 
-Colours are CSS classes, so that one picture serves light, dark and print. Figures of a row (forest bar,
-stacked bar) are drawn in percent of their width and stretch without distortion; charts have a fixed view
-box. Values that are missing or not finite are left out, and a figure without values says so.
+Colours are CSS classes, so that one picture serves light, dark and print. Row figures (forest bar, stacked bar) are drawn
+in percent of their width and stretch without distortion; charts have a fixed view box. Values that are missing or not
+finite are left out; if none are left, a sentence takes the figure's place.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from itertools import pairwise
 from typing import Any
 
@@ -18,10 +19,21 @@ from markupsafe import Markup
 from rmscope.report.formatting import decimals_for, fixed, number, real
 
 Range = tuple[float, float]
+Points = Sequence[Sequence[Any]]
+"""(x, y) or, with an interval, (x, y, low, high)."""
+Marks = Sequence[tuple[float, str]]
+"""Places on an axis and their labels."""
+Series = tuple[str, int, Points]
+"""A name, the number of its colour in style.css, and the points of a curve."""
 WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 40
 ROW = 22
 """Height of a row figure in pixels."""
+LINE = 16
+"""Height of a line of names above a plot."""
+EMPTY = Markup('<p class="no-figure">nothing to draw</p>')
+CURVE_NAMES = {"keep": "features", "unflagged": "without flagged ones", "keep_pca": "PCA", "keep_coordinates": "coordinates"}
+"""The curves of keep K: the name of each in the data, and on the page."""
 
 
 def finite(values: Iterable[Any]) -> list[float]:
@@ -63,16 +75,9 @@ def tick_labels(values: Sequence[float]) -> list[str]:
     return ["0" if abs(v) < min(steps) * 1e-3 else fixed(v, places) for v in values]
 
 
-def empty(note: str = "nothing to draw") -> Markup:
-    return Markup('<p class="no-figure">{}</p>').format(note)
-
-
-# ── charts with axes
-
-
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """The plotting area: data coordinates to those of the view box."""
+    """The plotting area of a chart: the ranges of both axes, and the places of data in the view box."""
 
     xs: Range
     ys: Range
@@ -83,25 +88,30 @@ class Frame:
     def y(self, value: float) -> float:
         return round(HEIGHT - BOTTOM - (value - self.ys[0]) / (self.ys[1] - self.ys[0]) * (HEIGHT - TOP - BOTTOM), 1)
 
-    def x_axis(self, marks: Sequence[tuple[float, str]], title: str) -> Markup:
+    def path(self, points: Points) -> str:
+        return " L".join(f"{self.x(x):g} {self.y(y):g}" for x, y, *_ in points)
+
+    def x_axis(self, marks: Marks, title: str) -> Markup:
         base = HEIGHT - BOTTOM
-        parts = [Markup(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')]
+        parts = [_line("axis", LEFT, WIDTH - RIGHT, base, base)]
         for value, text in marks:
             at = self.x(value)
-            parts.append(Markup(f'<line class="tick" x1="{at}" x2="{at}" y1="{base}" y2="{base + 4}"/>'))
-            parts.append(_text(at, base + 16, text, "middle"))
+            parts += [_line("tick", at, at, base, base + 4), _text(at, base + 16, text, "middle")]
         parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, title, "middle", "axis-title"))
         return Markup("").join(parts)
 
-    def y_axis(self, marks: Sequence[tuple[float, str]], title: str) -> Markup:
+    def y_axis(self, marks: Marks, title: str) -> Markup:
         parts = []
         for value, text in marks:
             at = self.y(value)
-            parts.append(Markup(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>'))
-            parts.append(_text(LEFT - 6, at + 4, text, "end"))
+            parts += [_line("grid", LEFT, WIDTH - RIGHT, at, at), _text(LEFT - 6, at + 4, text, "end")]
         middle = (TOP + HEIGHT - BOTTOM) / 2
         turned = _text(12, middle, title, "middle", "axis-title", f"rotate(-90 12 {middle})")
         return Markup("").join([*parts, turned])
+
+
+def _line(css: str, x1: float | str, x2: float | str, y1: float, y2: float) -> Markup:
+    return Markup(f'<line class="{css}" x1="{x1}" x2="{x2}" y1="{y1}" y2="{y2}"/>')
 
 
 def _text(x: float, y: float, text: str, anchor: str, css: str = "label", transform: str = "") -> Markup:
@@ -109,9 +119,9 @@ def _text(x: float, y: float, text: str, anchor: str, css: str = "label", transf
     return Markup('<text class="{}" x="{}" y="{}" text-anchor="{}"{}>{}</text>').format(css, x, y, anchor, turn, text)
 
 
-def _chart(name: str, *parts: Markup) -> Markup:
+def _chart(name: str, *parts: Markup, height: float = HEIGHT) -> Markup:
     head = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">')
-    return head.format(WIDTH, HEIGHT, name) + Markup("").join(parts) + Markup("</svg>")
+    return head.format(WIDTH, height, name) + Markup("").join(parts) + Markup("</svg>")
 
 
 def _round_marks(span: Range, about: int = 5) -> list[tuple[float, str]]:
@@ -119,11 +129,17 @@ def _round_marks(span: Range, about: int = 5) -> list[tuple[float, str]]:
     return list(zip(values, tick_labels(values), strict=True))
 
 
+def _known(points: Points) -> list[list[float]]:
+    """The points of which every number is finite."""
+    rows = ([real(v) for v in p] for p in points)
+    return [[v for v in row if v is not None] for row in rows if row and None not in row]
+
+
 def histogram(edges: Sequence[Any], counts: Sequence[Any], title: str, name: str, counted: str = "pairs") -> Markup:
-    """Bars between consecutive edges; those left of 0 are drawn hollow, a line stands at 0."""
+    """Bars between consecutive edges, hollow left of 0, and a line at 0."""
     edges, counts = finite(edges), finite(counts)
     if not counts or len(edges) != len(counts) + 1 or edges[-1] <= edges[0]:
-        return empty()
+        return EMPTY
     frame = Frame((edges[0], edges[-1]), (0, max(counts) * 1.05 or 1))
     bars = []
     for low, high, n in zip(edges, edges[1:], counts, strict=False):
@@ -131,31 +147,22 @@ def histogram(edges: Sequence[Any], counts: Sequence[Any], title: str, name: str
         css = "bar-below" if low + high < 0 else "bar"
         width, height = max(0.5, round(frame.x(high) - x - 1, 1)), round(HEIGHT - BOTTOM - y, 1)
         tip = Markup("<title>{} to {}: {}</title>").format(number(low), number(high), fixed(n, 0))
-        bars.append(
-            Markup(f'<rect class="{css}" x="{x}" y="{y}" width="{width}" height="{height}">') + tip + Markup("</rect>")
-        )
-    zero = Markup("")
+        bar = Markup(f'<rect class="{css}" x="{x}" y="{y}" width="{width}" height="{height}">')
+        bars.append(bar + tip + Markup("</rect>"))
     if edges[0] < 0 < edges[-1]:
-        at = frame.x(0)
-        zero = Markup(f'<line class="zero" x1="{at}" x2="{at}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-    return _chart(
-        name,
-        frame.y_axis(_round_marks(frame.ys, 4), counted),
-        *bars,
-        zero,
-        frame.x_axis(_round_marks(frame.xs, 6), title),
-    )
+        bars.append(_line("zero", frame.x(0), frame.x(0), TOP, HEIGHT - BOTTOM))
+    x_axis = frame.x_axis(_round_marks(frame.xs, 6), title)
+    return _chart(name, frame.y_axis(_round_marks(frame.ys, 4), counted), *bars, x_axis)
 
 
-def scatter(points: Sequence[Sequence[Any]], x_title: str, y_title: str, name: str) -> Markup:
-    """Points and the line of equality, on one scale for both: linear near 0, logarithmic outside (asinh).
+def scatter(points: Points, x_title: str, y_title: str, name: str) -> Markup:
+    """Points and the line of equality, both axes on one scale: linear near 0, logarithmic outside (asinh).
 
-    Effects span orders of magnitude; on a linear scale nearly all lie on one spot. All dots are one path,
-    12 bytes a dot.
+    Effects span orders of magnitude; on a linear scale nearly all are on one spot. All dots are one path, 12 bytes per dot.
     """
-    known = [(x, y) for x, y in ((real(p[0]), real(p[1])) for p in points) if x is not None and y is not None]
+    known = _known([p[:2] for p in points])
     if not known:
-        return empty()
+        return EMPTY
     sizes = sorted(abs(v) for p in known for v in p if v)
     reach = max(sizes, default=1.0) * 1.25
     unit = max(sizes[len(sizes) // 4], reach * 1e-6) if sizes else 1.0
@@ -177,7 +184,7 @@ def scatter(points: Sequence[Sequence[Any]], x_title: str, y_title: str, name: s
 
 
 def _power_marks(unit: float, reach: float) -> list[tuple[float, str]]:
-    """0 and the powers of ten between the unit and the reach, both signs; at most three a side."""
+    """0 and the powers of ten between the unit and the reach, of both signs; at most three of each."""
     powers = list(range(math.ceil(math.log10(unit)), math.floor(math.log10(reach)) + 1))[-3:]
     if not powers:
         return [(v, number(v)) for v in (-unit, 0.0, unit)]
@@ -187,113 +194,127 @@ def _power_marks(unit: float, reach: float) -> list[tuple[float, str]]:
     return [*reversed(below), (0.0, "0"), *zip(above, labels, strict=True)]
 
 
-def line(points: Sequence[Sequence[Any]], x_title: str, y_title: str, name: str) -> Markup:
+def line(points: Points, x_title: str, y_title: str, name: str) -> Markup:
     """A curve from 0 up, its last point marked with its value."""
-    known = [(x, y) for x, y in ((real(p[0]), real(p[1])) for p in points) if x is not None and y is not None]
+    known = _known([p[:2] for p in points])
     if not known:
-        return empty()
-    frame = Frame(extent((x for x, _ in known)), extent((y for _, y in known), include=[0.0], pad=0.04))
+        return EMPTY
+    frame = Frame(extent(x for x, _ in known), extent((y for _, y in known), include=[0.0], pad=0.04))
     frame = Frame(frame.xs, (0.0, frame.ys[1]) if min(y for _, y in known) >= 0 else frame.ys)
     at_x, at_y = frame.x(known[-1][0]), frame.y(known[-1][1])
-    d = "M" + " L".join(f"{frame.x(x):g} {frame.y(y):g}" for x, y in known)
     return _chart(
         name,
         frame.y_axis(_round_marks(frame.ys, 4), y_title),
-        Markup(f'<path class="curve" d="{d}"/><circle class="curve-end" cx="{at_x}" cy="{at_y}" r="3.5"/>'),
+        Markup(f'<path class="curve" d="M{frame.path(known)}"/><circle class="curve-end" cx="{at_x}" cy="{at_y}" r="3.5"/>'),
         _text(at_x, at_y - 9, number(known[-1][1]), "end", "value-label"),
         frame.x_axis(_round_marks(frame.xs, 5), x_title),
     )
 
 
-def curves(
-    series: Sequence[tuple[str, Sequence[Sequence[Any]]]], marks: Sequence[int], x_title: str, y_title: str, name: str
-) -> Markup:
-    """Several curves over a count on a logarithmic scale (from 0), named above the plot; y from -.25 to 1, cut off there.
+def curves(series: Sequence[tuple[str, Points]], marks: Sequence[int], x_title: str, y_title: str, name: str) -> Markup:
+    """Curves over a count on a logarithmic scale (from 0), named above the plot; y from -.25 to 1, cut off there.
 
-    A point is (x, y) or (x, y, low, high); the first series' interval is drawn as a band.
+    The interval of the first series is drawn as a band.
     """
     drawn = [(label, _known(points)) for label, points in series]
     if not any(points for _, points in drawn):
-        return empty()
+        return EMPTY
     last = max(x for _, points in drawn for x, *_ in points)
-    frame = Frame((0.0, math.log2(1 + max(last, 1)) * 1.001), above((-0.25, 1.0), len(drawn)))
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return frame.x(math.log2(1 + x)), frame.y(min(1.0, max(-0.25, y)))
-
+    frame = Frame((0.0, math.log2(1 + max(last, 1)) * 1.001), _room_above((-0.25, 1.0), len(drawn)))
     parts = []
     for i, (label, points) in enumerate(drawn):
-        if not points:
-            continue
-        if i == 0 and all(len(p) == 4 for p in points):
-            outline = [at(x, high) for x, _, _, high in points] + [at(x, low) for x, _, low, _ in reversed(points)]
-            parts.append(Markup('<path class="band" d="M{}Z"/>').format(" L".join(f"{x:g} {y:g}" for x, y in outline)))
-        d = " L".join("{:g} {:g}".format(*at(p[0], p[1])) for p in points)
-        parts.append(Markup('<path class="curve curve-{}" d="M{}"/>').format(i, d))
-        parts.append(entry(i, label, i))
+        placed = [(math.log2(1 + x), *(min(1.0, max(-0.25, v)) for v in values)) for x, *values in points]
+        if points and i == 0 and all(len(p) == 4 for p in placed):
+            parts.append(_band(frame, placed, "band"))
+        if points:
+            parts.append(_curve(frame, placed, i, label, i))
     x_marks = [(math.log2(1 + k), str(k)) for k in marks if k <= last]
-    y_marks = [(v, f"{v:g}".replace("-", "\u2212")) for v in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    y_marks = [(v, f"{v:g}") for v in (0.0, 0.25, 0.5, 0.75, 1.0)]
     return _chart(name, frame.y_axis(y_marks, y_title), *parts, frame.x_axis(x_marks, x_title))
 
 
-LINE = 16
-"""Height of a line of names above a plot."""
+def banded(
+    series: Sequence[Series], x_title: str, y_title: str, name: str, marks: Marks | None = None, bound: float | None = None
+) -> Markup:
+    """Curves on linear axes, named above the plot, each with its 95 % interval as a band if its points have one.
+
+    A line is at 0. ``bound`` shades the effects too small to count; ``marks`` replaces the round marks of the x axis.
+    """
+    drawn = [(label, colour, _known(points)) for label, colour, points in series]
+    drawn = [one for one in drawn if one[2]]
+    if not drawn:
+        return EMPTY
+    points = [p for _, _, curve in drawn for p in curve]
+    ys = extent((v for p in points for v in p[1:]), include=[0.0, *([bound, -bound] if bound else [])], pad=0.04)
+    frame = Frame(extent(p[0] for p in points), _room_above(ys, len(drawn)))
+    parts = []
+    if bound:
+        top, height = frame.y(bound), round(frame.y(-bound) - frame.y(bound), 1)
+        parts.append(Markup(f'<rect class="bound" x="{LEFT}" width="{WIDTH - LEFT - RIGHT}" y="{top}" height="{height}"/>'))
+    parts += [_band(frame, c, f"band band-{colour}") for _, colour, c in drawn if all(len(p) == 4 for p in c)]
+    parts += [_curve(frame, curve, i, label, colour) for i, (label, colour, curve) in enumerate(drawn)]
+    parts.append(_line("zero", LEFT, WIDTH - RIGHT, frame.y(0.0), frame.y(0.0)))
+    y_marks = [mark for mark in _round_marks(frame.ys, 5) if mark[0] <= ys[1]]
+    x_axis = frame.x_axis(_round_marks(frame.xs, 5) if marks is None else marks, x_title)
+    return _chart(name, frame.y_axis(y_marks, y_title), *parts, x_axis)
 
 
-def above(ys: Range, names: int) -> Range:
-    """A y axis with room above it for the names of so many curves, two a line."""
+def _room_above(ys: Range, names: int) -> Range:
+    """A y axis with room above it for the names of so many curves, two on a line."""
     room = LINE * -(-names // 2)
     return ys[0], ys[1] + (ys[1] - ys[0]) * room / (HEIGHT - TOP - BOTTOM - room)
 
 
-def entry(i: int, label: str, colour: int) -> Markup:
-    """The name of the i-th curve above the plot, behind a piece of its line."""
-    x, y = LEFT + 8 + (i % 2) * (WIDTH - LEFT - RIGHT) / 2, TOP + 6 + LINE * (i // 2)
-    line = Markup(f'<path class="curve curve-{colour}" d="M{x:g} {y:g}h22"/>')
-    return line + _text(x + 28, y + 4, label, "start", f"label curve-name-{colour}")
+def _band(frame: Frame, points: Points, css: str) -> Markup:
+    """The intervals of a curve as an area."""
+    rim = [(x, high) for x, _, _, high in points] + [(x, low) for x, _, low, _ in reversed(points)]
+    return Markup('<path class="{}" d="M{}Z"/>').format(css, frame.path(rim))
 
 
-KEPT = {"keep": "features", "unflagged": "without flagged ones", "keep_pca": "PCA", "keep_coordinates": "coordinates"}
+def _curve(frame: Frame, points: Points, place: int, label: str, colour: int) -> Markup:
+    """A curve, and its name above the plot behind a piece of its line."""
+    x, y = LEFT + 8 + (place % 2) * (WIDTH - LEFT - RIGHT) / 2, TOP + 6 + LINE * (place // 2)
+    drawn = Markup('<path class="curve curve-{}" d="M{}"/>')
+    name = _text(x + 28, y + 4, label, "start", f"label curve-name-{colour}")
+    return drawn.format(colour, frame.path(points)) + drawn.format(colour, f"{x:g} {y:g}h22") + name
 
 
 def keep_curves(found: dict[str, Sequence[dict[str, Any]]], name: str) -> Markup:
-    """Keep K: delta_r2 against the features kept, with the rest from donors; beside it from the mean, and other lists.
+    """Keep K: delta_r2 against the number of features kept, the others from donors or at their means; and other lists.
+    ``found`` has rows {k, donors, mean} by the names of CURVE_NAMES, each figure a {value, low, high}."""
 
-    ``found`` holds rows {k, donors, mean} by the names of KEPT, each figure a {value, low, high}.
-    """
+    def points(key: str, which: str = "donors") -> Points:
+        return [(p["k"], *(p[which][end] for end in ("value", "low", "high"))) for p in found[key]]
 
-    def points(curve: Sequence[dict[str, Any]], which: str) -> list[tuple[float, ...]]:
-        return [(p["k"], p[which]["value"], p[which]["low"], p[which]["high"]) for p in curve]
-
-    series = [(label, points(found[key], "donors")) for key, label in KEPT.items() if key in found]
-    series.insert(1, ("features, rest at the mean", points(found["keep"], "mean")))
+    series = [(label, points(key)) for key, label in CURVE_NAMES.items() if key in found]
+    series.insert(1, ("features, rest at the mean", points("keep", "mean")))
     return curves(series, [p["k"] for p in found["keep"]][::2], "features kept", "delta_r2", name)
 
 
-def _known(points: Sequence[Sequence[Any]]) -> list[list[float]]:
-    rows = [[real(v) for v in p] for p in points]
-    return [[v for v in row if v is not None] for row in rows if row and None not in row]
-
-
-FILE_STYLE = """
-svg { background: #fdfdfc; } text { font: 12px system-ui, sans-serif; fill: #5b626d; }
-.axis, .tick { stroke: #8a919c; } .grid { stroke: #e3e5e8; } .zero, .equal { stroke: #8a919c; }
-.curve { fill: none; stroke-width: 2; stroke-linejoin: round; stroke: #5a5470; } .band { fill: #5a5470; opacity: .15; }
-.curve-1 { stroke: #1d5fa6; } .curve-2 { stroke: #a94a06; } .curve-3 { stroke: #3c7d4f; stroke-dasharray: 5 3; }
-.curve-4 { stroke: #8a919c; stroke-dasharray: 2 3; } .curve-5 { stroke: #9c2f2f; stroke-dasharray: 7 3 2 3; }
-.curve-name-1 { fill: #1d5fa6; } .curve-name-2 { fill: #a94a06; } .curve-name-3 { fill: #3c7d4f; }
-.curve-name-5 { fill: #9c2f2f; } .curve-name-0 { fill: #5a5470; font-weight: 600; }
-"""
-"""The style of a figure that stands in a file of its own; within a page style.css has it."""
+def count_bars(rows: Sequence[tuple[str, int]], name: str) -> Markup:
+    """One bar per row, its count at its end. Rows of 0 stay, so that one sees what was looked for."""
+    most = max((n for _, n in rows), default=0)
+    if not most:
+        return EMPTY
+    left, step = 210, 26
+    height = step * len(rows) + 6
+    parts = []
+    for i, (label, n) in enumerate(rows):
+        y, width = 4 + step * i, round((WIDTH - left - 40) * n / most, 1)
+        parts.append(_text(left - 10, y + 14, label, "end"))
+        parts.append(Markup(f'<rect class="bar" x="{left}" y="{y}" width="{width}" height="18"/>'))
+        parts.append(_text(left + width + 6, y + 14, str(n), "start", "value-label"))
+    return _chart(name, *parts, _line("axis", left, left, 0, height), height=height)
 
 
 def as_file(svg: Markup) -> str:
-    """A chart as an SVG file."""
+    """A chart as an SVG file with a style of its own; in a page the style is that of style.css."""
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * WIDTH}" height="{2 * HEIGHT}"'
-    return str(svg).replace("<svg", head, 1).replace(">", f"><style>{FILE_STYLE}</style>", 1) + "\n"
+    style = files("rmscope.report").joinpath("templates/figure.css").read_text("utf-8")
+    return str(svg).replace("<svg", head, 1).replace(">", f"><style>\n{style}</style>", 1) + "\n"
 
 
-# ── figures of a row, in percent of its width
+# Row figures, in percent of their width
 
 
 def _share(value: float, span: Range) -> float:
@@ -306,10 +327,8 @@ def _row(name: str, *parts: Markup, css: str = "row-figure", height: int = ROW) 
 
 
 def forest_bar(value: Any, low: Any, high: Any, span: Range, bound: float | None = None, muted: bool = False) -> Markup:
-    """A bar from 0 to the value and its 95 % interval as a whisker, on the x scale that all rows share.
-
-    ``bound`` shades the band of effects too small to claim.
-    """
+    """A bar from 0 to the value, with its 95 % interval as a whisker, on the x scale of all rows; ``bound`` shades the
+    effects too small to claim."""
     value, low, high, bound = real(value), real(low), real(high), real(bound)
     if value is None:
         return Markup("")
@@ -320,16 +339,15 @@ def forest_bar(value: Any, low: Any, high: Any, span: Range, bound: float | None
     if bound:
         left, right = _share(-abs(bound), span), _share(abs(bound), span)
         parts.append(Markup(f'<rect class="bound" x="{left}%" y="0" width="{right - left:.2f}%" height="{ROW}"/>'))
-    parts.append(Markup(f'<line class="zero" x1="{zero}%" x2="{zero}%" y1="0" y2="{ROW}"/>'))
-    start, width = min(zero, at), abs(at - zero)
-    box = f'x="{start}%" y="{middle - 4}" width="{width:.2f}%" height="8" rx="1"'
+    parts.append(_line("zero", f"{zero}%", f"{zero}%", 0, ROW))
+    box = f'x="{min(zero, at)}%" y="{middle - 4}" width="{abs(at - zero):.2f}%" height="8" rx="1"'
     parts.append(Markup(f'<rect class="effect {css}" {box}/>'))
+    between = ""
     if low is not None and high is not None:
-        a, b = _share(low, span), _share(high, span)
-        whisker = f'<line class="whisker" x1="{a}%" x2="{b}%" y1="{middle}" y2="{middle}"/>'
-        ends = (f'<line class="whisker" x1="{e}%" x2="{e}%" y1="{middle - 4}" y2="{middle + 4}"/>' for e in (a, b))
-        parts.append(Markup(whisker + "".join(ends)))
-    between = f", 95 % interval {number(low)} to {number(high)}" if low is not None and high is not None else ""
+        a, b = f"{_share(low, span)}%", f"{_share(high, span)}%"
+        parts.append(_line("whisker", a, b, middle, middle))
+        parts += [_line("whisker", end, end, middle - 4, middle + 4) for end in (a, b)]
+        between = f", 95 % interval {number(low)} to {number(high)}"
     return _row(f"{number(value, plus=True)} reward{between}", *parts)
 
 
@@ -340,15 +358,15 @@ def forest_axis(span: Range, about: int = 4) -> Markup:
         at = _share(value, span)
         anchor = "start" if at < 4 else "end" if at > 96 else "middle"
         parts.append(Markup('<text class="label" x="{}%" y="12" text-anchor="{}">{}</text>').format(at, anchor, text))
-        parts.append(Markup(f'<line class="tick" x1="{at}%" x2="{at}%" y1="17" y2="{ROW}"/>'))
+        parts.append(_line("tick", f"{at}%", f"{at}%", 17, ROW))
     return _row("scale, reward", *parts)
 
 
 def stacked_bar(parts: Sequence[tuple[str, Any]]) -> Markup:
-    """Shares of 1 laid end to end: positive ones to the right of 0, negative ones to its left."""
+    """Shares of 1, one after another: positive ones to the right of 0, negative ones to its left."""
     known = [(name, v) for name, v in ((name, real(v)) for name, v in parts) if v is not None]
     if not known:
-        return empty()
+        return EMPTY
     right, left = sum(v for _, v in known if v > 0), sum(v for _, v in known if v < 0)
     span = (min(0.0, left), max(1.0, right))
     height, drawn, ahead, behind = 34, [], 0.0, 0.0
@@ -359,7 +377,7 @@ def stacked_bar(parts: Sequence[tuple[str, Any]]) -> Markup:
         tip = Markup("<title>{}: {} %</title>").format(name, number(100 * v))
         shape = Markup('<rect class="part part-{}" x="{}%" y="4" width="{}%" height="26">')
         drawn.append(shape.format(name, x, f"{width:.2f}") + tip + Markup("</rect>"))
-    zero = _share(0.0, span)
-    drawn.append(Markup(f'<line class="zero" x1="{zero}%" x2="{zero}%" y1="0" y2="{height}"/>'))
+    zero = f"{_share(0.0, span)}%"
+    drawn.append(_line("zero", zero, zero, 0, height))
     name = ", ".join(f"{n} {number(100 * v)} %" for n, v in known)
     return _row(name, *drawn, css="row-figure stacked", height=height)

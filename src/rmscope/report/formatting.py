@@ -1,6 +1,6 @@
-"""Numbers as the report writes them: two to three significant digits, a true minus sign, the interval beside.
+"""Numbers as the report writes them: two to three significant digits, a true minus sign, the interval beside it.
 
-A value that is missing or not finite is a dash, never 0. A value and its interval share their decimals.
+A value that is missing or not finite is a dash, never 0. A value and its interval have the same decimals.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def real(value: Any) -> float | None:
     if value is None or isinstance(value, (str, bool)):
         return None
     value = float(value)
-    return value if abs(value) < 1e300 else None  # nan, infinities, and what a percentage would make one
+    return value if abs(value) < 1e300 else None  # no nan, no infinity, and nothing that becomes one as a percentage
 
 
 def decimals_for(*values: float | None) -> int:
@@ -33,7 +33,7 @@ def decimals_for(*values: float | None) -> int:
 
 
 def fixed(value: float, decimals: int, plus: bool = False) -> str:
-    """Fixed decimals with a true minus; what rounds to zero has no sign."""
+    """Fixed decimals with a true minus; a value that rounds to zero has no sign."""
     text = f"{abs(value):,.{decimals}f}".replace(",", THIN)
     if not float(f"{abs(value):.{decimals}f}"):
         return text
@@ -41,17 +41,17 @@ def fixed(value: float, decimals: int, plus: bool = False) -> str:
 
 
 def number(value: Any, plus: bool = False) -> str:
-    """0.42, 1.42, 12.3, 4.2 × 10⁻⁵; with ``plus`` the sign is always there."""
+    """0.42, 1.42, 12.3, 4.2 × 10⁻⁵; with ``plus`` the sign is always shown."""
     value = real(value)
     if value is None:
         return MISSING
     if value == 0:
         return "0"
-    if 0 < abs(value) < 1e-4:
-        mantissa, exponent = f"{abs(value):.1e}".split("e")
-        sign = MINUS if value < 0 else "+" if plus else ""
-        return f"{sign}{mantissa} × 10{str(int(exponent)).translate(SUPERSCRIPT)}"
-    return fixed(value, decimals_for(value), plus)
+    if abs(value) >= 1e-4:
+        return fixed(value, decimals_for(value), plus)
+    mantissa, exponent = f"{abs(value):.1e}".split("e")
+    sign = MINUS if value < 0 else "+" if plus else ""
+    return f"{sign}{mantissa} × 10{str(int(exponent)).translate(SUPERSCRIPT)}"
 
 
 def signed(value: Any) -> str:
@@ -77,13 +77,8 @@ def _percent_decimals(*shares: float | None) -> int:
     return 1 if max((abs(s) for s in shares if s is not None), default=0) < 0.9995 else 0
 
 
-def interval(low: Any, high: Any, decimals: int | None = None) -> str:
-    """[0.35, 0.50], or nothing where an end is missing."""
-    low, high = real(low), real(high)
-    if low is None or high is None:
-        return ""
-    places = decimals_for(low, high) if decimals is None else decimals
-    return f"[{fixed(low, places)}, {fixed(high, places)}]"
+def interval(low: float, high: float, decimals: int) -> str:
+    return f"[{fixed(low, decimals)}, {fixed(high, decimals)}]"
 
 
 def effect(value: Any, low: Any = None, high: Any = None) -> tuple[str, str]:
@@ -94,18 +89,14 @@ def effect(value: Any, low: Any = None, high: Any = None) -> tuple[str, str]:
     value, low, high = real(value), real(low), real(high)
     if value is None or low is None or high is None:
         return signed(value), ""
-    places = _interval_decimals(value, low, high)
+    places = decimals_for(value, low, high)
+    if high > low:
+        two_of_width = 1 - math.floor(math.log10(high - low))
+        three_of_value = 2 - math.floor(math.log10(abs(value))) if value else two_of_width
+        places = max(0, min(two_of_width, three_of_value))
     if places > 5:
         return signed(value), f"[{number(low)}, {number(high)}]"
     return fixed(value, places, plus=True), interval(low, high, places)
-
-
-def _interval_decimals(value: float, low: float, high: float) -> int:
-    if high <= low:
-        return decimals_for(value, low, high)
-    two_of_width = 1 - math.floor(math.log10(high - low))
-    three_of_value = 2 - math.floor(math.log10(abs(value))) if value else two_of_width
-    return max(0, min(two_of_width, three_of_value))
 
 
 def estimate(value: Any, low: Any = None, high: Any = None) -> tuple[str, str]:
@@ -131,15 +122,13 @@ def q_value(value: Any) -> str:
 
 
 def shift(before: Any, after: Any) -> tuple[str, str]:
-    """Two rewards with enough decimals to see their difference: two digits of it, 2 or 3 decimals."""
-    before, after = real(before), real(after)
-    difference = None if before is None or after is None else after - before
-    places = min(3, max(2, decimals_for(difference)))
-    return tuple(MISSING if v is None else fixed(v, places) for v in (before, after))  # type: ignore[return-value]
+    """Two rewards with 2 or 3 decimals, enough to show two digits of their difference."""
+    places = min(3, max(2, decimals_for(change(before, after))))
+    return tuple(MISSING if v is None else fixed(v, places) for v in map(real, (before, after)))  # type: ignore[return-value]
 
 
 def change(before: Any, after: Any) -> float | None:
-    """before - after: what the ablated feature gave (METHOD, ablation effect)."""
+    """before - after: the ablation effect, if ``after`` is the reward after the ablation."""
     before, after = real(before), real(after)
     return None if before is None or after is None else before - after
 

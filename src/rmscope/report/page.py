@@ -1,7 +1,7 @@
 """One self-contained HTML page from the figures of a run; opens offline from file://.
 
-The page asks for nothing over a network, and its content security policy forbids it to: styles and figures
-are inline, the only script is the one whose hash the policy names. Text from models and data is escaped.
+The page asks for nothing over a network, and its content security policy forbids it: styles and figures are inline, and
+the only script is the one whose hash the policy names. Text from models and data is escaped.
 """
 
 from __future__ import annotations
@@ -10,28 +10,39 @@ import base64
 import hashlib
 import re
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import ChoiceLoader, Environment, PackageLoader, PrefixLoader, StrictUndefined
 from markupsafe import Markup
 
 from rmscope.io import write_text
 from rmscope.report import figures, formatting
-from rmscope.report.glossary import FLAGS, GLOSSARY
-from rmscope.report.headline import by_effect, headline, is_reported, name_of, told, visible
+from rmscope.report.formatting import effect, number, real
 
 SHOWN = 12
-"""Features of each list that stand open; the others fold."""
+"""Features of each list that are visible; the others are folded."""
+LEADERS = 3
+"""Features named on each side of the headline."""
+CLEAR_SHARE = 0.15
+"""A token with a smaller share of a feature's firings does not name the feature."""
 STUDIES = ("compare", "evaluate", "experiment", "jailbreak", "sufficiency")
-"""Rooms whose page has a template of its own, ``STUDY/page.html``."""
+"""Studies with a template of their own, ``STUDY/page.html``."""
 PARTS = ("features", "error", "remainder", "gap")
 STATUS = {"ok": "✓", "warn": "!", "fail": "✕"}
+VISIBLE = str.maketrans({"\n": "↵", "\t": "⇥", "\r": "␍"})
+HERE = files("rmscope.report")
+WORDS = yaml.safe_load(HERE.joinpath("glossary.yaml").read_text("utf-8"))
+"""``glossary``: the report's words, one meaning each; ``flags``: what each flag says of a feature."""
+
+Feature = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page as HTML, and the file in which it is kept. A notebook shows it inline."""
+    """A page as HTML, and its file. A notebook shows it inline."""
 
     html: str
     path: Path
@@ -40,11 +51,8 @@ class Page:
         return str(self.path)
 
     def _repr_html_(self) -> str:
-        return str(
-            Markup('<iframe srcdoc="{}" style="width: 100%; height: 720px; border: 1px solid #ccc"></iframe>').format(
-                self.html
-            )
-        )
+        frame = Markup('<iframe srcdoc="{}" style="width: 100%; height: 720px; border: 1px solid #ccc"></iframe>')
+        return str(frame.format(self.html))
 
     def save(self) -> Path:
         """Writes the file."""
@@ -53,49 +61,109 @@ class Page:
 
 
 def render_report(data: dict[str, Any]) -> str:
-    """The whole page. ``data`` is JSON-able; see ``tests/report/sample.py`` for one of each field.
-
-    Effects are in units of reward. A number that is None or not finite is shown as a dash.
-    """
-    env = environment()
-    script = _source(env, "script.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = env.get_template("page.html").render(
+    """The whole page. ``data`` is JSON-able (``tests/report/sample.py`` has one of each field), effects in units of reward.
+    A number that is None or not finite is shown as a dash."""
+    script = HERE.joinpath("templates/script.js").read_text("utf-8")
+    return render(
+        "page.html",
         data=data,
         head=headline(data),
         sites=[site_view(site) for site in data.get("sites") or []],
         planted=planted_view(data),
         script=Markup(script),
-        script_hash=digest,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of the report or of a study (``STUDY/page.html``), filled in."""
+    page = environment().get_template(template).render(**values)
     return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate from a tokenizer could not be written
 
 
 def environment() -> Environment:
+    studies = {name: PackageLoader(f"rmscope.studies.{name}", "") for name in STUDIES}
     env = Environment(
-        loader=ChoiceLoader(
-            [
-                PackageLoader("rmscope.report"),
-                PrefixLoader({name: PackageLoader(f"rmscope.studies.{name}", "") for name in STUDIES}),
-            ]
-        ),
+        loader=ChoiceLoader([PackageLoader("rmscope.report"), PrefixLoader(studies)]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.globals.update(fmt=formatting, fig=figures, GLOSSARY=GLOSSARY, FLAGS=FLAGS, SHOWN=SHOWN, STATUS=STATUS)
-    env.globals.update(segments=segments, anchor=anchor, name_of=name_of, told=told)
-    env.filters.update(
-        number=formatting.number, signed=formatting.signed, percent=formatting.percent, count=formatting.count
-    )
+    env.globals.update(fmt=formatting, fig=figures, segments=segments, anchor=anchor, told=told)
+    env.globals.update(SHOWN=SHOWN, STATUS=STATUS, FLAGS=WORDS["flags"], GLOSSARY=WORDS["glossary"])
+    env.filters.update({name: getattr(formatting, name) for name in ("number", "signed", "percent", "count")})
     env.filters.update(visible=visible)
     return env
 
 
-def _source(env: Environment, name: str) -> str:
-    assert env.loader is not None
-    return env.loader.get_source(env, name)[0]
+def headline(data: dict[str, Any]) -> dict[str, Any]:
+    """What the page says first. ``listed`` counts the reported features in the data (a run may list only the strongest),
+    ``flagged`` those of them with a flag; ``up`` and ``down`` are the listed ones by sign."""
+    sites = data.get("sites") or []
+    features = [f for site in sites for f in site.get("features") or [] if is_reported(f)]
+    sd = real((data.get("scores") or {}).get("sd_delta"))
+    reported, frozen = (sum(int(real(site.get(name)) or 0) for site in sites) for name in ("reported", "frozen"))
+    return {
+        "reported": max(len(features), reported),
+        "listed": len(features),
+        "frozen": frozen,
+        "flagged": sum(bool(f.get("flags")) for f in features),
+        "sites": len(sites),
+        "up": _group([f for f in features if f["mean_effect"] >= 0], sd),
+        "down": _group([f for f in features if f["mean_effect"] < 0], sd),
+    }
+
+
+def _group(features: list[Feature], sd: float | None) -> dict[str, Any] | None:
+    """Reported features of one sign: the names of the largest, the largest effect with its interval, its size in SD(Δr)."""
+    if not features:
+        return None
+    ordered = by_effect(features)
+    first, value = ordered[0], real(ordered[0]["mean_effect"])
+    return {
+        "count": len(features),
+        "names": list(dict.fromkeys(name_of(f) for f in ordered))[:LEADERS],
+        "largest": effect(value, first.get("ci_low"), first.get("ci_high")),
+        "in_sd": number(abs(value) / sd if value is not None and sd else None),
+    }
+
+
+def is_reported(feature: Feature) -> bool:
+    return bool(feature.get("reported")) and real(feature.get("mean_effect")) is not None
+
+
+def told(feature: Feature) -> tuple[Any, ...]:
+    """The effect that is shown, its interval and q; for a feature with the flag ``strong`` those of its strong firings."""
+    strong = "strong" in (feature.get("flags") or [])
+    names = (
+        ("strong_effect", "strong_low", "strong_high", "q_strong") if strong else ("mean_effect", "ci_low", "ci_high", "q")
+    )
+    return tuple(feature.get(name) for name in names)
+
+
+def by_effect(features: list[Feature]) -> list[Feature]:
+    """Largest |mean effect| first."""
+    return sorted(features, key=lambda f: -abs(real(f.get("mean_effect")) or 0.0))
+
+
+def name_of(feature: Feature) -> str:
+    """The label, else up to two tokens with a clear share of the firings, else the feature's number."""
+    if feature.get("label"):
+        return f"“{feature['label']}”"
+    names: list[str] = []
+    for token, share in feature.get("tokens") or []:
+        text = str(token).strip().translate(VISIBLE)
+        if text and (real(share) or 0) >= CLEAR_SHARE and text.lower() not in (n.lower() for n in names):
+            names.append(text)
+    return "“" + " / ".join(names[:2]) + "”" if names else f"feature {feature.get('feature')}"
+
+
+def visible(token: Any) -> str:
+    """A token with its white space made visible: outer spaces as middle dots, line breaks as arrows."""
+    text = str(token).translate(VISIBLE)
+    core = text.strip(" ")
+    return text.replace(" ", "·") if not core else text.replace(core, "\0").replace(" ", "·").replace("\0", core)
 
 
 def anchor(site: str, feature: Any) -> str:
@@ -107,7 +175,7 @@ def segments(tokens: list[Any]) -> list[tuple[str, float]]:
     """Tokens as (text, activation); runs of silent tokens become one, so that the page stays small."""
     merged: list[tuple[str, float]] = []
     for text, activation in tokens or []:
-        level = round(min(1.0, max(0.0, formatting.real(activation) or 0.0)), 2)
+        level = round(min(1.0, max(0.0, real(activation) or 0.0)), 2)
         if merged and not level and not merged[-1][1]:
             merged[-1] = (merged[-1][0] + str(text), 0.0)
         else:
@@ -116,10 +184,9 @@ def segments(tokens: list[Any]) -> list[tuple[str, float]]:
 
 
 def site_view(site: dict[str, Any]) -> dict[str, Any]:
-    """The site with its features in three lists, and the x range that all their bars share."""
+    """The site with its features in three lists, and the x range of all their bars."""
     features = by_effect(site.get("features") or [])
     reported = [f for f in features if is_reported(f)]
-    ends = [value for f in features for value in told(f)[:3]]
     block = re.fullmatch(r"resid_post\.(\d+)", str(site.get("site")))
     return {
         "explained": None,
@@ -127,7 +194,7 @@ def site_view(site: dict[str, Any]) -> dict[str, Any]:
         "up": [f for f in reported if f["mean_effect"] >= 0],
         "down": [f for f in reported if f["mean_effect"] < 0],
         "others": [f for f in features if not is_reported(f)],
-        "span": figures.extent(ends, include=[0.0], pad=0.04),
+        "span": figures.extent((value for f in features for value in told(f)[:3]), include=[0.0], pad=0.04),
         "block": int(block[1]) if block else None,
         "shares": [s for part in PARTS for s in (site.get("ledger") or {}).get("shares") or [] if s["part"] == part],
     }
@@ -146,8 +213,8 @@ def planted_view(data: dict[str, Any]) -> dict[str, Any] | None:
     ends = [row["ate"].get(key) for row in rows for key in ("value", "low", "high")]
     return {
         "rows": rows,
-        "learned": sum(bool(row["learned"]) for row in rows),
-        "found": sum(bool(row["learned"] and row["found"]) for row in rows),
+        "learned": sum(row["state"] != "unscored" for row in rows),
+        "found": sum(row["state"] == "found" for row in rows),
         "span": figures.extent(ends, include=[0.0], pad=0.04),
-        "known": {(site, feature) for site, feature in known},
+        "known": set(known),
     }

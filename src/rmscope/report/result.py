@@ -1,4 +1,4 @@
-"""Results: what a study or a command found, typed, with one line to say it, tables for the terminal and a page."""
+"""Results of studies and commands: typed, with one line to sum them up, tables for the terminal and a page."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from rmscope.errors import InputError
 from rmscope.report.page import Page
 
 Rows = Sequence[Mapping[str, Any]]
-"""A table for people: one mapping per row; cells are texts, numbers, Figures or None."""
+"""A table for people, one mapping per row; cells are texts, numbers, Figures or None."""
 
 
 class Result(BaseModel):
-    """What was found. Frames are fields with ``exclude=True``; all else is what ``--json`` prints."""
+    """A result. Frames are fields with ``exclude=True``; all other fields are what ``--json`` prints."""
 
     model_config = ConfigDict(
         extra="forbid", arbitrary_types_allowed=True, ser_json_inf_nan="constants", protected_namespaces=()
     )
 
     def summary(self) -> str:
-        """One line that says what was found."""
+        """The result in one line."""
         raise NotImplementedError
 
     def tables(self) -> dict[str, Rows]:
@@ -30,7 +30,7 @@ class Result(BaseModel):
         return {}
 
     def as_json(self) -> Any:
-        """What ``--json`` prints."""
+        """The content of ``--json``."""
         return self.model_dump(mode="json")
 
     @property
@@ -43,7 +43,7 @@ class Result(BaseModel):
         return None
 
     def show(self) -> Page:
-        """The page, inline in a notebook; printed, it is the path of its file. InputError where there is none."""
+        """The page, shown inline in a notebook and printed as the path of its file. InputError if there is none."""
         page = self.page()
         if page is None:
             raise InputError(f"{type(self).__name__} has no page; print(result.summary()) says what was found.")
