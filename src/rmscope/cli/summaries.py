@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from rmscope.planted.results import CueMatch
 from rmscope.ranking.confirm import power_statement
-from rmscope.report.page import Page, told, visible
+from rmscope.report.page import Page, shown_effect, visible
 from rmscope.report.result import Result, Rows
 from rmscope.run.evidence import Evidence, SiteEvidence
 from rmscope.run.run import Run
@@ -75,7 +75,7 @@ class RunSummary(Result):
 
 
 def _feature_row(feature: dict[str, Any]) -> dict[str, Any]:
-    value, low, high, q = told(feature)
+    value, low, high, q = shown_effect(feature)
     tokens = "  ".join(visible(t) for t, _ in feature["tokens"][:4])
     return {
         "rank": feature["rank"],

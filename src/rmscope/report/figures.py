@@ -233,7 +233,7 @@ def curves(series: Sequence[tuple[str, Points]], marks: Sequence[int], x_title: 
     return _chart(name, frame.y_axis(y_marks, y_title), *parts, frame.x_axis(x_marks, x_title))
 
 
-def banded(
+def band_curves(
     series: Sequence[Series], x_title: str, y_title: str, name: str, marks: Marks | None = None, bound: float | None = None
 ) -> Markup:
     """Curves on linear axes, named above the plot, each with its 95 % interval as a band if its points have one.

@@ -90,7 +90,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.globals.update(fmt=formatting, fig=figures, segments=segments, anchor=anchor, told=told)
+    env.globals.update(fmt=formatting, fig=figures, segments=segments, anchor=anchor, shown_effect=shown_effect)
     env.globals.update(SHOWN=SHOWN, STATUS=STATUS, FLAGS=WORDS["flags"], GLOSSARY=WORDS["glossary"])
     env.filters.update({name: getattr(formatting, name) for name in ("number", "signed", "percent", "count")})
     env.filters.update(visible=visible)
@@ -133,7 +133,7 @@ def is_reported(feature: Feature) -> bool:
     return bool(feature.get("reported")) and real(feature.get("mean_effect")) is not None
 
 
-def told(feature: Feature) -> tuple[Any, ...]:
+def shown_effect(feature: Feature) -> tuple[Any, ...]:
     """The effect that is shown, its interval and q; for a feature with the flag ``strong`` those of its strong firings."""
     strong = "strong" in (feature.get("flags") or [])
     names = (
@@ -194,7 +194,7 @@ def site_view(site: dict[str, Any]) -> dict[str, Any]:
         "up": [f for f in reported if f["mean_effect"] >= 0],
         "down": [f for f in reported if f["mean_effect"] < 0],
         "others": [f for f in features if not is_reported(f)],
-        "span": figures.extent((value for f in features for value in told(f)[:3]), include=[0.0], pad=0.04),
+        "span": figures.extent((value for f in features for value in shown_effect(f)[:3]), include=[0.0], pad=0.04),
         "block": int(block[1]) if block else None,
         "shares": [s for part in PARTS for s in (site.get("ledger") or {}).get("shares") or [] if s["part"] == part],
     }
