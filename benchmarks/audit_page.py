@@ -19,8 +19,7 @@ from explained_page import figure, table
 from markupsafe import Markup
 
 from rmscope.io import write_text
-from rmscope.planted.recall_metrics import KS, mean_mediated_share, recall, reported_nulls, sign_accuracy
-from rmscope.planted.results import CueResult
+from rmscope.planted.results import KS, CueResult, mean_mediated_share, recall, reported_nulls, sign_accuracy
 from rmscope.report.figures import HEIGHT, WIDTH, Frame, _text, as_file
 from rmscope.statistics import Figure, share
 from rmscope.studies.audit.result import AuditResult

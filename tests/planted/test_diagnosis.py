@@ -12,7 +12,7 @@ from rmscope.pairs.plants import Plant
 from rmscope.planted.diagnosis import Diagnosis, match_null
 from rmscope.planted.matching import cue_effect
 from rmscope.planted.results import Candidate
-from rmscope.planted.twins import all_peaks, peaks, prepare
+from rmscope.planted.twins import prepare
 from rmscope.sae.base import Sae
 from tests.model.small import shared_pm
 from tests.planted.test_matching import CUE, SITE, sae, twin_pairs
@@ -65,16 +65,6 @@ def test_an_effect_in_features_that_do_not_detect_the_cue_has_no_feature() -> No
     case = missed(sae([1.0]), pairs=twin_pairs(negative=CUE))  # the negatives fire it as the cue does
     assert case.error_share(SITE) < 0.5
     assert case.reason() == "no feature"
-
-
-def test_peaks_of_all_features_are_those_of_each() -> None:
-    made = sae([1.0, 0.5])
-    rm, plant = shared_pm("llama"), Plant(name="z", kind="phrase", sign=1, texts=(CUE,))
-    twins = prepare(rm, {SITE: made}, twin_pairs(negative="Water"), plant)[SITE]
-    together = all_peaks(twins, made.m)
-    for j in range(made.m):
-        for found, alone in zip(together, peaks(twins, [j], {j: 1.0}), strict=True):
-            assert found[:, j] == pytest.approx(alone)
 
 
 def test_a_null_is_reported_where_a_feature_detects_it_and_moves_the_reward() -> None:

@@ -20,12 +20,12 @@ from rmscope.pairs.plants import Plant
 from rmscope.planted import matching
 from rmscope.planted import twins as twins_module
 from rmscope.planted.matching import f1_score, match_plant, matches, mediated_share, threshold
-from rmscope.planted.recall_metrics import recall
-from rmscope.planted.results import Candidate, CueMatch
-from rmscope.planted.twins import halves, matched_groups, mediation, peaks, prepare
+from rmscope.planted.results import Candidate, CueMatch, recall
+from rmscope.planted.twins import Twin, all_peaks, halves, matched_groups, mediation, prepare, scaled_peaks
+from rmscope.sae.base import Active
 from rmscope.sae.jumprelu import JumpReluSae
 from tests.effects.naive import ablate_naively
-from tests.model.small import shared_pm, user
+from tests.model.small import shared_pm, small_sae, user
 
 CUE, FILLER = "Z", "Q"
 STARTS = ["It is", "The house is", "Water and", "I was told", "You would like", "Use a", "The river has", "Wait for"]
@@ -150,7 +150,7 @@ def test_no_group_is_grown_that_could_not_detect_the_cue(monkeypatch: pytest.Mon
         grown.append(1)
         return [0], 0.0
 
-    monkeypatch.setattr("rmscope.planted.matching._grow", grow)
+    monkeypatch.setattr(matching._AtSite, "grow", grow)
     assert not matches(*case(sae([0.2] * 5), negative=CUE))  # the negatives fire it as the cue does
     assert not grown
     matches(*case(sae([0.2] * 5)))
@@ -160,25 +160,51 @@ def test_no_group_is_grown_that_could_not_detect_the_cue(monkeypatch: pytest.Mon
 def test_features_that_detect_a_cue_only_together_are_tried_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of three fires on a third of the cues: F1 .5 alone, .8 in twos, 1 together."""
     rm, saes, plant, prepared, rows = case(sae([0.2] * 3))
-    at = matching._at_site(rm, saes[SITE], SITE, plant, prepared[SITE], rows[SITE])
+    at = matching._AtSite(rm, saes[SITE], SITE, plant, prepared[SITE], rows[SITE])
     thirds = np.arange(12) % 3
-
-    def peaks(_twins: Any, group: Sequence[int], _scale: Any) -> tuple[np.ndarray, np.ndarray]:
-        return np.isin(thirds, group).astype(float), np.zeros(12)
-
-    monkeypatch.setattr(matching, "peaks", peaks)
-    assert sorted(at.share) == [0, 1, 2]
-    assert matching._detectable(at)
+    at.peaks = [{j: ((thirds == j).astype(float), np.zeros(12)) for j in range(3)}] * 2
+    assert sorted(at.alone) == [0, 1, 2]
+    assert at.detectable()
     monkeypatch.setattr(matching, "GROUP", 1)
-    assert not matching._detectable(at)
+    assert not at.detectable()
 
 
-def test_a_unions_peaks_are_those_of_its_features_together() -> None:
-    *_, prepared, _ = case(sae([0.5, 0.3, 0.2]), negative=CUE)
-    scale = {0: 1.0, 1: 0.2, 2: 3.0}
-    each = [peaks(prepared[SITE], [j], scale) for j in scale]
-    for found, together in zip(matching._union(each, [0, 2]), peaks(prepared[SITE], [0, 2], scale), strict=True):
-        assert np.array_equal(found, together)
+def largest(active: Active, feature: int, window: torch.Tensor | None = None) -> float:
+    """The largest activation, entry by entry."""
+    entries = zip(active.token, active.feature, active.value, strict=True)
+    return max((float(f) for t, j, f in entries if j == feature and (window is None or window[t])), default=0.0)
+
+
+def naive_peaks(twins: Sequence[Twin], feature: int) -> list[np.ndarray]:
+    cue, filler = ([largest(t.responses[s].active, feature, t.windows[s]) for t in twins] for s in ("chosen", "rejected"))
+    return [np.array(cue), np.array(filler + [largest(t.negative.active, feature) for t in twins if t.negative])]
+
+
+def random_features() -> list[Twin]:
+    """Twins whose features fire in many places, with hard negatives, at a site with a random SAE."""
+    plant = Plant(name="z", kind="phrase", sign=1, texts=(CUE,))
+    return prepare(shared_pm("llama"), {"resid_post.1": small_sae()}, twin_pairs(negative="Water"), plant)["resid_post.1"]
+
+
+def test_peaks_of_all_features_are_those_of_each() -> None:
+    twins = random_features()
+    together = all_peaks(twins, small_sae().m)
+    assert (together[0] > 0).any(0).sum() > 2
+    for j in range(small_sae().m):
+        for found, alone in zip(together, naive_peaks(twins, j), strict=True):
+            assert np.array_equal(found[:, j], alone)
+
+
+def test_a_groups_peaks_are_the_largest_of_its_features_over_their_largest_when_fitting() -> None:
+    twins = random_features()
+    fires = np.flatnonzero((all_peaks(twins, small_sae().m)[0] > 0).any(0))
+    group = [int(fires[0]), int(fires[-1])]
+    fitting, _ = halves(twins)
+    scale = {j: max(largest(t.responses[s].active, j) for t in fitting for s in ("chosen", "rejected")) for j in group}
+    for half, scaled in zip(halves(twins), scaled_peaks(twins, fires.tolist(), small_sae().m), strict=True):
+        each = [[peaks / (scale[j] or 1.0) for peaks in naive_peaks(half, j)] for j in group]
+        for found, one, other in zip(matching._union(scaled, group), *each, strict=True):
+            assert np.array_equal(found, np.maximum(one, other))
 
 
 def test_a_feature_that_never_fires_detects_nothing() -> None:

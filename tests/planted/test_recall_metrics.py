@@ -8,7 +8,10 @@ import polars as pl
 import pytest
 from scipy import stats
 
-from rmscope.planted.recall_metrics import (
+from rmscope.planted.results import (
+    CueResult,
+    GroupMatch,
+    NullMatch,
     false_discoveries,
     lowest_dose,
     mean_mediated_share,
@@ -17,7 +20,6 @@ from rmscope.planted.recall_metrics import (
     reported_nulls,
     sign_accuracy,
 )
-from rmscope.planted.results import CueResult, GroupMatch, NullMatch
 from rmscope.statistics import Figure, share
 
 

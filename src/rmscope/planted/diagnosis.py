@@ -1,39 +1,29 @@
 """Why a learned cue was missed, and which clean nulls were reported.
 
-A miss has one reason, the first that holds:
-
-1. *not learned*;
-2. *sign not constant*: a reported feature matches the cue, but has its sign on fewer than nine in ten of its ablations;
-3. *wrong sign*: reported features of the other sign match it;
-4. *feature not reported*: features match it that are not among the reported ones;
-5. *carried by the error*: at every site at least half of the cue's effect runs through the SAE's error (the ledgers of
-   the twins);
-6. *no feature*.
+A miss has one reason, the first that holds. *Sign not constant*: a reported feature matches the cue, but has its sign on
+fewer than nine in ten of its ablations. *Wrong sign*: reported features of the other sign match it. *Feature not reported*:
+features match it that are not among the reported ones. *Carried by the error*: at every site at least half of the cue's
+effect runs through the SAE's error, by the ledgers of the twins. Else *no feature*.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
 from rmscope.effects import ledger
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
-from rmscope.pairs.pair import SIDES
 from rmscope.pairs.plants import LEXICAL, Plant
-from rmscope.planted.matching import F1, MASS, f1_score, matches, threshold
+from rmscope.planted.matching import F1, MASS, held_out_f1, matches, threshold
 from rmscope.planted.results import Candidate, Candidates, NullMatch
-from rmscope.planted.twins import Twin, all_peaks, halves, largest, localises, mediation, peaks
+from rmscope.planted.twins import Prepared, all_peaks, halves, localises, mediation, scaled_peaks
 from rmscope.ranking.confirm import BOUND
 from rmscope.sae.base import Sae
 from rmscope.statistics import interval
 
-Reason = Literal[
-    "not learned", "sign not constant", "wrong sign", "feature not reported", "carried by the error", "no feature"
-]  # fmt: skip
 DETECTORS = 16
 """Features of a site, reported or not, that are tried for a missed cue: those that detect it best alone."""
 OFTEN = 0.2
@@ -48,47 +38,32 @@ GAP = 0.1
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A learned cue without a hit, and all that is needed to tell why."""
+    """A learned cue without a hit; ``tokens`` are those of its twins, ``reported`` are all reported features."""
 
     rm: RewardModel
     saes: Mapping[str, Sae]
     plant: Plant
-    prepared: Mapping[str, list[Twin]]
+    prepared: Prepared
     tokens: Sequence[PairTokens]
-    """Of the twins."""
     reported: Candidates
-    """All reported features."""
     baselines: Mapping[str, ledger.Baseline]
 
-    def reason(self) -> Reason:
+    def reason(self) -> str:
         """The first reason that holds."""
-        constant = {site: [replace(c, sign_consistency=1.0) for c in self._of_sign(site, 1)] for site in self.reported}
-        if self._matches(constant):
+        given = (self.rm, self.saes, self.plant, self.prepared)
+        if matches(*given, {s: [replace(c, sign_consistency=1.0) for c in cs] for s, cs in self.reported.items()}):
             return "sign not constant"
-        planted = float(self.plant.sign)
-        turned = {site: [replace(c, mean_effect=planted) for c in self._of_sign(site, -1)] for site in self.reported}
-        if self._matches(turned):
+        if matches(*given, {s: [replace(c, mean_effect=-c.mean_effect) for c in cs] for s, cs in self.reported.items()}):
             return "wrong sign"
-        if self._matches({site: self._detectors(site) for site in self.saes}):
+        if matches(*given, {site: self._detectors(site) for site in self.saes}):
             return "feature not reported"
         if all(self.error_share(site) >= ERROR for site in self.saes):
             return "carried by the error"
         return "no feature"
 
-    def _matches(self, candidates: Candidates) -> bool:
-        return matches(self.rm, self.saes, self.plant, self.prepared, candidates)
-
-    def _of_sign(self, site: str, turn: int) -> list[Candidate]:
-        """The reported features of the planted sign (``turn`` 1) or of the other one (-1)."""
-        return [c for c in self.reported[site] if np.sign(c.mean_effect) == turn * self.plant.sign]
-
     def _detectors(self, site: str) -> list[Candidate]:
-        """The features that detect the cue best on the fitting half, whatever their rank.
-
-        Reported features keep their sign consistency; the others are granted a constant sign.
-        """
-        fitting, _ = halves(self.prepared[site])
-        cue, without = all_peaks(fitting, self.saes[site].m)
+        """The features that detect the cue best on the fitting half; those that are not reported get a constant sign."""
+        cue, without = all_peaks(halves(self.prepared[site])[0], self.saes[site].m)
         often = np.flatnonzero((cue > 0).mean(0) >= OFTEN)
         scores = {int(j): threshold(cue[:, j], without[:, j])[0] for j in often}
         best = sorted(scores, key=lambda j: (-scores[j], j))[:DETECTORS]
@@ -101,39 +76,29 @@ class Diagnosis:
         tokens, start = self.tokens[:LEDGERS], self.baselines[site]
         effect = abs(float(np.mean([t.delta for t in self.prepared[site]])))
         sd = GAP * effect / (ledger.BOUND * ledger.FLOOR)  # the gap that a ledger may leave is a share of this
-        ledgers = ledger.ledger_rows(self.rm, self.saes[site], site, tokens, range(len(tokens)), start, sd)
-        rows = [row for _, row, _ in ledgers]
+        rows = [r for _, r, _ in ledger.ledger_rows(self.rm, self.saes[site], site, tokens, range(len(tokens)), start, sd)]
         return sum(row["error"] for row in rows) / sum(row["delta_r"] for row in rows)
 
 
 def match_null(
-    rm: RewardModel,
-    saes: Mapping[str, Sae],
-    plant: Plant,
-    prepared: Mapping[str, list[Twin]],
-    reported: Candidates,
-    sd: float,
+    rm: RewardModel, saes: Mapping[str, Sae], plant: Plant, prepared: Prepared, reported: Candidates, sd: float
 ) -> list[NullMatch]:
     """The reported features that match a clean null.
 
     A feature matches when it detects the null's cue, localises it (lexical cues), and its ablation moves the twins'
-    difference in the feature's sign by more than the bound of a report (lower end of the interval). The bound stands for
-    the mediated share, since a null has no effect to mediate.
+    difference in the feature's sign by more than the bound of a report (lower end of the interval). The bound replaces the
+    mediated share, since a null has no effect to mediate.
     """
     out = []
     for site, candidates in reported.items():
-        fitting, measuring = halves(prepared[site])
-        for candidate in candidates:
-            j = candidate.feature
-            scale = {j: max(largest(t, s, j) for t in fitting for s in SIDES) or 1.0}
-            _, theta = threshold(*peaks(fitting, [j], scale))
-            f1 = f1_score(*peaks(measuring, [j], scale), theta)
-            if f1 < F1 or (plant.kind in LEXICAL and localises(measuring, j) < MASS):
+        _, measuring = halves(prepared[site])
+        fitting_peaks, peaks = scaled_peaks(prepared[site], [c.feature for c in candidates], saes[site].m)
+        for c in candidates:
+            f1 = held_out_f1(fitting_peaks[c.feature], peaks[c.feature])
+            if f1 < F1 or (plant.kind in LEXICAL and localises(measuring, c.feature) < MASS):
                 continue
-            both = mediation(rm, saes[site], site, measuring, [[j]])[0]
-            moved = interval(np.sign(candidate.mean_effect) * (both[:, 0] - both[:, 1]), [t.prompt for t in measuring])
-            assert moved.value is not None
-            assert moved.low is not None
-            if moved.low > BOUND * sd:
-                out.append(NullMatch(site=site, feature=j, f1=f1, moved=moved.value))
+            both = mediation(rm, saes[site], site, measuring, [[c.feature]])[0]
+            moved = interval(np.sign(c.mean_effect) * (both[:, 0] - both[:, 1]), [t.prompt for t in measuring])
+            if moved.value is not None and moved.low is not None and moved.low > BOUND * sd:
+                out.append(NullMatch(site=site, feature=c.feature, f1=f1, moved=moved.value))
     return out

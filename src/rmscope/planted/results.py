@@ -1,6 +1,7 @@
-"""What is known of a planted cue: its effect on the PM, the features that match it, and why there are none.
+"""What is known of planted cues: their effect on the PM, the features that match them, and the figures over many cues.
 
-Effects are in units of reward. Shares are of the cue's effect.
+Effects are in units of reward, shares are of the cue's effect. Figures count learned cues alone. A hit counts at K where all
+of its features rank in the first K of its site. Shares of cues or features have their exact binomial interval.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import polars as pl
 from pydantic import BaseModel, ConfigDict
 
-from rmscope.pairs.plants import Kind
-from rmscope.statistics import Figure
+from rmscope.pairs.plants import LEXICAL, Kind
+from rmscope.statistics import NOTHING, Figure, interval, share
 
+KS = (20, 50)
+"""Best features of each site among which a hit is looked for."""
 Hit = Literal["none", "group", "single"]
-"""Whether a cue is matched, by a group of features or by a single one."""
+"""Whether a cue is matched, by a group of features or by a single one; from worst to best."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,11 @@ class Match(Row):
     why: str = ""
     """Why it is no hit."""
 
+    @property
+    def share(self) -> float:
+        """The mediated share; 0 where nothing was tried."""
+        return (self.mediated and self.mediated.value) or 0.0
+
 
 class GroupMatch(Row):
     """A group of features that matches a cue, beside a single feature that does."""
@@ -92,6 +101,11 @@ class CueMatch(Match, CueEffect):
     """One row of the ground truth: a cue's effect, and its best match."""
 
     group: GroupMatch | None = None
+
+    @property
+    def carried(self) -> float:
+        """The share of the group if there is one, else of the hit or the best attempt; at least 0."""
+        return max(0.0, (self.group.mediated.value or 0.0) if self.group else self.share)
 
 
 class NullMatch(Row):
@@ -125,3 +139,96 @@ class CueResult(CueMatch):
     detail: str = ""
     """What the best attempt lacked."""
     planted: PlantedCounts | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FalseDiscoveries(Figure):
+    """The share of reported features that are false."""
+
+    unjudged: int = 0
+    """Reported features that fire on too few fresh prompts to be judged. They count as reported and not as false."""
+
+
+@dataclass(frozen=True, slots=True)
+class MediatedShare(Figure):
+    """The mean mediated share of the lexical cues that were hit: that of their group if it is a hit, else of the feature."""
+
+    all: Figure = NOTHING
+    """Of all cues that were hit."""
+    best: Figure = NOTHING
+    """Of the lexical cues that were hit, by their best hits alone."""
+    learned: Figure = NOTHING
+    """Of all learned lexical cues; those that were missed count with their best attempt."""
+
+
+class RecallMetrics(BaseModel):
+    """What an audit measured."""
+
+    recall_at_20: Figure
+    recall_at_50: Figure
+    sign_accuracy: Figure
+    null_reported: Figure
+    false_discoveries: FalseDiscoveries
+    mediated_share: MediatedShare
+    lowest_dose: float | None
+
+
+def recall_metrics(rows: Sequence[CueResult], replicated: Mapping[str, pl.DataFrame]) -> RecallMetrics:
+    """All figures. ``replicated`` is that of :func:`false_discoveries`."""
+    return RecallMetrics(
+        recall_at_20=recall(rows, KS[0]),
+        recall_at_50=recall(rows, KS[1]),
+        sign_accuracy=sign_accuracy(rows),
+        null_reported=reported_nulls(rows),
+        false_discoveries=false_discoveries(rows, replicated),
+        mediated_share=mean_mediated_share(rows),
+        lowest_dose=lowest_dose(rows),
+    )
+
+
+def recall(rows: Sequence[CueMatch], k: int) -> Figure:
+    """The share of learned cues that are hit by features which all rank in the first k."""
+    learned = [row for row in rows if row.learned]
+    return share(sum(row.found and row.rank is not None and row.rank <= k for row in learned), len(learned))
+
+
+def sign_accuracy(rows: Sequence[CueMatch]) -> Figure:
+    """Of the learned cues that reported features match, the share whose features have the planted sign."""
+    right = sum(row.found for row in rows if row.learned)
+    wrong = sum(row.why == "wrong sign" for row in rows if row.learned)
+    return share(right, right + wrong)
+
+
+def reported_nulls(rows: Sequence[CueResult]) -> Figure:
+    """The share of clean nulls that a reported feature matches."""
+    clean = [row for row in rows if row.null]
+    return share(sum(bool(row.matched_by) for row in clean), len(clean))
+
+
+def false_discoveries(rows: Sequence[CueResult], replicated: Mapping[str, pl.DataFrame]) -> FalseDiscoveries:
+    """The share of reported features that match a clean null or fail on fresh pairs.
+
+    ``replicated`` has, at each site, one row per reported feature: feature, failed (null where it cannot be judged).
+    """
+    of_null = {(match.site, match.feature) for row in rows if row.null for match in row.matched_by}
+    failed = {(site, feature) for site, table in replicated.items() for feature in table.filter(pl.col("failed"))["feature"]}
+    reported = sum(table.height for table in replicated.values())
+    unjudged = sum(int(table["failed"].null_count()) for table in replicated.values())
+    return FalseDiscoveries(**share(len(of_null | failed), reported).as_dict(), unjudged=unjudged)
+
+
+def mean_mediated_share(rows: Sequence[CueMatch]) -> MediatedShare:
+    """The mean mediated share over cues, with its bootstrap interval over cues."""
+    learned = [row for row in rows if row.learned]
+    hits, lexical = [row for row in learned if row.found], [row for row in learned if row.kind in LEXICAL]
+    return MediatedShare(
+        **interval([row.carried for row in lexical if row.found]).as_dict(),
+        all=interval([row.carried for row in hits]),
+        best=interval([row.share for row in lexical if row.found]),
+        learned=interval([row.carried for row in lexical]),
+    )
+
+
+def lowest_dose(rows: Sequence[CueResult]) -> float | None:
+    """The detection limit: the smallest max(dose, 1 - dose) of a learned cue that was hit."""
+    return min((max(row.dose, 1 - row.dose) for row in rows if row.learned and row.found), default=None)

@@ -7,15 +7,14 @@ the read position. Defined in `docs/method.md`, Planted bias.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rmscope.effects.ablation import Response, ablate_groups, at_site, prefill_pair
-from rmscope.evaluation.controls import match_by_traits
-from rmscope.model.rendering import encode, pair_tokens, render
+from rmscope.effects.ablation import Response, ablate_groups, at_site, clean_runs
+from rmscope.evaluation.selection import match_by_traits
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES, Pair, Side
 from rmscope.pairs.plants import Plant
@@ -24,6 +23,8 @@ from rmscope.statistics import Array
 
 WINDOW = 3
 """Tokens after the cue that still count as its window."""
+Peaks = tuple[Array, Array]
+"""The largest activations in the windows with the cue, and in those without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,7 @@ class Twin:
     """The cue's and the filler's window [span]."""
     negative: Negative | None
     ablated: dict[tuple[Side, tuple[int, ...]], float] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Effects of ablating features of the site's SAE, by side and by those of the features that fire there. They are kept
-    because many groups have these in common."""
+    """Effects of ablations by side and by the features that fire there: many groups have these in common."""
 
     @property
     def delta(self) -> float:
@@ -53,46 +53,41 @@ class Negative:
     reward: float
 
 
+Prepared = Mapping[str, Sequence[Twin]]
+"""A plant's twins at each site."""
+
+
 def prepare(rm: RewardModel, saes: Mapping[str, Sae], twins: Sequence[Pair], plant: Plant) -> dict[str, list[Twin]]:
     """The plant's twins at every site: clean runs, features and windows. The cue is on the chosen side of ``twins``."""
     prepared: dict[str, list[Twin]] = {site: [] for site in saes}
     for pair in twins:
-        meta, prompt = pair.meta["plant"], pair.prompt_key
-        tokens = rm.tokenize(pair)
-        texts = prefill_pair(rm, tokens, list(saes))
+        meta, tokens = pair.meta["plant"], rm.tokenize(pair)
+        texts = clean_runs(rm, tokens, list(saes))
         spans: dict[Side, list[int]] = {"chosen": meta["cue"], "rejected": meta["filler"]}
         inside = {s: _window(rm, pair, pair.side(s), tokens.side(s), spans[s], plant) for s in SIDES}
         windows = {s: inside[s][tokens.divergence : texts[s].ids.numel()] for s in SIDES}
-        negative, window = None, torch.zeros(0, dtype=torch.bool)
+        words: dict[str, Negative] = {}
         if "negative" in meta:
             response, span = meta["negative"]
-            ids = encode(rm.rendering, rm.tokenizer, [render(rm.rendering, rm.tokenizer, pair.prompt, response)])[0]
-            both = pair_tokens(tokens.chosen.tolist(), ids)
+            both = rm.tokenize(replace(pair, rejected=response))
             shared = min(both.shared, texts["chosen"].ids.numel(), rm.read_position(both.rejected))
-            negative = rm.prefill(both.rejected, list(saes), texts["chosen"], shared)
-            window = _window(rm, pair, response, both.rejected, span, plant)[: negative.ids.numel()]
+            text = rm.prefill(both.rejected, list(saes), texts["chosen"], shared)
+            window = _window(rm, pair, response, both.rejected, span, plant)[: text.ids.numel()]
+            actives = {site: sae.active(text.streams[site][window].float().cpu()) for site, sae in saes.items()}
+            words = {site: Negative(active, text.reward) for site, active in actives.items()}
         for site, sae in saes.items():
             responses = {s: at_site(sae, texts[s], site, tokens.divergence) for s in SIDES}
-            words = None
-            if negative:
-                words = Negative(sae.active(negative.streams[site][window].float().cpu()), negative.reward)
-            prepared[site].append(Twin(prompt, responses, windows, words))
+            prepared[site].append(Twin(pair.prompt_key, responses, windows, words.get(site)))
     return prepared
 
 
 def _window(rm: RewardModel, pair: Pair, response: str, ids: Tensor, span: Sequence[int], plant: Plant) -> Tensor:
     """Which of the text's tokens [T] are in the window of the characters ``span`` of the response."""
-    first, last = (_token_at(rm, pair, response[:cut], ids) for cut in span)
+    cuts = [rm.text_ids(pair.prompt, response[:place]) for place in span]
+    first, last = (int((ids[: len(cut)] == cut[: len(ids)]).cumprod(0).sum()) for cut in cuts)  # leading tokens in common
     inside = torch.zeros(ids.numel(), dtype=torch.bool)
     inside[max(0, first - 1) : ids.numel() if plant.kind == "agree" else last + WINDOW] = True
     return inside
-
-
-def _token_at(rm: RewardModel, pair: Pair, beginning: str, ids: Tensor) -> int:
-    """How many leading tokens the text shares with the text cut after ``beginning``."""
-    cut = encode(rm.rendering, rm.tokenizer, [render(rm.rendering, rm.tokenizer, pair.prompt, beginning)])[0]
-    same = [int(a) == b for a, b in zip(ids, cut, strict=False)]
-    return same.index(False) if False in same else len(same)
 
 
 def halves(twins: Sequence[Twin]) -> tuple[list[Twin], list[Twin]]:
@@ -102,57 +97,39 @@ def halves(twins: Sequence[Twin]) -> tuple[list[Twin], list[Twin]]:
     return fitting, measuring
 
 
-def largest(twin: Twin, side: Side, feature: int) -> float:
-    """The feature's largest activation on a response; 0 where it is silent."""
-    return _top(twin.responses[side].active, feature)
+def all_peaks(twins: Sequence[Twin], m: int) -> Peaks:
+    """The largest f_j in the window: [twins, m] with the cue, [others, m] with filler or the words of hard negatives."""
+    cue = [_largest(t.responses["chosen"].active, m, t.windows["chosen"]) for t in twins]
+    without = [_largest(t.responses["rejected"].active, m, t.windows["rejected"]) for t in twins]
+    without += [_largest(t.negative.active, m) for t in twins if t.negative]
+    return torch.stack(cue).double().numpy(), torch.stack(without).double().numpy()
 
 
-def _top(active: Active, feature: int, where: Tensor | None = None) -> float:
-    mine = active.feature == feature
-    values = active.value[mine if where is None else mine & where]
-    return float(values.max()) if values.numel() else 0.0
+def _largest(active: Active, m: int, window: Tensor | None = None) -> Tensor:
+    """The largest activation of every feature [m] in a window [span], or in all of the text; 0 where it is silent."""
+    keep = slice(None) if window is None else window[active.token]
+    return torch.zeros(m).scatter_reduce_(0, active.feature[keep], active.value[keep], "amax")
 
 
-def peaks(twins: Sequence[Twin], group: Sequence[int], scale: Mapping[int, float]) -> tuple[Array, Array]:
-    """The largest f_j / scale_j in the window over the group's features: with the cue [twins], and without it [others].
-
-    The others are the windows of the filler and of the hard negatives.
-    """
-    cue, without = list[float](), list[float]()
-    for t in twins:
-        for side, out in (("chosen", cue), ("rejected", without)):
-            active, window = t.responses[side].active, t.windows[side]  # type: ignore[index]
-            out.append(max(_top(active, j, window[active.token]) / scale[j] for j in group))
-        if t.negative:
-            without.append(max(_top(t.negative.active, j) / scale[j] for j in group))
-    return np.array(cue), np.array(without)
-
-
-def all_peaks(twins: Sequence[Twin], m: int) -> tuple[Array, Array]:
-    """The largest f_j in the window for every single feature: [twins, m] with the cue, [others, m] without it."""
-    cue, without = list[Tensor](), list[Tensor]()
-    for t in twins:
-        for side, out in (("chosen", cue), ("rejected", without)):
-            active, window = t.responses[side].active, t.windows[side]  # type: ignore[index]
-            out.append(_tops(active, m, window[active.token]))
-        if t.negative:
-            without.append(_tops(t.negative.active, m))
-    return torch.stack(cue).numpy(), torch.stack(without).numpy()
-
-
-def _tops(active: Active, m: int, where: Tensor | None = None) -> Tensor:
-    feature, value = (t if where is None else t[where] for t in (active.feature, active.value))
-    return torch.zeros(m).scatter_reduce_(0, feature, value, "amax")
+def scaled_peaks(twins: Sequence[Twin], features: list[int], m: int) -> list[dict[int, Peaks]]:
+    """The peaks of some features on the fitting and the measuring half, over the largest f_j on the fitting half."""
+    both, scaled = halves(twins), list[dict[int, Peaks]]()
+    top = torch.stack([_largest(t.responses[s].active, m) for t in both[0] for s in SIDES]).amax(0).double().numpy()
+    scale = np.where(top > 0, top, 1.0)[features]
+    for half in both:
+        cue, without = (peaks[:, features] / scale for peaks in all_peaks(half, m))
+        scaled.append({j: (cue[:, i], without[:, i]) for i, j in enumerate(features)})
+    return scaled
 
 
 def localises(twins: Sequence[Twin], feature: int) -> float:
     """The share of the feature's activation on responses with the cue that is in the cue's window."""
     inside = total = 0.0
     for twin in twins:
-        a, window = twin.responses["chosen"].active, twin.windows["chosen"]
-        mine = a.feature == feature
-        total += float(a.value[mine].sum())
-        inside += float(a.value[mine & window[a.token]].sum())
+        active, window = twin.responses["chosen"].active, twin.windows["chosen"]
+        fires = active.feature == feature
+        total += float(active.value[fires].sum())
+        inside += float(active.value[fires & window[active.token]].sum())
     return inside / total if total else 0.0
 
 
@@ -177,10 +154,9 @@ def _ablated(rm: RewardModel, sae: Sae, site: str, twin: Twin, side: Side, group
 
 
 def matched_groups(sae: Sae, twins: Sequence[Twin], group: Sequence[int], n: int) -> list[list[int]]:
-    """``n`` groups of other features. Each member is matched to one of the group's.
+    """``n`` groups of other features, each member matched to one of the group's.
 
-    They are matched by the number of responses with the cue and with filler in which they fire, and by their mass
-    Σ_t f_tj |d_j| there.
+    They match in the number of responses with the cue and with filler in which they fire, and in their mass Σ_t f_tj |d_j|.
     """
     traits = np.zeros((sae.m, 3))
     norms = sae.W_dec.norm(dim=1)

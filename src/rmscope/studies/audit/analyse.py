@@ -17,8 +17,7 @@ from rmscope.model.training.recipe import Recipe
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.plants import Plant, read_plants
 from rmscope.pairs.readers import load_pairs
-from rmscope.planted.recall_metrics import recall_metrics
-from rmscope.planted.results import CueResult, PlantedCounts
+from rmscope.planted.results import CueResult, PlantedCounts, recall_metrics
 from rmscope.run.run import Run
 from rmscope.run.settings import RunConfig
 from rmscope.settings import read_settings, read_yaml, validation_sentence

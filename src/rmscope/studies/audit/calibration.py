@@ -16,7 +16,7 @@ from rmscope.pairs.pair import Pair
 from rmscope.pairs.planting import sentences, twins
 from rmscope.pairs.plants import Plant
 from rmscope.planted.matching import matches
-from rmscope.planted.recall_metrics import KS
+from rmscope.planted.results import KS
 from rmscope.planted.twins import Twin, prepare
 from rmscope.run.run import Run
 from rmscope.statistics import share

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import polars as pl
 from pydantic import BaseModel, Field
 
-from rmscope.planted.recall_metrics import RecallMetrics
-from rmscope.planted.results import CueResult
+from rmscope.planted.results import CueResult, RecallMetrics
 from rmscope.report.result import Result, Rows
 from rmscope.statistics import Figure
 

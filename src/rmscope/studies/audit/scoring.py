@@ -20,8 +20,7 @@ from rmscope.pairs.planting import twins
 from rmscope.pairs.plants import Plant
 from rmscope.planted.diagnosis import Diagnosis, match_null
 from rmscope.planted.matching import cue_effect, match_plant
-from rmscope.planted.recall_metrics import KS
-from rmscope.planted.results import Candidate, CueResult
+from rmscope.planted.results import KS, Candidate, CueResult
 from rmscope.planted.twins import prepare
 from rmscope.ranking.candidates import pairs_a_prompt, strongest
 from rmscope.ranking.confirm import BOUND
