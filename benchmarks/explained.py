@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,7 @@ from explained_page import write_page
 
 from rmscope.effects.ledger import baseline, ledger_rows, shares
 from rmscope.effects.splice import agreement, delta_r2, replaced, splice
-from rmscope.evaluation.explained import COARSE_GRID, FrozenSelection, SelectSplit, explain
-from rmscope.evaluation.keep import keep, keep_curve
+from rmscope.evaluation.explained import COARSE_GRID, FrozenSelection, SelectSplit, explain, keep, keep_curve
 from rmscope.evaluation.reconstruction import evaluate
 from rmscope.io import write_json
 from rmscope.model.training.recipe import data_file, human_pairs, read_recipe
@@ -46,7 +46,7 @@ def lists_of(s: Setting, site: str, sae: Sae, fit: Sequence[int], measured: Sequ
 def site_figures(s: Setting, site: str) -> dict[str, Any]:
     prompts = [p.prompt_key for p in s.measured]
     lists = lists_of(s, site, s.saes[site], range(len(s.fit)), s.measured)
-    found = explain(s.rm, site, lists, s.rm.tokenize_all(s.measured), prompts, bar).as_dict()
+    found = explain(lists, s.rm.tokenize_all(s.measured), prompts, bar).as_dict()
     return found | {"ledger": ledger_shares(s, site, lists, np.array(prompts))}
 
 
@@ -61,7 +61,7 @@ def aware_figures(s: Setting, site: str) -> dict[str, Any]:
     return {
         "site": site,
         "evaluation": {n: f.as_dict() for n, f in one.figures.items()} | {"dead": one.dead},
-        "curves": {"keep": [p.as_dict() for p in keep_curve(found, FULL, np.array(prompts))]},
+        "curves": {"keep": [asdict(p) for p in keep_curve(found, FULL, np.array(prompts))]},
         "ledger": ledger_shares(s, site, lists, np.array(prompts)),
     }
 
@@ -108,7 +108,7 @@ def shift_figures(s: Setting) -> dict[str, Any]:
             "pairs": len(pairs), "prompts": len(np.unique(prompts)), "sd": float(delta.std()),
             "fvu": one.figures["fvu"].as_dict(), "splice": delta_r2(delta, hat, prompts).as_dict(),
             "agreement": agreement(delta, hat, prompts).as_dict(),
-            "curve": [p.as_dict() for p in keep_curve(found["keep"], COARSE_GRID, prompts)],
+            "curve": [asdict(p) for p in keep_curve(found["keep"], COARSE_GRID, prompts)],
         }  # fmt: skip
     return out
 

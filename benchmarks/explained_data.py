@@ -17,7 +17,7 @@ import torch
 
 from rmscope.activations.harvest import harvest
 from rmscope.activations.store import ActivationStore
-from rmscope.evaluation.keep import GRID
+from rmscope.evaluation.explained import GRID
 from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune
 from rmscope.model.reward_model import RewardModel, Scores
 from rmscope.model.training.recipe import human_pairs, read_recipe

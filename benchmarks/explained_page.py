@@ -9,8 +9,7 @@ from typing import Any
 
 from explained_data import D_SAE, FIT, FULL, LONGEST, SAE, SHIFT_SITE, TUNING
 
-from rmscope.evaluation.explained import COARSE_GRID
-from rmscope.evaluation.keep import THRESHOLDS, smallest_k
+from rmscope.evaluation.explained import COARSE_GRID, THRESHOLDS, smallest_k
 from rmscope.evaluation.reward_aware import RewardAwareConfig
 from rmscope.io import write_text
 from rmscope.report.figures import as_file, keep_curves

@@ -11,8 +11,7 @@ import pytest
 
 from rmscope.activations.harvest import harvest
 from rmscope.effects.splice import delta_r2, replaced, splice
-from rmscope.evaluation.explained import COARSE_GRID, Explained, FrozenSelection, SelectSplit, explain
-from rmscope.evaluation.keep import ABLATE_GRID
+from rmscope.evaluation.explained import ABLATE_GRID, COARSE_GRID, Explained, FrozenSelection, SelectSplit, explain
 from tests.evaluation.test_keep import OTHERS, SITE
 from tests.model.small import PAIRS, shared_pm, small_sae
 
@@ -27,7 +26,7 @@ def explained(tmp_path_factory: pytest.TempPathFactory) -> Explained:
     sae.site = SITE
     prompts = [p.prompt_key for p in PAIRS]
     selection = FrozenSelection(rm, SITE, sae, select, prompts)
-    return explain(rm, SITE, selection, rm.tokenize_all(PAIRS), prompts)
+    return explain(selection, rm.tokenize_all(PAIRS), prompts)
 
 
 def test_complete_dictionaries_explain_everything(explained: Explained) -> None:

@@ -9,19 +9,10 @@ import pytest
 import torch
 
 from rmscope.activations.harvest import harvest
-from rmscope.effects.ablation import ablate_groups, at_site, prefill_pair
+from rmscope.effects.ablation import ablate_groups, at_site, clean_runs
 from rmscope.effects.splice import Span, replaced, splice
 from rmscope.errors import InputError
-from rmscope.evaluation.controls import (
-    matched_controls,
-    noise,
-    norm_matched_moves,
-    principal_components,
-    random_dictionary,
-    signed_basis,
-    signed_units,
-)
-from rmscope.evaluation.keep import (
+from rmscope.evaluation.explained import (
     AblationBaseline,
     Donors,
     ablate,
@@ -29,10 +20,24 @@ from rmscope.evaluation.keep import (
     keep,
     keep_curve,
     lost_share,
+    norm_matched_moves,
     smallest_k,
     stretch,
 )
-from rmscope.evaluation.selection import Profile, Responses, differences, forward_order, length_flags, profile
+from rmscope.evaluation.selection import (
+    Profile,
+    Responses,
+    differences,
+    forward_order,
+    length_flags,
+    matched_controls,
+    noise,
+    principal_components,
+    profile,
+    random_dictionary,
+    signed_basis,
+    signed_units,
+)
 from rmscope.pairs.pair import SIDES, Pair
 from tests.effects.test_splice import perfect
 from tests.model.small import ENCODER, PAIRS, D, shared_pm, small_sae, user
@@ -139,7 +144,7 @@ def test_ablating_a_set_is_the_exact_ablation_of_its_group() -> None:
     rows = replaced(rm, tokens, range(4), {"r": (SITE, ablate(sae, [sets]))})["r"]
     for i, t in enumerate(tokens):
         for s, side in enumerate(SIDES):
-            response = at_site(sae, prefill_pair(rm, t, [SITE])[side], SITE, t.divergence)
+            response = at_site(sae, clean_runs(rm, t, [SITE])[side], SITE, t.divergence)
             effects = ablate_groups(rm, sae, response, SITE, [s.tolist() for s in sets])
             np.testing.assert_allclose(rows.clean[i, s] - rows.rewards[i, s], effects, atol=1e-4)
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from rmscope.effects.splice import constant, replaced, splice
-from rmscope.evaluation.reconstruction import FIGURES, as_table, evaluate
+from rmscope.evaluation.reconstruction import as_table, evaluate
 from rmscope.sae.metrics import measure_sae
 from tests.effects.test_splice import perfect
 from tests.model.small import ENCODER, PAIRS, shared_pm, small_sae
 
 SITE = "resid_post.1"
 PROMPTS = [p.prompt_key for p in PAIRS]
+FIGURES = ("l0", "fvu", "cosine", "norm_ratio", "reward_recovered", "delta_r2", "delta_r2_scaled", "agreement")
 
 
 def at(sae, site=SITE):  # type: ignore[no-untyped-def]
@@ -60,4 +61,5 @@ def test_a_perfect_sae_explains_everything_and_a_poor_one_less() -> None:
     assert all(e.figures[n].low <= e.figures[n].value + 1e-9 for e in (best, poor) for n in ("l0", "fvu", "agreement"))
     table = as_table([best, poor])
     assert table["sae"].to_list() == ["perfect", "poor"]
+    assert tuple(best.figures) == FIGURES
     assert {f"{n}{end}" for n in FIGURES for end in ("", "_low", "_high")} <= set(table.columns)

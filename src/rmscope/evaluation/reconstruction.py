@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -17,31 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmscope.effects.splice import (
-    Span,
-    agreement,
-    clean_runs,
-    cross_scaled,
-    delta_r2,
-    reward_recovered,
-    rewards_on_span,
-    splice,
-)
+from rmscope.effects.ablation import clean_runs, rewards_on_span
+from rmscope.effects.splice import Span, agreement, constant, cross_scaled, delta_r2, reward_recovered, splice
 from rmscope.io import Progress, silent
-from rmscope.model.clean_run import CleanRun
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
 from rmscope.sae.base import Sae
 from rmscope.statistics import Array, Figure, ratio
-
-FIGURES = (
-    "l0", "fvu", "cosine", "norm_ratio", "reward_recovered", "delta_r2", "delta_r2_scaled", "agreement",
-)  # fmt: skip
-"""Each has an interval. ``l0`` counts active features per token, ``cosine`` is that of x and x^, ``norm_ratio`` is
-E|x^| / E|x|. The last four are measured under splice, ``delta_r2_scaled`` after one slope fitted on the other half of the
-prompts."""
-SUMS = ("tokens", "l0", "error", "variance", "cosine", "norm", "norm_hat")
 
 
 @dataclass(frozen=True)
@@ -54,7 +38,8 @@ class Evaluation:
     m: int
     tokens: int
     figures: dict[str, Figure]
-    """By the names in :data:`FIGURES`."""
+    """l0 (active features per token), fvu, cosine (of x and x^), norm_ratio (E|x^| / E|x|), and under splice
+    reward_recovered, delta_r2, delta_r2_scaled (after one slope fitted on the other half of the prompts), agreement."""
     density: Float[Array, " m"]
     """Share of tokens on which each feature fires."""
     delta: Float[Array, " pairs"]
@@ -66,16 +51,6 @@ class Evaluation:
     def dead(self) -> float:
         """Share of features that never fire on these tokens."""
         return float((self.density == 0).mean())
-
-    def row(self) -> dict[str, float | int | str | None]:
-        """One flat row: each figure in three columns, its name, ``_low`` and ``_high``."""
-        flat: dict[str, float | int | str | None] = {
-            "sae": self.name, "site": self.site, "architecture": self.architecture, "d_sae": self.m,
-            "pairs": len(self.delta), "tokens": self.tokens, "dead": self.dead,
-        }  # fmt: skip
-        for name, f in self.figures.items():
-            flat |= {name: f.value, f"{name}_low": f.low, f"{name}_high": f.high}
-        return flat
 
 
 def evaluate(
@@ -92,27 +67,28 @@ def evaluate(
         prompts: the prompt of each pair; the bootstrap resamples them.
     """
     sites = sorted({sae.site for sae in saes.values()}, key=rm.site_index)
-    centre, span_mean = _means(rm, tokens, sites)
+    means = _means(rm, tokens, sites)
     for sae in saes.values():
         sae.encode_on(rm.device)
-    sums = {name: np.zeros((len(tokens), len(SUMS))) for name in saes}
     fires = {name: torch.zeros(sae.m, dtype=torch.int64) for name, sae in saes.items()}
-    clean = np.zeros((len(tokens), 2))
-    rewards = {name: np.zeros((len(tokens), 2, 2)) for name in saes}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in saes}
     for i, t in enumerate(tokens):
         texts = clean_runs(rm, t, sites)
-        clean[i] = [texts[side].reward for side in SIDES]
+        clean = [texts[side].reward for side in SIDES]
         for name, sae in saes.items():
-            x = _every_token(rm, texts, t, sae.site)
-            sums[name][i] = _sums(sae, x, centre[sae.site], fires[name])
-            for s, side in enumerate(SIDES):
-                on_span = texts[side].streams[sae.site][t.divergence :].float().cpu()
-                ablated = span_mean[sae.site].expand_as(on_span)[None]
-                streams = torch.cat([splice(sae)(Span(i, side, on_span)), ablated])
-                rewards[name][i, s] = rewards_on_span(rm, texts[side], sae.site, t.divergence, streams).double().numpy()
+            centre, span_mean = means[sae.site]
+            every = {side: texts[side].streams[sae.site].float().cpu() for side in SIDES}
+            counted = torch.cat([every[side][first_counted(rm, t, side) :] for side in SIDES])
+            rewards = []
+            for side in SIDES:
+                at = Span(i, side, every[side][t.divergence :])
+                streams = torch.cat([splice(sae)(at), constant(span_mean)(at)])
+                rewards.append(rewards_on_span(rm, texts[side], sae.site, t.divergence, streams).double().tolist())
+            spliced, ablated = zip(*rewards, strict=True)
+            row = {"clean": clean, "spliced": spliced, "ablated": ablated}
+            rows[name].append(row | _sums(sae, counted, centre, fires[name]))
         progress(i + 1, len(tokens), "pairs evaluated")
-    groups = np.asarray(prompts)
-    return [_evaluation(name, sae, sums[name], fires[name], clean, rewards[name], groups) for name, sae in saes.items()]
+    return [_evaluation(name, sae, rows[name], fires[name], np.asarray(prompts)) for name, sae in saes.items()]
 
 
 def first_counted(rm: RewardModel, t: PairTokens, side: str) -> int:
@@ -120,52 +96,42 @@ def first_counted(rm: RewardModel, t: PairTokens, side: str) -> int:
     return max(1, t.shared) if side == "rejected" and rm.causal else 1
 
 
-def _every_token(rm: RewardModel, texts: Mapping[str, CleanRun], t: PairTokens, site: str) -> Float[Tensor, "tokens d"]:
-    return torch.cat([texts[side].streams[site][first_counted(rm, t, side) :] for side in SIDES]).float().cpu()
-
-
-def _means(
-    rm: RewardModel, tokens: Sequence[PairTokens], sites: Sequence[str]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Per site the means of x [d] over all tokens but position 0, and over the spans."""
-    every, spans = ({site: torch.zeros(rm.d_model).double() for site in sites} for _ in range(2))
-    n_every = n_spans = 0
+def _means(rm: RewardModel, tokens: Sequence[PairTokens], sites: Sequence[str]) -> dict[str, Float[Tensor, "2 d"]]:
+    """Per site the means of x over all tokens but position 0, and over the spans."""
+    totals = {site: torch.zeros(2, rm.d_model, dtype=torch.float64) for site in sites}
+    counts = torch.zeros(2, 1, dtype=torch.float64)
     for batch in rm.batches(tokens):
         streams = rm.streams(batch, sites)
         for text in batch.texts:
-            columns = text.columns[first_counted(rm, tokens[text.pair], text.side) : text.read + 1]
-            n_every, n_spans = n_every + columns.numel(), n_spans + text.span.numel()
-            for site, x in streams.items():
-                every[site] += x[text.row, columns.to(x.device)].double().sum(0).cpu()
-                spans[site] += x[text.row, text.span.to(x.device)].double().sum(0).cpu()
-    return (
-        {site: (x / max(1, n_every)).float() for site, x in every.items()},
-        {site: (x / max(1, n_spans)).float() for site, x in spans.items()},
-    )
+            every = text.columns[first_counted(rm, tokens[text.pair], text.side) : text.read + 1]
+            for k, columns in enumerate((every, text.span)):
+                counts[k] += columns.numel()
+                for site, x in streams.items():
+                    totals[site][k] += x[text.row, columns.to(x.device)].double().sum(0).cpu()
+    return {site: (total / counts.clamp(min=1)).float() for site, total in totals.items()}
 
 
-def _sums(sae: Sae, x: Float[Tensor, "tokens d"], centre: Float[Tensor, " d"], fires: Tensor) -> list[float]:
-    """The sums of a pair from which the figures are ratios, in the order of :data:`SUMS`; adds its firings to ``fires``."""
+def _sums(sae: Sae, x: Float[Tensor, "tokens d"], centre: Float[Tensor, " d"], fires: Tensor) -> dict[str, float]:
+    """The sums of a pair from which the figures are ratios; adds its firings to ``fires``."""
     active = sae.active(x)
     fires += torch.bincount(active.feature, minlength=sae.m)
     y, y_hat = x.double(), sae.decode_active(active).double()
-    parts = [
-        (y - y_hat).square().sum(), (y - centre.double()).square().sum(), torch.cosine_similarity(y, y_hat, dim=1).sum(),
-        y.norm(dim=1).sum(), y_hat.norm(dim=1).sum(),
-    ]  # fmt: skip
-    return [float(len(x)), float(active.value.numel()), *map(float, parts)]
+    return {
+        "tokens": float(len(x)), "l0": float(active.value.numel()), "error": float((y - y_hat).square().sum()),
+        "variance": float((y - centre.double()).square().sum()), "norm": float(y.norm(dim=1).sum()),
+        "cosine": float(torch.cosine_similarity(y, y_hat, dim=1).sum()), "norm_hat": float(y_hat.norm(dim=1).sum()),
+    }  # fmt: skip
 
 
-def _evaluation(name: str, sae: Sae, sums: Array, fires: Tensor, clean: Array, rewards: Array, prompts: Array) -> Evaluation:
-    part = dict(zip(SUMS, sums.T, strict=True))
-    delta = clean[:, 0] - clean[:, 1]
-    delta_hat = rewards[:, 0, 0] - rewards[:, 1, 0]
+def _evaluation(name: str, sae: Sae, rows: Sequence[dict[str, Any]], fires: Tensor, prompts: Array) -> Evaluation:
+    part = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+    delta, delta_hat = (part[key][:, 0] - part[key][:, 1] for key in ("clean", "spliced"))
     figures = {
         "l0": ratio(part["l0"], part["tokens"], prompts),
         "fvu": ratio(part["error"], part["variance"], prompts),
         "cosine": ratio(part["cosine"], part["tokens"], prompts),
         "norm_ratio": ratio(part["norm_hat"], part["norm"], prompts),
-        "reward_recovered": reward_recovered(clean, rewards[..., 0], rewards[..., 1], prompts),
+        "reward_recovered": reward_recovered(part["clean"], part["spliced"], part["ablated"], prompts),
         "delta_r2": delta_r2(delta, delta_hat, prompts),
         "delta_r2_scaled": delta_r2(delta, cross_scaled(delta, delta_hat, prompts), prompts),
         "agreement": agreement(delta, delta_hat, prompts),
@@ -176,5 +142,11 @@ def _evaluation(name: str, sae: Sae, sums: Array, fires: Tensor, clean: Array, r
 
 
 def as_table(evaluations: Sequence[Evaluation]) -> pl.DataFrame:
-    """One row per SAE."""
-    return pl.DataFrame([e.row() for e in evaluations])
+    """One row per SAE: each figure in three columns, its name, ``_low`` and ``_high``."""
+    rows: list[dict[str, object]] = []
+    for e in evaluations:
+        row = {"sae": e.name, "site": e.site, "architecture": e.architecture, "d_sae": e.m, "pairs": len(e.delta)}
+        rows.append(row | {"tokens": e.tokens, "dead": e.dead})
+        for name, f in e.figures.items():
+            rows[-1] |= {name: f.value, f"{name}_low": f.low, f"{name}_high": f.high}
+    return pl.DataFrame(rows)

@@ -2,18 +2,17 @@
 
     L = λ d E [(Δr^ - Δr)² + μ (s^ - s)²] / SD(Δr)²  +  the family's own loss on the tokens of the same pairs
 
-Δr^ and s^ are the difference and the sum of a pair's two rewards with x replaced by x^ on the span of both sides. Only
-differences of rewards mean anything. But a loss of differences alone would let both rewards of a pair drift together, away
-from what the blocks above were trained on. At μ = 1 each reward counts by itself, as (a - b)² + (a + b)² = 2 (a² + b²).
+Δr^ and s^ are the difference and the sum of a pair's two rewards with x replaced by x^ on the span of both sides. A loss of
+differences alone would let both rewards of a pair drift together, away from what the blocks above were trained on. At μ = 1
+each reward counts by itself, as (a - b)² + (a + b)² = 2 (a² + b²). In the units of training E|x|² = d (d_model), so both
+terms are relative errors times d.
 
-In the units of training E|x|² = d (d_model), so both terms are relative errors times d. The damage is backpropagated
-through the PM's blocks above the site to x^, and from there through the SAE's own equations: to W_dec and b_dec, and to
-the encoder at the entries that fire. The PM is frozen and in float32; its products run in bfloat16 where that is fast.
-Which features fire is decided as in plain training, and only the family's own loss moves thresholds.
+The damage is backpropagated through the PM's blocks above the site to x^, and from there through the SAE's own equations:
+to W_dec and b_dec, and to the encoder at the entries that fire. The PM is frozen and in float32. Which features fire is
+decided as in plain training, and only the family's own loss moves thresholds.
 
 The method follows Karvonen 2025 (arXiv 2503.17272), who fine-tunes an SAE at the end of training with the language model's
-KL divergence; here the output is a reward. The gain may come from features that carry the reward better, or from the
-reward written into the code. ``benchmarks/reward_aware.py`` separates the two.
+KL divergence; here the output is a reward. What it gains and what it does not show: docs/results/reward_aware.md.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -53,7 +51,7 @@ LR_SHARE = 0.25
 class RewardAwareConfig(Settings):
     """How an SAE is fine-tuned. Unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True)
 
     steps: int = Field(200, gt=0)
     """Optimiser steps."""
@@ -107,11 +105,9 @@ def fine_tune(
         rm: the PM, in float32; it stays as it is.
         sae: an SAE of any family, with its ``site``.
         pairs: pairs of the fit split; measure figures on other prompts.
-        config: see :class:`RewardAwareConfig`.
         own: the settings of the family's own loss; left out, those with which the SAE was trained.
         out: a folder for ``<site>/cfg.json``, ``sae_weights.safetensors``, ``training.parquet`` and checkpoints. A finished
             fine-tuning there is loaded; an unfinished one resumes from its checkpoint.
-        progress: called as (step, steps, figures in words).
         scores: the PM's rewards of the pairs, if they are known already; left out, the pairs are scored.
 
     Raises:
@@ -128,10 +124,8 @@ def fine_tune(
         return done
 
     scores = scores or rm.score_tokens(tokens, progress)
-    if len(scores.delta) != len(pairs):
-        raise InputError(
-            f"The scores are of {len(scores.delta)} pairs, not of these {len(pairs)}; give those of the same pairs."
-        )
+    if (n := len(scores.delta)) != len(pairs):
+        raise InputError(f"The scores are of {n} pairs, not of these {len(pairs)}; give those of the same pairs.")
     spread = float(scores.delta.std())
     if not spread > 0:
         raise InputError("The rewards of these pairs do not differ, so a splice cannot damage them; give other pairs.")
@@ -149,8 +143,10 @@ def fine_tune(
         progress(run.step, config.steps, note)
         if folder and run.step % config.checkpoint_steps == 0 and run.step < config.steps:
             save_checkpoint(run)
-    origin = {"from": sae.identity(), "model": rm.identity, "data": data_identity(pairs)}
-    return finish(run, _metadata(run, sae, {**config.model_dump(), **origin}))
+    origin = {"from": sae.identity(), "model": rm.identity, "data": data_identity(pairs), "lr": run.config.lr}
+    told = {"config": family.model_dump(), **(sae.metadata.get("rmscope") or {}), "scale": run.scale, "training": key}
+    told["reward_aware"] = config.model_dump() | origin
+    return finish(run, {**sae.metadata, "trained_as": family.architecture, "rmscope": told})
 
 
 def _check(rm: RewardModel, sae: Sae, tokens: Sequence[PairTokens]) -> None:
@@ -167,11 +163,9 @@ def _check(rm: RewardModel, sae: Sae, tokens: Sequence[PairTokens]) -> None:
 
 def _family_config(sae: Sae, own: SaeConfig | None, config: RewardAwareConfig) -> SaeConfig:
     """The settings of the family's own loss in the second phase: no warm-up, a lower learning rate, this phase's seed."""
-    stored: dict[str, Any] = (sae.metadata.get("rmscope") or {}).get("config") or {}
-    if own is None and stored:
-        own = SaeConfig(**stored)
     if own is None:
-        own = SaeConfig(architecture=sae.architecture, d_sae=sae.m, **{k: v for k, v in sae.cfg.items() if k == "k"})
+        plain = {"architecture": sae.architecture, "d_sae": sae.m, **{k: v for k, v in sae.cfg.items() if k == "k"}}
+        own = SaeConfig(**((sae.metadata.get("rmscope") or {}).get("config") or plain))
     rate = config.lr or LR_SHARE * own.rate(sae.m)
     return own.model_copy(update={"lr": rate, "warmup": 0.0, "seed": config.seed})
 
@@ -180,27 +174,16 @@ def _begin(
     rm: RewardModel, sae: Sae, tokens: Sequence[PairTokens], own: SaeConfig, steps: int, key: str, folder: Path | None
 ) -> TrainingRun:
     """The training of a copy of the SAE, in the units of training; it resumes from a checkpoint where there is one."""
-    scale = float((sae.metadata.get("rmscope") or {}).get("scale") or _norm_scale(rm, sae.site, tokens[:UNIT]))
+    scale = float((sae.metadata.get("rmscope") or {}).get("scale") or 0.0)
+    if not scale:  # s with mean |s x| = sqrt(d) over the tokens of some pairs
+        rows = [training_rows(b, rm.streams(b, [sae.site])[sae.site]) for b in rm.batches(tokens[:UNIT])]
+        scale = float(rm.d_model**0.5 / torch.cat([x.norm(dim=1) for x in rows]).double().mean())
     work = copy.deepcopy(sae).to(rm.device)
     work.change_units(1 / scale)
     training = training_class(own.architecture)(work, own)
     run = TrainingRun(training, steps, site=sae.site, name="reward-aware", scale=scale, key=key, folder=folder)
     load_checkpoint(run)
     return run
-
-
-def _metadata(run: TrainingRun, sae: Sae, reward_aware: dict[str, Any]) -> dict[str, Any]:
-    """The SAE's own metadata, and how it was fine-tuned."""
-    own = {"config": run.config.model_dump(), **(sae.metadata.get("rmscope") or {})}
-    own |= {"scale": run.scale, "training": run.key, "reward_aware": {**reward_aware, "lr": run.config.lr}}
-    return {**sae.metadata, "trained_as": run.config.architecture, "rmscope": own}
-
-
-def _norm_scale(rm: RewardModel, site: str, tokens: Sequence[PairTokens]) -> float:
-    """s with mean |s x| = sqrt(d) over the tokens of some pairs."""
-    rows = [training_rows(b, rm.streams(b, [site])[site]) for b in rm.batches(tokens)]
-    norms = torch.cat([x.norm(dim=1) for x in rows]).double()
-    return float(rm.d_model**0.5 / norms.mean())
 
 
 def training_rows(batch: Batch, stream: Float[Tensor, "rows width d"]) -> Float[Tensor, "tokens d"]:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from rmscope.effects.ablation import ablate_naively
 from rmscope.errors import InputError
 from rmscope.io import NoDisplay
 from rmscope.model import packing
@@ -24,16 +23,23 @@ from rmscope.sae.base import Sae
 from rmscope.sae.metrics import measure_sae
 from rmscope.sae.topk import TopKSae
 from rmscope.statistics import Figure
-from rmscope.studies.compare import analyse as comparing
-from rmscope.studies.compare.activations import compare_site, count_features, matches, read_unit
+from rmscope.studies.compare import measure
 from rmscope.studies.compare.analyse import compare_models
-from rmscope.studies.compare.classify import CLASSES, against_control, class_of, judge
-from rmscope.studies.compare.concepts import concept_class, concepts, groups
-from rmscope.studies.compare.effects import ablation_requests, ablation_unit, pair_effects
-from rmscope.studies.compare.held_out import HeldOut, fresh_pairs, hold_out
-from rmscope.studies.compare.models import ComparedModel, Dictionary, dictionaries
+from rmscope.studies.compare.classify import CLASSES, against_control, class_of, concepts, groups, judge
+from rmscope.studies.compare.measure import (
+    ablation_requests,
+    ablation_unit,
+    compare_site,
+    count_features,
+    list_features,
+    nearest,
+    pair_effects,
+    read_unit,
+)
+from rmscope.studies.compare.models import ComparedModel, Dictionary, fresh_pairs, hold_out
 from rmscope.studies.compare.result import CompareResult, FeatureComparison
 from rmscope.studies.edit.patch import EditPatch, FeatureEdit, load_edited
+from tests.effects.naive import ablate_naively
 from tests.model.small import ENCODER, SENTENCES, D, small_pm, small_sae, user
 from tests.report.test_page import Page
 
@@ -69,8 +75,7 @@ def model(rm: RewardModel, saes: dict[str, Sae] | None = None, reported: Reporte
 def compared(
     a: ComparedModel, b: ComparedModel, folder: Path, n: int = 24, control: ComparedModel | None = None
 ) -> CompareResult:
-    held_out = hold_out(a, [b, *([control] if control else [])], TEXTS[:n])
-    return compare_models(a, b, held_out, RunFolder(folder, NoDisplay()), n, 0, control)
+    return compare_models(hold_out(a, b, TEXTS[:n], control), RunFolder(folder, NoDisplay()), n, 0)
 
 
 def with_run(rm: RewardModel) -> ComparedModel:
@@ -230,22 +235,18 @@ def moved() -> Models:
     return model(a, {SITE: small_sae(k=2)}, {SITE: [2, 17, 40]}), model(b, {SITE: small_sae(seed=1, k=2)}, {SITE: [9]})
 
 
-def on(a: ComparedModel, b: ComparedModel, n: int) -> HeldOut:
-    return hold_out(a, [b], TEXTS[:n])
-
-
 def test_effects_are_those_of_naive_ablation_on_the_same_responses_in_both_pms(
     moved: Models,
 ) -> None:
     a, b = moved
-    held_out, read = on(a, b, 10), dictionaries(a, b)
-    requests = ablation_requests(read_unit(a, b, held_out, range(10))["firing"], read, held_out, 10, 0)
-    ablations = ablation_unit({"a": a, "b": b}, read, held_out, requests, range(10))["ablations"]
+    comparison = hold_out(a, b, TEXTS[:10])
+    requests = ablation_requests(comparison, read_unit(comparison, range(10))["firing"], 10, 0)
+    ablations = ablation_unit(comparison, requests, range(10))["ablations"]
     measured = pair_effects(requests, ablations, {"a": 2.0, "b": 0.5})
-    saes = {d.of: d.sae for d in read}
+    saes = {d.of: d.sae for d in comparison.dictionaries}
     sums: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
     for of, site, pair, side, feature, prompt in requests.iter_rows():
-        t = held_out.tokens[held_out.index[pair]]
+        t = comparison.pairs.tokens[comparison.pairs.index[pair]]
         both = [
             float(ablate_naively(v.rm, saes[of], t.side(side), site, t.divergence, [[feature]])[0]) / sd
             for v, sd in ((a, 2.0), (b, 0.5))
@@ -260,13 +261,14 @@ def test_effects_are_those_of_naive_ablation_on_the_same_responses_in_both_pms(
 
 def test_what_is_read_is_what_the_saes_give_on_both_streams(moved: Models) -> None:
     a, b = moved
-    held_out, d = on(a, b, 6), dictionaries(a, b)[0]
-    seen = read_unit(a, b, held_out, range(6))
-    site = compare_site(d, seen["sums"], count_features(seen["counts"]), held_out.prompt_of)
+    comparison = hold_out(a, b, TEXTS[:6])
+    seen, d = read_unit(comparison, range(6)), comparison.dictionaries[0]
+    counts = count_features(seen["counts"])
+    site = compare_site(d, seen["sums"], counts, list_features(comparison, counts), comparison.pairs.prompts)
     f = {}
     for v, rm, figures in (("a", a.rm, site.a), ("b", b.rm, site.b)):
         rows = []
-        for t in held_out.tokens:
+        for t in comparison.pairs.tokens:
             for side, start in (("chosen", 1), ("rejected", t.divergence)):
                 with torch.no_grad():
                     hidden = rm.model(t.side(side)[None], output_hidden_states=True).hidden_states
@@ -293,15 +295,15 @@ def test_a_killed_comparison_goes_on_and_gives_the_same(
     ablated = []
 
     def killed(*given: Any) -> Any:
-        ablated.append(list(given[4]))
+        ablated.append(list(given[2]))
         if len(ablated) == 2:
             raise KeyboardInterrupt
         return ablation_unit(*given)
 
-    monkeypatch.setattr(comparing, "ablation_unit", killed)
+    monkeypatch.setattr(measure, "ablation_unit", killed)
     with pytest.raises(KeyboardInterrupt):
         compared(a, b, tmp_path / "killed", 8)
-    monkeypatch.setattr(comparing, "read_unit", None)  # what is read is not read again
+    monkeypatch.setattr(measure, "read_unit", pytest.fail)  # what is read is not read again
     again = compared(a, b, tmp_path / "killed", 8)
     assert again.as_json() == whole.as_json()
     assert again.table.equals(whole.table)
@@ -365,7 +367,7 @@ def test_effects_within_the_bound_are_called_different_as_rarely_as_promised() -
 def test_like_features_of_both_lists_are_one_concept_under_the_largest() -> None:
     sae = small_sae()
     twin = small_sae()
-    read = [Dictionary("a", SITE, sae, [1, 2]), Dictionary("b", SITE, twin, [2])]
+    read = [Dictionary("a", SITE, sae, [1, 2], twin), Dictionary("b", SITE, twin, [2])]
     features = [
         FeatureComparison(of="a", site=SITE, feature=1, class_="undecided", a=Figure(9.0), b=Figure(0.0)),
         FeatureComparison(of="a", site=SITE, feature=2, class_="kept", a=Figure(0.1), b=Figure(0.1)),
@@ -374,12 +376,11 @@ def test_like_features_of_both_lists_are_one_concept_under_the_largest() -> None
     assert float(sae.W_dec[1] @ sae.W_dec[2]) < COSINE
     grouped = groups(features, read)
     assert [[(m.of, m.feature) for m in members] for members in grouped] == [[("b", 2), ("a", 2)], [("a", 1)]]
-    assert concept_class(grouped[0]) == "weakened"
+    assert concepts(features, read)[0].class_ == "weakened"
     features[1].class_ = "appeared"  # what one feature of the concept lost, another one gained
-    assert concept_class(groups(features, read)[0]) == "moved"
     (concept, _) = concepts(features, read)
     assert (concept.class_, concept.changed, concept.feature) == ("moved", False, 2)
-    assert matches(read[0], twin)["cosine"].to_list() == pytest.approx([1.0, 1.0])
+    assert [match["cosine"] for match in nearest(read[0])] == pytest.approx([1.0, 1.0])
 
 
 def pair_set(pairs: list[Pair], splits: list[Split]) -> PairSet:
@@ -412,7 +413,7 @@ def test_two_pms_that_share_no_text_are_refused(moved: Models) -> None:
         (small_pm("llama", num_hidden_layers=1), "no resid_post.1"),
     ):
         with pytest.raises(InputError, match=said):
-            on(a, model(other), 2)
+            hold_out(a, model(other), TEXTS[:2])
     short = small_pm("llama", max_position_embeddings=8)
     with pytest.raises(InputError, match="no fresh pair"):
-        on(a, model(short), 2)
+        hold_out(a, model(short), TEXTS[:2])

@@ -9,11 +9,12 @@ import polars as pl
 import pytest
 
 from rmscope.errors import InputError
-from rmscope.evaluation.reconstruction import FIGURES, as_table, evaluate
+from rmscope.evaluation.reconstruction import as_table, evaluate
 from rmscope.run.run import Run
 from rmscope.studies.evaluate.analyse import analyse
 from rmscope.studies.evaluate.result import EvaluateResult, short_names
 from rmscope.studies.evaluate.settings import EvaluateConfig
+from tests.evaluation.test_reconstruction import FIGURES
 from tests.model.small import small_sae
 from tests.studies.experiment.small import SITES, saved_inputs, small_run, write_ranking
 

@@ -1,27 +1,33 @@
-"""What became of a feature between A and B: the one place that defines it.
+"""What became of a feature, and of a concept, between A and B: the one place that defines it.
 
-The data are ablation effects per prompt, a in A and b in B, each in SD(Δr) of its PM (:mod:`.effects`). Three means are
-tested against the bound of .05 SD(Δr): a, b and the paired difference b - a. The test is by sign flips per prompt, the same
-flips for all features, in both directions. Benjamini-Hochberg q runs over all features for each of the three. Intervals are
-95 %, bootstrap by prompt. An effect is *there* where it is beyond the bound (q < .05), *absent* where its interval lies
-within the bound; in between it is neither. The features were chosen on other prompts, so the choice does not flatter their
-effects here.
+The data are ablation effects per prompt, a in A and b in B, each in SD(Δr) of its PM. Three means are tested against the
+bound of .05 SD(Δr): a, b and the paired difference b - a. The test is by sign flips per prompt, the same flips for all
+features, in both directions. Benjamini-Hochberg q runs over all features for each of the three. Intervals are 95 %,
+bootstrap by prompt. An effect is *there* where it is beyond the bound (q < .05), *absent* where its interval lies within the
+bound; in between it is neither. The features were chosen on other prompts, so the choice does not flatter their effects.
+
+*Concepts* are the features of both lists at a site, joined where their decoders are alike (cosine of at least .7). Of the
+features whose class is decided, the one with the largest effect in A or in B leads, and every feature like it joins. The
+rest is grouped in the same way. A concept has its leader's figures and class. But where some of its features lost effect
+and others gained it, the concept itself may be as it was: its features *moved*, and that is no difference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import polars as pl
-from jaxtyping import Float
+import torch
 
-from rmscope.ranking.ranking import BOUND, ELIGIBLE_PROMPTS, Q
-from rmscope.statistics import Array, Figure, benjamini_hochberg, beyond_p, flip_matrix, interval
+from rmscope.ranking.candidates import ELIGIBLE_PROMPTS
+from rmscope.ranking.confirm import BOUND, Q
+from rmscope.ranking.similarity import COSINE
+from rmscope.statistics import benjamini_hochberg, beyond_p, flip_matrix, interval
+from rmscope.studies.compare.models import Dictionary
+from rmscope.studies.compare.result import Concept, FeatureClass, FeatureComparison, Member
 
-FeatureClass = Literal["appeared", "vanished", "changed sign", "strengthened", "weakened", "kept", "undecided", "moved"]
-"""Those of :data:`CLASSES`; ``moved`` is a class of concepts alone."""
 CLASSES: dict[FeatureClass, str] = {
     "appeared": "absent in A, there in B, and the difference is beyond the bound",
     "vanished": "there in A, absent in B, and the difference is beyond the bound",
@@ -33,14 +39,20 @@ CLASSES: dict[FeatureClass, str] = {
 }
 """The first definition that holds, in this order. A feature of too few prompts is always undecided."""
 CHANGED = ("appeared", "vanished", "changed sign", "strengthened", "weakened")
+GAINED, LOST = {"appeared", "strengthened"}, {"vanished", "weakened"}
 MEANS = ("a", "b", "difference")
+SCHEMA = {
+    "of": pl.String, "site": pl.String, "feature": pl.Int32, "prompts": pl.Int32,
+    **{f"{name}{part}": pl.Float64 for name in MEANS for part in ("", "_low", "_high", "_q")},
+    "class": pl.String,
+}  # fmt: skip
 
 
 def judge(measured: pl.DataFrame, seed: int) -> pl.DataFrame:
     """Tests and classifies every feature.
 
     Args:
-        measured: the rows of :func:`~rmscope.studies.compare.effects.pair_effects`.
+        measured: the rows of :func:`~rmscope.studies.compare.measure.pair_effects`.
 
     Returns:
         One row per feature (of, site, feature): prompts; of a, b and difference the mean, its interval (``_low``, ``_high``)
@@ -50,21 +62,18 @@ def judge(measured: pl.DataFrame, seed: int) -> pl.DataFrame:
     place, signs = {p: i for i, p in enumerate(prompts)}, flip_matrix(len(prompts), seed)
     rows: list[dict[str, Any]] = []
     for key, part in measured.group_by("of", "site", "feature", maintain_order=True):
+        row: dict[str, Any] = dict(zip(SCHEMA, (*key, part.height), strict=False))
         a, b = part["a"].to_numpy(), part["b"].to_numpy()
         flips = signs[:, [place[p] for p in part["prompt"]]]
-        row = dict(zip(("of", "site", "feature"), key, strict=True)) | {"prompts": part.height}
-        rows.append(row | _columns("a", a, flips) | _columns("b", b, flips) | _columns("difference", b - a, flips))
+        for name, values in zip(MEANS, (a, b, b - a), strict=True):
+            mean = interval(values)
+            row |= {name: mean.value, f"{name}_low": mean.low, f"{name}_high": mean.high}
+            row[f"{name}_q"] = beyond_p(values, BOUND, flips)  # p until the correction
+        rows.append(row)
     for name in MEANS:
         for row, q in zip(rows, benjamini_hochberg(np.array([row[f"{name}_q"] for row in rows])), strict=True):
             row[f"{name}_q"] = float(q)
     return pl.DataFrame([row | {"class": class_of(row)} for row in rows], schema=SCHEMA)
-
-
-SCHEMA = {
-    "of": pl.String, "site": pl.String, "feature": pl.Int32, "prompts": pl.Int32,
-    **{f"{name}{part}": pl.Float64 for name in MEANS for part in ("", "_low", "_high", "_q")},
-    "class": pl.String,
-}  # fmt: skip
 
 
 def against_control(judged: pl.DataFrame, measured: pl.DataFrame, seed: int) -> pl.DataFrame:
@@ -90,19 +99,8 @@ def _farther(part: pl.DataFrame) -> bool:
     a, b, c = (part[v].to_numpy() for v in "abc")
     near, far = (a, c) if abs(b.mean() - a.mean()) <= abs(b.mean() - c.mean()) else (c, a)
     away = np.sign(b.mean() - near.mean())
-    excess: Figure = interval(away * (b - near) - np.sign(near.mean() - far.mean()) * (near - far))
-    return excess.low is not None and excess.low > 0
-
-
-def _columns(name: str, values: Float[Array, " prompts"], flips: Array) -> dict[str, float | None]:
-    """The columns of a mean with its interval; ``_q`` holds p until the correction."""
-    mean = interval(values)
-    return {
-        name: mean.value,
-        f"{name}_low": mean.low,
-        f"{name}_high": mean.high,
-        f"{name}_q": beyond_p(values, BOUND, flips),
-    }
+    low = interval(away * (b - near) - np.sign(near.mean() - far.mean()) * (near - far)).low
+    return low is not None and low > 0
 
 
 def class_of(row: Mapping[str, Any]) -> FeatureClass:
@@ -123,6 +121,34 @@ def class_of(row: Mapping[str, Any]) -> FeatureClass:
     return "strengthened" if abs(row["b"]) > abs(row["a"]) else "weakened"
 
 
-def class_counts(classes: Sequence[str]) -> dict[FeatureClass, int]:
-    """How many features are of each class."""
-    return {name: list(classes).count(name) for name in CLASSES}
+def concepts(features: Sequence[FeatureComparison], dictionaries: Sequence[Dictionary]) -> list[Concept]:
+    """Classified features as concepts, the largest effects first; those that do not hold against a control come last.
+
+    Each feature gets the number of its concept.
+    """
+    listed = []
+    for number, group in enumerate(groups(features, dictionaries)):
+        for feature in group:
+            feature.concept = number
+        classes = {m.class_ for m in group}
+        class_ = "moved" if classes & GAINED and classes & LOST else group[0].class_
+        members = [Member(m.of, m.feature, m.class_) for m in group]
+        listed.append(Concept(**dict(group[0]) | {"class_": class_, "changed": class_ in CHANGED, "members": members}))
+    return sorted(listed, key=lambda c: c.holds is False)
+
+
+def groups(features: Sequence[FeatureComparison], dictionaries: Sequence[Dictionary]) -> list[list[FeatureComparison]]:
+    """The features in groups, each led by its first; the largest effects first."""
+    saes = {(d.of, d.site): d.sae for d in dictionaries}
+    ranked = sorted(features, key=_rank)
+    directions = [torch.nn.functional.normalize(saes[f.of, f.site].W_dec[f.feature], dim=0) for f in ranked]
+    led: dict[int, list[FeatureComparison]] = {}
+    for i, feature in enumerate(ranked):
+        similar = (k for k in led if ranked[k].site == feature.site and float(directions[k] @ directions[i]) >= COSINE)
+        led.setdefault(next(similar, i), []).append(feature)
+    return list(led.values())
+
+
+def _rank(feature: FeatureComparison) -> tuple[bool, float, str, str, int]:
+    size = max((abs(f.value or 0.0) for f in (feature.a, feature.b) if f is not None), default=0.0)
+    return feature.class_ == "undecided", -size, feature.of, feature.site, feature.feature

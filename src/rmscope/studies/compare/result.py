@@ -1,4 +1,4 @@
-"""The result of a comparison: SAEs in both PMs, features with their class, concepts."""
+"""The result of a comparison: SAEs in both PMs, features with their class, concepts; and its page."""
 
 from __future__ import annotations
 
@@ -6,41 +6,39 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import polars as pl
 from pydantic import BaseModel, ConfigDict, Field
 
-from rmscope.report import formatting
-from rmscope.report.page import Page
+from rmscope.report import figures
+from rmscope.report import formatting as fmt
+from rmscope.report.page import Page, environment
 from rmscope.report.result import Result, Rows
 from rmscope.statistics import Figure
-from rmscope.studies.compare.classify import FeatureClass
-from rmscope.studies.compare.page import render_comparison
 
 LISTED = 20
 """Concepts in the table for the terminal, at most."""
 SD = "SD(Δr)"
 """The unit of ablation effects."""
+FeatureClass = Literal["appeared", "vanished", "changed sign", "strengthened", "weakened", "kept", "undecided", "moved"]
+"""Those of :data:`~rmscope.studies.compare.classify.CLASSES`; ``moved`` is a class of concepts alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class SaeFigures:
-    """An SAE on the stream of one PM."""
+    """An SAE on the stream of one PM. FVU is centred per dimension at the PM's own mean; dead features never fire."""
 
     l0: Figure
     fvu: Figure
-    """Centred per dimension at the PM's own mean."""
     dead: float
-    """Share of features that never fire."""
 
 
 @dataclass(frozen=True, slots=True)
 class SiteComparison:
-    """One SAE in both PMs, over the same tokens."""
+    """One SAE in both PMs, over the same tokens; ``of`` is a or b: whose SAE it is."""
 
     of: str
-    """Whose SAE it is: a or b."""
     site: str
     m: int
     tokens: int
@@ -55,52 +53,48 @@ class SiteComparison:
     """Of the firings in either PM, the share in both at the same token."""
     there: Figure
     """Share of the reported features that are there in both PMs: at least half of their firings are together."""
-    found_again: Figure | None = None
+    found_again: Figure | None
     """Share of the reported features that the other PM's own SAE has too; None where it has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class RewardComparison:
-    """Δr of both PMs on the fresh pairs."""
+    """Δr of both PMs on the fresh pairs; ``control`` is the correlation of the control's Δr with A's."""
 
     sd_a: float
     sd_b: float
     correlation: float
     agreement: float
-    """Share of pairs on which the signs agree."""
     control: float | None
-    """Correlation of the control's Δr with A's."""
 
 
-class Row(BaseModel):
-    """A row with a class; its JSON key is ``class``."""
+@dataclass(frozen=True, slots=True)
+class ClassCount:
+    """How many reported features are of a class, and its definition."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
-
-
-class ClassCount(Row):
-    """How many reported features are of a class."""
-
-    class_: FeatureClass = Field(alias="class")
+    class_: Annotated[FeatureClass, Field(serialization_alias="class")]
     features: int
     means: str
-    """The definition of the class."""
 
 
-class Member(Row):
-    """A feature of a concept."""
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A feature of a concept, with its own class."""
 
     of: str
     feature: int
-    class_: FeatureClass = Field(alias="class")
+    class_: Annotated[FeatureClass | None, Field(serialization_alias="class")]
 
 
-class FeatureComparison(Row):
+class FeatureComparison(BaseModel):
     """A reported feature of A or of B in both PMs.
 
-    Effects are means over fresh prompts, each in SD(Δr) of its PM; they are None where nothing was ablated: in a base, and
-    for a feature that fires on no fresh response.
+    It fires on ``fire_a`` tokens in A and on ``both`` in both PMs (``together``: Jaccard); there Σ f is ``sum_a``, its mean
+    ``act_a``. Effects are means over fresh prompts, each in SD(Δr) of its PM; they are None where nothing was ablated: in a
+    base, and for a feature that fires on no fresh response.
     """
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
     of: str
     site: str
@@ -108,22 +102,16 @@ class FeatureComparison(Row):
     tokens: list[str] = []
     """The tokens on which it is most active."""
     fire_a: int = 0
-    """Tokens on which it fires in A."""
     fire_b: int = 0
     both: int = 0
-    """Tokens on which it fires in both PMs."""
     sum_a: float = 0.0
-    """Sum of its activation in A."""
     sum_b: float = 0.0
     act_a: float | None = None
-    """Mean activation where it fires in A."""
     act_b: float | None = None
     together: float | None = None
-    """Jaccard index of its firings in A and in B."""
     match: int | None = None
-    """The nearest feature of the other PM's own SAE."""
+    """The nearest feature of the other PM's own SAE, by the decoder's and the encoder's cosine."""
     cosine: float | None = None
-    """Decoder cosine with that feature."""
     encoder_cosine: float | None = None
     found_again: bool | None = None
     """Whether both cosines are at least .7."""
@@ -141,14 +129,15 @@ class FeatureComparison(Row):
     """Whether a difference holds against the control; None where there is no control or no difference."""
     class_: FeatureClass | None = Field(None, alias="class")
     concept: int | None = None
-    """The number of its concept."""
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> FeatureComparison:
         """From a row of the result's table, in which a figure has three columns: its name, ``_low`` and ``_high``."""
-        figures = {name: _figure(row, name) for name in ("a", "b", "difference", "control")}
-        plain = {name: value for name, value in row.items() if not name.endswith(("_low", "_high"))}
-        return cls.model_validate(plain | figures)
+        values = {name: value for name, value in row.items() if not name.endswith(("_low", "_high"))}
+        for name in ("a", "b", "difference", "control"):
+            if row.get(name) is not None:
+                values[name] = Figure(row[name], row[f"{name}_low"], row[f"{name}_high"], row["prompts"], SD)
+        return cls.model_validate(values)
 
 
 class Concept(FeatureComparison):
@@ -195,14 +184,14 @@ class CompareResult(Result):
         return self.model_dump(mode="json", by_alias=True)
 
     def summary(self) -> str:
-        where = f"between A ({self.a}) and B ({self.b}), on {self.prompts} fresh prompts"
         if self.base:
-            there = ", ".join(f"{_hits(s.there)} of {s.reported} at {s.site}" for s in self.sites)
+            hits = [(round((s.there.value or 0.0) * (s.there.n or 0)), s) for s in self.sites]
+            there = ", ".join(f"{n} of {s.reported} at {s.site}" for n, s in hits)
             return f"Reported features of A ({self.a}) that fire in the base {self.b} where they fire in A: {there}."
         counts = ", ".join(f"{n} {name}" for name, n in Counter(c.class_ for c in self.changed).items())
         held = f" {sum(bool(c.holds) for c in self.changed)} hold against the control." if self.control else ""
         differ = f"{len(self.changed)} of {len(self.concepts)} concepts differ{f' ({counts})' if counts else ''}"
-        return f"{differ} {where}.{held}"
+        return f"{differ} between A ({self.a}) and B ({self.b}), on {self.prompts} fresh prompts.{held}"
 
     def tables(self) -> dict[str, Rows]:
         tables: dict[str, Rows] = {
@@ -210,14 +199,14 @@ class CompareResult(Result):
                 {
                     "SAE": f"{s.of.upper()} {s.site}",
                     "L0 A": _value(s.a.l0), "L0 B": _value(s.b.l0), "FVU A": _value(s.a.fvu), "FVU B": _value(s.b.fvu),
-                    "dead A": formatting.percent(s.a.dead), "dead B": formatting.percent(s.b.dead),
+                    "dead A": fmt.percent(s.a.dead), "dead B": fmt.percent(s.b.dead),
                 }
                 for s in self.sites
             ],
             "Their features in both": [
                 {
-                    "SAE": f"{s.of.upper()} {s.site}", "rates": formatting.number(s.rates), "reported": s.reported,
-                    "there in both": " ".join(formatting.share(s.there.value, s.there.low, s.there.high)),
+                    "SAE": f"{s.of.upper()} {s.site}", "rates": fmt.number(s.rates), "reported": s.reported,
+                    "there in both": " ".join(fmt.share(s.there.value, s.there.low, s.there.high)),
                 }
                 for s in self.sites
             ],
@@ -225,39 +214,31 @@ class CompareResult(Result):
         if self.classes:
             tables["Reported features by class"] = [{"class": c.class_, "features": c.features} for c in self.classes]
         if self.changed:
-            title = f"Concepts that differ, ablation effects in {SD}"
-            tables[title] = [self._row(c) for c in self.changed[:LISTED]]
+            tables[f"Concepts that differ, ablation effects in {SD}"] = [self._row(c) for c in self.changed[:LISTED]]
         return tables
 
     def _row(self, c: Concept) -> dict[str, str]:
         """A row of several lines: one per PM, one for the difference."""
-        figures = {"A": c.a, "B": c.b, "B − A": c.difference, **({"control": c.control} if self.control else {})}
+        shown = {"A": c.a, "B": c.b, "B − A": c.difference, **({"control": c.control} if self.control else {})}
         against = ["holds" if c.holds else "does not hold"] if self.control else []
         return {
             "concept": f"{c.of.upper()} {c.feature}, {c.site}\n{' '.join(map(repr, c.tokens[:3]))}",
-            "in": "\n".join(figures),
-            "effect": "\n".join(_effect(f) for f in figures.values()),
-            "class": "\n".join([str(c.class_), f"q {formatting.q_value(c.difference_q)}", *against]),
+            "in": "\n".join(shown),
+            "effect": "\n".join(" ".join(fmt.effect(f.value, f.low, f.high)) if f else fmt.MISSING for f in shown.values()),
+            "class": "\n".join([c.class_, f"q {fmt.q_value(c.difference_q)}", *against]),
         }
 
     def page(self) -> Page:
-        return Page(render_comparison(self.as_json()), self.path)
-
-
-def _figure(row: Mapping[str, Any], name: str) -> Figure | None:
-    """The figure of a row's three columns; None where the row has none."""
-    if row.get(name) is None:
-        return None
-    return Figure(row[name], row[f"{name}_low"], row[f"{name}_high"], row["prompts"], SD)
-
-
-def _effect(figure: Figure | None) -> str:
-    return " ".join(formatting.effect(figure.value, figure.low, figure.high)) if figure else formatting.MISSING
+        """The page; texts are escaped."""
+        ends = [v for c in self.changed for f in (c.a, c.b) if f for v in (f.value, f.low, f.high)]
+        html = environment().get_template("compare/page.html").render(
+            data=self.as_json(),
+            span=figures.extent(ends, include=[0.0], pad=0.04),
+            effects=[(f.a.value, f.b.value) for f in self.features if f.a and f.b],
+            counts=figures.count_bars([(c.class_, c.features) for c in self.classes], "Features by class"),
+        )  # fmt: skip
+        return Page(html.encode("utf-8", "replace").decode("utf-8"), self.path)  # a token may hold a lone surrogate
 
 
 def _value(figure: Figure) -> str:
-    return formatting.estimate(figure.value, figure.low, figure.high)[0]
-
-
-def _hits(share: Figure) -> int:
-    return round((share.value or 0.0) * (share.n or 0))
+    return fmt.estimate(figure.value, figure.low, figure.high)[0]

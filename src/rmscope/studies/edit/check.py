@@ -24,8 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmscope.evaluation.controls import matched_controls
-from rmscope.evaluation.selection import Responses, profile
+from rmscope.evaluation.selection import Responses, matched_controls, profile
 from rmscope.io import Progress, silent
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel

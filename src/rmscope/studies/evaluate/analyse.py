@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from rmscope.errors import InputError
 from rmscope.evaluation.explained import Explained, FrozenSelection, SelectSplit, explain
-from rmscope.evaluation.reconstruction import Evaluation, as_table, evaluate
+from rmscope.evaluation.reconstruction import evaluate
 from rmscope.io import Display, NoDisplay, write_json, write_table
-from rmscope.model.reward_model import RewardModel
-from rmscope.run.evidence import Histogram
 from rmscope.run.inputs import Inputs
 from rmscope.run.run import Run
 from rmscope.sae.base import Sae
-from rmscope.studies.evaluate.result import EvaluateResult, SaeEvaluation
+from rmscope.studies.evaluate.result import EvaluateResult
 from rmscope.studies.evaluate.settings import EvaluateConfig
-
-BINS = 24
-"""Bars of the histogram of firing rates."""
 
 
 def analyse(config: EvaluateConfig, display: Display | None = None, run: Run | None = None) -> EvaluateResult:
@@ -40,11 +33,26 @@ def analyse(config: EvaluateConfig, display: Display | None = None, run: Run | N
         run = Run.open(config.run, display)
     if config.curves and run is None:
         raise InputError("Curves need a run folder, whose fit split chooses the features; name one.")
-    inputs = run.inputs if run is not None else _inputs(config)
+    saes: dict[str, Sae] = {}
+    if run is not None:
+        inputs, saes = run.inputs, dict(run.saes)
+    elif config.model is not None and config.data is not None:
+        inputs = Inputs.of(config.model, config.data, config)
+    else:
+        raise InputError("There is nothing to measure on; name a run folder, or both --model and --data.")
 
-    saes = _run_saes(run) if run is not None else {}
+    for site, sae in saes.items():
+        sae.site = site  # where the run uses it, whatever its file says
     saes |= load_saes(config.sae, config.site)
-    _check(saes, inputs.rm)
+    if not saes:
+        raise InputError("There is no SAE to evaluate; name a run folder, or --sae DIR (several times to compare).")
+    for name, sae in saes.items():
+        inputs.rm.site_index(sae.site)
+        if sae.d != inputs.rm.d_model:
+            raise InputError(
+                f"The SAE at {name} reads {sae.d} dimensions, the PM's stream has {inputs.rm.d_model}; "
+                "name an SAE that was trained on this PM."
+            )
 
     pairs = run.pair_set if run is not None else inputs.scored
     candidates = pairs.of_split("measure") if run is not None else range(len(pairs.pairs))
@@ -58,10 +66,8 @@ def analyse(config: EvaluateConfig, display: Display | None = None, run: Run | N
         data=inputs.config.data,
         pairs=len(places),
         prompts=len(set(prompts)),
-        tokens=evaluations[0].tokens,
-        saes=[_sae_evaluation(e) for e in evaluations],
+        saes=evaluations,
         run=run.folder if run is not None else None,
-        table=as_table(evaluations),
         path=config.out / "evaluation.html" if config.out is not None else None,
     )
     if config.out is not None:
@@ -73,26 +79,10 @@ def analyse(config: EvaluateConfig, display: Display | None = None, run: Run | N
     return result
 
 
-def _inputs(config: EvaluateConfig) -> Inputs:
-    if config.model is None or config.data is None:
-        raise InputError("There is nothing to measure on; name a run folder, or both --model and --data.")
-    return Inputs.of(config.model, config.data, config)
-
-
-def _run_saes(run: Run) -> dict[str, Sae]:
-    """The run's SAEs by site; each belongs to the site at which the run uses it, whatever its file says."""
-    for site, sae in run.saes.items():
-        sae.site = site
-    return dict(run.saes)
-
-
 def load_saes(sources: Sequence[str | Path], site: str | None) -> dict[str, Sae]:
     """SAEs by the path from which they are loaded; a folder of SAEs stands for those in its subfolders.
 
-    ``site`` is that of SAEs that name none.
-
-    Raises:
-        InputError: an SAE cannot be read, or has no site.
+    ``site`` is that of SAEs that name none. InputError where an SAE cannot be read or has no site.
     """
     saes: dict[str, Sae] = {}
     for source in map(Path, sources):
@@ -106,39 +96,12 @@ def load_saes(sources: Sequence[str | Path], site: str | None) -> dict[str, Sae]
     return saes
 
 
-def _check(saes: Mapping[str, Sae], rm: RewardModel) -> None:
-    if not saes:
-        raise InputError("There is no SAE to evaluate; name a run folder, or --sae DIR (several times to compare).")
-    for name, sae in saes.items():
-        rm.site_index(sae.site)
-        if sae.d != rm.d_model:
-            raise InputError(
-                f"The SAE at {name} reads {sae.d} dimensions, the PM's stream has {rm.d_model}; "
-                "name an SAE that was trained on this PM."
-            )
-
-
-def _sae_evaluation(e: Evaluation) -> SaeEvaluation:
-    rarity = -np.log10(e.density[e.density > 0])
-    counts, edges = np.histogram(rarity, BINS, (0, np.log10(e.tokens) + 1e-9))
-    return SaeEvaluation(
-        name=e.name,
-        site=e.site,
-        architecture=e.architecture,
-        m=e.m,
-        figures=e.figures,
-        dead=e.dead,
-        points=list(zip(e.delta.tolist(), e.delta_hat.tolist(), strict=True)),
-        rarity=Histogram(edges=edges.tolist(), counts=counts.tolist()),
-    )
-
-
 def _explain(run: Run, site: str, places: Sequence[int], prompts: Sequence[str], display: Display) -> Explained:
     """Writes ``effects/SITE/explained.json``: the list comes from the fit split, the figures from the given pairs."""
     fit = run.of_split("fit")
     select = SelectSplit(run.store, [run.tokens[i] for i in fit], [run.pairs[i].prompt_key for i in fit], range(len(fit)))
     with display.stage(site) as progress:
         selection = FrozenSelection(run.rm, site, run.saes[site], select, prompts, progress)
-        explained = explain(run.rm, site, selection, [run.tokens[i] for i in places], prompts, progress)
+        explained = explain(selection, [run.tokens[i] for i in places], prompts, progress)
     write_json(run.folder / "effects" / site / "explained.json", explained.as_dict())
     return explained

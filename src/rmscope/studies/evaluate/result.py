@@ -1,41 +1,23 @@
-"""The result of an evaluation: SAEs side by side on the same pairs."""
+"""The result of an evaluation: SAEs side by side on the same pairs; and its page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 from pydantic import Field, InstanceOf
 
 from rmscope.evaluation.explained import Explained
+from rmscope.evaluation.reconstruction import Evaluation, as_table
 from rmscope.report import formatting
-from rmscope.report.page import Page
+from rmscope.report.page import Page, environment
 from rmscope.report.result import Result, Rows
-from rmscope.run.evidence import Histogram
-from rmscope.statistics import Figure
-from rmscope.studies.evaluate.page import render_evaluation
 
-
-@dataclass(frozen=True, slots=True)
-class SaeEvaluation:
-    """One SAE on the pairs."""
-
-    name: str
-    """Its site in a run, or the folder from which it was loaded."""
-    site: str
-    architecture: str
-    m: int
-    figures: dict[str, Figure]
-    """l0, fvu, cosine, norm_ratio, and under splice reward_recovered, delta_r2, delta_r2_scaled, agreement."""
-    dead: float
-    """Share of features that never fire on these tokens."""
-    points: list[tuple[float, float]]
-    """(Δr, Δr under splice) of every pair, in units of reward."""
-    rarity: Histogram
-    """Features by x, where a feature fires on one token in 10^x; dead features are left out."""
+BINS = 24
+"""Bars of the histogram of firing rates."""
 
 
 class EvaluateResult(Result):
@@ -45,22 +27,29 @@ class EvaluateResult(Result):
     data: str
     pairs: int
     prompts: int
-    tokens: int
-    saes: list[SaeEvaluation]
+    saes: list[InstanceOf[Evaluation]] = Field(exclude=True, repr=False)
+    """By their site in the run, or the folder from which they were loaded."""
     explained: list[InstanceOf[Explained]] = Field([], exclude=True, repr=False)
     """With ``curves``: keep K, ablate K and their controls, of each site of the run."""
     run: Path | None = None
     """The run folder, if one was evaluated."""
-    table: pl.DataFrame = Field(exclude=True, repr=False)
-    """One row per SAE, each figure in three columns: its name, ``_low`` and ``_high``."""
     path: Path | None = Field(None, exclude=True)
     """The file of the page, if it was written."""
+
+    @property
+    def tokens(self) -> int:
+        return self.saes[0].tokens
+
+    @property
+    def table(self) -> pl.DataFrame:
+        """One row per SAE, each figure in three columns: its name, ``_low`` and ``_high``."""
+        return as_table(self.saes)
 
     def as_json(self) -> Any:
         return self.table.to_dicts()
 
     def summary(self) -> str:
-        explained = ", ".join(f"{label} {formatting.percent(s.figures['delta_r2'].value)}" for label, s in self._labels())
+        explained = ", ".join(f"{label} {formatting.percent(e.figures['delta_r2'].value)}" for label, e in self._labels())
         line = f"{self.pairs} pairs, {self.prompts} prompts; Δr explained under splice: {explained}."
         if not self.explained:
             return line
@@ -68,16 +57,18 @@ class EvaluateResult(Result):
 
     def tables(self) -> dict[str, Rows]:
         def rows(**columns: str) -> Rows:
+            """Each figure, and below it its interval."""
+            figures = {label: {head: e.figures[name] for name, head in columns.items()} for label, e in self._labels()}
             return [
-                {"SAE": label, **{head: _cell(s.figures[name]) for name, head in columns.items()}}
-                for label, s in self._labels()
+                {"SAE": label} | {head: "\n".join(formatting.estimate(f.value, f.low, f.high)) for head, f in row.items()}
+                for label, row in figures.items()
             ]
 
         return {
             f"{self.pairs} pairs, {self.tokens} tokens": [
-                {"SAE": label, "site": s.site, "family": s.architecture, "features": s.m,
-                 "dead": formatting.percent(s.dead)}
-                for label, s in self._labels()
+                {"SAE": label, "site": e.site, "family": e.architecture, "features": e.m,
+                 "dead": formatting.percent(e.dead)}
+                for label, e in self._labels()
             ],
             "Sparsity and reconstruction, 95 % intervals": rows(
                 l0="L0", fvu="FVU", cosine="cosine", norm_ratio="norm ratio"
@@ -87,20 +78,19 @@ class EvaluateResult(Result):
             ),
         }  # fmt: skip
 
-    def _labels(self) -> list[tuple[str, SaeEvaluation]]:
-        return list(zip(short_names([s.name for s in self.saes]), self.saes, strict=True))
+    def _labels(self) -> list[tuple[str, Evaluation]]:
+        return list(zip(short_names([e.name for e in self.saes]), self.saes, strict=True))
 
     def page(self) -> Page | None:
         return self.show() if self.path is not None else None
 
     def show(self) -> Page:
         """The page, inline in a notebook; it has a file only where ``out`` was given."""
-        return Page(render_evaluation(self.model_dump(mode="json")), self.path or Path("evaluation.html"))
-
-
-def _cell(figure: Figure) -> str:
-    """The value, and below it its interval."""
-    return "\n".join(formatting.estimate(figure.value, figure.low, figure.high))
+        rarity = [-np.log10(e.density[e.density > 0]) for e in self.saes]
+        bars = [np.histogram(x, BINS, (0, np.log10(self.tokens) + 1e-9)) for x in rarity]
+        points = [np.stack([e.delta, e.delta_hat], 1) for e in self.saes]
+        html = environment().get_template("evaluate/page.html").render(data=self, bars=bars, points=points)
+        return Page(html, self.path or Path("evaluation.html"))
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
