@@ -22,9 +22,9 @@ def measure(a: argparse.Namespace) -> None:
     import torch
 
     from rmscope.sae import training
+    from rmscope.sae.base import training_class
     from rmscope.sae.config import SaeConfig
-    from rmscope.sae.registry import training_class
-    from rmscope.sae.steps import SLICE
+    from rmscope.sae.trainer import SLICE
 
     training.has_fast_bfloat16 = lambda _device: not a.float32  # also where the hardware would choose otherwise
     torch.set_grad_enabled(False)

@@ -28,7 +28,6 @@ from rmscope.activations.store import ActivationStore
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.readers import load_pairs
 from rmscope.sae import SaeConfig, train_saes
-from rmscope.sae.metrics import fvu
 
 BATCH, HELD_OUT = 2048, 10
 PEER_RATE = 3e-4
@@ -40,6 +39,12 @@ def stored(a: argparse.Namespace, folder: Path) -> ActivationStore:
         return ActivationStore.open(folder)
     data = Path(os.environ["RMSCOPE_DATA"]) / "hh-rlhf" / "helpful-base" / "test.jsonl.gz"
     return harvest(RewardModel.load(a.pm, device="cpu"), load_pairs(data, limit=a.pairs), [a.site], folder)
+
+
+def fvu(x: torch.Tensor, x_hat: torch.Tensor) -> float:
+    """Fraction of variance unexplained, centred per dimension, summed over dimensions."""
+    x, x_hat = x.double(), x_hat.double()
+    return float((x - x_hat).square().sum() / (x - x.mean(dim=0)).square().sum())
 
 
 def told(value: float, l0: float, rate: float, seconds: float) -> dict[str, float]:

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
+from rmscope.sae.base import training_class
 from rmscope.sae.config import SaeConfig
 from rmscope.sae.kernels import upper_quantiles
-from rmscope.sae.registry import training_class
 from rmscope.sae.training import Training, draw, storage
 
 D, M, BATCH, K, L0 = 576, 16384, 4096, 32, 64

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from rmscope.activations.store import ActivationStore, StoreWriter
 from rmscope.sae import Sae, SaeConfig, train_saes
-from rmscope.sae.registry import sae_class
+from rmscope.sae.base import sae_class
 
 D, M, N, MOST = 48, 256, 2000, 1e-3
 FAMILIES = ("topk", "gated", "jumprelu", "standard")

@@ -15,10 +15,10 @@ from rmscope.model.packing import pad_texts
 from rmscope.model.reward_model import RewardModel, Scores
 from rmscope.pairs.pair import SIDES
 from rmscope.sae import Sae, SaeConfig
+from rmscope.sae.base import training_class
 from rmscope.sae.jumprelu import JumpReluSae
-from rmscope.sae.registry import training_class
 from rmscope.sae.standard import StandardSae
-from rmscope.sae.steps import TrainingRun, train_step
+from rmscope.sae.trainer import TrainingRun, train_step
 from tests.model.small import PAIRS, shared_pm, small_pm, small_sae
 
 SITE = "resid_post.1"
@@ -83,7 +83,7 @@ def test_the_gradient_is_that_of_dense_equations_on_each_text_alone(architecture
     damage, gradients = 0.0, dict[str, Tensor]()
     for batch in rm.unit_batches(tokens, range(len(PAIRS)), budget=1 << 30):
         stream = rm.streams(batch, [SITE])[SITE]
-        part, found = splice_gradients(rm, sae, SITE, batch, stream, minded, scale)
+        part, found = splice_gradients(rm, sae, batch, stream, minded, scale)
         damage += part
         gradients = {name: gradients.get(name, 0) + g for name, g in found.items()}
     expected, by_name = naive(rm, sae, kind, scale, level)
@@ -104,7 +104,7 @@ def damage_of(rm: RewardModel, sae: Sae, level: float = 0.0) -> float:
     total = 0.0
     for batch in rm.unit_batches(tokens, range(len(PAIRS)), budget=1 << 30):
         stream = rm.streams(batch, [sae.site])[sae.site]
-        total += splice_gradients(rm, sae, sae.site, batch, stream, Damage(scores, level))[0]
+        total += splice_gradients(rm, sae, batch, stream, Damage(scores, level))[0]
     return total / float(scores.delta.square().sum())
 
 
@@ -222,7 +222,7 @@ def test_fast_products_give_nearly_the_gradient_and_rewards_are_read_in_full() -
     scores = rm.score_tokens(tokens)
     batch = next(iter(rm.unit_batches(tokens, range(len(PAIRS)), budget=1 << 30)))
     stream = rm.streams(batch, [SITE])[SITE]
-    exact, fast = (splice_gradients(rm, sae, SITE, batch, stream, Damage(scores), 0.7, fast=f)[1] for f in (False, True))
+    exact, fast = (splice_gradients(rm, sae, batch, stream, Damage(scores, fast=f), 0.7)[1] for f in (False, True))
     for name, g in exact.items():
         apart = (fast[name] - g).norm() / g.norm()
         assert apart < 0.05, name

@@ -16,7 +16,7 @@ from rmscope.model.training.recipe import Recipe
 from rmscope.pairs.pair import Pair
 from rmscope.run.run import Run
 from rmscope.sae import Sae, SaeConfig, train_saes
-from rmscope.sae.steps import CHECKPOINT
+from rmscope.sae.trainer import CHECKPOINT
 from tests.evaluation.test_reward_aware import OWN, damage_of, sae_of
 from tests.model.small import PAIRS, SENTENCES, small_lm, small_pm, tokenizer
 from tests.run.small import settings

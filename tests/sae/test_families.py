@@ -15,11 +15,11 @@ from rmscope.sae.gated import GatedSae, GatedTraining
 from rmscope.sae.jumprelu import JumpReluSae, JumpReluTraining
 from rmscope.sae.kernels import SPARSE_BELOW
 from rmscope.sae.matryoshka import prefix_sizes
-from rmscope.sae.metrics import fvu
 from rmscope.sae.standard import StandardSae, StandardTraining
 from rmscope.sae.training import START_OPEN, draw
 from tests.sae.planted import planted_activations, store_of
 from tests.sae.test_trainer import DIRECTIONS, FAMILIES, D, KilledError, config, kill_at
+from tests.sae.twins import fvu
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ from pydantic import ValidationError
 
 from rmscope.errors import InputError
 from rmscope.sae import Sae, SaeConfig, measure_sae
+from rmscope.sae.base import register_sae, register_training, sae_class, training_class
 from rmscope.sae.gated import GatedSae
 from rmscope.sae.jumprelu import JumpReluSae
-from rmscope.sae.metrics import fvu
-from rmscope.sae.registry import register_sae, register_training, sae_class, training_class
 from rmscope.sae.standard import StandardSae
 from rmscope.sae.topk import TopKSae, TopKTraining
+from tests.sae.twins import fvu
 
 D, M = 10, 32
 
@@ -148,5 +148,8 @@ def test_metrics_on_batches_equal_those_on_the_whole() -> None:
 def test_fvu_is_centred_per_dimension() -> None:
     """The mean explains nothing, and an outlier dimension's offset does not flatter."""
     x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.0, 0.0, 0.0, 1e3])
-    assert fvu(x, x.mean(0).expand_as(x)) == pytest.approx(1.0)
-    assert fvu(x, x) == 0
+    mean, eye = StandardSae(4, 8), torch.eye(4)
+    mean.b_dec.copy_(x.mean(0))
+    assert measure_sae(mean, [x]).fvu == pytest.approx(1.0)
+    weights = {"W_enc": torch.cat([eye, -eye]).t(), "W_dec": torch.cat([eye, -eye]), "b_enc": torch.zeros(8)}
+    assert measure_sae(StandardSae(4, 8).fill({**weights, "b_dec": torch.zeros(4)}), [x]).fvu == 0

@@ -106,3 +106,9 @@ def gated_loss(w: Twin, x: Tensor, l1: float) -> Tensor:
     by_gate = gate.relu() @ w["W_dec"].detach() + w["b_dec"].detach()
     sparsity = (gate.relu() * w["W_dec"].norm(dim=1)).sum(1).mean()
     return (x - x_hat).square().sum(1).mean() + l1 * sparsity + (x - by_gate).square().sum(1).mean()
+
+
+def fvu(x: Tensor, x_hat: Tensor) -> float:
+    """Fraction of variance unexplained, centred per dimension, summed over dimensions."""
+    x, x_hat = x.double(), x_hat.double()
+    return float((x - x_hat).square().sum() / (x - x.mean(dim=0)).square().sum())

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from rmscope.activations.harvest import data_identity
 from rmscope.activations.store import shuffle_batches
+from rmscope.effects.gradients import Stream
 from rmscope.errors import InputError
 from rmscope.hardware import fast_products
 from rmscope.io import Progress, content_hash, silent
@@ -38,10 +39,9 @@ from rmscope.model.packing import UNIT, Batch, by_budget, packed_length
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import TOKEN_BUDGET, RewardModel, Scores
 from rmscope.pairs.pair import SIDES, Pair
-from rmscope.sae.base import Sae
+from rmscope.sae.base import Sae, training_class
 from rmscope.sae.config import SaeConfig
-from rmscope.sae.registry import training_class
-from rmscope.sae.steps import ExtraLoss, TrainingRun, finish, load_checkpoint, load_finished, save_checkpoint, train_step
+from rmscope.sae.trainer import ExtraLoss, TrainingRun, finish, load_checkpoint, load_finished, save_checkpoint, train_step
 from rmscope.settings import Settings
 
 LR_SHARE = 0.25
@@ -75,11 +75,12 @@ class RewardAwareConfig(Settings):
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """What a splice does to the rewards of pairs, and its weight in the loss."""
+    """What a splice does to the rewards of pairs, and its weight in the loss; ``fast`` as in :class:`RewardAwareConfig`."""
 
     scores: Scores
     level: float = 0.0
     weight: float = 1.0
+    fast: bool = False
 
     def of(self, batch: Batch, rewards: Float[Tensor, " texts"]) -> Float[Tensor, ""]:
         """Σ (Δr^ - Δr)² + level (s^ - s)² over the pairs of a batch whose spliced rewards are given; differentiable."""
@@ -131,12 +132,13 @@ def fine_tune(
         raise InputError("The rewards of these pairs do not differ, so a splice cannot damage them; give other pairs.")
     run = _begin(rm, sae, tokens, family, config.steps, key, folder)
 
-    damage, began, seen = Damage(scores, config.level, config.weight * rm.d_model / spread**2), time.perf_counter(), 0
+    damage = Damage(scores, config.level, config.weight * rm.d_model / spread**2, config.fast)
+    began, seen = time.perf_counter(), 0
     size = min(config.pairs, len(pairs))
     epochs = -(-config.steps // (len(pairs) // size))
     order = shuffle_batches(torch.arange(len(pairs)), size, epochs, config.seed, run.step)
     for picked in islice(order, config.steps - run.step):
-        x, added = _losses(rm, run, tokens, picked, damage, config.fast)
+        x, added = _losses(rm, run, tokens, picked, damage)
         seen += len(x)
         with torch.no_grad():
             note = train_step(run, x, seen / (time.perf_counter() - began), added if config.weight else None)
@@ -186,7 +188,7 @@ def _begin(
     return run
 
 
-def training_rows(batch: Batch, stream: Float[Tensor, "rows width d"]) -> Float[Tensor, "tokens d"]:
+def training_rows(batch: Batch, stream: Stream) -> Float[Tensor, "tokens d"]:
     """The tokens on which SAEs are trained, float32: both spans and, once per pair, the prefix without its first token."""
     parts = []
     for text in batch.texts:
@@ -197,12 +199,7 @@ def training_rows(batch: Batch, stream: Float[Tensor, "rows width d"]) -> Float[
 
 
 def _losses(
-    rm: RewardModel,
-    run: TrainingRun,
-    tokens: Sequence[PairTokens],
-    picked: Int[Tensor, " pairs"],
-    damage: Damage,
-    fast: bool,
+    rm: RewardModel, run: TrainingRun, tokens: Sequence[PairTokens], picked: Int[Tensor, " pairs"], damage: Damage
 ) -> tuple[Float[Tensor, "tokens d"], ExtraLoss]:
     """The tokens of one step, in the units of training, and the splice's damage with its gradients."""
     rows, loss, share = [], 0.0, damage.weight / len(picked)
@@ -211,11 +208,11 @@ def _losses(
     for group in by_budget(lengths, TOKEN_BUDGET):
         unit = picked[group].tolist()
         for batch in rm.unit_batches(tokens, unit, budget=1 << 30):  # whole pairs, however long
-            with fast_products(rm.device, fast):
+            with fast_products(rm.device, damage.fast):
                 stream = rm.streams(batch, [run.site])[run.site]
             rows.append(training_rows(batch, stream))
             if share:
-                part, gradients = splice_gradients(rm, run.sae, run.site, batch, stream, damage, run.scale, fast)
+                part, gradients = splice_gradients(rm, run.sae, batch, stream, damage, run.scale)
                 loss += share * part
                 for name, gradient in gradients.items():
                     total[name].add_(gradient, alpha=share)
@@ -223,19 +220,12 @@ def _losses(
 
 
 def splice_gradients(
-    rm: RewardModel,
-    sae: Sae,
-    site: str,
-    batch: Batch,
-    stream: Float[Tensor, "rows width d"],
-    damage: Damage,
-    scale: float = 1.0,
-    fast: bool = False,
+    rm: RewardModel, sae: Sae, batch: Batch, stream: Stream, damage: Damage, scale: float = 1.0
 ) -> tuple[float, dict[str, Tensor]]:
     """The damage to the pairs of a batch and its gradients, for an SAE that reads scale·x.
 
-    The gradients have the keys of :func:`rmscope.sae.training.storage`. Only blocks above the site run; with ``fast`` their
-    products run in bfloat16 where that is fast. ``batch`` holds both sides of its pairs.
+    The gradients have the keys of :func:`rmscope.sae.training.storage`. Only blocks above the site run. ``batch`` holds both
+    sides of its pairs.
     """
     leaves = {name: p.detach().requires_grad_(True) for name, p in sae.named_parameters()}
 
@@ -244,8 +234,8 @@ def splice_gradients(
 
     with torch.enable_grad():
         spliced = on_spans(batch, stream, reconstruct)
-        with fast_products(rm.device, fast):
-            rewards = rm.rewards_from(batch, site, spliced)
+        with fast_products(rm.device, damage.fast):
+            rewards = rm.rewards_from(batch, sae.site, spliced)
         loss = damage.of(batch, rewards)
         by_leaf = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     gradients = {name: g for name, g in zip(leaves, by_leaf, strict=True) if g is not None}
@@ -254,12 +244,8 @@ def splice_gradients(
     return float(loss.detach()), gradients
 
 
-def on_spans(
-    batch: Batch,
-    stream: Float[Tensor, "rows width d"],
-    replace: Callable[[Float[Tensor, "tokens d"]], Float[Tensor, "tokens d"]],
-) -> Float[Tensor, "rows width d"]:
-    """The stream of a batch with x replaced on the span of every text; differentiable in the replacement."""
+def on_spans(batch: Batch, stream: Stream, replace: Callable[[Tensor], Tensor]) -> Stream:
+    """The stream of a batch with x [tokens, d] replaced on the span of every text; differentiable in the replacement."""
     where = [(text.row, int(column)) for text in batch.texts for column in text.span]
     rows, columns = torch.tensor(where, dtype=torch.long, device=stream.device).view(-1, 2).unbind(1)
     return stream.index_put((rows, columns), replace(stream[rows, columns]).to(stream.dtype))

@@ -1,12 +1,14 @@
-"""A sparse autoencoder at a site: features f = encode(x) >= 0, reconstruction x^ = f W_dec + b_dec."""
+"""A sparse autoencoder at a site, f = encode(x) >= 0 and x^ = f W_dec + b_dec, and the registry of its families."""
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +18,47 @@ from torch.nn import functional as F
 from rmscope.errors import InputError
 from rmscope.io import content_hash
 from rmscope.sae.formats import StoredSae, read_sae, write_sae
-from rmscope.sae.registry import sae_class
+
+MODULES = ("topk", "batchtopk", "matryoshka", "jumprelu", "gated", "standard")
+"""The families' own modules. They register themselves when they are imported, at the first look-up."""
+_SAES: dict[str, Any] = {}
+_TRAININGS: dict[str, Any] = {}
+T = TypeVar("T", bound=type[Any])
+
+
+def register_sae(cls: T) -> T:
+    """Class decorator: registers an SAE under its ``architecture``. Raises ValueError if the name is taken."""
+    return _register(_SAES, cls.architecture, cls, "an SAE family")
+
+
+def register_training(architecture: str) -> Callable[[T], T]:
+    """Class decorator: registers how a family is trained. Raises ValueError if the name is taken."""
+    return lambda cls: _register(_TRAININGS, architecture, cls, "a training for")
+
+
+def _register(table: dict[str, Any], architecture: str, cls: T, kind: str) -> T:
+    if architecture in table:
+        raise ValueError(f"There is already {kind} {architecture}.")
+    table[architecture] = cls
+    return cls
+
+
+def sae_class(architecture: str) -> Any:
+    """The family's subclass of :class:`Sae`. Raises InputError that lists the known families."""
+    return _find(_SAES, architecture, "There is no SAE family {}; known: {}.")
+
+
+def training_class(architecture: str) -> Any:
+    """The family's subclass of :class:`~rmscope.sae.training.Training`. Raises InputError that lists the known ones."""
+    return _find(_TRAININGS, architecture, "SAEs of the family {} cannot be trained here; choose one of {}.")
+
+
+def _find(table: dict[str, Any], architecture: str, refusal: str) -> Any:
+    for name in MODULES:
+        import_module(f"rmscope.sae.{name}")
+    if architecture not in table:
+        raise InputError(refusal.format(architecture, ", ".join(sorted(table))))
+    return table[architecture]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +83,13 @@ class Sae(nn.Module, ABC):
     Parameters take no gradient by default: training uses the closed forms in each family's file. W_enc is stored feature by
     feature (its transpose is contiguous), so that single features are read from one stretch of memory.
 
-    ``site`` is a name such as ``resid_post.6``. ``cfg`` holds the family's own settings (as in SAELens' cfg.json),
-    ``metadata`` whatever came with the file.
+    ``d`` is the width of the stream, ``m`` the number of features, ``site`` a name such as ``resid_post.6``. ``cfg`` holds
+    the family's own settings (as in SAELens' cfg.json), ``metadata`` whatever came with the file.
     """
 
     architecture: ClassVar[str]
+    feature_parameters: ClassVar[tuple[str, ...]]
+    """Names of the family's own parameters, which have the shape [m]."""
     biases: ClassVar[tuple[str, ...]]
     """The parameters in the units of x; a change of units scales them."""
 
@@ -55,28 +99,13 @@ class Sae(nn.Module, ABC):
 
     def __init__(self, d: int, m: int, site: str = "", metadata: dict[str, Any] | None = None) -> None:
         super().__init__()
-        self.site, self.cfg, self.metadata = site, dict[str, Any](), dict(metadata or {})
+        self.d, self.m, self.site, self.cfg, self.metadata = d, m, site, dict[str, Any](), dict(metadata or {})
         self._device_copy: tuple[Sae, ...] = ()  # a tuple, so that torch does not register it as a submodule
         self.W_enc = nn.Parameter(torch.zeros(m, d).t(), requires_grad=False)
         self.W_dec = nn.Parameter(torch.zeros(m, d), requires_grad=False)
         self.b_dec = nn.Parameter(torch.zeros(d), requires_grad=False)
-        for name in self.feature_parameters():
+        for name in self.feature_parameters:
             setattr(self, name, nn.Parameter(torch.zeros(m), requires_grad=False))
-
-    @classmethod
-    @abstractmethod
-    def feature_parameters(cls) -> tuple[str, ...]:
-        """Names of the family's own parameters, which have the shape [m]."""
-
-    @property
-    def d(self) -> int:
-        """Width of the stream."""
-        return self.W_dec.shape[1]
-
-    @property
-    def m(self) -> int:
-        """Number of features."""
-        return self.W_dec.shape[0]
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens m"]:
@@ -91,19 +120,15 @@ class Sae(nn.Module, ABC):
     @torch.no_grad()
     def active(self, x: Float[Tensor, "tokens d"], chunk: int = 2048) -> Active:
         """The features of :meth:`encode` in sparse form, on the device of x. At most [chunk, m] is held at once."""
-        if self._device_copy:
-            [sae] = self._device_copy
-            there = sae.active(x.to(sae.W_dec.device), chunk)
-            return Active(there.token.to(x.device), there.feature.to(x.device), there.value.to(x.device), len(x))
-        parts = [self._active(part) for part in x.split(chunk)]
-        starts = range(0, len(x), chunk)
-        empty = torch.empty(0, dtype=torch.int64, device=x.device)
-        return Active(
-            torch.cat([empty, *(token + start for (token, _, _), start in zip(parts, starts, strict=False))]),
-            torch.cat([empty, *(feature for _, feature, _ in parts)]),
-            torch.cat([torch.empty(0, device=x.device), *(value.float() for _, _, value in parts)]),
-            len(x),
-        )
+        sae = self._device_copy[0] if self._device_copy else self
+        tokens, features, values = [], [], []
+        for i, part in enumerate(x.to(sae.W_dec.device).split(chunk)):
+            token, feature, value = sae._active(part)
+            tokens.append(token + i * chunk)
+            features.append(feature)
+            values.append(value.float())
+        token, feature, value = (torch.cat(column).to(x.device) for column in (tokens, features, values))
+        return Active(token, feature, value, len(x))
 
     def encode_on(self, device: torch.device) -> None:
         """Makes :meth:`active` encode on ``device``, with a copy of the present weights.
@@ -143,11 +168,10 @@ class Sae(nn.Module, ABC):
 
     def identity(self) -> str:
         """Content hash of the family, its settings and its weights."""
-        weights = {name: p.detach().to("cpu", torch.float32) for name, p in sorted(self.named_parameters())}
-        raw = [(name, list(p.shape), p.contiguous().numpy().tobytes()) for name, p in weights.items()]
-        return content_hash(
-            self.architecture, self.cfg, *(part for name, shape, data in raw for part in (name, shape, data))
-        )
+        parts: list[Any] = [self.architecture, self.cfg]
+        for name, p in sorted(self.named_parameters()):
+            parts += [name, list(p.shape), p.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()]
+        return content_hash(*parts)
 
     def save(self, folder: Path | str) -> None:
         """Writes ``cfg.json`` and ``sae_weights.safetensors``, which SAELens opens without conversion."""
@@ -161,9 +185,8 @@ class Sae(nn.Module, ABC):
         Raises InputError: nothing there, an unknown format or family, contradicting shapes, or a pickle with code.
         """
         stored = read_sae(source)
-        cls: type[Sae] = sae_class(stored.architecture)
         m, d = stored.weights["W_dec"].shape
-        sae = cls(d, m, stored.site, stored.metadata, **stored.settings)
+        sae: Sae = sae_class(stored.architecture)(d, m, stored.site, stored.metadata, **stored.settings)
         return sae.fill({name: w.float() for name, w in stored.weights.items()})
 
     def check_width(self, d_model: int, model: str) -> None:

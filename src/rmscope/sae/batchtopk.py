@@ -10,17 +10,15 @@ That is a JumpReLU SAE, and it is saved as one, with ``metadata.trained_as``.
 
 from __future__ import annotations
 
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from rmscope.errors import InputError
-from rmscope.sae.base import Sae
+from rmscope.sae.base import Sae, register_training
 from rmscope.sae.config import SaeConfig
 from rmscope.sae.jumprelu import JumpReluSae
-from rmscope.sae.kernels import Sparse, batch_top_entries, upper_quantiles
-from rmscope.sae.registry import register_training
+from rmscope.sae.kernels import Batch, Sparse, batch_top_entries, upper_quantiles
 from rmscope.sae.topk import TopKTraining
-from rmscope.sae.training import Step
 
 THRESHOLD_RATE = 0.05
 """Weight of a batch's smallest f in the running mean, which covers about the last 20 batches."""
@@ -45,14 +43,10 @@ class BatchTopKTraining(TopKTraining):
         typical = upper_quantiles(x - sae.b_dec, sae.W_enc.data.t(), self.config.k_for(sae.m, sae.d) / sae.m) + sae.b_enc
         sae.threshold.fill_(float(typical.median()))
 
-    def step(self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
-        step = super().step(x, dead, ramp)
-        step.gradients["threshold"].zero_()
-        return step
-
-    def _entries(self, xc: Float[Tensor, "batch d"]) -> tuple[Sparse, Float[Tensor, " nnz"]]:
-        """The batch's entries. Also updates the threshold, which has no gradient."""
+    def _entries(self, xc: Batch) -> tuple[Sparse, Float[Tensor, " nnz"]]:
+        """As for TopK. Also updates the threshold, which has no gradient."""
         sae = self.sae
+        self.gradients["threshold"].zero_()
         count, guess = self.config.k_for(sae.m, sae.d) * len(xc), GUESS * float(sae.threshold[0])
         token, feature, h = batch_top_entries(xc, sae.W_enc.data.t(), sae.b_enc, count, guess, self.fast(xc))
         if len(h):

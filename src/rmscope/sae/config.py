@@ -19,8 +19,7 @@ class SaeConfig(Settings):
     """How the SAEs of a run are trained. Unknown keys are refused."""
 
     title = "SAE training"
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True)
 
     architecture: str = "topk"
     """Family: topk, batchtopk, matryoshka, jumprelu, gated or standard."""
@@ -69,8 +68,7 @@ class SaeConfig(Settings):
     def features(self, d: int, tokens: int) -> int:
         """d_sae for a stream of width d and a store of ``tokens`` tokens.
 
-        A dictionary that is too large for its text gives every wording its own features. The effect of one direction of the
-        stream is then split over dozens of features, and none of them is detected.
+        In a dictionary too large for its text, the effect of a direction is split over dozens of features: none is detected.
         """
         return self.d_sae or min(WIDEST * d, max(NARROWEST * d, tokens // TOKENS_PER_FEATURE))
 

@@ -32,12 +32,11 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class StoredSae:
-    """An SAE as it is read from, or written to, a file."""
+    """An SAE that encodes x - b_dec, as it is read from, or written to, a file."""
 
     architecture: str
-    """The name of its family."""
     weights: Weights
-    """W_enc [d, m], W_dec [m, d], b_dec [d], all others [m]; for an SAE that encodes x - b_dec."""
+    """W_enc [d, m], W_dec [m, d], b_dec [d], all others [m]."""
     site: str
     """Such as ``resid_post.6``; empty where the file does not name it."""
     metadata: dict[str, Any]
@@ -151,21 +150,14 @@ def _from_hub(source: str) -> Path:
 
 
 def _from_saelens(cfg: dict[str, Any], weights: Weights) -> StoredSae:
-    metadata = cfg.get("metadata") or {
-        key: cfg[key] for key in ("hook_name", "model_name", "dataset_path", "context_size") if key in cfg
-    }
-    unsupported = {
-        "normalize_activations": ("none", None, False),
-        "reshape_activations": ("none", None),
-        "finetuning_scaling_factor": (False, None),
-    }
-    for key, accepted in unsupported.items():
-        if cfg.get(key) not in accepted:
+    old = ("hook_name", "model_name", "dataset_path", "context_size")
+    metadata = cfg.get("metadata") or {key: cfg[key] for key in old if key in cfg}
+    for key in ("normalize_activations", "reshape_activations", "finetuning_scaling_factor"):
+        if cfg.get(key) not in ("none", None, False):
             raise InputError(f"This SAE needs {key} = {cfg[key]!r}, which cannot be folded in; save it without.")
     architecture = cfg.get("architecture") or "standard"
-    old = cfg.get("activation_fn_str") or cfg.get("activation_fn")
-    if architecture == "standard" and old == "topk":
-        architecture = "topk"
+    if architecture == "standard" and (cfg.get("activation_fn_str") or cfg.get("activation_fn")) == "topk":
+        architecture = "topk"  # as older releases wrote it
     weights.pop("scaling_factor", None)
     _check_shapes(weights)
     if not cfg.get("apply_b_dec_to_input", True):
@@ -179,13 +171,12 @@ def _from_saelens(cfg: dict[str, Any], weights: Weights) -> StoredSae:
 def _from_sparsify(cfg: dict[str, Any], weights: Weights, name: str) -> StoredSae:
     if cfg.get("transcode") or cfg.get("skip_connection") or cfg.get("activation", "topk") != "topk":
         raise InputError("Of the sparsify formats, plain TopK SAEs are supported; this is another kind.")
-    renamed = _rename(weights, {"encoder.weight": "W_enc", "encoder.bias": "b_enc"})
-    if "W_enc" in renamed:
-        renamed["W_enc"] = renamed["W_enc"].t()
+    names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
+    weights = {names.get(key, key): w.t() if key == "encoder.weight" else w for key, w in weights.items()}
+    _check_shapes(weights)
     layer = re.search(r"layers\.(\d+)$", name)
     site = f"resid_post.{layer[1]}" if layer else ""
-    _check_shapes(renamed)
-    return StoredSae("topk", renamed, site, {"sparsify": cfg}, _settings("topk", cfg.get("k")))
+    return StoredSae("topk", weights, site, {"sparsify": cfg}, _settings("topk", cfg.get("k")))
 
 
 def _from_dictionary_learning(weights: Weights, trainer: dict[str, Any]) -> StoredSae:
@@ -210,9 +201,8 @@ def _from_dictionary_learning(weights: Weights, trainer: dict[str, Any]) -> Stor
         names = {"encoder.bias": "b_enc", "bias": "b_dec", "decoder.bias": "b_dec"}
     else:
         raise InputError(f"These weights are of no known SAE: {', '.join(sorted(weights)) or 'no tensors'}.")
-    weights = _rename(weights, {"encoder.weight": "W_enc", "decoder.weight": "W_dec", **names})
-    if linear:
-        weights |= {name: weights[name].t() for name in ("W_enc", "W_dec") if name in weights}
+    names |= {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}
+    weights = {names.get(key, key): w.t() if linear and key.endswith(".weight") else w for key, w in weights.items()}
     _check_shapes(weights)
     if not subtracted:
         _unsubtract(weights)
@@ -265,10 +255,6 @@ def _unit_decoder(weights: Weights) -> None:
     for name in ("b_enc", "threshold"):
         if name in weights:
             weights[name] = weights[name] * norms
-
-
-def _rename(weights: Weights, names: dict[str, str]) -> Weights:
-    return {names.get(name, name): w for name, w in weights.items()}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -12,11 +12,10 @@ The jump contributes nothing to the gradient of h: ∂f/∂h = H(h - θ), ∂H/�
 All terms vanish unless h > θ - ε / 2, so the step is sparse. θ is kept >= 0.
 
 Four things differ from the paper, which trains on 8 10⁹ tokens from θ = ε = .001 sqrt(d) in our units. (1) Thresholds start
-where each feature fires on a given share of tokens (``START_OPEN``), because Adam moves them by about the learning rate per
-step and would not get there from 0 in a few thousand steps. (2) θ is learned, not its logarithm. (3) The kernel is wider
-(d 576, m 2,304, 300,000 tokens: FVU .1122 at L0 23.5 with the paper's .024, .1112 at 24.2 with .5; on a small planted
-dictionary .0986 at 2.7, against .0494 at 3.1). (4) Dead features, which the paper does not revive, get the pre-activation
-loss of Anthropic's January 2025 update, λ_P E Σ relu(θ - h) |d_j|.
+where each feature fires on a given share of tokens (``START_OPEN``): a few thousand Adam steps from 0 would not get there.
+(2) θ is learned, not its logarithm. (3) The kernel is wider (d 576, m 2,304, 300,000 tokens: FVU .1122 at L0 23.5 with the
+paper's .024, .1112 at 24.2 with .5; on a small planted dictionary .0986 at 2.7, against .0494 at 3.1). (4) Dead features get
+the pre-activation loss of Anthropic's January 2025 update, λ_P E Σ relu(θ - h) |d_j|; the paper does not revive them.
 """
 
 from __future__ import annotations
@@ -25,10 +24,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rmscope.sae.base import Sae
-from rmscope.sae.config import SaeConfig
-from rmscope.sae.kernels import open_pattern, upper_quantiles
-from rmscope.sae.registry import register_sae, register_training
+from rmscope.sae.base import Sae, register_sae, register_training
+from rmscope.sae.kernels import Batch, open_pattern, upper_quantiles
 from rmscope.sae.training import START_OPEN, Step, Training
 
 
@@ -37,13 +34,10 @@ class JumpReluSae(Sae):
     """Trained BatchTopK and Matryoshka SAEs are of this kind too, with one threshold for all features."""
 
     architecture = "jumprelu"
+    feature_parameters = ("b_enc", "threshold")
     biases = ("b_enc", "b_dec", "threshold")
     b_enc: torch.nn.Parameter
     threshold: torch.nn.Parameter
-
-    @classmethod
-    def feature_parameters(cls) -> tuple[str, ...]:
-        return ("b_enc", "threshold")
 
     def encode(self, x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens m"]:
         h = self.centre(x) @ self.W_enc + self.b_enc
@@ -52,18 +46,15 @@ class JumpReluSae(Sae):
 
 @register_training("jumprelu")
 class JumpReluTraining(Training):
+    family = JumpReluSae
     sae: JumpReluSae
-
-    @classmethod
-    def start(cls, d: int, m: int, config: SaeConfig) -> JumpReluSae:
-        return JumpReluSae(d, m)
 
     def begin(self, x: Float[Tensor, "sample d"]) -> None:
         sae = self.sae
         sae.threshold.copy_(upper_quantiles(x - sae.b_dec, sae.W_enc.data.t(), START_OPEN) + sae.b_enc)
         self.density = START_OPEN
 
-    def step(self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
+    def step(self, x: Batch, dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
         sae, grad, n, width = self.sae, self.gradients, len(x), self.config.bandwidth
         rows, xc, weight = sae.W_enc.data.t(), x - sae.b_dec, self.config.l0 * ramp / n
         sae.threshold.clamp_(min=0)
@@ -94,7 +85,7 @@ class JumpReluTraining(Training):
     def finish(self) -> None:
         self.sae.threshold.clamp_(min=0)
 
-    def _preact(self, xc: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None) -> dict[str, float]:
+    def _preact(self, xc: Batch, dead: Bool[Tensor, " m"] | None) -> dict[str, float]:
         """Adds the gradients of the pre-activation loss of dead features. Returns that loss by name, if there is one."""
         if dead is None or not self.config.preact_alpha or not bool(dead.any()):
             return {}

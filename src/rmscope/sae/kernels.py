@@ -2,24 +2,36 @@
 
 A training step needs five products between codes (one value per (token, feature) entry) and matrices. With few entries
 these are gathers and sparse products; with many, plain matrix products are faster. A pattern knows which entries exist and
-computes all five products, so a family's loss reads as in its paper, whichever way it is computed.
+computes all five products, so a family's loss reads as in its paper, whichever way it is computed:
+
+    at            a per-feature vector [m], read at the entries
+    products      <a_t, rows_j> at the entries, for a [n, d] and rows [m, d]
+    combine       Σ_j codes_tj rows_j [n, d]
+    outer         out_j = Σ_t codes_tj a_t [m, d]
+    per_feature   Σ_t codes_tj [m]
 
 Times on one core (AVX512-BF16) for 2,048 tokens, d 576, m 4,608, k 32, in ms: encoder product 124 in float32, 25 in
-bfloat16; ``<g_t, d_j>`` at the entries 4.5 (by gathering rows and ``bmm``: 113); decode 1.7; a weight gradient into a
-reused buffer 2.8 (dense: 125). At m 16,384 a new allocation would triple the last one.
+bfloat16; ``products`` 4.5 (by gathering rows and ``bmm``: 113); ``combine`` 1.7; ``outer`` into a reused buffer 2.8 (dense:
+125). At m 16,384 a new allocation would triple the last one.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+Batch = Float[Tensor, "n d"]
+Rows = Float[Tensor, "m d"]
+Bias = Float[Tensor, " m"]
+Entries = tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"], Float[Tensor, " nnz"]]
+"""Token, feature and value of each entry."""
+Top = tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]
+"""Values and features."""
 SPARSE_BELOW = 1 / 8
 """Density of the entries below which gathers are faster than matrix products (69 ns per entry against 13.5)."""
 TILE = {"cpu": (1 << 22, 1 << 14), "cuda": (1 << 27, 1 << 17)}
@@ -27,30 +39,6 @@ TILE = {"cpu": (1 << 22, 1 << 14), "cuda": (1 << 27, 1 << 17)}
 the cache until its largest entries are taken, and its memory is reused without page faults."""
 ROWS = 512
 """The smallest number of tokens in a tile: with 576 by 16,384, 256 tokens run at 280 GFLOP/s on two cores, 512 at 320."""
-
-
-class Pattern(Protocol):
-    """The (token, feature) entries of a batch. ``codes`` hold one value per entry, in the pattern's layout."""
-
-    def at(self, vector: Float[Tensor, " m"]) -> Tensor:
-        """A per-feature vector, read at the entries."""
-        ...
-
-    def products(self, a: Float[Tensor, "n d"], rows: Float[Tensor, "m d"]) -> Tensor:
-        """<a_t, rows_j> at the entries."""
-        ...
-
-    def combine(self, codes: Tensor, rows: Float[Tensor, "m d"]) -> Float[Tensor, "n d"]:
-        """Σ_j codes_tj rows_j."""
-        ...
-
-    def outer(self, codes: Tensor, a: Float[Tensor, "n d"], out: Float[Tensor, "m d"]) -> None:
-        """out_j = Σ_t codes_tj a_t."""
-        ...
-
-    def per_feature(self, codes: Tensor) -> Float[Tensor, " m"]:
-        """Σ_t codes_tj."""
-        ...
 
 
 class Dense:
@@ -111,19 +99,16 @@ class Sparse:
         return codes.new_zeros(self.m).index_add_(0, self.feature, codes)
 
 
-def products_at(
-    a: Float[Tensor, "n d"],
-    rows: Float[Tensor, "m d"],
-    feature: Int[Tensor, " nnz"],
-    offsets: Int[Tensor, " n"],
-    token: Int[Tensor, " nnz"],
-) -> Float[Tensor, " nnz"]:
+Pattern = Dense | Sparse
+
+
+def products_at(a: Batch, rows: Rows, feature: Tensor, offsets: Int[Tensor, " n"], token: Tensor) -> Float[Tensor, " nnz"]:
     """<a_t, rows_j> at entries grouped by token: the gradient of ``embedding_bag`` in its weights."""
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(a.contiguous(), rows, feature, offsets, token, 0, -1)
 
 
 def tiles(
-    x: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], bias: Float[Tensor, " m"] | None, fast: bool
+    x: Batch, rows: Rows, bias: Bias | None, fast: bool
 ) -> Iterator[tuple[int, int, Float[Tensor, "tokens features"]]]:
     """x rows^T (+ bias) as (first token, first feature, tile), features innermost; for large m it is never held as a whole.
 
@@ -147,9 +132,7 @@ def tiles(
             yield token, feature, out
 
 
-def top_entries(
-    x: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], bias: Float[Tensor, " m"], k: int, fast: bool = False
-) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+def top_entries(x: Batch, rows: Rows, bias: Bias, k: int, fast: bool = False) -> Top:
     """The k largest of <x_t, rows_j> + bias_j per token, as (values, features), in no particular order.
 
     This is a running top k over the tiles of features. With ``fast``, a few more than k candidates are chosen in bfloat16,
@@ -177,43 +160,31 @@ def top_entries(
     return values, features
 
 
-def batch_top_entries(
-    x: Float[Tensor, "n d"],
-    rows: Float[Tensor, "m d"],
-    bias: Float[Tensor, " m"],
-    count: int,
-    guess: float,
-    fast: bool = False,
-) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"], Float[Tensor, " nnz"]]:
-    """The ``count`` largest positive <x_t, rows_j> + bias_j of the whole batch: (token, feature, value).
+def batch_top_entries(x: Batch, rows: Rows, bias: Bias, count: int, guess: float, fast: bool = False) -> Entries:
+    """The ``count`` largest positive <x_t, rows_j> + bias_j of the whole batch, or fewer, sorted by token, then feature.
 
-    They are sorted by token, then feature; there are fewer if fewer are positive. ``guess`` is a value that the smallest of
-    them probably exceeds. Entries below it are ignored, unless too few are above it; then half of it is tried. The result
-    does not depend on the guess, and [n, m] floats are never held or sorted.
+    ``guess`` is a value that the smallest of them probably exceeds. Entries below it are ignored, unless too few are above
+    it; then half of it is tried. The result does not depend on the guess, and [n, m] floats are never held or sorted.
     """
     for least in (guess, guess / 2, guess / 4, guess / 8, 0.0):
-        found = zip(*open_entries(x, rows, bias - least, fast), strict=True)
-        token, feature, product = (torch.cat(column) for column in found)
+        token, feature, product = _join(open_entries(x, rows, bias - least, fast))
         value = product + bias[feature]
         if int((value > least).sum()) >= count:
             break
-    kept = value > 0
-    if int(kept.sum()) > count:
-        best = value.topk(count, sorted=False).indices
-        kept = torch.zeros_like(kept).index_fill_(0, best, True)
-    return token[kept], feature[kept], value[kept]
+    positive = value > 0
+    if int(positive.sum()) > count:
+        positive = torch.zeros_like(positive).index_fill_(0, value.topk(count, sorted=False).indices, True)
+    return token[positive], feature[positive], value[positive]
 
 
-def upper_quantiles(x: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], share: float) -> Float[Tensor, " m"]:
+def upper_quantiles(x: Batch, rows: Rows, share: float) -> Float[Tensor, " m"]:
     """For every feature, the value that <x_t, rows_j> exceeds on ``share`` of the tokens, at least on one token."""
     above = min(len(x) - 1, max(1, round(share * len(x))))
     step = max(1, TILE["cpu"][0] // len(x))
     return torch.cat([(part @ x.t()).topk(above + 1, dim=1).values[:, -1] for part in rows.split(step)])
 
 
-def open_pattern(
-    x: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], bias: Float[Tensor, " m"], density: float, fast: bool = False
-) -> tuple[Pattern, Tensor]:
+def open_pattern(x: Batch, rows: Rows, bias: Bias, density: float, fast: bool = False) -> tuple[Pattern, Tensor]:
     """A pattern with all entries where <x_t, rows_j> + bias_j > 0, and perhaps more, and <x_t, rows_j> at them.
 
     It is sparse if the last batch was sparse (its ``density``) and this one is too.
@@ -226,14 +197,12 @@ def open_pattern(
             if most <= 0:
                 break
         else:
-            token, feature, product = (torch.cat(column) for column in zip(*found, strict=True))
+            token, feature, product = _join(found)
             return Sparse(torch.bincount(token, minlength=len(x)), feature, len(rows)), product
     return Dense(), x @ rows.t()
 
 
-def open_entries(
-    x: Float[Tensor, "n d"], rows: Float[Tensor, "m d"], bias: Float[Tensor, " m"], fast: bool = False
-) -> Iterator[tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"], Float[Tensor, " nnz"]]]:
+def open_entries(x: Batch, rows: Rows, bias: Bias, fast: bool = False) -> Iterator[Entries]:
     """The entries where <x_t, rows_j> + bias_j > 0, as (token, feature, product), for one stretch of tokens at a time.
 
     They are sorted by token, then feature. With ``fast`` there are a few more entries, which the float32 products can tell
@@ -242,12 +211,15 @@ def open_entries(
     if fast:
         bias = bias + rows.norm(dim=1) * (2**-6 / x.shape[1] ** 0.5 * float(x.norm(dim=1).mean()))
     least = -bias  # a comparison is cheaper than adding the bias, which would first be written over every tile
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    found: list[Entries] = []
     for first, start, h in tiles(x, rows, None, fast):
         token, column = places(h > least[start : start + h.shape[1]])
         found.append((token, column + start, h[token, column]))
         if start + h.shape[1] == len(rows):
-            token, feature, product = found[0] if len(found) == 1 else _by_token(found)
+            token, feature, product = _join(found)
+            if len(found) > 1:  # several tiles of the same tokens
+                token, order = token.sort(stable=True)
+                feature, product = feature[order], product[order]
             if fast:
                 counts = torch.bincount(token, minlength=len(h))
                 product = products_at(x[first : first + len(h)], rows, feature, counts.cumsum(0) - counts, token)
@@ -255,11 +227,9 @@ def open_entries(
             found = []
 
 
-def _by_token(found: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Joins the entries of several tiles of the same tokens, in the order of the tokens."""
-    token, feature, product = (torch.cat(column) for column in zip(*found, strict=True))
-    token, order = token.sort(stable=True)
-    return token, feature[order], product[order]
+def _join(found: Iterable[Entries]) -> Entries:
+    token, feature, value = (torch.cat(column) for column in zip(*found, strict=True))
+    return token, feature, value
 
 
 def places(mask: Bool[Tensor, "n m"]) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"]]:
@@ -272,7 +242,7 @@ def places(mask: Bool[Tensor, "n m"]) -> tuple[Int[Tensor, " nnz"], Int[Tensor, 
     return row[which], word[which] * 8 + place
 
 
-def top_k(h: Float[Tensor, "n m"], k: int, block: int = 8) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+def top_k(h: Float[Tensor, "n m"], k: int, block: int = 8) -> Top:
     """Exact ``topk``: every entry among the k largest is in one of the k blocks with the largest maxima.
 
     On a CPU with wide rows this reads less and is 1.5 times faster at m 16,384. Elsewhere it is ``torch.topk``.

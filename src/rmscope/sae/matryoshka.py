@@ -4,8 +4,7 @@
     L = Σ_i E|x - x^_i|² + α E|e - e^|²
 
 The nested dictionaries of sizes m_1 < m_2 < ... = m share their features. Each prefix must reconstruct by itself, so the
-first features stay general and later ones refine them. AuxK revives dead features with the error of the whole dictionary.
-Saved like BatchTopK, as ``jumprelu``.
+first features stay general and later ones refine them. AuxK uses the error of the whole dictionary. Saved as ``jumprelu``.
 
 A feature of group g (m_{g-1} <= j < m_g) is part of x^_g, x^_{g+1}, ..., so its gradient is that of the sum of their errors.
 The step therefore runs on one pattern whose rows are (group, token). Combined, it gives each group's share of the
@@ -17,16 +16,14 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from rmscope.errors import InputError
-from rmscope.sae.auxk import auxk
-from rmscope.sae.base import Sae
+from rmscope.sae.base import Sae, register_training
 from rmscope.sae.batchtopk import BatchTopKTraining
 from rmscope.sae.config import SaeConfig
-from rmscope.sae.kernels import Sparse
-from rmscope.sae.registry import register_training
+from rmscope.sae.kernels import Batch, Sparse
 from rmscope.sae.training import Step
 
 PAPER_SHARES = (1 / 32, 3 / 32, 7 / 32, 15 / 32)
@@ -53,7 +50,7 @@ class MatryoshkaTraining(BatchTopKTraining):
         prefix_sizes(config, m)
         return super().start(d, m, config)
 
-    def step(self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
+    def step(self, x: Batch, dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
         sae, grad, n, d = self.sae, self.gradients, len(x), x.shape[1]
         rows, xc = sae.W_enc.data.t(), x - sae.b_dec
 
@@ -72,13 +69,8 @@ class MatryoshkaTraining(BatchTopKTraining):
         entries.outer(f, through.view(-1, d), grad["W_dec"])
         entries.outer(dh, xc.repeat(len(sizes), 1), grad["W_enc.T"])
         grad["b_enc"] = entries.per_feature(dh)
-        parts = {
-            "reconstruction": float(residuals.square().sum()) / n,
-            **auxk(sae, grad, self.config, xc, -residuals[-1], dead),
-        }
+        parts = {"reconstruction": float(residuals.square().sum()) / n, **self.auxk(xc, -residuals[-1], dead)}
         grad["b_dec"] = through[0].sum(dim=0) - grad["b_enc"] @ rows
-        grad["threshold"].zero_()
 
-        fired = torch.zeros(sae.m, dtype=torch.bool, device=x.device)
-        fired[entries.feature] = True
+        fired = torch.bincount(entries.feature, minlength=sae.m) > 0
         return Step(sum(parts.values()), parts, grad, residuals[-1], len(h) / n, fired)

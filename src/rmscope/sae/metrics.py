@@ -35,20 +35,13 @@ class Metrics:
     """Share of the tokens on which each feature fires."""
 
 
-def fvu(x: Float[Tensor, "tokens d"], x_hat: Float[Tensor, "tokens d"]) -> float:
-    """Fraction of variance unexplained, centred per dimension, summed over dimensions."""
-    x, x_hat = x.double(), x_hat.double()
-    return float((x - x_hat).square().sum() / (x - x.mean(dim=0)).square().sum())
-
-
 @torch.no_grad()
 def measure_sae(sae: Sae, batches: Iterable[Float[Tensor, "tokens d"]]) -> Metrics:
-    """All metrics over some batches, such as those of ``ActivationStore.batches``.
+    """All metrics over some batches.
 
     Raises InputError where there are no tokens, or the stream has another width than the SAE's.
     """
-    n, squared, cosine, norm, norm_hat = 0, 0.0, 0.0, 0.0, 0.0
-    fires = torch.zeros(sae.m, dtype=torch.int64)
+    sums, fires = torch.zeros(5, dtype=torch.float64), torch.zeros(sae.m, dtype=torch.int64)
     shift, total, total_squared = None, torch.zeros(sae.d).double(), torch.zeros(sae.d).double()
     for batch in batches:
         if batch.shape[1] != sae.d:
@@ -56,18 +49,18 @@ def measure_sae(sae: Sae, batches: Iterable[Float[Tensor, "tokens d"]]) -> Metri
         active = sae.active(batch)
         x, x_hat = batch.double(), sae.decode_active(active).double()
         shift = x.mean(dim=0) if shift is None else shift  # sums around a typical point lose no digits
-        n += len(x)
         fires += torch.bincount(active.feature, minlength=sae.m).cpu()
-        squared += float((x - x_hat).square().sum())
         total += (x - shift).sum(dim=0).cpu()
         total_squared += (x - shift).square().sum(dim=0).cpu()
-        cosine += float(torch.cosine_similarity(x, x_hat, dim=1).sum())
-        norm, norm_hat = norm + float(x.norm(dim=1).sum()), norm_hat + float(x_hat.norm(dim=1).sum())
+        cosines = torch.cosine_similarity(x, x_hat, dim=1)
+        parts = ((x - x_hat).square(), cosines, x.norm(dim=1), x_hat.norm(dim=1))
+        sums += torch.tensor([len(x), *(float(part.sum()) for part in parts)], dtype=torch.float64)
+    n, squared, cosine, norm, norm_hat = sums.tolist()
     if n == 0:
         raise InputError("There are no activations to measure the SAE on.")
     variance = float((total_squared - total.square() / n).sum())
     return Metrics(
-        tokens=n,
+        tokens=int(n),
         l0=float(fires.sum()) / n,
         fvu=squared / variance,
         cosine=cosine / n,

@@ -15,10 +15,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rmscope.sae.base import Sae
-from rmscope.sae.config import SaeConfig
-from rmscope.sae.kernels import open_pattern
-from rmscope.sae.registry import register_sae, register_training
+from rmscope.sae.base import Sae, register_sae, register_training
+from rmscope.sae.kernels import Batch, open_pattern
 from rmscope.sae.training import Step, Training
 
 START_NORM = 0.1
@@ -28,12 +26,9 @@ START_NORM = 0.1
 @register_sae
 class StandardSae(Sae):
     architecture = "standard"
+    feature_parameters = ("b_enc",)
     biases = ("b_enc", "b_dec")
     b_enc: torch.nn.Parameter
-
-    @classmethod
-    def feature_parameters(cls) -> tuple[str, ...]:
-        return ("b_enc",)
 
     def encode(self, x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens m"]:
         return (self.centre(x) @ self.W_enc + self.b_enc).relu()
@@ -43,18 +38,15 @@ class StandardSae(Sae):
 class StandardTraining(Training):
     unit_decoder = False
     clip = 1.0
+    family = StandardSae
     sae: StandardSae
-
-    @classmethod
-    def start(cls, d: int, m: int, config: SaeConfig) -> StandardSae:
-        return StandardSae(d, m)
 
     def begin(self, x: Float[Tensor, "sample d"]) -> None:
         self.sae.W_dec.mul_(START_NORM)
         self.sae.W_enc.mul_(START_NORM)
         self.density = 0.5
 
-    def step(self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
+    def step(self, x: Batch, dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
         sae, grad, n = self.sae, self.gradients, len(x)
         rows, norms = sae.W_enc.data.t(), sae.W_dec.norm(dim=1)
         xc, weight = x - sae.b_dec, self.config.l1 * ramp / n

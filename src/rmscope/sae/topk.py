@@ -3,7 +3,9 @@
     h = (x - b_dec) W_enc + b_enc          f = relu of the k largest h of a token, 0 elsewhere
     x^ = f W_dec + b_dec                   L = E|x - x^|² + α E|e - e^|²    (sections 2.3, A.2)
 
-The second term is AuxK (:mod:`rmscope.sae.auxk`). Both errors are summed over dimensions and averaged over tokens.
+The second term is AuxK: dead features learn the error e = x - x^ of the others, which is held fixed. e^ = z W_dec, with z
+the relu of the k_aux largest pre-activations of a token among the dead features. Both errors are summed over dimensions and
+averaged over tokens. BatchTopK and Matryoshka SAEs use the same AuxK.
 """
 
 from __future__ import annotations
@@ -15,11 +17,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rmscope.errors import InputError
-from rmscope.sae.auxk import auxk
-from rmscope.sae.base import Sae
+from rmscope.sae.base import Sae, register_sae, register_training
 from rmscope.sae.config import SaeConfig
-from rmscope.sae.kernels import Sparse, top_entries
-from rmscope.sae.registry import register_sae, register_training
+from rmscope.sae.kernels import SPARSE_BELOW, Batch, Dense, Pattern, Sparse, top_entries, top_k
 from rmscope.sae.training import Step, Training
 
 
@@ -28,6 +28,7 @@ class TopKSae(Sae):
     """``cfg["k"]`` features per token, fewer where h <= 0."""
 
     architecture = "topk"
+    feature_parameters = ("b_enc",)
     biases = ("b_enc", "b_dec")
     b_enc: torch.nn.Parameter
 
@@ -36,10 +37,6 @@ class TopKSae(Sae):
             raise InputError(f"A TopK SAE with {m} features cannot keep k = {k}; choose k between 1 and {m}.")
         super().__init__(d, m, site, metadata)
         self.cfg = {"k": k}
-
-    @classmethod
-    def feature_parameters(cls) -> tuple[str, ...]:
-        return ("b_enc",)
 
     def encode(self, x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens m"]:
         h = self.centre(x) @ self.W_enc + self.b_enc
@@ -64,7 +61,7 @@ class TopKTraining(Training):
     def start(cls, d: int, m: int, config: SaeConfig) -> Sae:
         return TopKSae(d, m, k=config.k_for(m, d))
 
-    def step(self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
+    def step(self, x: Batch, dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
         sae, grad, n = self.sae, self.gradients, len(x)
         rows, xc = sae.W_enc.data.t(), x - sae.b_dec
 
@@ -78,14 +75,43 @@ class TopKTraining(Training):
         entries.outer(f, dx, grad["W_dec"])
         entries.outer(dh, xc, grad["W_enc.T"])
         grad["b_enc"] = entries.per_feature(dh)
-        parts = {"reconstruction": loss, **auxk(sae, grad, self.config, xc, -residual, dead)}
+        parts = {"reconstruction": loss, **self.auxk(xc, -residual, dead)}
         grad["b_dec"] = dx.sum(dim=0) - grad["b_enc"] @ rows
 
-        fired = torch.zeros(sae.m, dtype=torch.bool, device=x.device)
-        fired[entries.feature[h > 0]] = True
+        fired = torch.bincount(entries.feature[h > 0], minlength=sae.m) > 0
         return Step(sum(parts.values()), parts, grad, residual, float((h > 0).sum()) / n, fired)
 
-    def _entries(self, xc: Float[Tensor, "batch d"]) -> tuple[Sparse, Float[Tensor, " nnz"]]:
+    def _entries(self, xc: Batch) -> tuple[Sparse, Float[Tensor, " nnz"]]:
+        """The active entries of a batch, and their pre-activations."""
         sae = self.sae
         h, features = top_entries(xc, sae.W_enc.data.t(), sae.b_enc, sae.cfg["k"], self.fast(xc))
         return Sparse.of_top(features, sae.m), h.reshape(-1)
+
+    def auxk(self, xc: Batch, error: Batch, dead: Bool[Tensor, " m"] | None) -> dict[str, float]:
+        """Adds the gradients of AuxK to those of W_dec, W_enc and b_enc. Returns its loss by name, if there is one.
+
+        ``xc`` is x - b_dec. The caller adds the gradient of b_dec, which follows from that of b_enc.
+        """
+        if dead is None or not self.config.auxk_alpha or not bool(dead.any()):
+            return {}
+        sae, grad, which, n = self.sae, self.gradients, dead.nonzero().squeeze(1), len(xc)
+        rows, decoder = sae.W_enc.data.t()[which], sae.W_dec[which]
+        k = min(self.config.auxk or max(1, sae.d // 2), len(which))
+        h = xc @ rows.t() + sae.b_enc[which]
+        entries: Pattern
+        if k < SPARSE_BELOW * len(which):
+            h, features = top_k(h, k)
+            entries, h = Sparse.of_top(features, len(which)), h.reshape(-1)
+        else:
+            chosen = torch.zeros_like(h, dtype=torch.bool).scatter_(1, h.topk(k, dim=1).indices, True)
+            entries, h = Dense(), h * chosen
+        z = h.relu()
+        difference = entries.combine(z, decoder) - error
+        dx = difference * (2 * self.config.auxk_alpha / n)
+        dh = entries.products(dx, decoder) * (h > 0)
+        for name, codes, a in (("W_dec", z, dx), ("W_enc.T", dh, xc)):
+            part = torch.empty_like(decoder)
+            entries.outer(codes, a, part)
+            grad[name].index_add_(0, which, part)
+        grad["b_enc"].index_add_(0, which, entries.per_feature(dh))
+        return {"auxk": self.config.auxk_alpha * float(difference.square().sum()) / n}

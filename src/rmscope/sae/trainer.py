@@ -1,90 +1,51 @@
 """Trains the SAEs of all sites, and of all settings of a sweep, with one pass over the activations.
 
 For every batch, each site's rows are read once. Each training at the site scales them to mean norm sqrt(d), takes one Adam
-step (with unit decoder rows, if the family asks for them), and counts which features fired (:mod:`rmscope.sae.steps`). At
-the end the scale is folded into the biases, so that the SAE works on raw activations.
+step (with unit decoder rows, if the family asks for them), and counts which features fired. At the end the scale is folded
+into the biases, so that the SAE works on raw activations.
+
+Everything random (initial weights, order, revival) follows from the seed and the number of the step, so an interrupted
+training continues from its last checkpoint to the same bytes (on a CPU, in float32).
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any
 
+import polars as pl
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from rmscope.activations.harvest import ActivationStream
+from rmscope.activations.store import ActivationStore
 from rmscope.errors import InputError
-from rmscope.io import Progress, content_hash, silent
-from rmscope.sae.base import Sae
+from rmscope.io import Progress, atomic, content_hash, silent, write_table
+from rmscope.sae.base import Sae, training_class
 from rmscope.sae.config import SaeConfig
-from rmscope.sae.registry import training_class
-from rmscope.sae.steps import TrainingRun, finish, load_checkpoint, load_finished, save_checkpoint, train_step
-from rmscope.sae.training import Training, draw, geometric_median
+from rmscope.sae.formats import CFG
+from rmscope.sae.kernels import Batch
+from rmscope.sae.training import Step, Training, draw, geometric_median, storage
 
 MEDIAN_ROWS, START_ROWS = 8192, 2048
 """Rows from which the initial b_dec is taken, and rows from which a family sets its initial thresholds."""
+FIGURES_EVERY = 20
+"""Steps between two rows of training.parquet."""
+CHECKPOINT = "checkpoint.safetensors"
+SLICE = 1024
+"""Decoder rows that are processed at once where a copy of them is needed."""
+Activations = ActivationStore | ActivationStream
 
 
-class Activations(Protocol):
-    """The activations that training reads: an ``ActivationStore`` has them on disk, an ``ActivationStream`` runs the PM."""
-
-    @property
-    def sites(self) -> list[str]: ...
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The model, data and settings that the rows come from."""
-        ...
-
-    def d(self, site: str) -> int:
-        """Width of the stream."""
-        ...
-
-    def training_tokens(self, sites: Sequence[str]) -> int:
-        """Rows per epoch, the same at all sites."""
-        ...
-
-    def sample(self, site: str, n: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
-        """At most n random rows."""
-        ...
-
-    def norm_scale(self, site: str) -> float:
-        """s with mean |s x| = sqrt(d)."""
-        ...
-
-    def training_batches(
-        self, sites: Sequence[str], batch_size: int, epochs: int, seed: int, start: int = 0
-    ) -> Iterator[dict[str, Float[Tensor, "batch d"]]]:
-        """Shuffled batches by site, ``training_tokens // batch_size`` per epoch, from batch number ``start`` on."""
-        ...
-
-
-@overload
-def train_saes(
-    store: Activations,
-    config: Mapping[str, SaeConfig],
-    out: Path | str | None = ...,
-    sites: Sequence[str] | None = ...,
-    progress: Progress = ...,
-    device: str = ...,
-) -> dict[tuple[str, str], Sae]: ...
-
-
-@overload
-def train_saes(
-    store: Activations,
-    config: SaeConfig,
-    out: Path | str | None = ...,
-    sites: Sequence[str] | None = ...,
-    progress: Progress = ...,
-    device: str = ...,
-) -> dict[str, Sae]: ...
-
-
+@torch.no_grad()
 def train_saes(
     store: Activations,
     config: SaeConfig | Mapping[str, SaeConfig],
@@ -92,7 +53,7 @@ def train_saes(
     sites: Sequence[str] | None = None,
     progress: Progress = silent,
     device: str = "cpu",
-) -> dict[str, Sae] | dict[tuple[str, str], Sae]:
+) -> dict[Any, Sae]:
     """Trains one SAE per site, all in the same order of tokens. The SAEs work on raw activations.
 
     Args:
@@ -113,95 +74,215 @@ def train_saes(
             a checkpoint of another training, or a loss that is no longer finite.
     """
     configs = {"": config} if isinstance(config, SaeConfig) else dict(config)
-    saes = _train(store, configs, out, list(sites or store.sites), progress, device)
-    if isinstance(config, SaeConfig):
-        return {site: sae for (site, _), sae in saes.items()}
-    return saes
-
-
-@torch.no_grad()
-def _train(
-    store: Activations,
-    configs: dict[str, SaeConfig],
-    out: Path | str | None,
-    sites: list[str],
-    progress: Progress,
-    device: str,
-) -> dict[tuple[str, str], Sae]:
-    orders = {(config.batch_size, config.seed) for config in configs.values()}
+    orders = {(c.batch_size, c.seed) for c in configs.values()}
     if len(orders) != 1:
         raise InputError("The settings of a sweep must share batch_size and seed, to read the same batches.")
     [(batch_size, seed)] = orders
-    tokens = store.training_tokens(sites)
+    tokens = store.training_tokens(sites or store.sites)
     size = min(batch_size, tokens)
 
     saes: dict[tuple[str, str], Sae] = {}
-    running: dict[str, list[TrainingRun]] = {}
-    for site in sites:
-        for name, config in configs.items():
-            steps = max(1, config.budget(tokens) // size)
-            key = content_hash(config.model_dump(), store.identity, site, steps)
-            folder = Path(out) / site / name if out is not None else None
-            if done := load_finished(folder, key):
-                saes[site, name] = done
-                continue
-            run = _begin(store, tokens, site, name, config, steps, key, folder, device)
-            load_checkpoint(run)
-            running.setdefault(site, []).append(run)
+    runs: list[TrainingRun] = []
+    keys = [(site, name) for site in sites or store.sites for name in configs]
+    for site, name in keys:
+        steps = max(1, configs[name].budget(tokens) // size)
+        key = content_hash(configs[name].model_dump(), store.identity, site, steps)
+        folder = Path(out) / site / name if out is not None else None
+        if done := load_finished(folder, key):
+            saes[site, name] = done
+            continue
+        scale = store.norm_scale(site) if configs[name].scale == "mean_norm" else 1.0
+        training = _begin(store, site, configs[name], tokens, scale, device)
+        runs.append(TrainingRun(training, steps, site, name, scale, key, folder))
+        load_checkpoint(runs[-1])
 
-    runs = [run for of_site in running.values() for run in of_site]
     steps, first = max((run.steps for run in runs), default=0), min((run.step for run in runs), default=0)
     epochs, began = -(-steps // (tokens // size)), time.perf_counter()
-    batches = store.training_batches(list(running), size, epochs, seed, first) if running else iter(())
+    of_runs = list(dict.fromkeys(run.site for run in runs))
+    batches = store.training_batches(of_runs, size, epochs, seed, first) if runs else iter(())
     for step, rows in enumerate(islice(batches, steps - first), first):
         rate = (step - first + 1) * size / (time.perf_counter() - began)
-        for site, of_site in running.items():
-            x = rows[site].to(device)
-            for run in (run for run in of_site if run.step == step < run.steps):
-                if note := train_step(run, x * run.scale, rate):
-                    progress(step + 1, steps, note)
-                if run.folder and run.step % run.config.checkpoint_steps == 0 and run.step < run.steps:
-                    save_checkpoint(run)
+        here = {site: x.to(device) for site, x in rows.items()}
+        for run in runs:
+            if not run.step == step < run.steps:
+                continue
+            if note := train_step(run, here[run.site] * run.scale, rate):
+                progress(step + 1, steps, note)
+            if run.folder and run.step % run.config.checkpoint_steps == 0 and run.step < run.steps:
+                save_checkpoint(run)
     for run in runs:
         saes[run.site, run.name] = finish(run, _metadata(run, store, size))
-    return {(site, name): saes[site, name] for site in sites for name in configs}
+    return {key[0] if isinstance(config, SaeConfig) else key: saes[key] for key in keys}
 
 
-def _begin(
-    store: Activations,
-    tokens: int,
-    site: str,
-    name: str,
-    config: SaeConfig,
-    steps: int,
-    key: str,
-    folder: Path | None,
-    device: str,
-) -> TrainingRun:
+def _begin(store: Activations, site: str, config: SaeConfig, tokens: int, scale: float, device: str) -> Training:
     """A training before its first step: weights drawn, thresholds set."""
     d, family = store.d(site), training_class(config.architecture)
-    scale = store.norm_scale(site) if config.scale == "mean_norm" else 1.0
     generator = torch.Generator().manual_seed(config.seed)
     x = store.sample(site, MEDIAN_ROWS, generator) * scale
     sae: Sae = family.start(d, config.features(d, tokens), config)
     draw(sae, geometric_median(x), generator)
-    sae = sae.to(device)
-    training: Training = family(sae, config)
+    training: Training = family(sae.to(device), config)
     training.begin(x[:START_ROWS].to(device))
-    return TrainingRun(training, steps, site=site, name=name, scale=scale, key=key, folder=folder)
+    return training
 
 
 def _metadata(run: TrainingRun, store: Activations, batch_size: int) -> dict[str, Any]:
     model = store.identity.get("model_name", store.identity.get("model"))
+    own = {"site": run.site, "tokens": run.steps * batch_size, "scale": run.scale, "config": run.config.model_dump()}
     return {
         "model_name": model if isinstance(model, str) else None,
         "trained_as": run.config.architecture,
-        "rmscope": {
-            "site": run.site,
-            "tokens": run.steps * batch_size,
-            "scale": run.scale,
-            "config": run.config.model_dump(),
-            "store": store.identity,
-            "training": run.key,
-        },
+        "rmscope": {**own, "store": store.identity, "training": run.key},
     }
+
+
+@dataclass(frozen=True, slots=True)
+class ExtraLoss:
+    """A further loss on the same tokens, with its name and its gradients (keys of :func:`storage`)."""
+
+    name: str
+    loss: float
+    gradients: Mapping[str, Tensor]
+
+
+@dataclass
+class TrainingRun:
+    """One training at one site, between two steps."""
+
+    training: Training
+    """The family's training, of an SAE in the units of training."""
+    steps: int
+    site: str
+    name: str = ""
+    """Its name in a sweep."""
+    scale: float = 1.0
+    """The factor from the stream to the units of training."""
+    key: str = ""
+    """Content hash of everything that the result depends on."""
+    folder: Path | None = None
+    step: int = 0
+    figures: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.sae: Sae = self.training.sae
+        self.title = f"{self.site} {self.name}".rstrip()
+        self.config, self.parameters = self.training.config, storage(self.sae)
+        self.optimiser = torch.optim.Adam(self.parameters.values(), lr=self.config.rate(self.sae.m), fused=True)
+        self.silent_for = torch.zeros(self.sae.m, dtype=torch.int64, device=self.sae.W_dec.device)
+        """The number of tokens since each feature fired, [m]."""
+
+    @property
+    def dead(self) -> Bool[Tensor, " m"]:
+        return self.silent_for >= self.config.dead_after_tokens
+
+
+def train_step(run: TrainingRun, x: Batch, tokens_per_second: float, extra: ExtraLoss | None = None) -> str:
+    """One Adam step on the family's own loss and the extra one. Returns the figures in words when they are due, else "".
+
+    Raises InputError where the loss is no longer finite.
+    """
+    training, config, decoder = run.training, run.config, run.sae.W_dec.data
+    rate, ramp = config.schedule(run.step, run.steps)
+    result = training.step(x, run.dead, ramp)
+    loss = result.loss + (extra.loss if extra else 0.0)
+    if not loss < float("inf"):
+        raise InputError(f"The loss of {run.title} is {loss} at step {run.step}; lower lr or check the data.")
+    gradients = result.gradients
+    for name, gradient in (extra.gradients if extra else {}).items():
+        gradients[name].add_(gradient)
+    if training.unit_decoder:
+        for part, rows in zip(gradients["W_dec"].split(SLICE), decoder.split(SLICE), strict=True):
+            part.addcmul_((part * rows).sum(dim=1, keepdim=True), rows, value=-1)
+    for name, parameter in run.parameters.items():
+        parameter.grad = gradients[name]
+    if training.clip is not None:
+        torch.nn.utils.clip_grad_norm_(run.parameters.values(), training.clip)
+    run.optimiser.param_groups[0]["lr"] = rate * config.rate(run.sae.m)
+    run.optimiser.step()
+    if training.unit_decoder:
+        decoder.div_(decoder.norm(dim=1, keepdim=True))
+    run.silent_for.add_(len(x)).masked_fill_(result.fired, 0)
+    run.step += 1
+    _revive(run, x, result)
+    due = (run.step - 1) % FIGURES_EVERY == 0 or run.step == run.steps
+    return _record(run, x, result, tokens_per_second, extra) if due else ""
+
+
+def _revive(run: TrainingRun, x: Batch, result: Step) -> None:
+    """Redraws dead features, and resets Adam for them, every ``dead_after_tokens`` until the learning rate falls."""
+    every = max(1, run.config.dead_after_tokens // len(x))
+    dead = run.dead
+    if run.step % every or run.step > (1 - run.config.decay) * run.steps or not bool(dead.any()):
+        return
+    generator = torch.Generator().manual_seed((run.config.seed << 32) + run.step)
+    if not run.training.revive(x, result.residual, dead, generator):
+        return
+    run.silent_for.masked_fill_(dead, 0)
+    for name, parameter in run.parameters.items():
+        if name != "b_dec":
+            for moment in ("exp_avg", "exp_avg_sq"):
+                run.optimiser.state[parameter][moment][dead] = 0.0
+
+
+def _record(run: TrainingRun, x: Batch, result: Step, tokens_per_second: float, extra: ExtraLoss | None) -> str:
+    """Adds a row to ``training.parquet`` and returns it in words."""
+    variance = float((x - x.mean(dim=0)).square().sum())
+    fvu = float(result.residual.square().sum()) / variance if variance else float("nan")
+    dead, rate = int(run.dead.sum()), run.optimiser.param_groups[0]["lr"]
+    row = {"step": run.step, "tokens": run.step * len(x), "loss": result.loss, "fvu": fvu, "l0": result.l0, "dead": dead}
+    row |= {"learning_rate": rate, "tokens_per_second": tokens_per_second}
+    run.figures.append(row | ({extra.name: extra.loss} if extra else {}))
+    if run.folder:
+        write_table(run.folder / "training.parquet", pl.DataFrame(run.figures, infer_schema_length=None))
+    told = f"loss {result.loss:.4g}, " + (f"{extra.name} {extra.loss:.4g}, " if extra else "")
+    return f"{run.title}: {told}fvu {fvu:.3f}, l0 {result.l0:.1f}, {dead} dead, {tokens_per_second:,.0f} tokens/s"
+
+
+def save_checkpoint(run: TrainingRun) -> None:
+    """Stores weights, Adam's moments, silence and figures. The order of tokens follows from the step."""
+    assert run.folder is not None
+    tensors = {f"sae.{name}": p for name, p in run.parameters.items()} | {"silent_for": run.silent_for}
+    for name, p in run.parameters.items():
+        tensors |= {f"adam.{part}.{name}": value for part, value in run.optimiser.state[p].items()}
+    told = {"key": run.key, "step": str(run.step), "density": repr(run.training.density), "figures": json.dumps(run.figures)}
+    with atomic(run.folder / CHECKPOINT) as temporary:
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary, told)
+
+
+def load_checkpoint(run: TrainingRun) -> None:
+    """Continues from the checkpoint in the folder, if there is one. Raises InputError if it is of another training."""
+    path = run.folder / CHECKPOINT if run.folder else None
+    if path is None or not path.exists():
+        return
+    with safe_open(path, framework="pt") as opened:
+        told = opened.metadata()
+        if told["key"] != run.key:
+            raise InputError(f"{path} is of a training with other settings or data; delete it or choose another folder.")
+        run.silent_for.copy_(opened.get_tensor("silent_for"))
+        for name, p in run.parameters.items():
+            p.copy_(opened.get_tensor(f"sae.{name}"))
+            moments = {part: opened.get_tensor(f"adam.{part}.{name}") for part in ("exp_avg", "exp_avg_sq", "step")}
+            run.optimiser.state[p] = {part: value.to(p.device, copy=True) for part, value in moments.items()}
+        run.training.density = float(told["density"])
+        run.step, run.figures = int(told["step"]), json.loads(told["figures"])
+
+
+def finish(run: TrainingRun, metadata: dict[str, Any]) -> Sae:
+    """The SAE after the last step, in the units of the stream. It is saved if there is a folder, without the checkpoint."""
+    run.training.finish()
+    sae = run.sae.cpu()
+    sae.change_units(run.scale)
+    sae.site, sae.metadata = run.site, metadata
+    if run.folder:
+        sae.save(run.folder)
+        (run.folder / CHECKPOINT).unlink(missing_ok=True)
+    return sae
+
+
+def load_finished(folder: Path | None, key: str) -> Sae | None:
+    """The SAE that the same training has left in the folder; None if there is none."""
+    if folder is None or not (folder / CFG).exists():
+        return None
+    sae = Sae.load(folder)
+    return sae if (sae.metadata.get("rmscope") or {}).get("training") == key else None

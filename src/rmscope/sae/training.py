@@ -13,12 +13,11 @@ from torch import Tensor
 from rmscope.hardware import has_fast_bfloat16
 from rmscope.sae.base import Sae
 from rmscope.sae.config import SaeConfig
+from rmscope.sae.kernels import Batch
 
 START_OPEN = 1 / 32
-"""Share of tokens on which a feature with a gate or threshold of its own fires at the start.
-
-Anthropic's January 2025 update initialises b_enc like this, from a sample.
-"""
+"""Share of tokens on which a feature with a gate or threshold of its own fires at the start, as in Anthropic's January 2025
+update, which initialises b_enc like this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +29,7 @@ class Step:
     """The terms of the loss by name."""
     gradients: dict[str, Tensor]
     """By parameter, with the keys of :func:`storage`."""
-    residual: Float[Tensor, "batch d"]
+    residual: Batch
     """x^ - x."""
     l0: float
     fired: Bool[Tensor, " m"]
@@ -39,6 +38,8 @@ class Step:
 class Training(ABC):
     """How a family is trained. The SAE class itself contains nothing about training."""
 
+    family: ClassVar[type[Sae]]
+    """The class of the SAEs that it trains."""
     unit_decoder: ClassVar[bool] = True
     """Whether decoder rows keep norm 1; their gradients are then projected orthogonal to them."""
     clip: ClassVar[float | None] = None
@@ -51,24 +52,18 @@ class Training(ABC):
         self.gradients = {name: torch.zeros_like(p) for name, p in storage(sae).items()}
 
     @classmethod
-    @abstractmethod
     def start(cls, d: int, m: int, config: SaeConfig) -> Sae:
         """A new SAE with the family's settings, before its weights are drawn."""
+        return cls.family(d, m)
 
     def begin(self, x: Float[Tensor, "sample d"]) -> None:  # noqa: B027
         """Called before the first step, once the weights are drawn: sets what depends on data, in the units of training."""
 
     @abstractmethod
-    def step(self, x: Float[Tensor, "batch d"], dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
+    def step(self, x: Batch, dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
         """Loss and gradients on a batch in the units of training. ``ramp`` scales the sparsity penalty, for its warm-up."""
 
-    def revive(
-        self,
-        x: Float[Tensor, "batch d"],
-        residual: Float[Tensor, "batch d"],
-        dead: Bool[Tensor, " m"],
-        generator: torch.Generator,
-    ) -> bool:
+    def revive(self, x: Batch, residual: Batch, dead: Bool[Tensor, " m"], generator: torch.Generator) -> bool:
         """Redraws dead features after a step. False for families that revive features in another way, or not at all."""
         return False
 
