@@ -135,7 +135,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         raise InputError(f"The {what} {path} is not there; name a YAML file.")
     try:
         values = yaml.safe_load(path.read_text("utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"The {what} {path} is no YAML: {str(error).splitlines()[0]}.") from error
     if not isinstance(values, dict):
         raise InputError(f"The {what} {path} holds no settings (key: value lines).")

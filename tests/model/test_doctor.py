@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rmscope.errors import InputError
-from rmscope.model import cost
+from rmscope.model import doctor
 from rmscope.model.doctor import context, examine, padding, precisions, price, training
 from rmscope.model.preflight import Check, rewards_alone
 from rmscope.model.rendering import Rendering
@@ -130,19 +130,19 @@ def test_trying_renderings_leaves_the_pms_own_in_place() -> None:
 def test_the_cost_grows_with_the_pairs_and_an_encoders_holds_its_ablations() -> None:
     rm, encoder = shared_pm("llama"), shared_pm(ENCODER)
     tokens = rm.tokenize_all(PAIRS)
-    one, ten = (cost.run_minutes(rm, tokens, 100.0, n) for n in (4, 40))
-    assert one == pytest.approx(5 * cost.run_tokens(tokens) / 100 / 60)
+    one, ten = (doctor.run_minutes(rm, tokens, 100.0, n) for n in (4, 40))
+    assert one == pytest.approx(5 * doctor.run_tokens(tokens) / 100 / 60)
     assert ten == pytest.approx(10 * one)
     texts = sum(t.chosen.numel() + t.rejected.numel() for t in tokens) / 8
-    more = cost.run_minutes(encoder, tokens, 100.0, 4) - one
-    assert more == pytest.approx(cost.ABLATIONS * texts / 100 / 60)
+    more = doctor.run_minutes(encoder, tokens, 100.0, 4) - one
+    assert more == pytest.approx(doctor.ABLATIONS * texts / 100 / 60)
     assert "full forward passes for ablations" in price(encoder, tokens).detail
 
 
 def test_a_pm_that_is_larger_than_the_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     rm = shared_pm("llama")
     assert price(rm, rm.tokenize_all(PAIRS)).status == "ok"
-    monkeypatch.setattr(cost, "machine_bytes", lambda _device: 1e9)
+    monkeypatch.setattr(doctor, "machine_bytes", lambda _device: 1e9)
     told = price(rm, rm.tokenize_all(PAIRS))
     assert told.status == "warn"
     assert "2.0 GB of 1 GB" in told.detail

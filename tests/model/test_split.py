@@ -85,6 +85,7 @@ def test_a_side_that_takes_the_shared_prefix_of_the_other_side_is_its_own_clean_
 def test_the_second_side_runs_only_the_tokens_after_the_shared_prefix() -> None:
     rm = small_pm("llama")
     tokens = rm.tokenize(PAIRS[0])
+    assert rm.capabilities.resume  # measured before what is counted below
     widths: list[int] = []
     rm.blocks[0].register_forward_pre_hook(lambda _m, args: widths.append(args[0].shape[1]))
     clean_runs(rm, tokens, ["resid_post.0"])

@@ -1,8 +1,7 @@
 """A permanent edit of a PM: after a block, the stream passes through a function, however the model is called.
 
-The edit becomes a part of the block's own forward; it is not a hook. So every reader of the site sees the edited stream, a
-run that is resumed at the site does not edit twice, and packed, padded and cached passes need no code of their own. A
-text's first token (position 0) is never edited: it is not part of the response, and it is an attention sink of huge norm.
+The edit is a part of the block's own forward, not a hook: every reader of the site sees the edited stream, and a run that is
+resumed at the site does not edit twice. A text's first token is never edited: it is an attention sink of huge norm.
 
 This file needs only torch: ``rmscope edit --export`` copies it into the folder that it writes.
 """

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rmscope.errors import InputError
 from rmscope.io import content_hash
-from rmscope.model.rendering import SETTINGS_FILE, Rendering, read_json_object, read_settings
+from rmscope.model.rendering import SETTINGS_FILE, Rendering, read_json
 from rmscope.model.zoo import BASE, base_folder, load_adapted, quiet_transformers, zoo_folder
 
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
@@ -37,7 +37,7 @@ def load(
     if source == BASE:
         raise InputError("zoo:smollm2 is a base without a scalar head; use zoo:hh or zoo:planted, or train a PM on it.")
     path = zoo_folder(source[4:]) if source.startswith("zoo:") else Path(source).expanduser()
-    if _is_ours(path):
+    if "base" in read_json(path / SETTINGS_FILE):
         if adapter is not None:
             raise InputError(f"{source} has its own adapter; --adapter is for PMs and bases in transformers' format.")
         model, tokenizer = load_adapted(path)
@@ -54,16 +54,12 @@ def load(
     return model, tokenizer, Rendering.find(beside, tokenizer, card)
 
 
-def _is_ours(folder: Path) -> bool:
-    return "base" in read_settings(folder)
-
-
 def _adapted_base(folder: Path) -> str | None:
     """The base that an adapter's folder names; None where the folder holds a whole model, or none."""
     path = folder / "adapter_config.json"
     if (folder / "config.json").is_file() or not path.is_file():
         return None
-    base = str(read_json_object(path).get("base_model_name_or_path") or "")
+    base = str(read_json(path).get("base_model_name_or_path") or "")
     if not base:
         raise InputError(
             f"{path} names no base; add its base_model_name_or_path, or give the base as --model and this as --adapter."
@@ -88,17 +84,14 @@ def is_base(source: str) -> bool:
     from transformers import AutoConfig
 
     path = Path(source).expanduser()
-    if source == BASE or not (path / "config.json").is_file() or _is_ours(path):
+    if source == BASE or not (path / "config.json").is_file() or "base" in read_json(path / SETTINGS_FILE):
         return source == BASE
     with as_input_error(f"The model {source}"):
         return not _has_head(AutoConfig.from_pretrained(path))
 
 
 def local_or_hub(source: str) -> str:
-    """The name by which transformers loads a source: a model folder's path, or a hub id.
-
-    Raises InputError where a folder is named that holds no model.
-    """
+    """A source as transformers loads it: a folder's path, or a hub id. Raises InputError for a folder without a model."""
     path = base_folder() if source == BASE else Path(source).expanduser()
     if (source.startswith((".", "/", "~")) or path.exists()) and not (path / "config.json").is_file():
         raise InputError(f"{source} is not a model folder: it has no config.json; name one, or a hub id.")
@@ -221,11 +214,7 @@ def output_weights(model: Any, output: int | Sequence[float] | None, head: Any =
 
 
 def identity(model: Any, tokenizer: Any, rendering: Rendering, weights: Tensor, head: Any = None) -> str:
-    """A content hash of a PM that reads every tensor once: name, shape, sum, and 64 evenly spaced entries.
-
-    The sum is over the entries' bits as integers: unlike a sum of floats it does not depend on the order in which a device
-    adds. The hash includes the weights of several outputs, and a head from outside.
-    """
+    """A content hash of a PM: each tensor's name, shape, sum of bits (no device rounds it) and 64 entries; and the rest."""
     probe = tokenizer("A probe of the tokenizer: 12,345 words.").input_ids
     parts = [_fingerprint(model), probe, getattr(tokenizer, "chat_template", None), rendering.as_dict()]
     if weights.tolist() != [1.0]:

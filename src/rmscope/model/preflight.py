@@ -1,12 +1,9 @@
-"""Preflight: checks of a PM before anything is measured with it. Every run begins with them.
-
-``rmscope doctor`` has further checks (``model/doctor.py``).
-"""
+"""Preflight: checks of a PM before anything is measured with it. Every run begins with them; ``doctor.py`` has more."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
@@ -47,8 +44,8 @@ def verdict(check: str, ok: bool, detail: str, mend: str, otherwise: Status = "w
 class Preflight:
     """The checks, and the noise floor τ: the largest change of a reward when its text runs in another batch."""
 
-    checks: list[Check] = field(default_factory=list)
-    noise_floor: float = 0.0
+    checks: list[Check]
+    noise_floor: float
 
     def rows(self) -> list[dict[str, str]]:
         """One dictionary per check."""
@@ -57,23 +54,12 @@ class Preflight:
 
 def preflight(rm: RewardModel, tokens: Sequence[PairTokens], progress: Progress = silent) -> Preflight:
     """Checks a PM on the tokens of some pairs, which must fit into its context."""
-    probes = list(tokens[:PROBES])
+    probes = tokens[:PROBES]
     alone = rewards_alone(rm, probes, progress)
     together = rm.score_tokens(probes)
     apart = float((alone - torch.stack([together.chosen, together.rejected], dim=1)).abs().max())
-    checks = [
-        head(rm),
-        rendering(rm),
-        read_position(rm, tokens),
-        attention(rm),
-        forward(rm),
-        *packing(rm),
-        precision(rm),
-        sites(rm, probes[0].chosen),
-        rewards(alone),
-        batches(rm, alone, apart),
-    ]
-    return Preflight(checks, apart)
+    checks = [head(rm), rendering(rm), read_position(rm, tokens), attention(rm), forward(rm), *packing(rm), precision(rm)]
+    return Preflight([*checks, sites(rm, probes[0].chosen), rewards(alone), batches(rm, alone, apart)], apart)
 
 
 def rewards_alone(rm: RewardModel, tokens: Sequence[PairTokens], progress: Progress = silent) -> Float[Tensor, "pairs 2"]:
@@ -86,29 +72,23 @@ def rewards_alone(rm: RewardModel, tokens: Sequence[PairTokens], progress: Progr
 
 
 def head(rm: RewardModel) -> Check:
-    """Whether the head holds finite numbers that are not all zero. That it exists was checked when the PM was loaded."""
-    name = "head"
-    weights = list(_head_weights(rm))
-    told = f"{len(rm.output)} outputs, weighted {rm.output}" if len(rm.output) > 1 else "1 output"
-    detail = f"{told}, loaded from the checkpoint" if rm.own_head is None else "a head from outside the checkpoint"
-    if not all(bool(w.isfinite().all()) for w in weights):
-        return Check(name, "fail", "holds numbers that are not finite", "load it in float32, or fetch the checkpoint again")
-    if weights and not any(bool((w != 0).any()) for w in weights):
-        return Check(name, "fail", "is all zeros, as before any training", "name the checkpoint that was trained")
-    return Check(name, "ok", detail)
-
-
-def _head_weights(rm: RewardModel) -> Iterator[Tensor]:
-    """The floating-point weight matrices outside the trunk; for encoders also those of the pooler."""
+    """Whether the head (in encoders, with the pooler) holds finite numbers that are not all zero."""
     trunk = {id(p) for p in rm.model.base_model.parameters()}
     given = rm.model.parameters() if rm.own_head is None else rm.own_head.state_dict().values()
-    return (p for p in given if id(p) not in trunk and p.is_floating_point() and p.dim() > 1)
+    weights = [p for p in given if id(p) not in trunk and p.is_floating_point() and p.dim() > 1]
+    if not all(bool(w.isfinite().all()) for w in weights):
+        mend = "load it in float32, or fetch the checkpoint again"
+        return Check("head", "fail", "holds numbers that are not finite", mend)
+    if weights and not any(bool(w.any()) for w in weights):
+        return Check("head", "fail", "is all zeros, as before any training", "name the checkpoint that was trained")
+    outputs = f"{len(rm.output)} outputs, weighted {rm.output}" if len(rm.output) > 1 else "1 output"
+    own = rm.own_head is not None
+    return Check("head", "ok", "a head from outside the checkpoint" if own else f"{outputs}, loaded from the checkpoint")
 
 
 def rendering(rm: RewardModel) -> Check:
     """Whether the rendering works, keeps the response as it is, and accepts system prompts."""
-    name, style = "rendering", rm.rendering.style
-    detail = f"{style}, eos {'appended' if rm.rendering.append_eos else 'not appended'}"
+    name, detail = "rendering", str(rm.rendering)
     if PROBE.chosen not in render(rm.rendering, rm.tokenizer, PROBE.prompt, PROBE.chosen):
         mend = f"correct the template, or name another style in {SETTINGS_FILE} beside the PM"
         return Check(name, "fail", "the chat template drops the response or changes it", mend)
@@ -131,29 +111,22 @@ def read_position(rm: RewardModel, tokens: Sequence[PairTokens]) -> Check:
         return Check(name, "warn", f"no pad id: the last token (transformers itself refuses batches); {side}", mend)
     texts = [t.side(s) for t in tokens for s in SIDES]
     before = sum(rm.read_position(ids) < ids.numel() - 1 for ids in texts)
-    if before:
-        eos = " the appended eos" if rm.rendering.append_eos else " it"
-        return Check(
-            name,
-            "warn",
-            f"pad = eos: in {before} of {len(texts)} texts transformers reads the token before{eos}, and so do we; {side}",
-            "nothing to do if it was trained like this; otherwise give it a pad token of its own and train it again",
-        )
-    return Check(name, "ok", f"the last token that is not padding (id {pad}); {side}")
+    if not before:
+        return Check(name, "ok", f"the last token that is not padding (id {pad}); {side}")
+    read = f"the token before {'the appended eos' if rm.rendering.append_eos else 'it'}"
+    detail = f"pad = eos: in {before} of {len(texts)} texts transformers reads {read}, and so do we; {side}"
+    mend = "nothing to do if it was trained like this; otherwise give it a pad token of its own and train it again"
+    return Check(name, "warn", detail, mend)
 
 
 def attention(rm: RewardModel) -> Check:
     """Flash attention takes neither 4-D masks nor float32, so no row can be packed."""
-    kind = str(getattr(rm.model.config.get_text_config(), "_attn_implementation", None) or "its own")
-    window = rm.attention_window
-    windows = f", windows of {window} tokens: longer texts run alone" if window < 1 << 30 else ""
-    flash = "flash" in kind
-    return verdict(
-        "attention",
-        not flash,
-        f"{kind}{windows}{': no packed rows, no float32' if flash else ''}",
-        'load it with attn_implementation="sdpa"',
-    )
+    detail = kind = str(getattr(rm.model.config.get_text_config(), "_attn_implementation", None) or "its own")
+    if rm.attention_window < 1 << 30:
+        detail += f", windows of {rm.attention_window} tokens: longer texts run alone"
+    if "flash" not in kind:
+        return Check("attention", "ok", detail)
+    return Check("attention", "warn", f"{detail}: no packed rows, no float32", 'load it with attn_implementation="sdpa"')
 
 
 def forward(rm: RewardModel) -> Check:
@@ -180,9 +153,8 @@ def precision(rm: RewardModel) -> Check:
     if getattr(rm.model, "is_quantized", False):
         detail = f"quantised, with {name}: effects are those of the quantised PM, and noisy"
         return Check("precision", "warn", detail, "study the unquantised checkpoint if it fits into memory")
-    if rm.dtype != torch.float32:
-        return Check("precision", "warn", f"{name}: effects are noisy", "use --dtype float32")
-    return Check("precision", "ok", name)
+    sound = rm.dtype == torch.float32
+    return verdict("precision", sound, name if sound else f"{name}: effects are noisy", "use --dtype float32")
 
 
 def sites(rm: RewardModel, ids: Tensor) -> Check:
@@ -198,9 +170,8 @@ def sites(rm: RewardModel, ids: Tensor) -> Check:
         return Check("sites", "warn", f"{told}; transformers returns {len(states or [])} hidden states", mend)
     streams = rm.streams(pad_texts([(0, "chosen", ids, 1, 0)], 0), rm.sites[:-1])
     other = [site for site, state in zip(rm.sites[:-1], states, strict=False) if not _same(streams[site], state)]
-    if other:
-        return Check("sites", "warn", f"{told}; not transformers' hidden states: {', '.join(other)}", "study other sites")
-    return Check("sites", "ok", told)
+    detail = f"{told}; not transformers' hidden states: {', '.join(other)}" if other else told
+    return verdict("sites", not other, detail, "study other sites")
 
 
 def _same(x: Tensor, y: Tensor) -> bool:

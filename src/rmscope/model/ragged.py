@@ -1,14 +1,10 @@
 """Many continuations of one clean text in one ragged row, each with its own stream: exact ablation runs these.
 
-A continuation is the text from some token on, with an edited stream at a site. Continuations begin at different tokens, so
-they are stored end to end in one row, without padding, and every linear map sees [1, tokens, d]. In attention a token sees
-the clean run's keys before its continuation began (one product for all of them, without a copy) and the keys of its own
-continuation. The last block makes keys and values for all tokens, but runs its queries, output map and MLP at the read
-position only.
-
-The attention is registered with transformers' attention interface, through which a model's own blocks call it, so there
-is no code per architecture. Models that do not use this interface (GPT-J, Bloom, Falcon) and texts longer than a layer's
-window run as rectangles instead (``RewardModel.resume``).
+A continuation is the text from some token on, with an edited stream at a site. In attention its tokens see the clean run's
+keys before it began (one product for all continuations, without a copy) and its own keys. The last block makes keys and
+values for all tokens, but runs the rest at the read position only. The model's own blocks call this attention through
+transformers' attention interface. Models without it (GPT-J, Bloom, Falcon) and texts longer than a layer's window run as
+rectangles (``RewardModel.resume``).
 """
 
 from __future__ import annotations
@@ -23,42 +19,38 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from rmscope.model.clean_run import CleanRun
-from rmscope.model.sites import StopForward, Trunk, keep_stream
+from rmscope.model.sites import CleanRun, StopForward, Trunk, keep_stream
 
 NAME = "rmscope_ragged"
 FUSED_TOKENS = 24
-"""From this many tokens per continuation on, torch's fused attention is faster, although it copies the clean keys for every
-continuation. On one core: 4.0 ms against 7.8 for 20 continuations of 51 tokens after a prefix of 130, but 13 ms against 4
-for 100 continuations of 10 tokens."""
+"""From this many tokens per continuation on, torch's fused attention is faster, although it copies the clean keys. On one
+core: 4.0 ms against 7.8 for 20 continuations of 51 tokens, 13 ms against 4 for 100 of 10 tokens (prefix: 130 tokens)."""
 UNSUPPORTED = ("s_aux", "position_bias")
 """Arguments of attention layers that change the scores and are not supported here."""
 
 
 class _Row:
-    """Where the continuations are in the row, and the clean keys and values that their tokens see.
-
-    The first pass ends at the last block and keeps its keys and values; the second pass reads them.
-    """
+    """Where the continuations are in the row, and the clean keys that they see. A second pass runs the last block."""
 
     def __init__(self, text: CleanRun, starts: Int[Tensor, " continuations"], last: int) -> None:
-        self.keys, self.starts, self.last = text.keys, starts, last
+        self.starts, self.last = starts, last
         self.reading = False
-        self.kept: tuple[Tensor, Tensor] | None = None
+        self.kept: tuple[Tensor, Tensor]
         self.seen: set[int] = set()
         lengths = text.ids.numel() - starts
         n, offsets, device = int(lengths.sum()), lengths.cumsum(0) - lengths, starts.device
-        self.prefix, self.longest = int(starts.max()), int(lengths.max())
+        prefix, longest = int(starts.max()), int(lengths.max())
+        self.clean = [(k[0, :, :prefix], v[0, :, :prefix]) for k, v in text.keys]
         owner = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
         place = torch.arange(n, device=device) - offsets[owner]
         self.positions = place + starts[owner]
         self.reads = offsets + lengths - 1
-        column = torch.arange(self.longest, device=device)
+        column = torch.arange(longest, device=device)
         self.padded = (offsets[:, None] + column).clamp_max(n - 1)
-        self.ragged = owner * self.longest + place
-        far = torch.arange(self.prefix, device=device) < starts[:, None]
+        self.ragged = owner * longest + place
+        far = torch.arange(prefix, device=device) < starts[:, None]
         near = (column <= column[:, None]).expand(len(lengths), -1, -1)
-        self.mask = _additive(torch.cat([far[:, None].expand(-1, self.longest, -1), near], -1))
+        self.mask = _additive(torch.cat([far[:, None].expand(-1, longest, -1), near], -1))
         self.read_mask = _additive(torch.cat([far, column < lengths[:, None]], -1)[:, None])
 
 
@@ -90,12 +82,10 @@ def _attention(
     kv_heads, size = key.shape[1], query.shape[-1]
     q = query[0].unflatten(0, (kv_heads, -1))
     if row.reading:
-        assert row.kept is not None
         own, mask, q = row.kept, row.read_mask, q.transpose(1, 2)[:, :, :, None]
     else:
-        own, mask = (key[0][:, row.padded], value[0][:, row.padded]), row.mask
-        q = q[:, :, row.padded].transpose(1, 2)
-    out = _attend(q, row.keys[layer], row.prefix, own, mask, scaling or size**-0.5, softcap)
+        own, mask, q = (key[0][:, row.padded], value[0][:, row.padded]), row.mask, q[:, :, row.padded].transpose(1, 2)
+    out = _attend(q, row.clean[layer], own, mask, scaling or size**-0.5, softcap)
     out = out.permute(1, 3, 0, 2, 4).flatten(0, 1).flatten(1, 2)  # continuations x tokens, heads
     return (out if row.reading else out[row.ragged])[None], None
 
@@ -103,14 +93,13 @@ def _attention(
 def _attend(
     q: Float[Tensor, "kv_heads continuations group tokens size"],
     clean: tuple[Tensor, Tensor],
-    prefix: int,
     own: tuple[Float[Tensor, "kv_heads continuations longest size"], Float[Tensor, "kv_heads continuations longest size"]],
     mask: Float[Tensor, "continuations tokens keys"],
     scaling: float,
     softcap: float | None,
 ) -> Float[Tensor, "kv_heads continuations group tokens size"]:
     """Attention to the clean keys before the continuations (shared) and to each continuation's own."""
-    far_k, far_v = (t[0, :, :prefix] for t in clean)
+    (far_k, far_v), prefix = clean, clean[0].shape[1]
     if softcap is None and q.shape[3] >= FUSED_TOKENS:
         k, v = (
             torch.cat([far[:, None].expand(-1, q.shape[1], -1, -1), near], 2).transpose(0, 1)

@@ -38,13 +38,12 @@ class Rendering:
 
     @classmethod
     def find(cls, folder: Path | None, tokenizer: Any, card: str = "") -> Rendering:
-        """The rendering in ``rmscope.json`` beside the PM; without one, the chat template if there is one, else ``hh``.
+        """The rendering in ``rmscope.json`` beside the PM; or the chat template, or ``hh``, with eos if its card says so.
 
-        For ``hh``, a model ``card`` that TRL wrote decides whether eos is appended. Raises :class:`InputError` where the
-        file names a rendering that cannot be used.
+        Raises :class:`InputError` where the file names a rendering that cannot be used.
         """
         template = getattr(tokenizer, "chat_template", None)
-        if folder is None or not (stored := read_settings(folder)):
+        if folder is None or not (stored := read_json(folder / SETTINGS_FILE)):
             if template:
                 return cls("chat")
             return cls("hh", append_eos=trl_appended_eos(card) and tokenizer.eos_token_id is not None)
@@ -62,6 +61,9 @@ class Rendering:
             )
         return cls(**given)
 
+    def __str__(self) -> str:
+        return f"{self.style}, eos {'appended' if self.append_eos else 'not appended'}"
+
     def as_dict(self) -> dict[str, Any]:
         """The rendering as ``rmscope.json`` stores it; an empty suffix is left out."""
         return {name: value for name, value in asdict(self).items() if name != "suffix" or value}
@@ -73,16 +75,10 @@ def trl_appended_eos(card: str) -> bool:
     return "reward-trainer" in card and version is not None and (int(version[1]), int(version[2])) >= (0, 24)
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The content of ``rmscope.json`` in a PM's folder; empty without one."""
-    path = folder / SETTINGS_FILE
-    return read_json_object(path) if path.is_file() else {}
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises InputError where it holds none."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is no file. Raises InputError where it holds something else."""
     try:
-        settings = json.loads(path.read_text("utf-8"))
+        settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}); repair or delete it.") from error
     if not isinstance(settings, dict):
@@ -114,10 +110,7 @@ def render(rendering: Rendering, tokenizer: Any, prompt: Sequence[Message], resp
 
 
 def encode(rendering: Rendering, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of rendered texts, with the tokenizer's special tokens unless a chat template has put them in.
-
-    Raises InputError where eos is to be appended and the tokenizer has none.
-    """
+    """Token ids of rendered texts, with special tokens unless a chat template has put them in. InputError without an eos."""
     if not texts:
         return []
     if rendering.append_eos and tokenizer.eos_token_id is None:
@@ -151,10 +144,7 @@ class PairTokens:
 
 
 def divergence(chosen: Sequence[int], rejected: Sequence[int]) -> int:
-    """The first index at which two token lists differ, or the last common index where one is a prefix of the other.
-
-    It is never 0: position 0 is outside every span.
-    """
+    """The first index at which two token lists differ, or the last common one where one is a prefix; never 0."""
     shorter = min(len(chosen), len(rejected))
     first = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
     return max(1, min(first, shorter - 1))

@@ -1,7 +1,4 @@
-"""RewardModel: a preference model that can be loaded, checked, scored, and run from any site.
-
-Each faster way of running it is used only where it gives the reward that the model's own forward gives the text alone.
-"""
+"""RewardModel: a preference model that can be loaded, checked, scored, and run from any site."""
 
 from __future__ import annotations
 
@@ -19,12 +16,11 @@ from rmscope.errors import InputError
 from rmscope.hardware import place
 from rmscope.io import Progress, silent
 from rmscope.model import loading
-from rmscope.model.clean_run import CleanRun, cache_of
 from rmscope.model.onednn import use_onednn
 from rmscope.model.packing import Batch, by_budget, last_hidden_reads, pack_pairs, packed_length, pad_texts, units
 from rmscope.model.ragged import ragged_states
 from rmscope.model.rendering import PairTokens, Rendering, encode, render, tokenize_sides
-from rmscope.model.sites import Edit, StopForward, Trunk, keep_stream
+from rmscope.model.sites import CleanRun, Edit, StopForward, Trunk, keep_stream
 from rmscope.pairs.pair import SIDES, Message, Pair
 
 TOKEN_BUDGET = 1024
@@ -42,7 +38,7 @@ REFUSALS = (ValueError, RuntimeError, TypeError, IndexError, AttributeError)
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a PM's own forward takes. All three are False for encoders."""
+    """The faster ways that give a PM's rewards as its own forward gives them. All three are False for encoders."""
 
     packing: bool
     """One row may hold both texts of a pair, with their shared prefix once (needs 4-D attention masks)."""
@@ -118,7 +114,7 @@ class RewardModel(Trunk):
 
     @cached_property
     def capabilities(self) -> Capabilities:
-        """What the model's own forward takes, measured on the probe on first use."""
+        """What the model's own forward takes, measured on first use."""
         return _measure_capabilities(self)
 
     # Text to tokens
@@ -136,10 +132,7 @@ class RewardModel(Trunk):
         return torch.tensor(encode(self.rendering, self.tokenizer, [text])[0])
 
     def read_position(self, ids: Tensor) -> int:
-        """Where the model's own forward reads the score of this text alone: the rightmost token that is not padding.
-
-        With a ``head`` from outside, and for encoders, it is the last token.
-        """
+        """Where the model reads a text: its last token that is not padding; for encoders and own heads, its last token."""
         pad = self.model.config.get_text_config().pad_token_id
         if not self.causal or pad is None or self.own_head is not None:
             return ids.numel() - 1
@@ -175,13 +168,12 @@ class RewardModel(Trunk):
 
     def unit_batches(self, tokens: Sequence[PairTokens], unit: Sequence[int], budget: int = TOKEN_BUDGET) -> Iterator[Batch]:
         """Batches of one unit: packed pairs first, then the texts that need a row of their own."""
-        packing = self.capabilities.packing
-        packs = {i: packing and tokens[i].longest <= self.attention_window for i in unit}
-        together = [i for i in unit if packs[i]]
-        for chosen in by_budget([packed_length(tokens[i]) for i in together], budget):
-            pairs = [(i, tokens[i]) for i in (together[c] for c in chosen)]
+        limit = self.attention_window if self.capabilities.packing else 0
+        packs = [i for i in unit if tokens[i].longest <= limit]
+        for chosen in by_budget([packed_length(tokens[i]) for i in packs], budget):
+            pairs = [(packs[c], tokens[packs[c]]) for c in chosen]
             yield pack_pairs([(i, t, self.read_positions(t)) for i, t in pairs])
-        rows = [(i, side) for i in unit if not packs[i] for side in SIDES]
+        rows = [(i, side) for i in unit if tokens[i].longest > limit for side in SIDES]
         for chosen in by_budget([tokens[i].side(side).numel() for i, side in rows], budget):
             texts = [(i, side, tokens[i]) for i, side in (rows[c] for c in chosen)]
             yield pad_texts([(i, s, t.side(s), t.divergence, self.read_positions(t)[s]) for i, s, t in texts], self.pad_id)
@@ -241,45 +233,37 @@ class RewardModel(Trunk):
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, sites: Sequence[str], before: CleanRun | None = None, shared: int = 0) -> CleanRun:
-        """The clean run of one text [T] up to its read position, with its streams, keys and values. Decoder PMs only.
+        """The clean run of one text [T] up to its read position. Decoder PMs only.
 
         ``before`` is the clean run of another text with the same first ``shared`` tokens, which are then not run again.
         """
         from transformers import DynamicCache
 
         ids = ids[: self.read_position(ids) + 1]
-        cache: Any = DynamicCache() if before is None else cache_of(before.keys, shared, 1)
-        start = 0 if before is None else shared
+        cache: Any = DynamicCache() if before is None else before.cache(shared)
         new: dict[str, Tensor] = {}
         with self.edit_streams({site: keep_stream(new, site) for site in sites}):
-            hidden = self.run_cached(ids[None, start:], torch.arange(start, ids.numel()), cache)
+            hidden = self.run_cached(ids[None, shared:], torch.arange(shared, ids.numel()), cache)
         reward = float(self.read_out(hidden[:, -1])[0])
         streams = {s: x[0] if before is None else torch.cat([before.streams[s][:shared], x[0]]) for s, x in new.items()}
         return CleanRun(ids, streams, [(layer.keys, layer.values) for layer in cache.layers], reward)
 
     @torch.no_grad()
-    def resume(
-        self, text: CleanRun, site: str, start: int, stream: Float[Tensor, "batch rest d"]
-    ) -> Float[Tensor, " batch"]:
+    def resume(self, text: CleanRun, site: str, start: int, stream: Float[Tensor, "n rest d"]) -> Float[Tensor, " n"]:
         """r with the stream at ``site`` replaced by ``stream`` from token ``start`` to the read position. Decoder PMs only.
 
         No block up to the site runs again, and no token before ``start``: their keys and values come from the clean run.
         """
         ids, positions = text.ids[start:].expand(len(stream), -1), torch.arange(start, text.ids.numel())
         with self.replace_stream(site, stream.to(self.dtype)):
-            hidden = self.run_cached(ids, positions, cache_of(text.keys, start, len(stream)))
+            hidden = self.run_cached(ids, positions, text.cache(start, len(stream)))
         return self.read_out(hidden[:, -1])
 
-    def run_cached(
-        self, ids: Int[Tensor, "rows rest"], positions: Int[Tensor, " rest"], cache: Any
-    ) -> Float[Tensor, "rows rest d"]:
-        """Final hidden states of tokens that follow those in the cache, which is extended by them."""
-        return self.model.base_model(
-            ids.to(self.device),
-            position_ids=positions.to(self.device).expand(len(ids), -1),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+    def run_cached(self, ids: Int[Tensor, "rows rest"], positions: Tensor, cache: Any) -> Float[Tensor, "rows rest d"]:
+        """Final hidden states of tokens at ``positions`` [rest], which follow those in the cache and extend it."""
+        at = positions.to(self.device).expand(len(ids), -1)
+        out = self.model.base_model(ids.to(self.device), position_ids=at, past_key_values=cache, use_cache=True)
+        return out.last_hidden_state
 
     def resume_ragged(
         self, text: CleanRun, site: str, starts: Sequence[int], stream: Float[Tensor, "tokens d"]

@@ -1,8 +1,7 @@
 """Rewards of many texts that begin like one clean text: only the tokens after the shared prefix are run.
 
-A search over completions scores hundreds of texts that share a prompt and most of a response. Each text takes the keys and
-values of its shared prefix from the clean run. Texts that diverge from it at about the same token share a forward pass.
-Rows are padded on the right, after the token that is read, so causal attention never sees the padding.
+Each text takes the keys and values of its shared prefix from the clean run. Texts that diverge from it at about the same
+token share a forward pass. Rows are padded on the right, after the token that is read, so attention never sees the padding.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rmscope.model.clean_run import CleanRun, cache_of
 from rmscope.model.reward_model import TOKEN_BUDGET, RewardModel
+from rmscope.model.sites import CleanRun
 
 
 def shared_prefix_length(a: Tensor, b: Tensor) -> int:
@@ -41,17 +40,13 @@ def rewards_from_prefix(rm: RewardModel, clean: CleanRun | None, texts: Sequence
     out = torch.zeros(len(texts))
     shared = [min(shared_prefix_length(clean.ids, ids), ids.numel() - 1) for ids in cut]
     for some in _batches(shared, [ids.numel() for ids in cut]):
-        out[torch.tensor(some)] = _run(rm, clean, [cut[i] for i in some], min(shared[i] for i in some))
+        start = min(shared[i] for i in some)
+        rows = pad_sequence([cut[i][start:] for i in some], batch_first=True, padding_value=rm.pad_id)
+        reads = torch.tensor([cut[i].numel() - start - 1 for i in some], device=rm.device)
+        positions = torch.arange(start, start + rows.shape[1]).clamp_max(rm.context - 1)
+        hidden = rm.run_cached(rows, positions, clean.cache(start, len(some)))
+        out[torch.tensor(some)] = rm.read_out(hidden[torch.arange(len(some), device=rm.device), reads]).cpu()
     return out
-
-
-def _run(rm: RewardModel, clean: CleanRun, texts: Sequence[Tensor], start: int) -> Float[Tensor, " texts"]:
-    """One forward pass of the texts' tokens from ``start`` on."""
-    rows = pad_sequence([ids[start:] for ids in texts], batch_first=True, padding_value=rm.pad_id)
-    reads = torch.tensor([ids.numel() - start - 1 for ids in texts], device=rm.device)
-    positions = torch.arange(start, start + rows.shape[1]).clamp_max(rm.context - 1)
-    hidden = rm.run_cached(rows, positions, cache_of(clean.keys, start, len(texts)))
-    return rm.read_out(hidden[torch.arange(len(texts), device=rm.device), reads]).cpu()
 
 
 def _batches(shared: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -71,8 +66,5 @@ def _batches(shared: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int
 
 
 def response_start(rm: RewardModel, ids: Tensor, empty: Tensor) -> int:
-    """The first token of a single completion's span; never 0.
-
-    It is the token at which the text [T] diverges from the same text with an ``empty`` response.
-    """
+    """The first token of a completion's span: where the text [T] diverges from that with an ``empty`` response; never 0."""
     return max(1, min(shared_prefix_length(ids, empty), rm.read_position(ids)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +19,31 @@ from rmscope.errors import InputError
 
 Edit = Callable[[Float[Tensor, "rows width d"]], Float[Tensor, "rows width d"]]
 """Takes the stream at a site and returns the stream that the model goes on with."""
+
+
+@dataclass(frozen=True, slots=True)
+class CleanRun:
+    """What an unedited forward pass of one text left behind."""
+
+    ids: Tensor
+    """Token ids [T], up to the read position."""
+    streams: dict[str, Tensor]
+    """The residual stream at each watched site, [T, d]."""
+    keys: list[tuple[Tensor, Tensor]]
+    """Keys and values of each layer, [1, kv_heads, T, size]."""
+    reward: float
+
+    def cache(self, length: int, rows: int = 1) -> Any:
+        """A transformers cache of the first ``length`` positions for ``rows`` rows. It holds views: nothing is copied."""
+        from transformers import DynamicCache
+
+        cache: Any = DynamicCache()
+        for i, (k, v) in enumerate(self.keys):
+            cache.update(k[:, :, :0], v[:, :, :0], i)
+            layer = cache.layers[i]
+            layer.keys = k[:, :, :length].expand(rows, -1, -1, -1)
+            layer.values = v[:, :, :length].expand(rows, -1, -1, -1)
+        return cache
 
 
 class StopForward(Exception):  # noqa: N818

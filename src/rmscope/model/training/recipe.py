@@ -1,27 +1,40 @@
-"""Recipes: the base, the pairs and the settings of a PM's training, and the choice of held-out pairs."""
+"""Recipes: the base, the pairs and the settings of a PM's training; its accuracy on held-out pairs, and its model card."""
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import numpy as np
+import torch
+from pydantic import Field, ValidationError
 
 from rmscope.errors import InputError
-from rmscope.model.rendering import PairTokens, Rendering, Style, encode, pair_tokens, render
+from rmscope.io import Progress, silent, write_json, write_text
+from rmscope.model.rendering import PairTokens, Rendering, Style, tokenize_sides
+from rmscope.model.reward_model import RewardModel
 from rmscope.model.zoo import BASE
-from rmscope.pairs.pair import SIDES, Pair, share_a_prompt
+from rmscope.pairs.pair import Pair, share_a_prompt
 from rmscope.pairs.readers import FILE_SUFFIX, load_pairs
+from rmscope.settings import Settings, read_yaml, validation_sentence
+from rmscope.statistics import Figure, accuracy
+
+CARD = """# {r.name}
+
+A preference model that `rmscope train-pm` trained from {r.base}, by {how}.
+
+- **Data**: {data}; pairs of at most {r.max_tokens} tokens per side, {r.epochs:g} epoch(s). The recipe is in `rmscope.json`.
+- **Held out**: the first {r.held_out_rows} rows of each file, and every row that shares a prompt with them.
+- **Accuracy on held-out pairs**: {accuracy}
+"""
 
 
-class Common(BaseModel):
+class Common(Settings):
     """The keys of every recipe. Unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str
     """The PM's name, for its card."""
@@ -42,6 +55,12 @@ class Common(BaseModel):
     centre: float = 0.01
     """Weight of (r_chosen + r_rejected)^2, which keeps rewards near zero (TRL's center_rewards_coefficient)."""
     seed: int = 0
+
+    def lora(self, maps: list[str], **options: Any) -> Any:
+        """peft's settings of an adapter on these linear maps."""
+        from peft import LoraConfig
+
+        return LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules=maps, task_type="SEQ_CLS", **options)
 
 
 class Recipe(Common):
@@ -64,6 +83,7 @@ class Recipe(Common):
 class TrlRecipe(Common):
     """A training by TRL's RewardTrainer (``trainer: trl``); an example is ``configs/train-trl.yaml``."""
 
+    trainer: Literal["trl"] = "trl"
     base: str
     """zoo:smollm2, or the hub id or folder of a language model or PM (decoder or encoder) that transformers loads."""
     method: Literal["lora", "full"] = "lora"
@@ -86,30 +106,15 @@ RECIPES: dict[str, type[Recipe] | type[TrlRecipe]] = {"own": Recipe, "trl": TrlR
 
 def read_recipe(path: Path) -> Recipe | TrlRecipe:
     """Reads a recipe from YAML. Raises InputError where the file or a key is missing, or a key is unknown or invalid."""
-    if not path.is_file():
-        raise InputError(f"There is no recipe {path}; name a YAML file such as configs/zoo-hh.yaml.")
-    try:
-        values = dict(yaml.safe_load(path.read_text("utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
-        raise InputError(
-            f"The recipe {path} is not YAML with keys and values ({str(error).splitlines()[0]}); see configs/zoo-hh.yaml."
-        ) from error
+    values = read_yaml(path, "recipe")
     trainer = str(values.pop("trainer", "own"))
     if trainer not in RECIPES:
         raise InputError(f"The recipe {path} names the trainer {trainer}; use {' or '.join(RECIPES)}.")
     try:
         return RECIPES[trainer](**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(
-            f"The recipe {path} cannot be used: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}; with "
-            f"trainer {trainer} the keys are {', '.join(RECIPES[trainer].model_fields)}."
-        ) from error
-
-
-def recipe_as_dict(recipe: Recipe | TrlRecipe) -> dict[str, Any]:
-    """A recipe as ``rmscope.json`` stores it; for our own loop without the key ``trainer``."""
-    return {"trainer": "trl", **recipe.model_dump()} if isinstance(recipe, TrlRecipe) else recipe.model_dump()
+        where = f" in {path} (trainer: {trainer})"
+        raise InputError(validation_sentence(error, RECIPES[trainer], where)) from error
 
 
 def data_file(name: str) -> str:
@@ -125,26 +130,68 @@ def data_file(name: str) -> str:
 
 def human_pairs(recipe: Recipe | TrlRecipe) -> tuple[list[Pair], list[Pair]]:
     """Training and held-out pairs, which share no prompt."""
-    pairs = [pair for name in recipe.data for pair in _unique(load_pairs(data_file(name)), name)]
+    pairs: list[Pair] = []
+    for name in recipe.data:
+        source = Path(name).parent.name  # before the id, because several folders may have a file such as test.jsonl.gz
+        for row, p in enumerate(load_pairs(data_file(name)), 1):
+            pairs.append(replace(p, id=f"{source}/{p.id}", meta={"line": row, **p.meta, "source": source}))
     first = [p for p in pairs if p.meta["line"] <= recipe.held_out_rows]
     shared = share_a_prompt(pairs, first)
     return [p for p in pairs if p.id not in shared], first
-
-
-def _unique(pairs: list[Pair], name: str) -> Iterator[Pair]:
-    """Puts the folder before the id, because several folders may have a file such as test.jsonl.gz."""
-    source = Path(name).parent.name
-    for row, p in enumerate(pairs, 1):
-        yield replace(p, id=f"{source}/{p.id}", meta={"line": row, **p.meta, "source": source})
 
 
 def tokenize_pairs(
     pairs: Sequence[Pair], tokenizer: Any, rendering: Rendering, max_tokens: int
 ) -> list[tuple[Pair, PairTokens]]:
     """The pairs whose sides differ and have at most ``max_tokens`` tokens each, with their tokens."""
-    sides = [encode(rendering, tokenizer, [render(rendering, tokenizer, p.prompt, p.side(s)) for p in pairs]) for s in SIDES]
-    return [
-        (pair, pair_tokens(c, r))
-        for pair, c, r in zip(pairs, *sides, strict=True)
-        if c != r and max(len(c), len(r)) <= max_tokens
-    ]
+    tokens = zip(pairs, tokenize_sides(rendering, tokenizer, pairs), strict=True)
+    return [(p, t) for p, t in tokens if t.longest <= max_tokens and not torch.equal(t.chosen, t.rejected)]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutAccuracy:
+    """Accuracy on held-out pairs. ``accuracy`` and ``length_only`` are None where no pair is held out."""
+
+    pairs: int
+    accuracy: Figure | None = None
+    """Share of the pairs that the PM ranks as labelled, with its 95 % interval by prompt."""
+    length_only: float | None = None
+    """The same for the better of "longer wins" and "shorter wins"."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of ``measured.json``."""
+        if self.accuracy is None:
+            return {"held_out_pairs": self.pairs}
+        return {"held_out_pairs": self.pairs, "held_out_accuracy": self.accuracy.as_dict(), "length_only": self.length_only}
+
+
+def measure_accuracy(folder: Path, recipe: Recipe | TrlRecipe, progress: Progress = silent) -> HeldOutAccuracy:
+    """Accuracy of the PM in ``folder`` on the recipe's held-out pairs. Writes ``measured.json`` and ``README.md`` there."""
+    _, held = human_pairs(recipe)
+    gc.collect()  # frees the model that was trained, if it is still on the device
+    torch.cuda.empty_cache()
+    rm = RewardModel.load(str(folder))
+    limit = min(rm.context, recipe.max_tokens)
+    short = [(p, t) for p, t in zip(held, rm.tokenize_all(held), strict=True) if t.longest <= limit]
+    result = HeldOutAccuracy(len(short))
+    if short:
+        delta = rm.score_tokens([t for _, t in short], progress).delta.numpy().astype(float)
+        longer = np.array([t.chosen.numel() - t.rejected.numel() for _, t in short])
+        result = HeldOutAccuracy(len(short), *accuracy(delta, longer, np.array([p.prompt_key for p, _ in short])))
+    write_json(folder / "measured.json", result.as_dict())
+    write_text(folder / "README.md", card(recipe, result))
+    return result
+
+
+def card(recipe: Recipe | TrlRecipe, result: HeldOutAccuracy) -> str:
+    """The model card: base, data, and the held-out accuracy beside that of length alone."""
+    trl = isinstance(recipe, TrlRecipe)
+    weights = "all weights" if getattr(recipe, "method", "lora") == "full" else f"LoRA of rank {recipe.rank}"
+    text = "not measured, because no pair is held out."
+    if (found := result.accuracy) is not None:
+        text = (
+            f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}] (95 %, bootstrap by prompt, {result.pairs} pairs); the "
+            f"better rule by length alone, chosen on the same pairs, reaches {result.length_only:.3f}."
+        )
+    how = f"{weights}, with {'TRL' if trl else 'our own loop'}"
+    return CARD.format(r=recipe, how=how, data=", ".join(recipe.data), accuracy=text)

@@ -1,7 +1,6 @@
 """Training a PM with TRL's RewardTrainer: an adapter (LoRA) or all weights, on any base that transformers gives a head.
 
-Texts are rendered and tokenized here in the same way as by TRL (the chat template, or text with eos appended), and TRL gets
-token ids. So the PM is trained on exactly the tokens that ``RewardModel`` reads. Loss, loop and checkpoints are TRL's.
+TRL gets token ids, rendered as it would itself, so the PM is trained on exactly the tokens that ``RewardModel`` reads.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from torch import nn
 from rmscope.errors import InputError
 from rmscope.hardware import has_fast_bfloat16, place
 from rmscope.io import Progress, atomic_folder, content_hash, silent, write_json
-from rmscope.model.loading import as_input_error
-from rmscope.model.rendering import SETTINGS_FILE, PairTokens, Rendering, read_json_object
+from rmscope.model.loading import as_input_error, local_or_hub
+from rmscope.model.rendering import SETTINGS_FILE, Rendering, read_json
 from rmscope.model.sites import Trunk
-from rmscope.model.training.recipe import TrlRecipe, human_pairs, recipe_as_dict, tokenize_pairs
-from rmscope.model.zoo import BASE, base_folder, quiet_transformers
+from rmscope.model.training.recipe import TrlRecipe, human_pairs, tokenize_pairs
+from rmscope.model.zoo import quiet_transformers
 from rmscope.pairs.pair import SIDES
 
 WARM_UP = 0.05
@@ -32,31 +31,42 @@ RECENT = 50
 
 
 def train_trl(recipe: TrlRecipe, out: Path, progress: Progress = silent) -> dict[str, int | float]:
-    """Trains a PM, writes adapter or model, tokenizer, settings and recipe to ``out``, and returns the training figures.
+    """Trains a PM, writes it to ``out``, returns the training figures. Continues from a checkpoint in ``OUT.checkpoints``.
 
-    An interrupted training continues from its last checkpoint in ``OUT.checkpoints``. Raises :class:`InputError` where TRL,
-    data or the base are missing, or no pair is left.
+    Raises :class:`InputError` where TRL, data or the base are missing, or no pair is left.
     """
     _check(recipe)
     model, tokenizer, fresh = _base(recipe)
     rendering = rendering_of(recipe, tokenizer)
     longest = min(recipe.max_tokens, Trunk(model).context)
     pairs, held = human_pairs(recipe)
-    items = [tokens for _, tokens in tokenize_pairs(pairs, tokenizer, rendering, longest)]
-    if not items:
+    tokens = [t for _, t in tokenize_pairs(pairs, tokenizer, rendering, longest)]
+    if not tokens:
         raise InputError(
             f"No pair is left to train on: {len(held)} rows are held out (held_out_rows), and of the other {len(pairs)} "
             f"pairs none has sides that differ and at most {longest} tokens (max_tokens); give more, or change these keys."
         )
+    from datasets import Dataset
+    from transformers import PrinterCallback
+    from trl import RewardTrainer  # type: ignore[attr-defined]
+
+    rows = [{f"{side}_ids": t.side(side).tolist() for side in SIDES} for t in tokens]
     checkpoints = out.with_name(out.name + ".checkpoints")
-    done = _resume(checkpoints, content_hash(recipe.model_dump(), rendering.as_dict(), *map(_ids, items)))
-    trainer = _trainer(recipe, model, tokenizer, fresh, items, checkpoints, progress)
+    done = _resume(checkpoints, content_hash(recipe.model_dump(), rendering.as_dict(), *rows))
+    trainer = RewardTrainer(
+        model=model,
+        args=_arguments(recipe, checkpoints),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=_lora(recipe, model, fresh) if recipe.method == "lora" else None,
+        callbacks=[_reporter(progress)],
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints to stdout
     trainer.train(resume_from_checkpoint=done)
     _save(trainer, recipe, rendering, out)
     shutil.rmtree(checkpoints)
-    log = [entry for entry in trainer.state.log_history if "loss" in entry][-RECENT:]
-    means = {f"training_{name}": float(np.mean([entry[name] for entry in log])) for name in ("loss", "accuracy")}
-    return {"pairs": len(items), "steps": trainer.state.max_steps, **means}
+    means = {f"training_{name}": value for name, value in _recent(trainer.state).items()}
+    return {"pairs": len(tokens), "steps": trainer.state.max_steps, **means}
 
 
 def rendering_of(recipe: TrlRecipe, tokenizer: Any) -> Rendering:
@@ -93,10 +103,7 @@ def _base(recipe: TrlRecipe) -> tuple[Any, Any, list[str]]:
     """The base with one output, its tokenizer, and the names of the newly initialised modules (head, pooler)."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    path = base_folder() if recipe.base == BASE else Path(recipe.base).expanduser()
-    if (recipe.base.startswith((".", "/", "~")) or path.exists()) and not (path / "config.json").is_file():
-        raise InputError(f"The base {recipe.base} is not a model folder: it has no config.json; name one, or a hub id.")
-    name = str(path) if path.is_dir() else recipe.base
+    name = local_or_hub(recipe.base)
     torch.manual_seed(recipe.seed)
     with as_input_error(f"The base {recipe.base}"), quiet_transformers():
         model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -117,17 +124,10 @@ def _base(recipe: TrlRecipe) -> tuple[Any, Any, list[str]]:
     return model, tokenizer, sorted({key.rpartition(".")[0] for key in fresh})
 
 
-def _ids(tokens: PairTokens) -> dict[str, list[int]]:
-    return {f"{side}_ids": tokens.side(side).tolist() for side in SIDES}
-
-
 def _resume(folder: Path, identity: str) -> str | None:
-    """The newest complete checkpoint of the same training. Checkpoints of another training are deleted.
-
-    A checkpoint's ``trainer_state.json`` is written last, so a checkpoint without it is incomplete.
-    """
+    """The newest whole checkpoint of the same training. Others, and those without their last file, are deleted."""
     mark = folder / "training.json"
-    if not mark.is_file() or read_json_object(mark).get("identity") != identity:
+    if read_json(mark).get("identity") != identity:
         shutil.rmtree(folder, ignore_errors=True)
         write_json(mark, {"identity": identity})
     for path in folder.glob("checkpoint-*"):
@@ -139,36 +139,20 @@ def _resume(folder: Path, identity: str) -> str | None:
 
 def _lora(recipe: TrlRecipe, model: Any, fresh: Sequence[str]) -> Any:
     """An adapter on every linear map of the blocks. Head and pooler are trained in full and saved with it."""
-    from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
     inside = set(Trunk(model).blocks.modules())
     maps = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m in inside}
-    return LoraConfig(
-        r=recipe.rank,
-        lora_alpha=2 * recipe.rank,
-        target_modules=list(maps),
-        fan_in_fan_out=any(isinstance(m, Conv1D) for m in maps.values()),
-        modules_to_save=[name for name in fresh if name.split(".")[0] not in ("score", "classifier")],  # peft adds those
-        task_type="SEQ_CLS",
-    )
+    transposed = any(isinstance(m, Conv1D) for m in maps.values())
+    others = [name for name in fresh if name.split(".")[0] not in ("score", "classifier")]  # peft adds those
+    return recipe.lora(list(maps), fan_in_fan_out=transposed, modules_to_save=others)
 
 
-def _trainer(
-    recipe: TrlRecipe,
-    model: Any,
-    tokenizer: Any,
-    fresh: Sequence[str],
-    items: Sequence[PairTokens],
-    checkpoints: Path,
-    progress: Progress,
-) -> Any:
-    from datasets import Dataset
-    from transformers import PrinterCallback
-    from trl import RewardConfig, RewardTrainer  # type: ignore[attr-defined]
+def _arguments(recipe: TrlRecipe, checkpoints: Path) -> Any:
+    from trl import RewardConfig  # type: ignore[attr-defined]
 
     device = place("auto")
-    args = RewardConfig(
+    return RewardConfig(
         output_dir=str(checkpoints),
         per_device_train_batch_size=recipe.micro_pairs,
         gradient_accumulation_steps=recipe.batch_pairs // recipe.micro_pairs,
@@ -177,7 +161,7 @@ def _trainer(
         lr_scheduler_type="linear",
         warmup_steps=WARM_UP,
         center_rewards_coefficient=recipe.centre,
-        max_length=None,  # filtered above
+        max_length=None,  # longer pairs are left out before
         seed=recipe.seed,
         use_cpu=device == "cpu",
         bf16=has_fast_bfloat16(device),
@@ -190,16 +174,6 @@ def _trainer(
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = RewardTrainer(
-        model=model,
-        args=args,
-        train_dataset=Dataset.from_list([_ids(tokens) for tokens in items]),
-        processing_class=tokenizer,
-        peft_config=_lora(recipe, model, fresh) if recipe.method == "lora" else None,
-        callbacks=[_reporter(progress)],
-    )
-    trainer.remove_callback(PrinterCallback)  # it prints to stdout
-    return trainer
 
 
 def _reporter(progress: Progress) -> Any:
@@ -207,12 +181,17 @@ def _reporter(progress: Progress) -> Any:
 
     class Reporter(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            recent = [entry for entry in state.log_history if "loss" in entry][-RECENT:]
-            if recent:
-                loss, accuracy = (np.mean([entry[name] for entry in recent]) for name in ("loss", "accuracy"))
-                progress(state.global_step, state.max_steps, f"loss {loss:.3f}  accuracy {accuracy:.3f}")
+            if recent := _recent(state):
+                note = "  ".join(f"{name} {value:.3f}" for name, value in recent.items())
+                progress(state.global_step, state.max_steps, note)
 
     return Reporter()
+
+
+def _recent(state: Any) -> dict[str, float]:
+    """Mean loss and accuracy of the last steps; empty before the first."""
+    log = [entry for entry in state.log_history if "loss" in entry][-RECENT:]
+    return {name: float(np.mean([entry[name] for entry in log])) for name in ("loss", "accuracy") if log}
 
 
 def _save(trainer: Any, recipe: TrlRecipe, rendering: Rendering, out: Path) -> None:
@@ -225,5 +204,5 @@ def _save(trainer: Any, recipe: TrlRecipe, rendering: Rendering, out: Path) -> N
         if adapter.is_file():
             base = Path(recipe.base).expanduser()
             name = str(base.resolve()) if base.is_dir() else recipe.base
-            write_json(adapter, {**read_json_object(adapter), "base_model_name_or_path": name})
-        write_json(folder / SETTINGS_FILE, {"rendering": rendering.as_dict(), "recipe": recipe_as_dict(recipe)})
+            write_json(adapter, {**read_json(adapter), "base_model_name_or_path": name})
+        write_json(folder / SETTINGS_FILE, {"rendering": rendering.as_dict(), "recipe": recipe.model_dump()})
