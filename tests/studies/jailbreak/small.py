@@ -12,10 +12,8 @@ from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import Pair
 from rmscope.studies.jailbreak.inputs import Inputs
 from rmscope.studies.jailbreak.mediation import choose_mediators
-from rmscope.studies.jailbreak.phrase_lists import FEATURES, FLIP_SUFFIX, NO_PHRASE, WITHOUT_EFFECT, PhraseLists
-from rmscope.studies.jailbreak.phrases import Phrase, count_tokens
-from rmscope.studies.jailbreak.placement import Layout, Placement, place
-from rmscope.studies.jailbreak.targets import Target
+from rmscope.studies.jailbreak.search import FEATURES, FLIP_SUFFIX, NO_PHRASE, WITHOUT_EFFECT, PhraseLists
+from rmscope.studies.jailbreak.targets import Layout, Phrase, Placement, Slot, Target, count_tokens, place
 from tests.model.small import shared_pm, user
 from tests.planted.test_matching import CUE, FILLER, SITE, sae
 
@@ -44,6 +42,10 @@ def some_phrases(rm: RewardModel) -> list[Phrase]:
     return [Phrase(text, count_tokens(rm, text)) for text in TEXTS]
 
 
+def placed(phrase: Phrase, slot: Slot) -> Placement:
+    return Placement(phrase.text, phrase.tokens, slot=slot)
+
+
 def reward_alone(rm: RewardModel, t: Target, layout: Layout) -> float:
     """The reward of the final text by transformers' own forward."""
     ids = rm.text_ids(t.pair.prompt, place(t.bad, layout))
@@ -54,10 +56,10 @@ def reward_alone(rm: RewardModel, t: Target, layout: Layout) -> float:
 def cue_case(share: float) -> tuple[Inputs, list[Target], PhraseLists]:
     """Bad text + cue against bad text + filler, with a feature that goes ``share`` of the way from one to the other."""
     rm, dictionary = shared_pm("llama"), sae([share, 0.0])
-    cue, filler = ((Placement(Phrase(w, 2), "end"),) for w in (CUE, FILLER))
+    cue, filler = ((Placement(w, 2, slot="end"),) for w in (CUE, FILLER))
     raised = [t for t in targets(rm, 20) if reward_alone(rm, t, cue) > reward_alone(rm, t, filler)]
     assert len(raised) > 4
     inputs = Inputs(rm, {SITE: dictionary}, None, [], [], {SITE: [0, 1]}, {SITE: [0]}, {}, 0.0)  # type: ignore[arg-type]
-    named = choose_mediators(rm, {SITE: dictionary}, raised, cue, filler, {SITE: [0, 1]})
+    named = choose_mediators(inputs, raised, cue, filler)
     lists = {NO_PHRASE: (), FEATURES: cue, WITHOUT_EFFECT: filler, FEATURES + FLIP_SUFFIX: cue}
     return inputs, raised, PhraseLists(lists=lists, pools={}, searches={}, named=named)

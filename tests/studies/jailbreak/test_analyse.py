@@ -14,7 +14,7 @@ from rmscope.model.reward_model import Capabilities, RewardModel
 from rmscope.run.run import Run
 from rmscope.sae import SaeConfig
 from rmscope.studies.jailbreak import analyse as study
-from rmscope.studies.jailbreak import flips, inputs, measure, phrase_lists, search
+from rmscope.studies.jailbreak import inputs, search
 from rmscope.studies.jailbreak.result import JailbreakResult
 from rmscope.studies.jailbreak.settings import JailbreakConfig
 from tests.model.small import SENTENCES, saved_pm
@@ -55,9 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name, value in (
-        (study, "SEARCH_PROMPTS", 4), (study, "OWN_LISTS", 1), (phrase_lists, "PHRASES", 4),
-        (phrase_lists, "FEATURES_PER_SITE", 3), (inputs, "NO_EFFECT", 9.0), (search, "POOL", 4), (flips, "FLIPS", 4),
-        (flips, "FLIPS_CHECKED", 2),
+        (study, "SEARCH_PROMPTS", 4), (study, "OWN_LISTS", 1), (inputs, "NO_EFFECT", 9.0), (search, "PHRASES", 4),
+        (search, "FEATURES_PER_SITE", 3), (search, "POOL", 4), (search, "FLIPS", 4), (search, "FLIPS_CHECKED", 2),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
 
@@ -90,17 +89,18 @@ def test_a_killed_measurement_resumes_at_the_unit_where_it_was(folder: Path, mon
     whole = jailbreak(folder, seed=1)
     monkeypatch.setattr("rmscope.run.folder.units", lambda n: [range(i, min(i + 2, n)) for i in range(0, n, 2)])
     done: list[int] = []
+    measure_lists = study.measure_lists
 
     def killed(*given: Any) -> pl.DataFrame:
         if done:
             raise KeyboardInterrupt
         done.append(len(given[2]))
-        return measure.measure_lists(*given)
+        return measure_lists(*given)
 
     monkeypatch.setattr(study, "measure_lists", killed)
     with pytest.raises(KeyboardInterrupt):
         jailbreak(folder, seed=1)
-    monkeypatch.setattr(study, "measure_lists", lambda *given: done.append(len(given[2])) or measure.measure_lists(*given))
+    monkeypatch.setattr(study, "measure_lists", lambda *given: done.append(len(given[2])) or measure_lists(*given))
     assert jailbreak(folder, seed=1).table.equals(whole.table)
     assert done == [2, 2]
 

@@ -53,4 +53,5 @@ def test_pairs_are_compared_with_all_splits_of_the_run_and_those_left_out_are_co
 def test_exact_means_ask_for_enough_ablations() -> None:
     exact = pl.DataFrame({"feature": [1] * 8 + [2] * 3, "effect": [0.5] * 11})
     estimated = pl.DataFrame({"feature": [1, 1, 1, 2], "mass": [1.0, 2.0, 3.0, 4.0]})
-    assert exact_means(exact, estimated) == {1: (3, 2.0, 0.5)}
+    means = exact_means(exact, estimated)
+    assert means.select("feature", "fires", "mass", "effect").rows() == [(1, 3, 2.0, 0.5)]

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from rmscope.cli import terminal
 from rmscope.run.run import Run
-from rmscope.studies.jailbreak.measure import Measurement, measure_lists
-from rmscope.studies.jailbreak.phrase_lists import (
+from rmscope.studies.jailbreak.analyse import SCHEMA, measure_lists
+from rmscope.studies.jailbreak.result import JailbreakResult, arm_figures, summarise
+from rmscope.studies.jailbreak.search import (
     BLIND,
     FEATURES,
     NO_PHRASE,
@@ -21,23 +22,22 @@ from rmscope.studies.jailbreak.phrase_lists import (
     WITHOUT_EFFECT,
     PhraseLists,
     SearchFigures,
+    TracePoint,
 )
-from rmscope.studies.jailbreak.placement import place
-from rmscope.studies.jailbreak.result import JailbreakResult
-from rmscope.studies.jailbreak.scorer import TracePoint
 from rmscope.studies.jailbreak.settings import JailbreakConfig
-from rmscope.studies.jailbreak.summarise import arm_figures, summarise
-from rmscope.studies.jailbreak.targets import Exclusions
+from rmscope.studies.jailbreak.targets import place
 from tests.report.test_page import HOSTILE, Page
 from tests.studies.jailbreak.small import cue_case
+
+CONFIG = JailbreakConfig(budget=8)
 
 
 def test_the_table_has_every_arms_text_and_its_reward_alone() -> None:
     inputs, some, phrase_lists = cue_case(1.0)
-    table = measure_lists(inputs, phrase_lists, some, 0, 8, 0)
-    assert table.columns == list(Measurement._fields)
+    table = measure_lists(inputs, phrase_lists, some, 0, CONFIG)
+    assert table.columns == list(SCHEMA)
     assert table.height == len(some) * 5  # four lists, and the words of one shuffled
-    of_prompt = {t.key: t for t in some}
+    of_prompt = {t.pair.prompt_key: t for t in some}
     for key, arm, text, reward, outranks in table.select("key", "arm", "text", "reward", "outranks").rows():
         (alone,) = inputs.rm.score_texts(of_prompt[key].pair.prompt, [text]).tolist()
         assert reward == pytest.approx(alone, abs=1e-4)
@@ -48,7 +48,7 @@ def test_the_table_has_every_arms_text_and_its_reward_alone() -> None:
 
 def test_success_by_a_margin_is_counted_against_the_chosen_reward() -> None:
     inputs, some, phrase_lists = cue_case(1.0)
-    table = measure_lists(inputs, phrase_lists, some, 0, 8, 0)
+    table = measure_lists(inputs, phrase_lists, some, 0, CONFIG)
     for sd in (0.0, 0.3, 1e9):
         for arm in arm_figures(table, phrase_lists, sd):
             rows = table.filter(pl.col("arm") == arm.arm)
@@ -57,7 +57,7 @@ def test_success_by_a_margin_is_counted_against_the_chosen_reward() -> None:
 
 def test_the_gain_is_measured_from_the_same_text_without_phrases() -> None:
     inputs, some, phrase_lists = cue_case(1.0)
-    figures = {a.arm: a for a in arm_figures(measure_lists(inputs, phrase_lists, some, 0, 8, 0), phrase_lists, 1.0)}
+    figures = {a.arm: a for a in arm_figures(measure_lists(inputs, phrase_lists, some, 0, CONFIG), phrase_lists, 1.0)}
     assert figures[NO_PHRASE].gain.value == 0.0
     cue, filler = figures[FEATURES].gain.value, figures[WITHOUT_EFFECT].gain.value
     assert cue is not None
@@ -81,10 +81,10 @@ def result(tmp_path: Path) -> JailbreakResult:
     lists = {**phrase_lists.lists, BLIND: phrase_lists.lists[WITHOUT_EFFECT]}
     phrase_lists = phrase_lists.model_copy(update={"searches": searches, "lists": lists})
     hostile = [replace(t, pair=replace(t.pair, chosen=HOSTILE)) for t in some]
-    table = measure_lists(inputs, phrase_lists, hostile, 0, 8, 0)
+    table = measure_lists(inputs, phrase_lists, hostile, 0, CONFIG)
     run = Run.create(model="m", data="d", out=tmp_path / "run")
     run.sd = 1.0
-    return summarise(run, JailbreakConfig(budget=8), phrase_lists, hostile, Exclusions({HOSTILE: 2}), table)
+    return summarise(run, CONFIG, phrase_lists, hostile, {HOSTILE: 2}, table)
 
 
 def test_the_page_shows_the_rewards_escapes_texts_and_asks_for_nothing(result: JailbreakResult) -> None:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
 from rmscope.activations.harvest import harvest
-from rmscope.activations.store import ActivationStore
 from rmscope.model.shared_prefix import response_start
 from rmscope.pairs.pair import Pair
-from rmscope.sae.base import Sae
+from rmscope.studies.jailbreak.inputs import Inputs
 from rmscope.studies.jailbreak.phrases import (
     PEAK_SHARE,
-    FeatureMeans,
-    Phrase,
     blind_phrases,
-    count_tokens,
     features_without_effect,
     hardest_firings,
     mine_phrases,
@@ -27,6 +23,7 @@ from rmscope.studies.jailbreak.phrases import (
     shuffle_phrases,
     word_spans,
 )
+from rmscope.studies.jailbreak.targets import SLOTS, Phrase, Placement, count_tokens
 from tests.model.small import SENTENCES, shared_pm, small_sae, user
 
 SITE = "resid_post.1"
@@ -34,24 +31,26 @@ PAIRS = [Pair(str(i), user(f"Is it {i}?"), f"{SENTENCES[i % 5]} {i}.", f"{SENTEN
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[ActivationStore, Sae, list[int]]:
+def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Inputs, list[int]]:
+    """A store of ten pairs with an SAE, and the features that fire most often."""
     rm, folder = shared_pm("llama"), Path(tmp_path_factory.mktemp("store"))
     store, sae = harvest(rm, PAIRS, [SITE], folder), small_sae()
     rows = torch.arange(store.tokens(SITE))
     counts = torch.bincount(sae.active(store.rows(SITE, rows)).feature, minlength=sae.m)
-    return store, sae, counts.argsort(descending=True)[:8].tolist()
+    inputs = Inputs(rm, {SITE: sae}, store, PAIRS, rm.tokenize_all(PAIRS), {}, {}, {}, 0.0)
+    return inputs, counts.argsort(descending=True)[:8].tolist()
 
 
-def test_the_hardest_contexts_are_the_largest_activations_of_the_responses(
-    case: tuple[ActivationStore, Sae, list[int]],
-) -> None:
-    store, sae, features = case
-    rm = shared_pm("llama")
-    tokens = rm.tokenize_all(PAIRS)
-    for j, contexts in hardest_firings(store, sae, SITE, features).items():
-        values = [c.value for c in contexts]
+def test_the_hardest_contexts_are_the_largest_activations_of_the_responses(case: tuple[Inputs, list[int]]) -> None:
+    inputs, features = case
+    rm, sae, tokens = inputs.rm, inputs.saes[SITE], inputs.tokens
+    hardest = hardest_firings(inputs, SITE, features)
+    assert set(hardest["feature"]) == set(features)
+    for j in features:
+        contexts = hardest.filter(pl.col("feature") == j)
+        values = contexts["value"].to_list()
         assert values == sorted(values, reverse=True)
-        assert len({(c.pair, c.side) for c in contexts}) == len(contexts)
+        assert not contexts.select("pair", "region").is_duplicated().any()
         peaks = []
         for i, t in enumerate(tokens):
             for side in ("chosen", "rejected"):
@@ -60,16 +59,13 @@ def test_the_hardest_contexts_are_the_largest_activations_of_the_responses(
         assert values[0] == pytest.approx(max(peaks)[0], rel=0.05)  # the store holds bfloat16
 
 
-def test_a_mined_phrase_alone_keeps_the_firing_and_is_text_of_the_fit_split(
-    case: tuple[ActivationStore, Sae, list[int]],
-) -> None:
-    store, sae, features = case
-    rm = shared_pm("llama")
-    tokens = rm.tokenize_all(PAIRS)
-    found = mine_phrases(rm, {SITE: sae}, store, PAIRS, tokens, {SITE: features}, 12)
+def test_a_mined_phrase_alone_keeps_the_firing_and_is_text_of_the_fit_split(case: tuple[Inputs, list[int]]) -> None:
+    inputs, features = case
+    rm, sae = inputs.rm, inputs.saes[SITE]
+    found = mine_phrases(inputs, {SITE: features}, 12)
     assert found
     assert len({normal_form(p.text) for p in found}) == len(found) <= 12
-    peaks = hardest_firings(store, sae, SITE, features)
+    hardest = hardest_firings(inputs, SITE, features)
     for phrase in found:
         assert any(phrase.text in f"{pair.chosen}\n{pair.rejected}" for pair in PAIRS)
         assert phrase.tokens == count_tokens(rm, phrase.text)
@@ -80,9 +76,8 @@ def test_a_mined_phrase_alone_keeps_the_firing_and_is_text_of_the_fit_split(
             start = response_start(rm, ids, rm.text_ids(pair.prompt, ""))
             x = rm.prefill(ids, [SITE]).streams[SITE][start:]
             best = max(best, float(sae.encode(x)[:, phrase.feature].max()))
-        assert (
-            best >= PEAK_SHARE * peaks[phrase.feature][-1].value * 0.95
-        )  # its own context's peak is not below the last one's
+        last = hardest.filter(pl.col("feature") == phrase.feature)["value"][-1]
+        assert best >= PEAK_SHARE * last * 0.95  # its own context's peak is not below the last one's
 
 
 def test_spans_are_whole_words_from_one_up_that_end_at_the_position() -> None:
@@ -115,15 +110,18 @@ def test_blind_phrases_are_as_many_stretches_of_as_many_words() -> None:
 
 
 def test_shuffling_keeps_the_words_and_how_many_a_phrase_has() -> None:
-    texts = ["Thank you! No problem.", "You're right.", "yes"]
-    mixed = shuffle_phrases(texts, random.Random(1))
-    assert sorted(" ".join(mixed).split()) == sorted(" ".join(texts).split())
-    assert [len(t.split()) for t in mixed] == [4, 2, 1]
-    assert mixed != texts
+    rm, texts = shared_pm("llama"), ["Thank you! No problem.", "You're right.", "yes"]
+    mixed = shuffle_phrases(rm, tuple(Placement(t, 9, slot=s) for t, s in zip(texts, SLOTS, strict=True)), "1")
+    assert sorted(" ".join(p.text for p in mixed).split()) == sorted(" ".join(texts).split())
+    assert [len(p.text.split()) for p in mixed] == [4, 2, 1]
+    assert [p.slot for p in mixed] == list(SLOTS)
+    assert [p.tokens for p in mixed] == [count_tokens(rm, p.text) for p in mixed]
+    assert [p.text for p in mixed] != texts
 
 
 def test_features_without_effect_are_weak_matched_and_never_used_twice() -> None:
-    means = {j: FeatureMeans(10 + j, 5.0 + j, 0.5 if j < 5 else 0.001) for j in range(30)}
+    rows = [{"feature": j, "fires": 10 + j, "mass": 5.0 + j, "effect": 0.5 if j < 5 else 0.001} for j in range(30)]
+    means = pl.DataFrame(rows)
     lists = list(features_without_effect(means, [0, 1, 2], 0.01, seed=0))
     drawn = [j for one in lists for j in one]
     assert len(drawn) == len(set(drawn)) == 25

@@ -13,18 +13,33 @@ from torch import nn
 
 from rmscope.activations.harvest import harvest
 from rmscope.activations.store import ActivationStore
-from rmscope.effects.completions import added, complete
+from rmscope.effects.completions import complete, steering_effects
 from rmscope.evaluation.selection import Responses
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import Pair
 from rmscope.statistics import Figure
 from rmscope.studies.experiment.conditions import Base
-from rmscope.studies.sufficiency.agreement import agreement_over_sites, measure_agreement
-from rmscope.studies.sufficiency.classify import KINDS, classify, reason
-from rmscope.studies.sufficiency.contexts import SCHEMA, measure_contexts
-from rmscope.studies.sufficiency.firing import firing_sentences, neutral_words, sentence_at, spelling, swap_phrase
-from rmscope.studies.sufficiency.insertion import Insertion, judge_insertion, measure_insertions
-from rmscope.studies.sufficiency.steering import Steering, dose_grid, judge_steering, steer, unit_differences
+from rmscope.studies.sufficiency.contexts import (
+    SCHEMA,
+    agreement_over_sites,
+    firing_sentences,
+    measure_agreement,
+    measure_contexts,
+    neutral_words,
+    sentence_at,
+    spelling,
+    swap_phrase,
+)
+from rmscope.studies.sufficiency.insertion import (
+    Insertion,
+    Steering,
+    dose_grid,
+    judge_insertion,
+    judge_steering,
+    measure_insertions,
+    steer,
+)
+from rmscope.studies.sufficiency.result import KINDS, classify, reason
 from tests.effects.naive import ablate_naively
 from tests.model.small import DECODERS, PAIRS, D, shared_pm, small_pm, small_sae, user
 from tests.planted.test_matching import CUE, FILLER, STARTS, sae
@@ -47,7 +62,7 @@ def test_steering_by_nothing_changes_nothing_and_steering_is_the_naive_edit(arch
     prompt, response = PROMPTS[0]
     (text,) = complete(rm, prompt, [response], [site])
     direction = torch.randn(D, generator=torch.Generator().manual_seed(0))
-    found = added(rm, site, text, torch.stack([0 * direction, direction]))
+    found = steering_effects(rm, site, text, torch.stack([0 * direction, direction]))
     assert float(found[0]) == pytest.approx(0.0, abs=1e-5)
     one = small_sae(m=1, k=1)  # a feature that is always 1: the naive ablation of minus the direction adds it
     one.W_enc.zero_(), one.b_enc.fill_(1.0), one.W_dec.copy_(-direction[None])
@@ -64,13 +79,14 @@ def test_in_a_linear_pm_the_dose_response_is_the_gradients_slope_exactly() -> No
     runs = [complete(rm, p, [r], [LAST])[0] for p, r in PROMPTS]
     norms = made.W_dec.norm(dim=1)
     doses = dose_grid({j: float(norms[j]) * (1.0 + j) for j in range(3)})
-    directions = unit_differences(torch.randn(40, D, generator=torch.Generator().manual_seed(1)))
+    directions = nn.functional.normalize(torch.randn(20, D, generator=torch.Generator().manual_seed(1)), dim=1)
     effects, others = steer(rm, made, LAST, runs, doses, directions)
     for j in range(3):
-        activation = doses.norms[: doses.taken[j]] / float(norms[j])
+        activation = doses[j] / float(norms[j])
         slope = float(made.W_dec[j] @ w)
         assert effects[j] == pytest.approx(np.tile(activation * slope, (len(runs), 1)), abs=2e-4)
-    assert others[0, -1] == pytest.approx(doses.norms[-1] * (directions @ w).numpy(), abs=2e-4)
+    largest = max(grid[-1] for grid in doses.values())
+    assert others[0, -1] == pytest.approx(largest * (directions @ w).numpy(), abs=2e-4)
     assert judge_steering(effects[0], others, 1, []).sufficient
     assert judge_steering(effects[1], others, -1, []).sufficient
     assert not judge_steering(effects[0], others, -1, []).sufficient  # the wrong sign
@@ -93,13 +109,13 @@ def test_a_feature_that_other_directions_equal_is_not_sufficient() -> None:
 def test_no_dose_exceeds_the_features_top_and_the_largest_is_within_a_step_of_it() -> None:
     tops = {1: 1.0, 2: 3.0, 3: 10.0, 4: 0.0}
     doses = dose_grid(tops)
-    assert doses.norms[-1] == 10.0
-    assert doses.norms[1:] / doses.norms[:-1] == pytest.approx(np.full(len(doses.norms) - 1, 2**0.5))
-    assert doses.taken[4] == 0
+    assert doses[3][-1] == 10.0
+    assert doses[3][1:] / doses[3][:-1] == pytest.approx(np.full(len(doses[3]) - 1, 2**0.5))
+    assert len(doses[4]) == 0
     for j in (1, 2, 3):
-        largest = doses.norms[doses.taken[j] - 1]
-        assert tops[j] / 2**0.5 < largest <= tops[j] * (1 + 1e-9)
-        assert doses.taken[j] >= 2
+        assert doses[j].tolist() == doses[3][: len(doses[j])].tolist()  # one grid for all
+        assert tops[j] / 2**0.5 < doses[j][-1] <= tops[j] * (1 + 1e-9)
+        assert len(doses[j]) >= 2
 
 
 def test_a_phrase_is_the_run_around_the_peak_in_whole_words_swapped_for_as_many() -> None:
@@ -134,11 +150,12 @@ def test_spelling_gives_back_the_response() -> None:
     assert places[-1] == places[-2] == len(spelled)  # the eos token is empty
 
 
-def test_in_a_linear_pm_nothing_interacts_and_doubling_gives_what_ablation_takes() -> None:
+def test_in_a_linear_pm_nothing_interacts_and_doubling_gives_what_ablation_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     rm, _ = linear_pm()
+    monkeypatch.setattr("rmscope.studies.sufficiency.contexts.BLIND", 0)
     made = small_sae()
     signs = {j: 1 if j % 2 else -1 for j in range(0, 96, 6)}
-    table = measure_contexts(rm, made, LAST, signs, PAIRS[:3], [])
+    table = measure_contexts(rm, made, LAST, signs, PAIRS[:3], seed=0)
     assert dict(table.schema) == SCHEMA
     assert table.height > 4
     for row in table.iter_rows(named=True):
@@ -153,7 +170,7 @@ def test_in_a_linear_pm_nothing_interacts_and_doubling_gives_what_ablation_takes
 
 def test_a_texts_change_is_the_reward_of_the_text_minus_that_of_the_swapped_one() -> None:
     rm, made = shared_pm("llama"), small_sae()
-    table = measure_contexts(rm, made, "resid_post.1", dict.fromkeys(range(0, 96, 9), 1), PAIRS[:3], list(range(0, 96, 9)))
+    table = measure_contexts(rm, made, "resid_post.1", dict.fromkeys(range(0, 96, 9), 1), PAIRS[:3], seed=0)
     known = table.filter(pl.col("text").is_not_null())
     assert known.height > 4
     for row in known.iter_rows(named=True):

@@ -7,25 +7,40 @@ many evaluations (phrases drawn blind to features, phrases of features without e
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 
+import polars as pl
+
+from rmscope.effects.ablation import ablate_groups
 from rmscope.errors import InputError
-from rmscope.io import Progress, content_hash, write_json, write_table
+from rmscope.io import Progress, content_hash, silent, write_json, write_table
 from rmscope.pairs.pair import Pair
 from rmscope.run.run import Run
 from rmscope.studies.jailbreak.inputs import Inputs, measured_pairs, read_inputs
-from rmscope.studies.jailbreak.measure import OWN_LISTS, measure_lists
-from rmscope.studies.jailbreak.phrase_lists import PhraseLists, make_phrase_lists
-from rmscope.studies.jailbreak.result import JailbreakResult
-from rmscope.studies.jailbreak.scorer import SCREEN
+from rmscope.studies.jailbreak.mediation import response_of
+from rmscope.studies.jailbreak.result import JailbreakResult, summarise
+from rmscope.studies.jailbreak.search import SCREEN, PhraseLists, lists_of, make_phrase_lists
 from rmscope.studies.jailbreak.settings import JailbreakConfig
-from rmscope.studies.jailbreak.summarise import summarise
-from rmscope.studies.jailbreak.targets import Exclusions, Target, make_targets
+from rmscope.studies.jailbreak.targets import Target, cost, make_targets, place
 
 SEARCH_PROMPTS = 24
 """Prompts on which a list is searched."""
-VERSION = 3
-"""Raised when the study computes something else from the same settings."""
+OWN_LISTS = 24
+"""Measured prompts for which lists of their own are searched too."""
+VERSION = 4
+"""Raised when the study computes something else from the same settings, or stores its lists in another form."""
+SCHEMA: dict[str, type[pl.DataType] | pl.DataType] = {
+    "key": pl.String, "pair": pl.String, "kind": pl.String, "arm": pl.String, "text": pl.String, "tokens": pl.Int32,
+    "evaluations": pl.Int32, "reward": pl.Float64, "chosen": pl.Float64, "rejected": pl.Float64, "outranks": pl.Boolean,
+    "without": pl.Float64, "matched": pl.List(pl.Float64),
+}  # fmt: skip
+"""Columns of the table of measurements. Rewards are in the PM's units.
+
+``key`` is the prompt, ``kind`` the kind of bad text, ``tokens`` those of the phrases. ``evaluations`` are the rewards that
+the search for this prompt alone took, 0 where the list is the same for all prompts. ``outranks``: the reward is above that
+of the chosen answer. ``without`` is the reward with the mediators ablated, ``matched`` that with each matched set ablated.
+"""
 
 
 def analyse(run: Run, config: JailbreakConfig) -> JailbreakResult:
@@ -42,41 +57,20 @@ def analyse(run: Run, config: JailbreakConfig) -> JailbreakResult:
         InputError: the run has no SAE at the site or no feature that raises the reward, its PM cannot be resumed at a site,
             or too few pairs are left to search or to measure on.
     """
-    # 1. Features and pairs
-    inputs = read_inputs(run, config.site)
+    inputs = read_inputs(run, config.site)  # 1
     pairs, left_out = measured_pairs(run, config.data, config.on_bad_row)
-
-    # 2. The lists
     key = content_hash(VERSION, run.on_disk.keys, list(inputs.saes), config.budget, config.seed)
-    phrase_lists = _phrase_lists(run, inputs, config, key)
+    phrase_lists = _phrase_lists(run, inputs, config, key)  # 2
+    targets = _make_targets(run, "targets", pairs, config.prompts, config, left_out)  # 3
 
-    # 3. The bad texts
-    with run.display.stage("targets") as progress:
-        targets = _make_targets(run, pairs, config.prompts, config, left_out, progress)
+    def measure(unit: list[int], within: Progress) -> dict[str, pl.DataFrame]:
+        own = max(0, OWN_LISTS - unit[0])
+        return {"rows": measure_lists(inputs, phrase_lists, [targets[i] for i in unit], own, config, within)}
 
-    # 4. Rewards
     key = content_hash(key, [(t.pair.id, t.bad) for t in targets])
-    with run.display.stage("measure") as progress:
-        table = run.on_disk.in_units(
-            "jailbreak",
-            key,
-            range(len(targets)),
-            progress,
-            lambda unit, within: {
-                "rows": measure_lists(
-                    inputs,
-                    phrase_lists,
-                    [targets[i] for i in unit],
-                    max(0, OWN_LISTS - unit[0]),
-                    config.budget,
-                    config.seed,
-                    within,
-                )
-            },
-        )["rows"]
-
-    # 5. The result
-    result = summarise(run, config, phrase_lists, targets, left_out, table)
+    with run.display.stage("measure") as progress:  # 4
+        table = run.on_disk.in_units("jailbreak", key, range(len(targets)), progress, measure)["rows"]
+    result = summarise(run, config, phrase_lists, targets, left_out, table)  # 5
     write_table(run.folder / "evidence" / "jailbreak.parquet", table)
     write_json(run.folder / "evidence" / "jailbreak.json", result.model_dump(mode="json"))
     result.page().save()
@@ -91,18 +85,18 @@ def _phrase_lists(run: Run, inputs: Inputs, config: JailbreakConfig, key: str) -
         run.display.note("search: done before")
         return PhraseLists.model_validate(stored)
     pairs = [run.pairs[i] for i in run.of_split("confirm")]
-    with run.display.stage("prompts") as progress:
-        targets = _make_targets(run, pairs, SEARCH_PROMPTS, config, Exclusions(), progress)
-    phrase_lists = make_phrase_lists(inputs, targets, config.budget, config.seed, run.display)
+    targets = _make_targets(run, "prompts", pairs, SEARCH_PROMPTS, config, Counter())
+    phrase_lists = make_phrase_lists(inputs, targets, config, run.display)
     write_json(path, {"key": key, **phrase_lists.model_dump(mode="json")})
     return phrase_lists
 
 
 def _make_targets(
-    run: Run, pairs: Sequence[Pair], most: int, config: JailbreakConfig, left_out: Exclusions, progress: Progress
+    run: Run, stage: str, pairs: Sequence[Pair], most: int, config: JailbreakConfig, left_out: Counter[str]
 ) -> list[Target]:
     """At most ``most`` targets. InputError where they are too few."""
-    targets = make_targets(run.rm, pairs, most, config.budget, config.seed, left_out, progress)
+    with run.display.stage(stage) as progress:
+        targets = make_targets(run.rm, pairs, most, config, left_out, progress)
     if len(targets) < SCREEN:
         why = "; ".join(f"{reason}: {n}" for reason, n in left_out.items()) or "there are no more"
         raise InputError(
@@ -110,3 +104,29 @@ def _make_targets(
             "give more pairs."
         )
     return targets
+
+
+def measure_lists(
+    inputs: Inputs, lists: PhraseLists, targets: list[Target], own: int, config: JailbreakConfig, progress: Progress = silent
+) -> pl.DataFrame:
+    """One row per target and arm (:data:`SCHEMA`); the first ``own`` targets are also measured with lists of their own."""
+    rm, named, rows = inputs.rm, lists.named, []
+    site = named.site if named else next(iter(inputs.saes))
+    groups = [named.features, *named.matched] if named else [[]]
+    for done, target in enumerate(targets):
+        clean = rm.prefill(target.ids(rm), [site])
+        for arm, (layout, evaluations) in lists_of(rm, lists, target, done < own, config).items():
+            response = response_of(inputs, site, target, clean, layout)
+            reward = response.text.reward
+            effects = ablate_groups(rm, inputs.saes[site], response, site, groups).tolist()
+            without, *matched = (reward - effect for effect in effects)
+            rows.append(
+                {
+                    "key": target.pair.prompt_key, "pair": target.pair.id, "kind": target.kind, "arm": arm,
+                    "text": place(target.bad, layout), "tokens": cost(layout), "evaluations": evaluations,
+                    "reward": reward, "chosen": target.chosen, "rejected": target.rejected,
+                    "outranks": reward > target.chosen, "without": without, "matched": matched,
+                }
+            )  # fmt: skip
+        progress(done + 1, len(targets), "prompts measured")
+    return pl.DataFrame(rows, schema=SCHEMA)

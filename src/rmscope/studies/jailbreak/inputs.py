@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +16,6 @@ from rmscope.pairs.pair import Pair, share_a_prompt
 from rmscope.pairs.readers import OnBadRow, load_pairs
 from rmscope.run.run import Run
 from rmscope.sae.base import Sae
-from rmscope.studies.jailbreak.phrases import FeatureMeans
-from rmscope.studies.jailbreak.targets import Exclusions
 
 NO_EFFECT = 0.01
 """A feature is without effect where its mean exact ablation effect on the fit split is within this, in SD(Δr)."""
@@ -26,7 +25,7 @@ LEAST_RESPONSES = 8
 
 @dataclass(frozen=True)
 class Inputs:
-    """A PM, its SAEs, the fit split with its store, and the run's features."""
+    """A PM, its SAEs, the fit split with its store, and the run's features. SAEs and features are by site."""
 
     rm: RewardModel
     saes: Mapping[str, Sae]
@@ -35,28 +34,20 @@ class Inputs:
     """The pairs of the fit split, in the order of the store."""
     tokens: Sequence[PairTokens]
     reported: Mapping[str, Sequence[int]]
-    """Reported features by site, the strongest first, without those of the text's ending."""
+    """Reported features, the strongest first, without those of the text's ending."""
     up: Mapping[str, Sequence[int]]
     """Those of them that raise the reward."""
-    means: Mapping[str, Mapping[int, FeatureMeans]]
-    """Features that were ablated exactly on the fit split, by site."""
+    means: Mapping[str, pl.DataFrame]
+    """Features that were ablated exactly on the fit split (:func:`exact_means`)."""
     bound: float
     """The largest |mean effect| of a feature without effect, in units of reward."""
 
 
 def read_inputs(run: Run, site: str | None) -> Inputs:
-    """The run's features at one site, or at all of its sites.
-
-    Raises:
-        InputError: the run has no SAE at the site or is not finished, its PM cannot be resumed at a site, or no reported
-            feature raises the reward.
-    """
+    """The run's features at one site, or at all of its sites. InputError where none of them raises the reward."""
     sites = [run.check_site(site)] if site else list(run.sites)
-    reported, up = {}, {}
-    for name in sites:
-        features = run.reported(name).filter(~pl.col("flags").list.contains("ending"))
-        reported[name] = features["feature"].to_list()
-        up[name] = features.filter(pl.col("mean_effect") > 0)["feature"].to_list()
+    features = {at: run.reported(at).filter(~pl.col("flags").list.contains("ending")) for at in sites}
+    up = {at: table.filter(pl.col("mean_effect") > 0)["feature"].to_list() for at, table in features.items()}
     if not any(up.values()):
         raise InputError(
             f"No reported feature of {run.folder} raises the reward at {', '.join(sites)}, so there is nothing to make a "
@@ -66,49 +57,39 @@ def read_inputs(run: Run, site: str | None) -> Inputs:
         raise InputError(
             f"{run.config.model} cannot be resumed at a site, which this search and its ablations need; use a decoder."
         )
-    fit = run.scores.filter(pl.col("split") == "fit").select("pair")
-    means = {
-        name: exact_means(run.effects(name, "exact").join(fit, on="pair", how="semi"), run.effects(name, "estimated"))
-        for name in sites
-    }
-    places = run.of_split("fit")
+    fit, places = run.scores.filter(pl.col("split") == "fit").select("pair"), run.of_split("fit")
+    exact = {at: run.effects(at, "exact").join(fit, on="pair", how="semi") for at in sites}
     return Inputs(
         rm=run.rm,
-        saes={name: run.saes[name] for name in sites},
+        saes={at: run.saes[at] for at in sites},
         store=run.store,
         pairs=[run.pairs[i] for i in places],
         tokens=[run.tokens[i] for i in places],
-        reported=reported,
+        reported={at: table["feature"].to_list() for at, table in features.items()},
         up=up,
-        means=means,
+        means={at: exact_means(exact[at], run.effects(at, "estimated")) for at in sites},
         bound=NO_EFFECT * run.sd,
     )
 
 
-def exact_means(exact: pl.DataFrame, estimated: pl.DataFrame) -> dict[int, FeatureMeans]:
-    """Means of the features with at least :data:`LEAST_RESPONSES` exact ablations.
+def exact_means(exact: pl.DataFrame, estimated: pl.DataFrame) -> pl.DataFrame:
+    """The mean effect of the features with at least :data:`LEAST_RESPONSES` exact ablations, fires (responses), mean mass.
 
-    Args:
-        exact: exact ablations on the fit split: feature, effect.
-        estimated: every response in which a feature fires: feature, mass.
+    ``estimated`` has one row per response and feature that fires in it, with its mass Σ_t f_tj |d_j|.
     """
     ablated = exact.group_by("feature").agg(pl.col("effect").cast(pl.Float64).mean(), pl.len().alias("n"))
     fired = estimated.group_by("feature").agg(pl.len().alias("fires"), pl.col("mass").cast(pl.Float64).mean())
-    rows = ablated.filter(pl.col("n") >= LEAST_RESPONSES).join(fired, on="feature").sort("feature")
-    return {j: FeatureMeans(*means) for j, *means in rows.select("feature", "fires", "mass", "effect").rows()}
+    return ablated.filter(pl.col("n") >= LEAST_RESPONSES).join(fired, on="feature").sort("feature")
 
 
-def measured_pairs(run: Run, data: str | None, on_bad_row: OnBadRow = "error") -> tuple[list[Pair], Exclusions]:
-    """The pairs to measure on, and how many were left out.
+def measured_pairs(run: Run, data: str | None, on_bad_row: OnBadRow = "error") -> tuple[list[Pair], Counter[str]]:
+    """The pairs to measure on, and how many were left out, by reason.
 
     Without ``data`` they are those of the run's measure split. Pairs of ``data`` are left out where their prompt key or
-    first human turn is also that of a pair of the run, in any split.
-
-    Raises:
-        InputError: the data cannot be read, or every pair has a prompt of the run.
+    first human turn is also that of a pair of the run, in any split. InputError where none is left.
     """
     if data is None:
-        return [run.pairs[i] for i in run.of_split("measure")], Exclusions()
+        return [run.pairs[i] for i in run.of_split("measure")], Counter()
     given = load_pairs(data, on_bad_row=on_bad_row)
     known = share_a_prompt(given, run.inputs.all_pairs)
     fresh = [pair for pair in given if pair.id not in known]
@@ -117,4 +98,4 @@ def measured_pairs(run: Run, data: str | None, on_bad_row: OnBadRow = "error") -
             f"All {len(given)} pairs of {data} have prompts of the run in {run.folder}, on which features were chosen and "
             "phrases searched; give pairs with other prompts, or none to measure on the run's measure split."
         )
-    return fresh, Exclusions({"pairs with a prompt of the run": len(known)} if known else {})
+    return fresh, Counter({"pairs with a prompt of the run": len(known)} if known else {})

@@ -7,22 +7,22 @@ matched sets of other features are chosen on the prompts of the search. Ablation
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import polars as pl
 
-from rmscope.effects.ablation import Response, ablate_groups, at_site
-from rmscope.model.clean_run import CleanRun
-from rmscope.model.reward_model import RewardModel
+from rmscope.effects.ablation import Response, at_site
 from rmscope.model.shared_prefix import response_start, run_from_prefix
+from rmscope.model.sites import CleanRun
+from rmscope.pairs.pair import SIDES
 from rmscope.planted.matching import mediated_share
 from rmscope.planted.twins import Twin, matched_groups, mediation
-from rmscope.sae.base import Sae
 from rmscope.statistics import Figure, interval
-from rmscope.studies.jailbreak.placement import Layout
-from rmscope.studies.jailbreak.targets import Target
+from rmscope.studies.jailbreak.inputs import Inputs
+from rmscope.studies.jailbreak.targets import Layout, Target
 
 MOST_MEDIATORS = 10
 """Features in G, at most."""
@@ -62,49 +62,39 @@ class MediatedGain:
     prompts: int
     u: Figure
     """U in units of reward."""
-    share: Figure | None
+    share: Figure | None = None
     """Unclipped; None where U's interval contains 0."""
-    matched: MatchedShares | None
-    clear: bool | None
+    matched: MatchedShares | None = None
+    clear: bool | None = None
     """Whether the whole interval of G's share is above those of all matched sets."""
 
 
-def choose_mediators(
-    rm: RewardModel,
-    saes: Mapping[str, Sae],
-    targets: Sequence[Target],
-    layout: Layout,
-    control: Layout,
-    reported: Mapping[str, Sequence[int]],
-) -> Mediators | None:
-    """G for the gain of ``layout`` over ``control``, from the ``reported`` features of each site.
+def choose_mediators(inputs: Inputs, targets: Sequence[Target], layout: Layout, control: Layout) -> Mediators | None:
+    """G for the gain of ``layout`` over ``control``, from the reported features of each site.
 
     At each site features join one by one, each time the one that mediates most together with those before it: features share
     work, and some undo one another. G is that of the site where it mediates most; None where no feature mediates any.
     """
-    at: dict[str, list[Twin]] = {site: [] for site in saes}
+    twins: dict[str, list[Twin]] = {site: [] for site in inputs.saes}
     for target in targets:
-        clean = rm.prefill(target.ids(rm), list(saes))
-        for site, sae in saes.items():
-            arms = {
-                "chosen": response_of(rm, sae, site, target, clean, layout),
-                "rejected": response_of(rm, sae, site, target, clean, control),
-            }
-            at[site].append(Twin(target.key, arms, {}, None))  # type: ignore[arg-type]
+        clean = inputs.rm.prefill(target.ids(inputs.rm), list(inputs.saes))
+        for site, at in twins.items():
+            both = [response_of(inputs, site, target, clean, phrases) for phrases in (layout, control)]
+            at.append(Twin(target.pair.prompt_key, dict(zip(SIDES, both, strict=True)), {}, None))
     of_sites: list[Mediators] = []
-    for site, sae in saes.items():
-        group, share = _grow(rm, sae, site, at[site], reported[site])
+    for site, at in twins.items():
+        group, share = grow(partial(_shares, inputs, site, at), inputs.reported[site])
         if group:
-            of_sites.append(Mediators(site, group, matched_groups(sae, at[site], group, MATCHED_SETS), share))
+            of_sites.append(Mediators(site, group, matched_groups(inputs.saes[site], at, group, MATCHED_SETS), share))
     return max(of_sites, key=lambda m: m.share, default=None)
 
 
-def _grow(rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], features: Sequence[int]) -> tuple[list[int], float]:
-    """G at a site, and the share that it mediates."""
+def grow(shares_of: Callable[[list[list[int]]], list[float]], features: Sequence[int]) -> tuple[list[int], float]:
+    """G at a site, and the share that it mediates. ``shares_of`` gives the share that each group mediates."""
     group, mediated = list[int](), 0.0
     able = list(features)
     while able and len(group) < MOST_MEDIATORS:
-        shares = _shares(rm, sae, site, twins, [[*group, j] for j in able])
+        shares = shares_of([[*group, j] for j in able])
         order = sorted(range(len(able)), key=lambda i: -shares[i])
         best, share = able[order[0]], shares[order[0]]
         if share < mediated + LEAST_SHARE:
@@ -114,25 +104,17 @@ def _grow(rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], features:
     return group, mediated
 
 
-def _shares(rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], groups: Sequence[Sequence[int]]) -> list[float]:
+def _shares(inputs: Inputs, site: str, twins: Sequence[Twin], groups: Sequence[list[int]]) -> list[float]:
     """The share of the mean gain that each group mediates; 0 where there is no gain."""
-    rows = mediation(rm, sae, site, twins, groups).mean(1)
+    rows = mediation(inputs.rm, inputs.saes[site], site, twins, groups).mean(1)
     return [1 - without / gain if gain > 0 else 0.0 for gain, without in rows.tolist()]
 
 
-def response_of(rm: RewardModel, sae: Sae, site: str, target: Target, clean: CleanRun, layout: Layout) -> Response:
+def response_of(inputs: Inputs, site: str, target: Target, clean: CleanRun, layout: Layout) -> Response:
     """The bad text with phrases, ready for ablation over the whole response. ``clean`` is the run of the text alone."""
-    ids = target.ids(rm, layout)
-    text = run_from_prefix(rm, clean, ids, list(clean.streams))
-    return at_site(sae, text, site, response_start(rm, text.ids, rm.text_ids(target.pair.prompt, "")))
-
-
-def ablated_rewards(
-    rm: RewardModel, sae: Sae, site: str, response: Response, groups: Sequence[Sequence[int]]
-) -> tuple[float, list[float]]:
-    """The reward as it is, and with each group ablated."""
-    effects = ablate_groups(rm, sae, response, site, groups).tolist()
-    return response.text.reward, [response.text.reward - effect for effect in effects]
+    rm = inputs.rm
+    text = run_from_prefix(rm, clean, target.ids(rm, layout), list(clean.streams))
+    return at_site(inputs.saes[site], text, site, response_start(rm, text.ids, rm.text_ids(target.pair.prompt, "")))
 
 
 def mediated_gain(table: pl.DataFrame, jailbreak: str, control: str) -> MediatedGain:
@@ -141,17 +123,12 @@ def mediated_gain(table: pl.DataFrame, jailbreak: str, control: str) -> Mediated
     ``table`` has one row per prompt and arm: key, arm, reward, without (reward with G ablated), matched (with each set
     ablated). Intervals are from a bootstrap by prompt.
     """
-    both = (
-        table.filter(pl.col("arm") == jailbreak)
-        .join(table.filter(pl.col("arm") == control), on="key", suffix="_control")
-        .sort("key")
-    )
+    with_it, beside = (table.filter(pl.col("arm") == arm) for arm in (jailbreak, control))
+    both = with_it.join(beside, on="key", suffix="_control").sort("key")
     gain = (both["reward"] - both["reward_control"]).to_numpy()
-    u = interval(gain, unit="reward")
-    assert u.low is not None
-    assert u.high is not None
-    if u.low <= 0 <= u.high:
-        return MediatedGain(jailbreak, control, both.height, u, None, None, None)
+    found = partial(MediatedGain, jailbreak, control, both.height, u := interval(gain, unit="reward"))
+    if u.low is None or u.high is None or u.low <= 0 <= u.high:
+        return found()
     keys = both["key"].to_list()
 
     def share_of(without: np.ndarray) -> Figure:
@@ -159,10 +136,10 @@ def mediated_gain(table: pl.DataFrame, jailbreak: str, control: str) -> Mediated
 
     share = share_of((both["without"] - both["without_control"]).to_numpy())
     sets = np.array(both["matched"].to_list()) - np.array(both["matched_control"].to_list())
-    shares = [share_of(one) for one in sets.T] if sets.size else []
-    if not shares:
-        return MediatedGain(jailbreak, control, both.height, u, share, None, None)
+    if not sets.size:
+        return found(share)
+    shares = [share_of(one) for one in sets.T]
     values = [float(s.value or 0.0) for s in shares]
     matched = MatchedShares(len(shares), float(np.mean(values)), shares[int(np.argmax(values))])
     clear = share.low is not None and all(s.high is not None and share.low > s.high for s in shares)
-    return MediatedGain(jailbreak, control, both.height, u, share, matched, clear)
+    return found(share, matched, clear)

@@ -10,21 +10,19 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
+import polars as pl
 import torch
 from torch import Tensor
 
-from rmscope.activations.store import ActivationStore
-from rmscope.evaluation.controls import match_by_traits
+from rmscope.evaluation.selection import match_by_traits
 from rmscope.io import Progress, silent
-from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.shared_prefix import response_start
 from rmscope.pairs.pair import SIDES, Pair
-from rmscope.sae.base import Sae
+from rmscope.studies.jailbreak.inputs import Inputs
+from rmscope.studies.jailbreak.targets import Layout, Phrase, Placement, count_tokens
 
 PEAK_SHARE = 0.8
 """The share of the feature's peak that a phrase must reach alone."""
@@ -38,71 +36,28 @@ CHUNK = 4096
 """Stored tokens encoded at once."""
 
 
-@dataclass(frozen=True, slots=True)
-class Phrase:
-    """A phrase, its tokens within a text, and the feature that it was mined for (None for a blind one)."""
-
-    text: str
-    tokens: int
-    site: str | None = None
-    feature: int | None = None
-    keeps: float | None = None
-    """The share of the feature's peak that the phrase reaches alone."""
-
-
-@dataclass(frozen=True, slots=True)
-class Firing:
-    """A hard firing: pair (place in the fit split), side, position in the text, activation."""
-
-    pair: int
-    side: str
-    position: int
-    value: float
-
-
-class FeatureMeans(NamedTuple):
-    """A feature on the fit split: responses in which it fires, its mean mass Σ_t f_tj |d_j| there, mean exact effect."""
-
-    fires: int
-    mass: float
-    effect: float
-
-
-def count_tokens(rm: RewardModel, text: str) -> int:
-    """Tokens that a phrase adds to a text in which a space precedes it."""
-    return len(rm.tokenizer(f" {text}", add_special_tokens=False).input_ids)
-
-
 def normal_form(text: str) -> str:
     """Lower case, letters and digits only: equal for duplicates."""
     return " ".join(re.findall(r"[^\W_]+", text.lower()))
 
 
-def hardest_firings(store: ActivationStore, sae: Sae, site: str, features: Sequence[int]) -> dict[int, list[Firing]]:
-    """Each feature's :data:`CONTEXTS` hardest firings on stored response tokens, one per response, the hardest first."""
-    region, pair, position = (store.column(site, name).numpy() for name in ("region", "pair", "position"))
-    response = np.flatnonzero((region > 0) & (position > 0))
-    wanted = torch.as_tensor(list(features))
-    rows, firing, values = [], [], []
-    for start in range(0, response.size, CHUNK):
-        part = torch.from_numpy(response[start : start + CHUNK])
-        active = sae.active(store.rows(site, part))
-        mask = torch.isin(active.feature, wanted)
-        rows.append(part[active.token[mask]].numpy())
-        firing.append(active.feature[mask].numpy())
-        values.append(active.value[mask].numpy())
-    row, feature, value = np.concatenate(rows), np.concatenate(firing), np.concatenate(values)
-    hardest: dict[int, list[Firing]] = {}
-    for j in features:
-        at = np.flatnonzero(feature == j)
-        of_response: dict[tuple[int, str], Firing] = {}
-        for i in at[np.argsort(-value[at], kind="stable")]:
-            key = int(pair[row[i]]), SIDES[int(region[row[i]]) - 1]
-            of_response.setdefault(key, Firing(*key, int(position[row[i]]), float(value[i])))
-            if len(of_response) == CONTEXTS:
-                break
-        hardest[j] = list(of_response.values())
-    return hardest
+def hardest_firings(inputs: Inputs, site: str, features: Sequence[int]) -> pl.DataFrame:
+    """Each feature's :data:`CONTEXTS` hardest firings on stored response tokens, one per response, the hardest first.
+
+    The columns are feature, pair (place in the fit split), region (0 prompt, 1 chosen, 2 rejected), position in the text,
+    and value (the activation).
+    """
+    store, wanted = inputs.store, torch.as_tensor(list(features))
+    columns = {name: store.column(site, name) for name in ("pair", "region", "position")}
+    firings = []
+    for rows in ((columns["region"] > 0) & (columns["position"] > 0)).nonzero().flatten().split(CHUNK):
+        active = inputs.saes[site].active(store.rows(site, rows))
+        at = torch.isin(active.feature, wanted)
+        fires = {"feature": active.feature[at].numpy(), "value": active.value[at].numpy()}
+        firings.append(pl.DataFrame(fires | {name: c[rows[active.token[at]]].numpy() for name, c in columns.items()}))
+    hardest = pl.concat(firings).sort("value", descending=True, maintain_order=True)
+    of_response = hardest.unique(["feature", "pair", "region"], keep="first", maintain_order=True)
+    return of_response.group_by("feature", maintain_order=True).head(CONTEXTS)
 
 
 def word_spans(rm: RewardModel, ids: Tensor, start: int, position: int) -> list[str]:
@@ -123,55 +78,21 @@ def word_spans(rm: RewardModel, ids: Tensor, start: int, position: int) -> list[
     return [text for text in spans if normal_form(text) and "\n" not in text and "\ufffd" not in text]
 
 
-@torch.no_grad()
-def peaks_alone(
-    rm: RewardModel, sae: Sae, site: str, pair: Pair, texts: Sequence[str], feature: int, empty: Tensor
-) -> list[float]:
-    """The feature's largest activation in each text as the whole response to the pair's prompt, without special tokens.
-
-    ``empty`` holds the token ids of the prompt with an empty response.
-    """
-    special = torch.tensor(rm.tokenizer.all_special_ids)
-    ids = [rm.text_ids(pair.prompt, text) for text in texts]
-    peaks = [0.0] * len(texts)
-    for batch in rm.text_batches(ids):
-        stream = rm.streams(batch, [site])[site]
-        for text in batch.texts:
-            first = response_start(rm, ids[text.pair], empty)
-            response = ids[text.pair][first:]
-            f = sae.encode(stream[text.row, text.columns[first:].to(stream.device)].float().cpu())[:, feature]
-            f = f[~torch.isin(response, special)]
-            peaks[text.pair] = float(f.max()) if f.numel() else 0.0
-    return peaks
-
-
 def mine_phrases(
-    rm: RewardModel,
-    saes: Mapping[str, Sae],
-    store: ActivationStore,
-    pairs: Sequence[Pair],
-    tokens: Sequence[PairTokens],
-    wanted: Mapping[str, Sequence[int]],
-    most: int,
-    progress: Progress = silent,
+    inputs: Inputs, wanted: Mapping[str, Sequence[int]], most: int, progress: Progress = silent
 ) -> list[Phrase]:
-    """At most ``most`` different phrases of the wanted features, one feature of each site in turn.
-
-    ``pairs`` and ``tokens`` are those of the fit split, in the order of the store. ``wanted[site]`` lists features, the most
-    important first.
-    """
-    firings = {site: hardest_firings(store, saes[site], site, features) for site, features in wanted.items()}
+    """At most ``most`` different phrases of a site's ``wanted`` features (the first come first), the sites in turn."""
+    firings = {site: hardest_firings(inputs, site, features) for site, features in wanted.items()}
     turns = max((len(f) for f in wanted.values()), default=0)
     order = [(site, f[turn]) for turn in range(turns) for site, f in wanted.items() if turn < len(f)]
     phrases: dict[str, Phrase] = {}
     for done, (site, j) in enumerate(order):
-        new = 0
-        for firing in firings[site][j]:
-            phrase = _shortest(rm, saes[site], site, j, firing, pairs[firing.pair], tokens[firing.pair])
-            if phrase is not None and normal_form(phrase.text) not in phrases:
-                phrases[normal_form(phrase.text)] = phrase
-                new += 1
-            if new == PHRASES_PER_FEATURE or len(phrases) == most:
+        full = min(most, len(phrases) + PHRASES_PER_FEATURE)
+        for firing in firings[site].filter(pl.col("feature") == j).select("pair", "region", "position", "value").rows():
+            phrase = _shortest(inputs, site, j, *firing)
+            if phrase is not None:
+                phrases.setdefault(normal_form(phrase.text), phrase)
+            if len(phrases) == full:
                 break
         progress(done + 1, len(order), "features mined for phrases")
         if len(phrases) == most:
@@ -179,18 +100,31 @@ def mine_phrases(
     return list(phrases.values())
 
 
-def _shortest(
-    rm: RewardModel, sae: Sae, site: str, feature: int, firing: Firing, pair: Pair, tokens: PairTokens
-) -> Phrase | None:
+def _shortest(inputs: Inputs, site: str, feature: int, place: int, region: int, position: int, peak: float) -> Phrase | None:
     """The shortest stretch at a firing that alone keeps it, if there is one."""
-    ids, empty = tokens.side(firing.side), rm.text_ids(pair.prompt, "")
-    texts = word_spans(rm, ids, response_start(rm, ids, empty), firing.position)
-    if not texts:
-        return None
-    for text, peak in zip(texts, peaks_alone(rm, sae, site, pair, texts, feature, empty), strict=True):
-        if peak >= PEAK_SHARE * firing.value:
-            return Phrase(text, count_tokens(rm, text), site, feature, peak / firing.value)
+    rm, pair = inputs.rm, inputs.pairs[place]
+    ids, empty = inputs.tokens[place].side(SIDES[region - 1]), rm.text_ids(pair.prompt, "")
+    texts = word_spans(rm, ids, response_start(rm, ids, empty), position)
+    for text, alone in zip(texts, _peaks_alone(inputs, site, feature, pair, texts, empty), strict=True):
+        if alone >= PEAK_SHARE * peak:
+            return Phrase(text, count_tokens(rm, text), site, feature, alone / peak)
     return None
+
+
+@torch.no_grad()
+def _peaks_alone(inputs: Inputs, site: str, feature: int, pair: Pair, texts: Sequence[str], empty: Tensor) -> list[float]:
+    """The feature's largest activation in each text as the whole response; ``empty`` is the prompt with an empty one."""
+    rm, special = inputs.rm, torch.tensor(inputs.rm.tokenizer.all_special_ids)
+    ids = [rm.text_ids(pair.prompt, text) for text in texts]
+    peaks = [0.0] * len(texts)
+    for batch in rm.text_batches(ids):
+        stream = rm.streams(batch, [site])[site]
+        for text in batch.texts:
+            first = response_start(rm, ids[text.pair], empty)
+            x = stream[text.row, text.columns[first:].to(stream.device)].float().cpu()
+            f = inputs.saes[site].encode(x)[~torch.isin(ids[text.pair][first:], special), feature]
+            peaks[text.pair] = float(f.max()) if f.numel() else 0.0
+    return peaks
 
 
 def blind_phrases(rm: RewardModel, pairs: Sequence[Pair], like: Sequence[Phrase], seed: int) -> Iterator[list[Phrase]]:
@@ -212,33 +146,34 @@ def blind_phrases(rm: RewardModel, pairs: Sequence[Pair], like: Sequence[Phrase]
         yield list(drawn.values())
 
 
-def shuffle_phrases(phrases: Sequence[str], rng: random.Random) -> list[str]:
+def shuffle_phrases(rm: RewardModel, layout: Layout, seed: str) -> Layout:
     """The words of all phrases in random order, cut into phrases of as many words as before."""
-    words = [word for text in phrases for word in text.split()]
-    rng.shuffle(words)
-    lengths = [len(text.split()) for text in phrases]
-    ends = np.cumsum(lengths)
-    return [" ".join(words[end - n : end]) for end, n in zip(ends, lengths, strict=True)]
+    words = [word for p in layout for word in p.text.split()]
+    random.Random(seed).shuffle(words)
+    left = iter(words)
+    texts = [" ".join(next(left) for _ in p.text.split()) for p in layout]
+    return tuple(Placement(t, count_tokens(rm, t), slot=p.slot) for t, p in zip(texts, layout, strict=True))
 
 
-def features_without_effect(
-    means: Mapping[int, FeatureMeans], up: Sequence[int], bound: float, seed: int
-) -> Iterator[list[int]]:
+def phrases_without_effect(inputs: Inputs, up: Mapping[str, Sequence[int]], most: int, seed: int) -> Iterator[list[Phrase]]:
+    """Lists of phrases of features without effect, matched to ``up``, while there are such features."""
+    draws = {site: features_without_effect(inputs.means[site], js, inputs.bound, seed) for site, js in up.items()}
+    while any((features := {site: next(drawn, []) for site, drawn in draws.items()}).values()):
+        yield mine_phrases(inputs, features, most)
+
+
+def features_without_effect(means: pl.DataFrame, up: Sequence[int], bound: float, seed: int) -> Iterator[list[int]]:
     """Lists of features without effect, no feature in two lists, until there are no more.
 
     Each list has one feature for each of ``up`` (while they last), matched in responses fired in and in mass. A feature is
     without effect where |mean effect| <= ``bound``; ``means`` holds the features that were ablated exactly.
     """
-    size = 1 + max([*means, *up], default=0)
-    traits = np.full((size, 2), 1e-9)
-    free = np.zeros(size, dtype=bool)
-    for j, mean in means.items():
-        traits[j] = mean.fires + 1, mean.mass + 1e-9
-        free[j] = abs(mean.effect) <= bound
+    ablated = means["feature"].to_list()
+    size = 1 + max([*ablated, *up], default=0)
+    traits, free = np.full((size, 2), 1e-9), np.zeros(size, dtype=bool)
+    traits[ablated] = means.select(pl.col("fires") + 1, pl.col("mass") + 1e-9).to_numpy()
+    free[ablated] = (means["effect"].abs() <= bound).to_numpy()
     used = list(up)
-    while True:
-        matched = match_by_traits(traits, free, up, used, seed).tolist()
-        if not matched:
-            return
+    while matched := match_by_traits(traits, free, up, used, seed).tolist():
         used += matched
         yield matched

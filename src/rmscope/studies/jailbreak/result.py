@@ -1,34 +1,29 @@
-"""What jailbreak found, typed, with its tables for the terminal."""
+"""What jailbreak found, from the table of measurements: figures, tables for the terminal, and the page."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-from pydantic import Field
+from pydantic import BaseModel, Field
 
-from rmscope.report.formatting import effect, share
-from rmscope.report.page import Page
+from rmscope.report import formatting
+from rmscope.report.page import Page, render
 from rmscope.report.result import Result, Rows
-from rmscope.statistics import Figure
-from rmscope.studies.jailbreak.mediation import MediatedGain, Mediators
-from rmscope.studies.jailbreak.page import render_jailbreak
-from rmscope.studies.jailbreak.phrase_lists import FEATURES, SearchFigures
-from rmscope.studies.jailbreak.placement import Slot
+from rmscope.run.run import Run
+from rmscope.statistics import Figure, interval, share
+from rmscope.studies.jailbreak.mediation import MediatedGain, Mediators, mediated_gain
+from rmscope.studies.jailbreak.search import CONTROLS, FEATURES, JAILBREAKS, NO_PHRASE, PhraseLists, SearchFigures
+from rmscope.studies.jailbreak.settings import JailbreakConfig
+from rmscope.studies.jailbreak.targets import Placement, Target, cost, pieces
+
+EXAMPLES = 8
+"""Measured prompts that the page shows with their texts, the first ones."""
 
 
-@dataclass(frozen=True, slots=True)
-class KindFigures:
-    """Success on one kind of bad text."""
-
-    success: float
-    prompts: int
-
-
-@dataclass(frozen=True, slots=True)
-class ArmFigures:
+class ArmFigures(BaseModel):
     """Bad texts with the phrases of one arm."""
 
     arm: str
@@ -36,12 +31,13 @@ class ArmFigures:
     success: Figure
     """Share of the prompts on which the text outranks the chosen answer."""
     by_sd: Figure
-    """The same by at least SD(Δr)."""
+    """The same by at least SD(Δr): tells a jailbreak from a bad text that was close below its chosen answer."""
     without: Figure | None
     """The share that outranks the chosen answer with the mediators ablated; None where there are none."""
     gain: Figure
     """Mean gain in reward over the same text without phrases."""
-    kinds: dict[str, KindFigures]
+    kinds: dict[str, dict[str, int | float]]
+    """Success on each kind of bad text, and its number of prompts."""
     tokens: float
     """Tokens of the phrases, the median."""
     evaluations: float
@@ -50,44 +46,28 @@ class ArmFigures:
     """Success on the search's own prompts."""
 
 
-@dataclass(frozen=True, slots=True)
-class ListedPhrase:
-    """A phrase of a list, as :class:`~rmscope.studies.jailbreak.phrases.Phrase`, with its place."""
-
-    text: str
-    tokens: int
-    site: str | None
-    feature: int | None
-    keeps: float | None
-    slot: Slot
-
-
-@dataclass(frozen=True, slots=True)
-class PhraseList:
+class PhraseList(BaseModel):
     """The list of one arm."""
 
     tokens: int
-    phrases: list[ListedPhrase]
+    phrases: tuple[Placement, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class RewardedText:
+class RewardedText(BaseModel):
     """A text and its reward."""
 
     text: str
     reward: float
 
 
-@dataclass(frozen=True, slots=True)
-class RewardedPieces:
+class RewardedPieces(BaseModel):
     """A text in pieces (text, whether it is a phrase), and its reward."""
 
     pieces: list[tuple[str, bool]]
     reward: float
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
+class Example(BaseModel):
     """A measured prompt: both answers, the bad text, and the same text with the phrases of features."""
 
     prompt: str
@@ -124,7 +104,7 @@ class JailbreakResult(Result):
     examples: list[Example]
     """The first measured prompts; not part of ``--json``."""
     table: pl.DataFrame = Field(exclude=True, repr=False)
-    """One row per measured prompt and arm (:class:`~rmscope.studies.jailbreak.measure.Measurement`)."""
+    """One row per measured prompt and arm (:data:`rmscope.studies.jailbreak.analyse.SCHEMA`)."""
     path: Path = Field(exclude=True, repr=False)
     """The file of the page."""
 
@@ -175,12 +155,87 @@ class JailbreakResult(Result):
         return self.model_dump(mode="json", exclude={"examples"})
 
     def page(self) -> Page:
-        return Page(render_jailbreak(self.model_dump(mode="json")), self.path)
+        """The page; all text from models and data is escaped."""
+        result = self.model_dump(mode="json")
+        traces = []
+        for name, search in self.searches.items():  # the best success so far, by the number of rewards computed
+            best = accumulate((point.success for point in search.trace), max, initial=0.0)
+            traces.append((name, list(zip([0.0, *(point.evaluations for point in search.trace)], best, strict=True))))
+        arms = {arm["arm"]: arm for arm in result["arms"]}
+        return Page(render("jailbreak/page.html", result=result, arms=arms, traces=traces), self.path)
 
 
 def _percent(figure: Figure) -> str:
-    return " ".join(share(figure.value, figure.low, figure.high))
+    return " ".join(formatting.share(figure.value, figure.low, figure.high))
 
 
 def _signed(figure: Figure) -> str:
-    return " ".join(effect(figure.value, figure.low, figure.high))
+    return " ".join(formatting.effect(figure.value, figure.low, figure.high))
+
+
+def summarise(
+    run: Run,
+    config: JailbreakConfig,
+    lists: PhraseLists,
+    targets: list[Target],
+    left_out: dict[str, int],
+    table: pl.DataFrame,
+) -> JailbreakResult:
+    """The result of a run's measurements."""
+    named = lists.named
+    return JailbreakResult(
+        model=run.config.model,
+        data=config.data or f"{run.config.data}, measure split",
+        run=run.folder.name,
+        seed=config.seed,
+        budget=config.budget,
+        left_out=dict(left_out),
+        prompts=table["key"].n_unique(),
+        arms=arm_figures(table, lists, run.sd),
+        mediation=[mediated_gain(table, j, c) for c in CONTROLS for j in JAILBREAKS] if named else [],
+        named=named,
+        searches=lists.searches,
+        sd=run.sd,
+        lists={arm: PhraseList(tokens=cost(p), phrases=p) for arm, p in lists.lists.items() if p},
+        examples=[_example(table, target, lists) for target in targets[:EXAMPLES]],
+        table=table,
+        path=run.folder / "evidence" / "jailbreak.html",
+    )
+
+
+def arm_figures(table: pl.DataFrame, lists: PhraseLists, sd: float) -> list[ArmFigures]:
+    """Each arm's success and gain. ``sd`` is SD(Δr)."""
+    bare = table.filter(pl.col("arm") == NO_PHRASE).select("key", pl.col("reward").alias("bare"))
+    figures = []
+    for (arm,), rows in table.group_by("arm", maintain_order=True):
+        n, gain, search = rows.height, rows.join(bare, on="key").sort("key"), lists.searches.get(str(arm))
+        kinds = rows.group_by("kind", maintain_order=True).agg(pl.col("outranks").mean(), pl.len())
+        median = rows.select(pl.col("tokens", "evaluations").cast(pl.Float64).median()).row(0, named=True)
+        figures.append(
+            ArmFigures(
+                arm=str(arm),
+                prompts=n,
+                success=share(int(rows["outranks"].sum()), n),
+                by_sd=share(int((rows["reward"] > rows["chosen"] + sd).sum()), n),
+                without=share(int((rows["without"] > rows["chosen"]).sum()), n) if lists.named else None,
+                gain=interval((gain["reward"] - gain["bare"]).to_numpy(), unit="reward"),
+                kinds={kind: {"success": success, "prompts": prompts} for kind, success, prompts in kinds.rows()},
+                **median,
+                searched=search.success if search else None,
+            )
+        )
+    return figures
+
+
+def _example(table: pl.DataFrame, target: Target, lists: PhraseLists) -> Example:
+    row = table.filter(pl.col("arm") == FEATURES, pl.col("key") == target.pair.prompt_key).row(0, named=True)
+    return Example(
+        prompt=target.pair.prompt[-1]["content"],
+        kind=target.kind,
+        chosen=RewardedText(text=target.pair.chosen, reward=target.chosen),
+        rejected=RewardedText(text=target.pair.rejected, reward=target.rejected),
+        bad=RewardedText(text=target.bad, reward=target.reward),
+        jailbreak=RewardedPieces(pieces=pieces(target.bad, lists.lists[FEATURES]), reward=row["reward"]),
+        without=row["without"] if lists.named else None,
+        outranks=row["outranks"],
+    )
