@@ -17,10 +17,11 @@ import pytest
 
 from rmscope.effects.completions import ablation_effects, complete
 from rmscope.errors import InputError
+from rmscope.io import silent
 from rmscope.pairs.demo import demo_pairs
 from rmscope.pairs.pair import Pair
-from rmscope.statistics import NOTHING, Array, holm
-from rmscope.studies.experiment.analyse import run_experiment
+from rmscope.statistics import Array, holm
+from rmscope.studies.experiment.analyse import AblationSet, Trial, measure_conditions, run_experiment
 from rmscope.studies.experiment.conditions import (
     Base,
     Condition,
@@ -30,11 +31,10 @@ from rmscope.studies.experiment.conditions import (
     read_experiment,
     ready_experiments,
 )
-from rmscope.studies.experiment.features import AblationSet, measure_conditions
-from rmscope.studies.experiment.result import ExperimentResult
-from rmscope.studies.experiment.verdict import (
+from rmscope.studies.experiment.result import (
+    AblatedFeatures,
     Claim,
-    JudgedClaim,
+    ExperimentResult,
     Measurements,
     Says,
     Verdict,
@@ -176,26 +176,31 @@ def test_completions_and_their_ablations_are_those_of_each_text_alone(architectu
 def test_measurements_are_rewards_with_and_without_each_group() -> None:
     rm, made = shared_pm("llama"), small_sae()
     asked = an_experiment(expects={"taken_back": ["cue"]}, ablate={"site": "resid_post.1", "features": [0]})
-    ablated = AblationSet("resid_post.1", list(range(0, 96, 2)), [[1, 3], [5]])
-    measured = measure_conditions(rm, asked, BASES, [1, 4], ablated, made)
-    for row, number in enumerate((1, 4)):
-        for column, text in enumerate(measured.texts[row]):
-            ids = rm.text_ids(BASES[number].prompt, text)
-            start = int(ids.numel() - measured.tokens[row, column])
-            alone = float(rm.reward_alone(ids))
-            assert measured.rewards[row, column] == pytest.approx(alone, abs=1e-5)
-            naive = ablate_naively(rm, made, ids, ablated.site, start, ablated.groups)
-            assert measured.without[row, column] == pytest.approx(alone - naive.numpy(), abs=3e-5)
+    site, groups = "resid_post.1", [list(range(0, 96, 2)), [1, 3], [5]]
+    ablated = AblationSet(AblatedFeatures(site, None, [], 2), made, groups)
+    measured = measure_conditions(Trial(rm, asked, BASES), [1, 4], ablated, silent)
+    assert measured.table.height == 4
+    for i, row in enumerate(measured.table.iter_rows(named=True)):
+        base, condition = BASES[(1, 4)[i // 2]], ("cue", "filler")[i % 2]
+        assert (row["prompt"], row["condition"]) == (base.prompt[0]["content"], condition)
+        ids = rm.text_ids(base.prompt, row["text"])
+        alone = float(rm.reward_alone(ids))
+        assert row["reward"] == pytest.approx(alone, abs=1e-5)
+        naive = ablate_naively(rm, made, ids, site, ids.numel() - row["tokens"], groups)
+        assert measured.without[i // 2, i % 2] == pytest.approx(alone - naive.numpy(), abs=3e-5)
+        assert row["without"] == measured.without[i // 2, i % 2, 0]
+
+
+def measurements(asked: Experiment, rewards: Array) -> Measurements:
+    """Rewards [prompts, conditions], without an ablation."""
+    return Measurements(asked, pl.DataFrame({"reward": rewards.ravel()}), np.zeros((*rewards.shape, 0)))
 
 
 def verdicts(values: Array, expects: dict[str, Any]) -> list[str]:
     """The verdicts on one condition of these effects; SD(Δr) 1, so that .1 counts."""
     asked = an_experiment(expects=expects)
-    rewards = np.stack([values, np.zeros_like(values)], 1)
-    measured = Measurements(
-        list(range(values.size)), ["cue", "filler"], [], rewards, np.zeros_like(rewards), np.zeros((values.size, 2, 0))
-    )
-    return [row.verdict for row in judge_claims(make_claims(asked, measured, 1.0, False), values.size, 0)]
+    measured = measurements(asked, np.stack([values, np.zeros_like(values)], 1))
+    return [row.verdict for row in judge_claims(make_claims(measured, 1.0), values.size, 0)]
 
 
 def test_a_true_effect_is_supported_a_null_undecided_and_the_opposite_contradicted() -> None:
@@ -212,8 +217,8 @@ def test_a_true_effect_is_supported_a_null_undecided_and_the_opposite_contradict
     ]  # fmt: skip
 
 
-def judged(says: Says, verdict: Verdict) -> JudgedClaim:
-    return JudgedClaim(says, "", [], 1, 0.0, None, None, NOTHING, 0.5, verdict, "")
+def judged(says: Says, verdict: Verdict) -> Claim:
+    return Claim(says, "", [], 1, 0.0, verdict=verdict)
 
 
 def test_what_the_pm_does_and_what_features_carry_are_two_verdicts() -> None:
@@ -225,7 +230,7 @@ def test_what_the_pm_does_and_what_features_carry_are_two_verdicts() -> None:
 
 def test_p_is_uniform_under_the_null() -> None:
     rng = np.random.default_rng(1)
-    claims = [Claim("up", "", [], 1, rng.normal(size=20), 0.0) for _ in range(300)]
+    claims = [(Claim("up", "", [], 1, 0.0), rng.normal(size=20)) for _ in range(300)]
     p = np.array([judge_claims([claim], 20, 0)[0].p for claim in claims])
     for share in (0.05, 0.2, 0.5, 0.8):
         assert (p <= share).mean() == pytest.approx(share, abs=3 * np.sqrt(share * (1 - share) / p.size))
@@ -246,10 +251,8 @@ def test_an_order_is_judged_by_its_line_and_refused_where_a_step_goes_back() -> 
     )
     noise = np.random.default_rng(0).normal(0, 0.1, (20, 4))
     for steps, verdict in (((0, -1, -2, -3), "supported"), ((0, -3, -2, -6), "undecided"), ((0, 1, 2, 3), "contradicted")):
-        measured = Measurements(
-            list(range(20)), ["base", *names], [], noise + np.array(steps), np.zeros((20, 4)), np.zeros((20, 4, 0))
-        )
-        (row,) = judge_claims(make_claims(asked, measured, 1.0, False), 20, 0)
+        measured = measurements(asked, noise + np.array(steps))
+        (row,) = judge_claims(make_claims(measured, 1.0), 20, 0)
         assert row.verdict == verdict
         assert row.conditions == names
         assert ("step from a to b goes the other way" in row.why) == (verdict == "undecided")
@@ -270,7 +273,7 @@ def known() -> ExperimentResult:
     sign = 1 if sum(a.reward - b.reward for a, b in texts) > 0 else -1
     asked = an_experiment(expects={"up" if sign > 0 else "down": ["cue"], "taken_back": ["cue"]}, ablate={"carrying": "cue"})
     table = pl.DataFrame({"feature": [2, 1, 0], "mean_effect": [-0.5 * sign, 0.5 * sign, 0.5 * sign]})
-    return run_experiment(rm, asked, BASES, 1e-3, {SITE: made}, {SITE: table})
+    return run_experiment(Trial(rm, asked, BASES), 1e-3, {SITE: (made, table)})
 
 
 def test_the_rule_finds_the_feature_and_its_ablation_takes_all_back(known: ExperimentResult) -> None:
@@ -289,9 +292,10 @@ def test_the_rule_finds_the_feature_and_its_ablation_takes_all_back(known: Exper
 def test_a_claim_that_matched_controls_equal_is_not_supported() -> None:
     rm = shared_pm("llama")
     bases = [replace(b, prompt=user(f"{b.prompt[0]['content']} {i}")) for i in range(3) for b in BASES]
+    table = pl.DataFrame({"feature": [0], "mean_effect": [0.5]})
     for shares, verdict in (([1.0, 0.0], "supported"), ([1.0, 1.0], "undecided")):
         asked = an_experiment(expects={"taken_back": ["cue"]}, ablate={"site": SITE, "features": [0]})
-        result = run_experiment(rm, asked, bases, 1e-3, {SITE: sae(shares)}, {})
+        result = run_experiment(Trial(rm, asked, bases), 1e-3, {SITE: (sae(shares), table)})
         (claim,) = result.claims
         assert claim.verdict == result.by_features == verdict
         assert ("matched controls take back as much" in claim.why) == (verdict == "undecided")
@@ -300,7 +304,7 @@ def test_a_claim_that_matched_controls_equal_is_not_supported() -> None:
 
 def test_without_saes_nothing_is_ablated_and_nothing_said_of_it() -> None:
     asked = an_experiment(expects={"up": ["cue"], "taken_back": ["cue"]}, ablate={"carrying": "cue"})
-    result = run_experiment(shared_pm("llama"), asked, BASES, 1.0)
+    result = run_experiment(Trial(shared_pm("llama"), asked, BASES), 1.0, {})
     assert result.ablated is None
     assert [c.says for c in result.claims] == ["up"]
     assert result.table["without"].null_count() == result.table.height

@@ -2,38 +2,68 @@
 
 Every prompt sees every condition. An effect is the reward under a condition minus the reward under the condition that it is
 held against, on the same prompt. With ablation, both texts lose the same features, exactly, from the response's first token
-to the read position (docs/method.md, "Effects"). Features found by rule are chosen on every other prompt and measured on
-the rest, beside matched controls. ``verdict.py`` tests what the experiment expects.
+to the read position. Features chosen by rule are chosen on every other prompt and measured on the rest, beside controls.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import polars as pl
+from jaxtyping import Float
 
+from rmscope.effects.completions import Completion, ablation_effects, active_on, complete
 from rmscope.errors import InputError
+from rmscope.evaluation.selection import match_by_traits
 from rmscope.io import Display, NoDisplay, Progress, silent, write_json, write_table
 from rmscope.model.reward_model import RewardModel
 from rmscope.run.inputs import Inputs
 from rmscope.run.run import Run
 from rmscope.sae.base import Sae
-from rmscope.statistics import interval
-from rmscope.studies.experiment.conditions import Ablate, Base, Experiment, bases_of, read_experiment
-from rmscope.studies.experiment.features import AblationSet, choose_features, measure_conditions
-from rmscope.studies.experiment.result import AblatedFeature, AblatedFeatures, ConditionFigures, ExperimentResult
+from rmscope.statistics import Array
+from rmscope.studies.experiment import result as results
+from rmscope.studies.experiment.conditions import Base, Experiment, bases_of, read_experiment
+from rmscope.studies.experiment.result import AblatedFeature, AblatedFeatures, ExperimentResult, Measurements
 from rmscope.studies.experiment.settings import ExperimentConfig
-from rmscope.studies.experiment.verdict import BOUND, Measurements, both_verdicts, judge_claims, make_claims, taken_back
 
 SD_PAIRS = 128
 """Without a run, SD(Δr) is taken over this many pairs of the data."""
+CONTROLS, SMALLEST_SHARE = 8, 0.01
+"""Sets of other features, as many, that fire as often and as strongly; the share of an effect that a chosen feature takes
+back alone, at least."""
+Sites = Mapping[str, tuple[Sae, pl.DataFrame]]
+"""By site: the SAE, and its reported features, with the columns feature and mean_effect."""
+Runs = Sequence[Sequence[Completion]]
+"""By prompt: the clean runs of a condition and of its baseline."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """An experiment on a PM, its prompts with their base responses, and the texts of a prompt under some conditions."""
+
+    rm: RewardModel
+    experiment: Experiment
+    bases: Sequence[Base]
+
+    def texts(self, number: int, names: Sequence[str]) -> list[str]:
+        return [self.experiment.conditions[name].text(self.bases, number) for name in names]
+
+
+@dataclass(frozen=True, slots=True)
+class AblationSet:
+    """Groups of features of a site's SAE: those that an experiment ablates, and then their matched controls."""
+
+    features: AblatedFeatures
+    sae: Sae
+    groups: list[list[int]]
 
 
 def analyse(config: ExperimentConfig, display: Display | None = None, run: Run | None = None) -> ExperimentResult:
-    """Runs an experiment, and writes its table, figures and page.
+    """Runs an experiment on an open ``run`` or on what the settings name, and writes its table, figures and page.
 
     1. Read the experiment file.
     2. Open the run, or else the PM and the pairs.
@@ -42,155 +72,148 @@ def analyse(config: ExperimentConfig, display: Display | None = None, run: Run |
     5. Choose features and measure all conditions (:func:`run_experiment`).
     6. Write ``NAME.parquet``, ``NAME.json`` and ``NAME.html``.
 
-    Args:
-        run: an open run, in place of the folder ``config.run``.
-
     Raises:
         InputError: the file is wrong, there is neither a run nor a PM, the run is not finished, it has no SAE or no feature
             that the file names, or there are fewer than two prompts.
     """
-    experiment, started = read_experiment(config.file), time.time()  # 1
+    started, experiment, sites = time.time(), read_experiment(config.file), dict[str, tuple[Sae, pl.DataFrame]]()  # 1
     if run is None and config.run is not None:  # 2
         run = Run.open(config.run, display)
-    inputs = run.inputs if run is not None else _inputs(config)
-    shown = display or (run.display if run is not None else NoDisplay())
-    saes, reported = _features(run, experiment.ablate) if run is not None and experiment.ablate else ({}, {})  # 3
-    pairs = run.pair_set if run is not None else inputs.scored  # 4
-    bases = bases_of(experiment, [pairs.pairs[i] for i in pairs.of_split("measure")])
-    sd = run.sd if run is not None else _sd(inputs, shown)
+    if run is not None:
+        inputs, shown, pairs, sd = run.inputs, display or run.display, run.pair_set, run.sd
+        if rule := experiment.ablate:  # 3
+            names = [run.check_site(rule.site)] if rule.site else run.sites
+            sites = {site: (run.saes[site], run.reported(site)) for site in names}
+    elif config.model is not None:
+        inputs, shown = Inputs.of(config.model, config.data, config), display or NoDisplay()
+        pairs = inputs.scored
+        with shown.stage("score") as progress:
+            sd = float(inputs.rm.score_tokens(pairs.tokens[:SD_PAIRS], progress).delta.std())
+    else:
+        raise InputError("There is nothing to measure on; name a run folder with --run, or a PM with --model.")
+    bases = bases_of(experiment, [pairs.pairs[i] for i in pairs.of_split("measure")])  # 4
     with shown.stage("measure") as progress:  # 5
-        result = run_experiment(inputs.rm, experiment, bases, sd, saes, reported, inputs.config.seed, progress)
-    result.model, result.data = inputs.config.model, inputs.config.data
+        result = run_experiment(Trial(inputs.rm, experiment, bases), sd, sites, inputs.config.seed, progress)
     if run is not None and result.ablated is not None:
-        result.ablated = _with_tokens(run, result.ablated)
-    result.seconds = round(time.time() - started, 1)
-    own = run.folder / "evidence" / "experiments" if run is not None else Path("experiments")  # 6
-    result.folder = config.out or own
-    write_table(result.folder / f"{result.name}.parquet", result.table)
+        for row in result.ablated.features:
+            row.tokens = run.top_tokens(result.ablated.site, row.feature)
+    result.model, result.data, result.seconds = inputs.config.model, inputs.config.data, round(time.time() - started, 1)
+    result.folder = config.out or (run.folder / "evidence" / "experiments" if run is not None else Path("experiments"))
+    write_table(result.folder / f"{result.name}.parquet", result.table)  # 6
     write_json(result.folder / f"{result.name}.json", result.as_json())
     result.page().save()
     return result
 
 
-def _inputs(config: ExperimentConfig) -> Inputs:
-    if config.model is None:
-        raise InputError("There is nothing to measure on; name a run folder with --run, or a PM with --model.")
-    return Inputs.of(config.model, config.data, config)
+def run_experiment(trial: Trial, sd: float, sites: Sites, seed: int = 0, progress: Progress = silent) -> ExperimentResult:
+    """The experiment on given texts; nothing is written. ``sd`` is SD(Δr) of the PM's data, the unit of what counts.
 
-
-def _sd(inputs: Inputs, display: Display) -> float:
-    with display.stage("score") as progress:
-        return float(inputs.rm.score_tokens(inputs.scored.tokens[:SD_PAIRS], progress).delta.std())
-
-
-def _features(run: Run, rule: Ablate) -> tuple[dict[str, Sae], dict[str, pl.DataFrame]]:
-    """The run's SAEs and reported features by site. InputError where the run lacks what the rule names."""
-    if rule.site is not None:
-        run.check_site(rule.site)
-    reported = {site: run.reported(site) for site in run.sites}
-    if rule.site is not None and (m := run.saes[rule.site].m) <= max(rule.features, default=0):
-        raise InputError(f"The SAE at {rule.site} has {m} features, from 0; mend ablate.features.")
-    return run.saes, reported
-
-
-def _with_tokens(run: Run, ablated: AblatedFeatures) -> AblatedFeatures:
-    rows = [replace(row, tokens=run.top_tokens(ablated.site, row.feature)) for row in ablated.features]
-    return replace(ablated, features=rows)
-
-
-def run_experiment(
-    rm: RewardModel,
-    experiment: Experiment,
-    bases: Sequence[Base],
-    sd: float,
-    saes: Mapping[str, Sae] | None = None,
-    reported: Mapping[str, pl.DataFrame] | None = None,
-    seed: int = 0,
-    progress: Progress = silent,
-) -> ExperimentResult:
-    """The experiment on given texts; nothing is written.
-
-    1. Choose the features to ablate, on every other prompt.
+    1. Choose the features to ablate, on every other prompt. Without ``sites`` nothing is ablated.
     2. Measure every condition on the other prompts (on all, where no features are chosen).
     3. Test the claims.
-
-    Args:
-        bases: prompts with their base responses (:func:`~rmscope.studies.experiment.conditions.bases_of`).
-        sd: SD(Δr) of the PM's data, the unit of what counts.
-        saes: by site; without them nothing is ablated, and no claim on ablation is tested.
-        reported: by site the reported features, with the columns feature and mean_effect.
     """
-    numbers, ablated = list(range(len(bases))), None
-    if experiment.ablate is not None and saes:
-        fitting = numbers[::2] if experiment.ablate.carrying else numbers
-        ablated = choose_features(rm, experiment, bases, fitting, saes, reported or {}, seed, progress)
-        numbers = numbers[1::2] if experiment.ablate.carrying else numbers
-    sae = saes[ablated.site] if ablated and saes else None
-    measured = measure_conditions(rm, experiment, bases, numbers, ablated, sae, progress)
-    claims = judge_claims(make_claims(experiment, measured, sd, ablated is not None), len(numbers), seed)
-    verdict, by_features = both_verdicts(claims)
+    experiment, numbers, ablated = trial.experiment, range(len(trial.bases)), None
+    if experiment.ablate is not None and sites:  # 1
+        fitting, numbers = (numbers[::2], numbers[1::2]) if experiment.ablate.carrying else (numbers, numbers)
+        ablated = choose_features(trial, fitting, sites, seed, progress)
+    measured = measure_conditions(trial, numbers, ablated, progress)  # 2
+    claims = results.judge_claims(results.make_claims(measured, sd), len(numbers), seed)  # 3
+    verdict, by_features = results.both_verdicts(claims)
     return ExperimentResult(
-        name=experiment.name,
-        hypothesis=experiment.hypothesis,
+        **experiment.model_dump(include={"name", "hypothesis"}),
         verdict=verdict,
         by_features=by_features,
-        test=f"paired sign-flip permutation test by prompt against {BOUND} SD(Δr), Holm over {len(claims)} claims",
+        test=f"paired sign-flip permutation test by prompt against {results.BOUND} SD(Δr), Holm over {len(claims)} claims",
         prompts=len(numbers),
-        chosen_on=len(bases) - len(numbers),
+        chosen_on=len(trial.bases) - len(numbers),
         sd=sd,
-        bound=BOUND * sd,
-        conditions=[_condition(experiment, measured, name, sd) for name in experiment.conditions],
+        bound=results.BOUND * sd,
+        conditions=[results.condition_figures(measured, name, sd) for name in experiment.conditions],
         claims=claims,
-        ablated=_ablated(experiment, ablated, reported or {}) if ablated else None,
-        example=bases[numbers[0]].prompt[-1]["content"],
-        table=as_table(experiment, bases, measured),
+        ablated=ablated.features if ablated else None,
+        example=trial.bases[numbers[0]].prompt[-1]["content"],
+        table=measured.table,
     )
 
 
-def _condition(experiment: Experiment, measured: Measurements, name: str, sd: float) -> ConditionFigures:
-    against, column = experiment.against(name), measured.conditions.index(name)
-    figures = ConditionFigures(
-        name=name,
-        against=None if against == name else against,
-        text=measured.texts[0][column],
-        tokens=float(measured.tokens[:, column].mean()),
-        reward=float(measured.rewards[:, column].mean()),
-    )
-    if against == name:
-        return figures
-    whole = measured.effect(experiment, name)
-    figures = replace(figures, effect=interval(whole, unit="reward"), effect_sd=float(whole.mean()) / sd)
-    if not measured.without.shape[2]:
-        return figures
-    left = measured.effect(experiment, name, 0)
-    return replace(figures, without=interval(left, unit="reward"), taken_back=taken_back(whole, left))
+def choose_features(trial: Trial, fitting: Sequence[int], sites: Sites, seed: int, progress: Progress) -> AblationSet:
+    """The features to ablate and their matched controls, from the prompts ``fitting`` alone.
+
+    Features that the experiment names are taken as they are. Otherwise, at each site:
+
+    1. Take the reported features whose ablation effect has the sign of the condition's effect, and that fire more under the
+       condition than under its baseline.
+    2. Ablate each exactly; keep those that take back at least :data:`SMALLEST_SHARE`, the largest first.
+    3. Ablate them together. The site where they take back most is used.
+    """
+    rm, experiment, rule = trial.rm, trial.experiment, trial.experiment.ablate
+    assert rule is not None
+    if rule.site and (m := sites[rule.site][0].m) <= max(rule.features, default=0):
+        raise InputError(f"The SAE at {rule.site} has {m} features, from 0; mend ablate.features.")
+    focus = rule.carrying or next(n for n in experiment.conditions if n in experiment.expects.names())
+    runs = []
+    for done, i in enumerate(fitting):
+        texts = trial.texts(i, (focus, experiment.against(focus)))
+        runs.append(complete(rm, trial.bases[i].prompt, texts, list(sites)))
+        progress(done + 1, len(fitting), "prompts on which features are chosen")
+    effect = sum(a.reward - b.reward for a, b in runs)
+    candidates: list[tuple[float, AblationSet]] = []
+    for site, (sae, reported) in sites.items():
+        (fires, mass), features = _profile(sae, site, runs), rule.features
+        means: dict[int, float] = dict(reported.select("feature", "mean_effect").iter_rows())
+        if rule.carrying:
+            more = mass[:, 0] - mass[:, 1]
+            eligible = [j for j, mean in means.items() if mean * effect > 0 and more[j] > 0]
+            alone = dict(zip(eligible, _shares(rm, sae, site, runs, [[j] for j in eligible], effect), strict=True))
+            features = sorted((j for j in eligible if alone[j] >= SMALLEST_SHARE), key=lambda j: -alone[j])[: rule.count]
+        traits, free = np.concatenate([fires + 1.0, mass.sum(1, keepdims=True) + 1e-9], 1), mass.sum(1) > 0
+        seeds = range(seed, seed + CONTROLS if features else seed)
+        controls = [match_by_traits(traits, free, features, features, s).tolist() for s in seeds]
+        (share,) = _shares(rm, sae, site, runs, [features], effect)
+        ablated = AblatedFeatures(site, rule.carrying, [AblatedFeature(j, means.get(j)) for j in features], len(controls))
+        candidates.append((share, AblationSet(ablated, sae, [features, *controls])))
+    return max(candidates, key=lambda item: item[0])[1]
 
 
-def _ablated(experiment: Experiment, ablated: AblationSet, reported: Mapping[str, pl.DataFrame]) -> AblatedFeatures:
-    table = reported.get(ablated.site)
-    means: dict[int, float] = dict(table.select("feature", "mean_effect").iter_rows()) if table is not None else {}
-    features = [AblatedFeature(j, means.get(j)) for j in ablated.features]
-    rule = experiment.ablate.carrying if experiment.ablate else None
-    return AblatedFeatures(ablated.site, rule, features, len(ablated.controls))
+def _shares(rm: RewardModel, sae: Sae, site: str, runs: Runs, groups: Sequence[list[int]], effect: float) -> list[float]:
+    """The share of an effect that each group's ablation takes back; the effect is a sum over (condition, baseline)."""
+    taken = np.zeros(len(groups))
+    for run in runs:
+        of, against = (ablation_effects(rm, sae, site, text, groups).double().numpy() for text in run)
+        taken += of - against
+    return (taken / effect).tolist() if effect else [0.0] * len(groups)
 
 
-def as_table(experiment: Experiment, bases: Sequence[Base], measured: Measurements) -> pl.DataFrame:
-    """One row per prompt and condition: prompt, condition, against, text, tokens, reward, without (null: not ablated)."""
-    rows = [
-        (
-            bases[number].prompt[-1]["content"],
-            name,
-            experiment.against(name),
-            measured.texts[i][j],
-            int(measured.tokens[i, j]),
-            float(measured.rewards[i, j]),
-            float(measured.without[i, j, 0]) if measured.without.shape[2] else None,
-        )
-        for i, number in enumerate(measured.numbers)
-        for j, name in enumerate(measured.conditions)
-    ]
-    schema = {
-        "prompt": pl.String, "condition": pl.String, "against": pl.String, "text": pl.String, "tokens": pl.Int32,
-        "reward": pl.Float64, "without": pl.Float64,
-    }  # fmt: skip
-    return pl.DataFrame(rows, schema=schema, orient="row")
+def _profile(sae: Sae, site: str, runs: Runs) -> tuple[Float[Array, "m two"], Float[Array, "m two"]]:
+    """Per feature and condition: the number of texts in which it fires, and its mean Σ_t f_tj |d_j|."""
+    fires, mass, norms = np.zeros((sae.m, 2)), np.zeros((sae.m, 2)), sae.W_dec.norm(dim=1)
+    for run in runs:
+        for column, text in enumerate(run):
+            active = active_on(sae, site, text)
+            fires[active.feature.unique().numpy(), column] += 1
+            np.add.at(mass[:, column], active.feature.numpy(), (active.value * norms[active.feature]).numpy())
+    return fires, mass / max(1, len(runs))
+
+
+def measure_conditions(
+    trial: Trial, numbers: Sequence[int], ablated: AblationSet | None, progress: Progress
+) -> Measurements:
+    """All conditions on the prompts ``numbers``, as they are and with the features ablated; with matched controls ablated
+    only where ablation is expected to take something back."""
+    experiment, names, groups = trial.experiment, list(trial.experiment.conditions), ablated.groups if ablated else []
+    with_controls = {n for name in experiment.expects.taken_back for n in (name, experiment.against(name))}
+    rows, without = [], np.full((len(numbers), len(names), len(groups)), np.nan)
+    for done, number in enumerate(numbers):
+        prompt, texts = trial.bases[number].prompt, trial.texts(number, names)
+        runs = complete(trial.rm, prompt, texts, [ablated.features.site] if ablated else [])
+        for name, text, run, left in zip(names, texts, runs, without[done], strict=True):
+            if ablated:
+                wanted = groups if name in with_controls else groups[:1]
+                effects = ablation_effects(trial.rm, ablated.sae, ablated.features.site, run, wanted).numpy()
+                left[: len(wanted)] = run.reward - effects
+            told = (prompt[-1]["content"], name, experiment.against(name), text, run.ids.numel() - run.start, run.reward)
+            rows.append((*told, float(left[0]) if ablated else None))
+        progress(done + 1, len(numbers), "prompts under all conditions")
+    columns = ["prompt", "condition", "against", "text", "tokens", "reward", "without"]
+    types = {"tokens": pl.Int32, "without": pl.Float64}
+    return Measurements(experiment, pl.DataFrame(rows, columns, schema_overrides=types, orient="row"), without)

@@ -1,27 +1,19 @@
 """An experiment file: prompts, base responses, and named conditions that build a text from a base response.
 
-    hypothesis: Thanking the human raises the reward.
-    prompts: data                       # or a list of {prompt, response}
-    conditions:
-      thanks: {insert: ["Thank you!", "Thanks a lot."], at: end}
-      filler: {insert: ["So it goes.", "That is all."], at: end}
-    baseline: filler                    # every condition is held against it, unless it names another
-    expects: {up: [thanks], taken_back: [thanks]}
-    ablate: {carrying: thanks}          # the reported features that carry most of its effect, chosen on other prompts
-
-A condition of several texts takes them in turn, prompt by prompt, so that two lists of one length pair their texts.
+``ready/thanks.yaml`` is a short one. A condition of several texts takes them in turn, prompt by prompt, so that two lists of
+one length pair their texts. Every condition is held against the baseline, unless it names another.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from rmscope.errors import InputError
 from rmscope.pairs.pair import Message, Pair
@@ -29,39 +21,24 @@ from rmscope.pairs.planting import sentences
 from rmscope.settings import Settings, read_yaml
 
 KINDS = ("same", "repeat", "paraphrase", "insert", "replace", "off_topic")
-"""What a condition does to the base response; each condition does one of them."""
+Texts = Annotated[list[str], Field(min_length=1), BeforeValidator(lambda text: [text] if isinstance(text, str) else text)]
 
 
-class _Part(Settings):
-    """A part of the file: unknown keys are refused, and nothing changes once it is read."""
-
-    model_config = ConfigDict(frozen=True)
-
-
-Texts = Annotated[
-    list[str], BeforeValidator(lambda given: [given] if isinstance(given, str) else given), Field(min_length=1)
-]
-
-
-class Condition(_Part):
+class Condition(Settings):
     """How a text is built from a base response: one of :data:`KINDS`."""
 
     same: Literal[True] | None = None
-    """The base response as it is."""
     repeat: int | None = Field(None, ge=0, le=50)
     """How many times more the last sentence is said."""
     paraphrase: int | None = Field(None, ge=0)
     """How many paraphrases, from the prompt's own list, follow."""
     insert: Texts | None = None
-    """A text that is inserted."""
     replace: Texts | None = None
-    """A text that replaces the response."""
     off_topic: Literal[True] | None = None
     """The base response of the next prompt."""
     at: Literal["start", "between", "end"] = "end"
     """Where ``insert`` puts its text; between: at the sentence border nearest the middle."""
     against: str | None = None
-    """The condition that this one is held against; left out, the experiment's baseline."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Condition:
@@ -84,49 +61,44 @@ class Condition(_Part):
 
 
 def _insert(text: str, addition: str, at: str) -> str:
-    if at == "start":
-        return f"{addition} {text}"
     borders = [border.end() for border in re.finditer(r"(?<=[.!?])\s+", text)]
-    if at == "end" or not borders:
+    if at == "end" or (at == "between" and not borders):
         return f"{text} {addition}"
-    cut = min(borders, key=lambda border: abs(border - len(text) / 2))
+    cut = 0 if at == "start" else min(borders, key=lambda border: abs(border - len(text) / 2))
     return f"{text[:cut]}{addition} {text[cut:]}"
 
 
-class Item(_Part):
-    """A prompt of the file's own."""
+class Item(Settings):
+    """A prompt of the file's own. Its response is the experiment's where it has none."""
 
     prompt: str
     response: str | None = None
-    """Left out, the experiment's ``response``."""
     paraphrases: list[str] = []
 
 
-class Expects(_Part):
-    """The effects that the hypothesis predicts, each against the condition's own baseline."""
+class Expects(Settings):
+    """The effects that the hypothesis predicts, each against the condition's own baseline. Rewards rise (or fall) in the
+    order of each list of conditions; ablation takes back at least half of an effect."""
 
     up: list[str] = []
     down: list[str] = []
     rising: list[list[str]] = []
-    """Lists of conditions whose rewards rise in this order."""
     falling: list[list[str]] = []
     taken_back: list[str] = []
-    """Conditions of which ablation takes back at least half."""
 
     def names(self) -> set[str]:
         return {*self.up, *self.down, *self.taken_back, *(n for order in (*self.rising, *self.falling) for n in order)}
 
 
-class Ablate(_Part):
-    """The features that are ablated: by number, or those that carry most of a condition's effect."""
+class Ablate(Settings):
+    """The features that are ablated: by number, or at most ``count`` reported features whose ablation takes back most of the
+    effect of the condition ``carrying`` on the fitting prompts."""
 
     site: str | None = None
-    """Left out, the site of the run whose features take back most on the fitting prompts."""
+    """Left out, the site of the run whose features take back most."""
     features: list[int] = []
     carrying: str | None = None
-    """The reported features whose ablation takes back most of this condition's effect on the fitting prompts."""
     count: int = Field(5, ge=1, le=50)
-    """How many of them, at most."""
 
     @model_validator(mode="after")
     def _either(self) -> Ablate:
@@ -137,17 +109,16 @@ class Ablate(_Part):
         return self
 
 
-class Experiment(_Part):
+class Experiment(Settings):
     """An experiment file."""
 
     name: str = Field(pattern="^[A-Za-z0-9_-]+$")
     hypothesis: str
     prompts: list[Item]
     """A list; or ``data``: the prompts of the measure split with their chosen responses."""
-    response: str | None = None
+    response: str = ""
     """The base response of prompts that have none; {prompt} stands for the prompt."""
     limit: int = Field(48, ge=2)
-    """How many prompts, at most."""
     conditions: dict[str, Condition] = Field(min_length=2)
     baseline: str
     expects: Expects
@@ -164,24 +135,20 @@ class Experiment(_Part):
 
     @model_validator(mode="after")
     def _known(self) -> Experiment:
-        against = {c.against for c in self.conditions.values() if c.against is not None}
-        on = {self.ablate.carrying} if self.ablate and self.ablate.carrying else set[str]()
-        if unknown := {self.baseline, *against, *on, *self.expects.names()} - self.conditions.keys():
+        expects, focus = self.expects, [self.ablate.carrying] if self.ablate and self.ablate.carrying else []
+        named = {self.baseline, *focus, *expects.names(), *(c.against for c in self.conditions.values() if c.against)}
+        if unknown := named - self.conditions.keys():
             raise ValueError(f"{min(unknown)} is no condition; the conditions are {', '.join(self.conditions)}")
-        if alone := [
-            n for n in {*self.expects.up, *self.expects.down, *self.expects.taken_back, *on} if self.against(n) == n
-        ]:
+        if alone := [n for n in (*expects.up, *expects.down, *expects.taken_back, *focus) if self.against(n) == n]:
             raise ValueError(f"{alone[0]} is held against itself; give it another condition with against")
-        if not self.expects.names():
+        if not expects.names():
             raise ValueError("expects names no condition; say what should go up or down")
-        if self.expects.taken_back and self.ablate is None:
+        if expects.taken_back and self.ablate is None:
             raise ValueError("expects.taken_back needs ablate; say which features are ablated")
-        bare = [item.prompt for item in self.prompts if item.response is None]
-        if bare and self.response is None:
+        if not self.response and (bare := [item.prompt for item in self.prompts if item.response is None]):
             raise ValueError(f"the prompt {bare[0]!r} has no response; give it one, or one response for all")
         most = max((c.paraphrase or 0 for c in self.conditions.values()), default=0)
-        least = min((len(item.paraphrases) for item in self.prompts), default=0)
-        if most > least:
+        if most > (least := min((len(item.paraphrases) for item in self.prompts), default=0)):
             raise ValueError(f"a condition asks for {most} paraphrases, a prompt has {least}; list them with each prompt")
         return self
 
@@ -196,19 +163,18 @@ class Base:
 
     prompt: list[Message]
     response: str
-    paraphrases: tuple[str, ...] = ()
+    paraphrases: Sequence[str] = ()
 
 
 def bases_of(experiment: Experiment, pairs: Iterable[Pair]) -> list[Base]:
     """The experiment's prompts with their base responses: its own, or those of ``pairs``."""
-    given = experiment.response or ""
-    if not experiment.prompts:
-        bases = bases_of_pairs(pairs)
-        if given:
-            bases = [Base(b.prompt, given.replace("{prompt}", b.prompt[-1]["content"])) for b in bases]
-    else:
-        own = [(i, i.response or given.replace("{prompt}", i.prompt)) for i in experiment.prompts]
-        bases = [Base([{"role": "user", "content": i.prompt}], r, tuple(i.paraphrases)) for i, r in own]
+    bases = []
+    for i in experiment.prompts:
+        response = i.response or experiment.response.replace("{prompt}", i.prompt)
+        bases.append(Base([{"role": "user", "content": i.prompt}], response, i.paraphrases))
+    for base in bases_of_pairs(pairs) if not experiment.prompts else ():
+        response = experiment.response.replace("{prompt}", base.prompt[-1]["content"]) or base.response
+        bases.append(replace(base, response=response))
     if len(bases) < 2:
         raise InputError(f"The data has {len(bases)} prompts for the experiment {experiment.name}; it needs at least 2.")
     return bases[: experiment.limit]
@@ -230,17 +196,11 @@ def ready_experiments() -> dict[str, Path]:
 
 
 def read_experiment(source: str) -> Experiment:
-    """An experiment from a YAML file, or one of the ready-made ones by name.
-
-    Raises:
-        InputError: the file is missing or malformed, a key or a condition is unknown, or a value does not fit.
-    """
-    path = Path(source)
-    if not path.is_file():
-        path = ready_experiments().get(source, path)
-    if not path.is_file():
-        known = ", ".join(ready_experiments())
-        raise InputError(f"The experiment {source} is not there; name a YAML file, or one of {known}.")
+    """An experiment from a YAML file, or a ready-made one by name. InputError where there is none, or something is wrong."""
+    ready = ready_experiments()
+    path = Path(source) if Path(source).is_file() else ready.get(source)
+    if path is None:
+        raise InputError(f"The experiment {source} is not there; name a YAML file, or one of {', '.join(ready)}.")
     values = read_yaml(path, "experiment")
     try:
         return Experiment(**{"name": path.stem, **values})
@@ -251,9 +211,9 @@ def read_experiment(source: str) -> Experiment:
 def _sentence(error: ValidationError, path: Path) -> str:
     """The first fault, a misspelt key before all others: where it is, and what would be right."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    where = ".".join(str(part) for part in first["loc"]) or "experiment"
+    where = ".".join(map(str, first["loc"])) or "experiment"
     if first["type"] != "extra_forbidden":
         return f"{where} in {path}: {first['msg'].removeprefix('Value error, ')}."
-    holder: dict[str, type[BaseModel]] = {"conditions": Condition, "expects": Expects, "ablate": Ablate, "prompts": Item}
-    within = holder.get(str(first["loc"][0]), Experiment) if len(first["loc"]) > 1 else Experiment
-    return f"{where} in {path} is not known; known here are {', '.join(within.model_fields)}."
+    parts: dict[Any, type[BaseModel]] = {"conditions": Condition, "expects": Expects, "ablate": Ablate, "prompts": Item}
+    known = parts.get(first["loc"][0] if len(first["loc"]) > 1 else "", Experiment).model_fields
+    return f"{where} in {path} is not known; known here are {', '.join(known)}."
