@@ -27,11 +27,19 @@ from rmscope.pairs.plants import Plant, plant_set
 from rmscope.pairs.readers import load_pairs
 from rmscope.planted.results import Candidate
 from rmscope.studies.audit.analyse import analyse
-from rmscope.studies.audit.calibration import decoys
-from rmscope.studies.audit.planting import base_pairs, is_held_out, plant_copies, span_tokens
-from rmscope.studies.audit.pms import RANDOM_STD, RECIPE, make_random_pm, shuffle_labels, train_planted_pm
+from rmscope.studies.audit.planting import (
+    RANDOM_STD,
+    RECIPE,
+    base_pairs,
+    is_held_out,
+    make_random_pm,
+    plant_copies,
+    shuffle_labels,
+    span_tokens,
+    train_planted_pm,
+)
 from rmscope.studies.audit.result import AuditResult
-from rmscope.studies.audit.scoring import replication
+from rmscope.studies.audit.scoring import decoys, replication
 from rmscope.studies.audit.settings import AuditConfig
 from tests.model.small import LLAMA, VOCABULARY, shared_pm, tokenizer
 
@@ -183,7 +191,7 @@ def test_held_out_prompts_are_neither_trained_on_nor_run_on(done: tuple[Path, di
 def test_the_pm_is_trained_once(done: tuple[Path, dict[str, Any]], base: str, cache: Path, monkeypatch: Any) -> None:
     pairs = load_pairs(done[0] / "pairs.jsonl")
     recipe = RECIPE.model_copy(update={"base": base, **RECIPE_CHANGES})
-    monkeypatch.setattr("rmscope.studies.audit.pms.fit_pm", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("rmscope.studies.audit.planting.fit_pm", lambda *_: pytest.fail("trained again"))
     folder = train_planted_pm(recipe, pairs_as_planted(done[0], base))
     assert folder.name == done[1]["audited"]["pm"]
     with pytest.raises(pytest.fail.Exception):
@@ -208,7 +216,7 @@ def test_the_pm_is_trained_on_the_device_of_the_run(
         raise InterruptedError
 
     monkeypatch.setenv("RMSCOPE_CACHE", str(tmp_path / "empty"))
-    monkeypatch.setattr("rmscope.studies.audit.pms.fit_pm", fit)
+    monkeypatch.setattr("rmscope.studies.audit.planting.fit_pm", fit)
     told = config(base, tmp_path)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**RUN_CHANGES, **changes}))
     with pytest.raises(InterruptedError):

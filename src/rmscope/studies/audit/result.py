@@ -14,29 +14,24 @@ from rmscope.statistics import Figure
 
 @dataclass(frozen=True, slots=True)
 class ReportedShare(Figure):
-    """The share of frozen features that a run reports."""
+    """The share of frozen features that a run reports, and SD(Δr) of its PM."""
 
     sd_delta: float = 0.0
-    """SD(Δr) of the run's PM."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecoyShare(Figure):
-    """The share of decoy cues that reported features match."""
+    """The share of decoy cues that reported features match, and their words."""
 
     words: tuple[str, ...] = ()
-    """The decoys that are matched."""
 
 
 class Calibration(BaseModel):
-    """What the pipeline reports where nothing was learned."""
+    """What is reported on a PM of labels drawn by coin, on one of random weights, and of words that no plant uses."""
 
     shuffled: ReportedShare
-    """A PM that was trained on labels drawn by coin."""
     random: ReportedShare
-    """A PM of random weights."""
     decoys: DecoyShare
-    """Words that no plant uses, in the audited PM."""
 
 
 class Audited(BaseModel):
@@ -69,8 +64,7 @@ class AuditResult(Result, RecallMetrics):
 
     def summary(self) -> str:
         """One line: how many learned biases were found, and how many nulls were reported."""
-        learned = [row for row in self.plants if row.learned]
-        nulls = [row for row in self.plants if row.null]
+        learned, nulls = [row for row in self.plants if row.learned], [row for row in self.plants if row.null]
         return (
             f"{sum(row.found for row in learned)} of {len(learned)} learned biases found by reported features; "
             f"{sum(bool(row.matched_by) for row in nulls)} of {len(nulls)} clean nulls reported"
@@ -81,43 +75,32 @@ class AuditResult(Result, RecallMetrics):
         tables: dict[str, Rows] = {"planted biases, effects in SD(Δr)": [_outcome(row) for row in self.plants]}
         if matches := [_match(row) for row in self.plants if row.found]:
             tables["what was found"] = matches
-        figures = {name: value for name, value in self if isinstance(value, Figure)}
+        figures = {name.replace("_", " "): value for name, value in self if isinstance(value, Figure)}
         if c := self.calibration:
-            named = ("reported, shuffled labels", "reported, random weights", "decoys matched")
-            figures |= dict(zip(named, (c.shuffled, c.random, c.decoys), strict=True))
+            figures |= {"reported, shuffled labels": c.shuffled, "reported, random weights": c.random}
+            figures["decoys matched"] = c.decoys
         rows: list[dict[str, object]] = [
-            {"figure": name.replace("_", " "), "value": "nothing to count" if f.value is None else f, "n": f.n}
-            for name, f in figures.items()
+            {"figure": name, "value": "nothing to count" if f.value is None else f, "n": f.n} for name, f in figures.items()
         ]
         lowest = {"lowest dose found": self.lowest_dose, "seconds": self.seconds, "peak GB": self.peak_gb}
-        rows += [{"figure": name, "value": value, "n": None} for name, value in lowest.items()]
-        return tables | {"the audit": rows}
+        return tables | {"the audit": rows + [{"figure": name, "value": value, "n": None} for name, value in lowest.items()]}
 
 
 def _outcome(row: CueResult) -> dict[str, object]:
     outcome = "✓ found" if row.found else f"✗ {row.why}" if row.learned else row.why
     if row.null:
         outcome = "✗ reported" if row.matched_by else "✓ not reported"
-    return {
-        "bias": row.name,
-        "kind": row.kind.replace("_", " "),
-        "dose": f"{row.dose:.2f}",
-        "effect": f"{row.ate_sd:+.2f}",
-        "the PM": "learned" if row.learned else "clean null" if row.null else "neither",
-        "outcome": outcome,
-    }
+    kind, effect = row.kind.replace("_", " "), f"{row.ate_sd:+.2f}"
+    learned = "learned" if row.learned else "clean null" if row.null else "neither"
+    about: dict[str, object] = {"bias": row.name, "kind": kind, "dose": f"{row.dose:.2f}", "effect": effect}
+    return about | {"the PM": learned, "outcome": outcome}
 
 
 def _match(row: CueResult) -> dict[str, object]:
-    return {
-        "bias": row.name,
-        "site": row.site,
-        "features": row.features,
-        "rank": row.rank,
-        "F1": None if row.f1 is None else f"{row.f1:.2f}",
-        "mediated": _percent(row.mediated),
-        "group": f"{len(row.group.features)}: {_percent(row.group.mediated)}" if row.group else None,
-    }
+    f1 = None if row.f1 is None else f"{row.f1:.2f}"
+    group = f"{len(row.group.features)}: {_percent(row.group.mediated)}" if row.group else None
+    about: dict[str, object] = {"bias": row.name, "site": row.site, "features": row.features, "rank": row.rank}
+    return about | {"F1": f1, "mediated": _percent(row.mediated), "group": group}
 
 
 def _percent(figure: Figure | None) -> str | None:

@@ -1,25 +1,26 @@
-"""A finished run against what was planted: one row per plant, replication on fresh pairs, stability.
+"""A finished run against what was planted: one row per plant, replication on fresh pairs, stability, decoys.
 
 The run was told nothing: it read a file of pairs. Cues are measured on prompts that neither the PM nor the run saw.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import polars as pl
 
 from rmscope.effects import tables
 from rmscope.io import Progress, silent
 from rmscope.model.packing import units
-from rmscope.model.rendering import PairTokens
 from rmscope.pairs.pair import Pair
-from rmscope.pairs.planting import twins
+from rmscope.pairs.planting import sentences, twins
 from rmscope.pairs.plants import Plant
 from rmscope.planted.diagnosis import Diagnosis, match_null
-from rmscope.planted.matching import cue_effect, match_plant
+from rmscope.planted.matching import cue_effect, match_plant, matches
 from rmscope.planted.results import KS, Candidate, CueResult
 from rmscope.planted.twins import prepare
 from rmscope.ranking.candidates import pairs_a_prompt, strongest
@@ -29,13 +30,16 @@ from rmscope.run.collect import TWINS, best_reported
 from rmscope.run.run import Run
 from rmscope.run.stages import train_run_saes
 from rmscope.statistics import Figure, share
+from rmscope.studies.audit.result import DecoyShare
 
 FRESH_PROMPTS = 24
 """Fresh prompts on which a reported feature is ablated again, one pair each."""
 JUDGED = 8
 """A feature that fires on fewer fresh prompts is not judged."""
-SECOND_SEED = 1
-"""Added to the SAEs' seed for the second training."""
+DECOYS = 100
+DECOY_TWINS = 16
+"""Twins that a decoy is measured on: a hundred decoys then cost as much as a few plants."""
+MARKS = ".,;:!?"
 
 
 @dataclass
@@ -46,7 +50,6 @@ class Scoring:
     plants: Sequence[Plant]
     held_out: Sequence[Pair]
     seed: int
-    n_twins: int = TWINS
 
     @cached_property
     def reported(self) -> dict[str, list[Candidate]]:
@@ -68,69 +71,71 @@ class Scoring:
 
     def score_cue(self, plant: Plant) -> CueResult:
         """One plant on held-out prompts. It is matched among the best 20 features of each site, then among the best 50."""
-        run, pairs = self.run, twins(self.held_out, plant, self.n_twins, self.seed)
+        run, pairs = self.run, twins(self.held_out, plant, TWINS, self.seed)
         prepared = prepare(run.rm, run.saes, pairs, plant)
+        given = (run.rm, run.saes, plant, prepared)
         effect = cue_effect(plant, next(iter(prepared.values())), run.sd)
-        row = CueResult(
-            **dict(effect),
-            dose=plant.dose,
-            rate=plant.rate,
-            ate_sd=(effect.ate.value or 0.0) / run.sd,
-        )
+        row = CueResult(**dict(effect), dose=plant.dose, rate=plant.rate, ate_sd=(effect.ate.value or 0.0) / run.sd)
         if effect.null or plant.dose == 0.5:  # matches of a null that is not clean are told and not counted
-            matched_by = match_null(run.rm, run.saes, plant, prepared, self.best(KS[-1]), run.sd)
-            row = row.model_copy(update={"matched_by": matched_by})
+            row = row.model_copy(update={"matched_by": match_null(*given, self.best(KS[-1]), run.sd)})
         if not effect.learned:
             return row.model_copy(update={"why": "not learned"})
         for k in KS:
-            match = match_plant(run.rm, run.saes, plant, prepared, self.best(k), run.sd, groups=True)
+            match = match_plant(*given, self.best(k), run.sd, groups=True)
             if match.found:
                 break
-        row = row.model_copy(update=dict(match) | {"detail": match.why, "why": ""})
-        if row.found:
-            return row
-        baselines = {site: run.baseline(site) for site in run.sites}
-        tokens = run.rm.tokenize_all(pairs)
-        diagnosis = Diagnosis(run.rm, run.saes, plant, prepared, tokens, self.reported, baselines)
-        return row.model_copy(update={"why": diagnosis.reason()})
+        why = ""
+        if not match.found:
+            baselines = {site: run.baseline(site) for site in run.sites}
+            why = Diagnosis(*given, run.rm.tokenize_all(pairs), self.reported, baselines).reason()
+        return row.model_copy(update=dict(match) | {"detail": match.why, "why": why})
 
     def replicate(self, fresh: Sequence[Pair], progress: Progress = silent) -> dict[str, pl.DataFrame]:
-        """Ablates every reported feature again on fresh pairs; per site the table of :func:`replication`.
-
-        A feature that was reported for its strong firings is ablated on those.
-        """
-        run = self.run
-        strong = pl.col("flags").list.contains("strong")
+        """Per site, :func:`replication`: reported features are ablated again, on strong firings if reported for those."""
+        run, strong = self.run, pl.col("flags").list.contains("strong")
         effect = pl.when(strong).then("strong_effect").otherwise("mean_effect").alias("mean_effect")
-        listed = {
-            site: run.features(site).filter("reported").select("feature", effect, strong.alias("strong"))
-            for site in run.sites
-        }
+        columns = ("feature", effect, strong.alias("strong"))
+        listed = {site: run.features(site).filter("reported").select(*columns) for site in run.sites}
         tokens, ids = run.rm.tokenize_all(fresh), [p.id for p in fresh]
         prompts = {p.id: p.prompt_key for p in fresh}
-        requests = {
-            site: replication_requests(tables.with_order(table, prompts, self.seed), listed[site])
-            for site, table in self._firing(tokens, ids).items()
-        }
+        parts = [tables.firing_table(run.rm, run.saes, tokens, ids, unit) for unit in units(len(ids))]
+        firing = {site: pl.concat([part[site] for part in parts]) for site in run.sites}
+        ordered = {site: tables.with_order(table, prompts, self.seed) for site, table in firing.items()}
+        requests = {site: replication_requests(ordered[site], listed[site]) for site in run.sites}
         wanted = tables.plan(requests, {id_: i for i, id_ in enumerate(ids)})
         ablated = tables.ablation_table(run.rm, run.saes, tokens, ids, wanted, progress)
         return {site: replication(listed[site].drop("strong"), ablated[site], prompts, run.sd) for site in run.sites}
 
-    def _firing(self, tokens: Sequence[PairTokens], ids: Sequence[str]) -> dict[str, pl.DataFrame]:
-        parts = [tables.firing_table(self.run.rm, self.run.saes, tokens, ids, unit) for unit in units(len(ids))]
-        return {site: pl.concat([part[site] for part in parts]) for site in self.run.sites}
-
     def measure_stability(self, progress: Progress = silent) -> Figure:
         """The share of reported features that SAEs of another seed, trained on the same activations, have too."""
         run, config = self.run, self.run.config.sae
-        other = config.model_copy(update={"seed": config.seed + SECOND_SEED})
-        second = train_run_saes(run, other, run.folder / "second", progress)
-        hits = [
-            hit
-            for site in run.sites
-            for hit in found_again(run.saes[site], second[site], [c.feature for c in self.reported[site]])
-        ]
+        second = train_run_saes(run, config.model_copy(update={"seed": config.seed + 1}), run.folder / "second", progress)
+        features = {site: [c.feature for c in candidates] for site, candidates in self.reported.items()}
+        hits = [hit for site, listed in features.items() for hit in found_again(run.saes[site], second[site], listed)]
         return share(sum(hits), len(hits))
+
+    def match_decoys(self, progress: Progress = silent) -> DecoyShare:
+        """The share of decoys that the reported features match, whether or not the PM learned them."""
+        run, words = self.run, list[str]()
+        cues = decoys(self.held_out, self.plants, DECOYS, self.seed)
+        for i, plant in enumerate(cues):
+            prepared = prepare(run.rm, run.saes, twins(self.held_out, plant, DECOY_TWINS, self.seed), plant)
+            effect = np.mean([t.delta for t in next(iter(prepared.values()))])
+            signed = plant.model_copy(update={"sign": 1 if effect > 0 else -1})  # the sign that makes a match likelier
+            if matches(run.rm, run.saes, signed, prepared, self.best(KS[0])):
+                words.append(plant.texts[0])
+            progress(i + 1, len(cues), "decoy cues")
+        return DecoyShare(**share(len(words), len(cues)).as_dict(), words=tuple(words))
+
+
+def decoys(pairs: Sequence[Pair], plants: Sequence[Plant], n: int, seed: int) -> list[Plant]:
+    """``n`` words of the pairs' own text that no plant uses, each as a cue of random sign."""
+    taken = {word.strip(MARKS).lower() for p in plants for text in p.texts for word in text.split()}
+    words = sorted({w.strip(MARKS) for p in pairs for s in sentences(p.chosen) for w in s.split()})
+    fit = [w for w in words if w.isalpha() and w.islower() and 4 <= len(w) <= 9 and w not in taken]
+    rng = random.Random(f"{seed}/decoys")
+    drawn = rng.sample(fit, min(n, len(fit)))
+    return [Plant(name=f"decoy-{w}", kind="word", sign=rng.choice((1, -1)), dose=0.5, texts=(w,)) for w in drawn]
 
 
 def replication_requests(ordered: pl.DataFrame, listed: pl.DataFrame) -> pl.DataFrame:
@@ -147,18 +152,12 @@ def replication(listed: pl.DataFrame, ablated: pl.DataFrame, prompts: Mapping[st
     A feature fails where its fresh mean effect, in the reported sign, is not above the bound of a report, .05 SD(Δr).
     ``failed`` is null where it fires on fewer than :data:`JUDGED` prompts.
     """
-    by_prompt = (
-        ablated.with_columns(pl.col("pair").replace_strict(prompts, return_dtype=pl.String).alias("prompt"))
-        .group_by("feature", "prompt")
-        .agg(pl.col("effect").cast(pl.Float64).mean())
-        .group_by("feature")
-        .agg(pl.col("effect").mean().alias("fresh"), pl.len().alias("prompts"))
-    )
-    signed = pl.col("fresh") * pl.col("reported").sign()
-    judged = pl.col("prompts") >= JUDGED
+    prompt = pl.col("pair").replace_strict(prompts, return_dtype=pl.String).alias("prompt")
+    by_prompt = ablated.group_by("feature", prompt).agg(pl.col("effect").cast(pl.Float64).mean())
+    by_feature = by_prompt.group_by("feature").agg(pl.col("effect").mean().alias("fresh"), pl.len().alias("prompts"))
+    failed = pl.col("fresh") * pl.col("reported").sign() <= BOUND * sd
     return (
         listed.rename({"mean_effect": "reported"})
-        .join(by_prompt, on="feature", how="left")
-        .with_columns(pl.col("prompts").fill_null(0))
-        .with_columns(pl.when(judged).then(signed <= BOUND * sd).alias("failed"))
+        .join(by_feature, on="feature", how="left")
+        .with_columns(pl.col("prompts").fill_null(0), pl.when(pl.col("prompts") >= JUDGED).then(failed).alias("failed"))
     )
