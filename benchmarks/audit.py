@@ -33,14 +33,12 @@ from heads import fit_head
 from other_rankings import UNSIGNED, as_candidates, rankings
 
 from rmscope.cli.terminal import Bars
-from rmscope.evaluation.controls import principal_components, random_dictionary, signed_basis
-from rmscope.evaluation.selection import Responses
+from rmscope.evaluation.selection import Responses, principal_components, random_dictionary, signed_basis
 from rmscope.pairs.pair import SIDES, Pair, Side
 from rmscope.pairs.planting import twins
 from rmscope.pairs.plants import Plant, read_plants
 from rmscope.planted.matching import cue_effect, f1_score, match_plant, threshold
-from rmscope.planted.recall_metrics import KS, recall
-from rmscope.planted.results import Candidate, Candidates, CueMatch
+from rmscope.planted.results import KS, Candidate, Candidates, CueMatch, recall
 from rmscope.planted.twins import Twin, halves, prepare
 from rmscope.run.collect import TWINS
 from rmscope.run.run import Run
