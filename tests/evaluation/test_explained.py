@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rmscope.activations.harvest import harvest
-from rmscope.effects.splice import delta_r2, replaced, splice
+from rmscope.effects.splice import delta_r2, run_replacements, splice
 from rmscope.evaluation.explained import ABLATE_GRID, COARSE_GRID, Explained, FrozenSelection, SelectSplit, explain
 from tests.evaluation.test_keep import OTHERS, SITE
 from tests.model.small import PAIRS, shared_pm, small_sae
@@ -44,7 +44,7 @@ def test_keeping_nothing_is_the_same_whatever_the_list(explained: Explained) -> 
 
 def test_the_evaluation_beside_the_curves_is_that_of_the_splice(explained: Explained) -> None:
     rm, tokens = shared_pm("llama"), shared_pm("llama").tokenize_all(PAIRS)
-    plain = replaced(rm, tokens, range(len(tokens)), {"splice": (SITE, splice(small_sae()))})["splice"]
+    plain = run_replacements(rm, tokens, range(len(tokens)), {"splice": (SITE, splice(small_sae()))})["splice"]
     groups = np.array([p.prompt_key for p in PAIRS])
     expected = delta_r2(plain.delta, plain.delta_hat[:, 0], groups).value
     assert explained.evaluation.figures["delta_r2"].value == pytest.approx(expected, abs=1e-5)

@@ -10,7 +10,7 @@ import torch
 
 from rmscope.activations.harvest import harvest
 from rmscope.effects.ablation import ablate_groups, at_site, clean_runs
-from rmscope.effects.splice import Span, replaced, splice
+from rmscope.effects.splice import Span, run_replacements, splice
 from rmscope.errors import InputError
 from rmscope.evaluation.explained import (
     AblationBaseline,
@@ -129,7 +129,7 @@ def test_keeping_every_coordinate_changes_no_reward(architecture: str, donors: D
     baseline = AblationBaseline(sae, donors, torch.rand(2 * D), torch.randn(D))  # all coordinates kept: no mean is left
     tokens = rm.tokenize_all(PAIRS[:2])
     baseline = AblationBaseline(sae, donors, baseline.f_mean, sae.decode(baseline.f_mean))
-    rows = replaced(rm, tokens, [0, 1], {"k": (SITE, keep(baseline, signed_units(D), (0, D)))})["k"]
+    rows = run_replacements(rm, tokens, [0, 1], {"k": (SITE, keep(baseline, signed_units(D), (0, D)))})["k"]
     curve = keep_curve(rows, (0, D), np.arange(2))
     assert curve[1].donors.value == pytest.approx(1, abs=1e-3)
     assert curve[1].mean.value == pytest.approx(1, abs=1e-3)
@@ -141,7 +141,7 @@ def test_ablating_a_set_is_the_exact_ablation_of_its_group() -> None:
     rm, sae = shared_pm("llama"), small_sae()
     tokens = rm.tokenize_all(PAIRS)
     sets = [np.arange(96), np.arange(0, 96, 3), np.array([], dtype=np.int64)]
-    rows = replaced(rm, tokens, range(4), {"r": (SITE, ablate(sae, [sets]))})["r"]
+    rows = run_replacements(rm, tokens, range(4), {"r": (SITE, ablate(sae, [sets]))})["r"]
     for i, t in enumerate(tokens):
         for s, side in enumerate(SIDES):
             response = at_site(sae, clean_runs(rm, t, [SITE])[side], SITE, t.divergence)
@@ -162,7 +162,7 @@ def test_differences_add_up_to_the_reward_difference_without_an_error() -> None:
     f_mean = torch.rand(2 * D)
     x0 = sae.decode(f_mean)
     found, delta = differences(rm, {"p": (sae, f_mean)}, SITE, tokens, x0, cuts=np.linspace(0, 1, 9).tolist())
-    start = replaced(rm, tokens, range(4), {"0": (SITE, lambda at: x0.expand_as(at.x)[None])})["0"]
+    start = run_replacements(rm, tokens, range(4), {"0": (SITE, lambda at: x0.expand_as(at.x)[None])})["0"]
     np.testing.assert_allclose(delta, start.delta, atol=1e-4)
     np.testing.assert_allclose(found["p"].sum(1), delta - start.delta_hat[:, 0], atol=5e-3)
     assert np.abs(found["p"].sum(1)).max() > 0.05
@@ -249,7 +249,7 @@ def test_matched_controls_are_the_nearest_features_and_used_once() -> None:
     size = np.exp(rng.normal(0, 2, 300))
     traits = Profile(size * 1e-3, size * 1e-3, size, *(np.zeros(300, dtype=bool),) * 2, torch.zeros(300), torch.zeros(1))
     features = np.arange(20)
-    found = matched_controls(traits, features, features)
+    found = matched_controls(traits, features)
     assert len(set(found.tolist())) == 20
     assert not set(found.tolist()) & set(features.tolist())
     apart = np.abs(np.log(size[found] / size[features])).mean()
@@ -266,6 +266,6 @@ def test_splice_and_keep_agree_where_the_error_is_nothing(donors: Donors) -> Non
     baseline = AblationBaseline(sae, donors, torch.zeros(2 * D), sae.b_dec.detach())
     order = np.arange(2 * D)[:, None]
     tokens = rm.tokenize_all(PAIRS)
-    rows = replaced(rm, tokens, range(4), {"s": (SITE, splice(sae)), "k": (SITE, keep(baseline, order, (2 * D,)))})
+    rows = run_replacements(rm, tokens, range(4), {"s": (SITE, splice(sae)), "k": (SITE, keep(baseline, order, (2 * D,)))})
     for b in range(6):
         np.testing.assert_allclose(rows["k"].delta_hat[:, b], rows["s"].delta_hat[:, 0], atol=5e-4)

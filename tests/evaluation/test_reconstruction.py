@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rmscope.effects.splice import constant, replaced, splice
+from rmscope.effects.splice import constant, run_replacements, splice
 from rmscope.evaluation.reconstruction import as_table, evaluate
 from rmscope.sae.metrics import measure_sae
 from tests.effects.test_splice import perfect
@@ -43,7 +43,7 @@ def test_the_figures_are_those_of_the_plain_metrics_and_of_the_splice(architectu
     np.testing.assert_allclose(found.density, plain.density, atol=1e-6)
     assert found.dead == pytest.approx(plain.dead)
     mean = torch.cat(spans).mean(0)
-    alone = replaced(rm, tokens, range(4), {"s": (SITE, splice(sae)), "m": (SITE, constant(mean))})
+    alone = run_replacements(rm, tokens, range(4), {"s": (SITE, splice(sae)), "m": (SITE, constant(mean))})
     np.testing.assert_allclose(found.delta_hat, alone["s"].delta_hat[:, 0], atol=1e-4)
     damage = [np.abs(alone[k].clean - alone[k].rewards[..., 0]).sum() for k in "sm"]
     assert found.figures["reward_recovered"].value == pytest.approx(1 - damage[0] / damage[1], abs=1e-3)

@@ -1,15 +1,13 @@
 """How much of Δr one site explains, on held-out pairs: splice, keep K and ablate K, each with its controls.
 
-*Keep K*: the list's first K features stay as they are on the span. All other features and the SAE's error come from
-somewhere else,
+*Keep K*: the list's first K features stay as they are on the span; all else comes from somewhere else,
 
     x'_t = x0_t + Σ_{j in K} (f_tj - f0_tj) d_j
 
 where x0 = x^0 + e0 is, token by token, the stream of another response, its *donor*, or the dataset's mean. A donor comes
 from the store, answers another prompt, and is the same for both sides of a pair; its tokens are stretched over the span.
-With donors Δr^ is the mean over donors: the question is what the kept features explain by themselves, not what one donor
-adds. Keeping all features gives x^ plus the donor's error; keeping none gives the donor. The *error alone* is the mirror:
-features of the donor, the error as it is. *Ablate K* sets the list's first K features to 0; the error stays.
+Δr^ is the mean over donors: the question is what the kept features explain by themselves, not what one donor adds. The
+*error alone* is the mirror: features of the donor, the error as it is. *Ablate K* sets the list's first K features to 0.
 
 Everything that is chosen (the order of the list, flags, means, donors, control dictionaries) is computed from stored
 responses of the select split and then frozen. The figures are measured on other prompts.
@@ -27,10 +25,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rmscope.activations.store import ActivationStore
-from rmscope.effects.splice import Replaced, Replacement, Span, agreement, delta_r2, replaced, slope, splice
+from rmscope.effects.splice import ReplacedRewards, Replacement, Span, agreement, delta_r2, run_replacements, slope, splice
 from rmscope.errors import InputError
 from rmscope.evaluation import selection
 from rmscope.evaluation.reconstruction import Evaluation, evaluate
+from rmscope.evaluation.selection import Responses
 from rmscope.io import Progress, silent
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
@@ -48,20 +47,13 @@ SELECT_PAIRS = 96
 MATCHED_DRAWS = 3
 """Draws of matched features for each ablated list."""
 PCA_TOKENS = 20_000
-FLAG_WINDOW = 64
-"""The first features of a list, of which the flagged ones are counted."""
 
 
 class Donors:
     """Stored responses that replace others: ``of(pair)`` draws them for a pair, none of them with the pair's prompt."""
 
     def __init__(
-        self,
-        responses: selection.Responses,
-        stored_prompts: Sequence[str],
-        prompts: Sequence[str],
-        n: int = DONORS,
-        seed: int = 0,
+        self, responses: Responses, stored_prompts: Sequence[str], prompts: Sequence[str], n: int = DONORS, seed: int = 0
     ) -> None:
         """``stored_prompts`` names the prompt of each stored pair, ``prompts`` that of each measured one."""
         self._responses, self._n, self._seed = responses, n, seed
@@ -108,8 +100,9 @@ class AblationBaseline:
         return [*of_donors, (self.x_mean.expand(n, -1), self.f_mean.expand(n, -1))]
 
 
-def keep(baseline: AblationBaseline, order: selection.Units, grid: Sequence[int]) -> Replacement:
-    """One variant per base (the donors, then the mean) and K of the grid (ascending); the K of a base are adjacent."""
+def keep(baseline: AblationBaseline, order: Int[Array, "units width"], grid: Sequence[int]) -> Replacement:
+    """One variant per base (the donors, then the mean) and K of the grid (ascending); the K of a base are adjacent. A unit
+    of the order is a feature, or the two features of a principal component, one per sign."""
 
     def replace(at: Span) -> Tensor:
         sae, out = baseline.sae, []
@@ -171,7 +164,7 @@ class KeepPoint:
     single: float
 
 
-def keep_curve(rows: Replaced, grid: Sequence[int], prompts: Array) -> list[KeepPoint]:
+def keep_curve(rows: ReplacedRewards, grid: Sequence[int], prompts: Array) -> list[KeepPoint]:
     """The curve of what :func:`keep` replaced, one point per K of the grid."""
     delta, points = rows.delta, []
     for k, hat in zip(grid, np.moveaxis(rows.delta_hat.reshape(len(delta), -1, len(grid)), 2, 0), strict=True):
@@ -216,7 +209,7 @@ class FrozenSelection:
         4. Donors and means become the baselines.
         """
         self.rm, self.site, self.sae, tokens, d = rm, site, sae, select.tokens, rm.d_model
-        responses = selection.Responses(select.store, site, set(select.pairs))
+        responses = Responses(select.store, site, set(select.pairs))
 
         def ending(pair: int, side: str) -> int:
             ids = tokens[pair].side(side)
@@ -258,7 +251,7 @@ class FrozenSelection:
     def ablation_sets(self) -> list[list[Array]]:
         """The list's top K, then MATCHED_DRAWS draws of matched features, at each K of :attr:`ablate_grid`."""
         top = self.order[: self.ablate_grid[-1], 0]
-        draws = [selection.matched_controls(self.profile, top, top, seed) for seed in range(MATCHED_DRAWS)]
+        draws = [selection.matched_controls(self.profile, top, seed) for seed in range(MATCHED_DRAWS)]
         return [[features[:k] for k in self.ablate_grid] for features in (top, *draws)]
 
 
@@ -283,7 +276,7 @@ class Explained:
     controls: dict[str, Figure]
     """delta_r2 of pca, random, noise (each spliced), length (alone), error and error_mean (the error alone)."""
     flagged: int
-    """Flagged features of the SAE, and (``flagged_of_64``) those among the first FLAG_WINDOW of the list."""
+    """Flagged features of the SAE, and (``flagged_of_64``) those among the first 64 of the list."""
     flagged_of_64: int
     curves: dict[str, list[KeepPoint]]
     """Keep K: keep (the list), unflagged (the list without flagged features), keep_pca, keep_coordinates."""
@@ -313,7 +306,7 @@ def explain(
         "norm": norm_matched_moves(s.sae, s.donors, sets[0]),
     } | {name: keep(baseline, order, grids[name]) for name, (baseline, order) in s.lists.items()}
     at_site = {name: (s.site, replacement) for name, replacement in replacements.items()}
-    rows = replaced(s.rm, tokens, range(len(tokens)), at_site, progress)
+    rows = run_replacements(s.rm, tokens, range(len(tokens)), at_site, progress)
 
     delta, error = rows["keep"].delta, rows["error"].delta_hat
     lengths = np.array([t.chosen.numel() - t.rejected.numel() for t in tokens], dtype=float)
@@ -327,7 +320,7 @@ def explain(
         evaluation=evaluation,
         controls={name: delta_r2(delta, hat, groups) for name, hat in alone.items()},
         flagged=int(s.flagged.sum()),
-        flagged_of_64=int(s.flagged[s.order[:FLAG_WINDOW, 0]].sum()),
+        flagged_of_64=int(s.flagged[s.order[:64, 0]].sum()),
         curves={name: keep_curve(rows[name], grid, groups) for name, grid in grids.items()},
         ablated=[
             AblatePoint(k, *(lost_share(delta, hat[:, i], groups) for hat in ablations)) for i, k in enumerate(s.ablate_grid)

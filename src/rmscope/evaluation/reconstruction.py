@@ -43,9 +43,8 @@ class Evaluation:
     density: Float[Array, " m"]
     """Share of tokens on which each feature fires."""
     delta: Float[Array, " pairs"]
-    """Δr, in units of reward."""
+    """Δr, in units of reward; ``delta_hat`` is the same under splice."""
     delta_hat: Float[Array, " pairs"]
-    """Δr under splice."""
 
     @property
     def dead(self) -> float:
@@ -60,12 +59,7 @@ def evaluate(
     prompts: Sequence[str],
     progress: Progress = silent,
 ) -> list[Evaluation]:
-    """Evaluates every SAE on the same pairs.
-
-    Args:
-        saes: by name; each is evaluated at its own ``site``.
-        prompts: the prompt of each pair; the bootstrap resamples them.
-    """
+    """Evaluates every SAE (by name), at its own ``site``, on the same pairs; the bootstrap resamples their prompts."""
     sites = sorted({sae.site for sae in saes.values()}, key=rm.site_index)
     means = _means(rm, tokens, sites)
     for sae in saes.values():

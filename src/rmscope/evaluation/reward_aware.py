@@ -5,9 +5,7 @@
 Δr^ and s^ are the difference and the sum of a pair's two rewards with x replaced by x^ on the span of both sides. A loss of
 differences alone would let both rewards of a pair drift together, away from what the blocks above were trained on. At μ = 1
 each reward counts by itself, as (a - b)² + (a + b)² = 2 (a² + b²). In the units of training E|x|² = d (d_model), so both
-terms are relative errors times d.
-
-The damage is backpropagated through the PM's blocks above the site to x^, and from there through the SAE's own equations:
+terms are relative errors times d. The damage is backpropagated through the PM's blocks above the site to x^, and from there
 to W_dec and b_dec, and to the encoder at the entries that fire. The PM is frozen and in float32. Which features fire is
 decided as in plain training, and only the family's own loss moves thresholds.
 

@@ -5,15 +5,14 @@ dataset's mean (:mod:`rmscope.effects.ledger`), the next feature is the one that
 the select pairs. One path gradient per pair serves every dictionary, so features, principal components and coordinates are
 ordered by the same rule. Means, firing rates and flags come from the stored responses of the select pairs.
 
-*Controls.* A control dictionary is an SAE like any other, so it goes through the same code. There are three: principal
-components and residual coordinates as 2 d signed directions (f = relu of the coordinate and of its negative: all of them
-together are exact); the same with only the k largest of a token; and a random dictionary of as many unit directions as the
-SAE, with the k largest of a token and one scale fitted by least squares.
+*Controls.* A control dictionary is an SAE too. There are three: principal components and residual coordinates as 2 d signed
+directions (f = relu of the coordinate and of its negative: all of them together are exact); the same with only the k largest
+of a token; and random unit directions, as many as the SAE has, with one scale fitted by least squares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -40,8 +39,6 @@ from rmscope.statistics import Array
 
 NEAREST = 8
 """A matched feature is drawn from this many nearest ones."""
-Units = Int[Array, "units width"]
-"""A list of features in order. A principal component is a unit of two features, one per sign."""
 
 
 class Responses:
@@ -74,7 +71,7 @@ class Responses:
 
 @dataclass(frozen=True)
 class Profile:
-    """What each feature of an SAE does on stored responses; arrays are [m]."""
+    """What each feature of an SAE does on stored responses; arrays are [m]. The means of f and x are over all tokens."""
 
     fire_chosen: Array
     """Share of the tokens of chosen responses on which it fires."""
@@ -86,9 +83,7 @@ class Profile:
     ending: Array
     """Flag: at least .8 of its activation is on the endings of responses. The exact flag would need ablations."""
     f_mean: Float[Tensor, " m"]
-    """Mean activation over the tokens."""
     x_mean: Float[Tensor, " d"]
-    """Mean stream over the tokens."""
 
 
 def profile(sae: Sae, responses: Responses, ending: Callable[[int, str], int]) -> Profile:
@@ -182,7 +177,7 @@ def signed_basis(basis: Float[Tensor, "d d"], centre: Float[Tensor, " d"], k: in
     return sae.fill({"W_dec": rows, "W_enc": rows.t(), "b_dec": centre, "b_enc": torch.zeros(2 * d)})
 
 
-def signed_units(d: int) -> Units:
+def signed_units(d: int) -> Int[Array, "d 2"]:
     """The units of :func:`signed_basis`: both signs of a coordinate."""
     return np.stack([np.arange(d), np.arange(d) + d], 1)
 
@@ -210,20 +205,14 @@ def noise(sae: Sae, seed: int = 0) -> Replacement:
     return replace
 
 
-def matched_controls(
-    profile: Profile, features: Int[Array, " k"], forbidden: Int[Array, " n"], seed: int = 0
-) -> Int[Array, " k"]:
+def matched_controls(profile: Profile, features: Int[Array, " k"], seed: int = 0) -> Int[Array, " k"]:
     """For each feature another one with about the same firing rate on either side and the same Σ_t f_tj |d_j|."""
     traits = np.stack([profile.fire_chosen + 1e-6, profile.fire_rejected + 1e-6, profile.mass + 1e-9], 1)
-    return match_by_traits(traits, profile.mass > 0, features, forbidden, seed)
+    return match_by_traits(traits, profile.mass > 0, features, features, seed)
 
 
 def match_by_traits(
-    traits: Float[Array, "m traits"],
-    free: Array,
-    features: Sequence[int] | Array,
-    forbidden: Sequence[int] | Array,
-    seed: int,
+    traits: Float[Array, "m traits"], free: Array, features: Iterable[int], forbidden: Sequence[int] | Array, seed: int
 ) -> Int[Array, " k"]:
     """For each of ``features`` one of the ``free`` features [m] that are nearest in the logarithms of their positive traits.
 

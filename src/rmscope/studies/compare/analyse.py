@@ -61,14 +61,11 @@ def compare_models(c: Comparison, on_disk: RunFolder, prompts: int, seed: int) -
     """The figures of a comparison. Long work goes in units that outlive a kill.
 
     1. Both PMs read the fresh pairs; every SAE reads both streams.
-    2. Each reported feature is ablated in both PMs on the same responses, and gets a class.
+    2. Each reported feature is ablated in both PMs, on the same responses to at most ``prompts`` prompts, and gets a class.
     3. Features with like decoders become concepts.
 
     Of a base without a head only the first step is done. With a control features are ablated in it too, and a difference
     *holds* where B differs from the control as it does from A (:mod:`.classify`).
-
-    Args:
-        prompts: a feature is ablated on at most this many fresh prompts.
 
     Raises:
         InputError: a PM gives every pair the same Δr.

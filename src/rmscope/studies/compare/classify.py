@@ -49,14 +49,10 @@ SCHEMA = {
 
 
 def judge(measured: pl.DataFrame, seed: int) -> pl.DataFrame:
-    """Tests and classifies every feature.
+    """Tests and classifies every feature in the rows of :func:`~rmscope.studies.compare.measure.pair_effects`.
 
-    Args:
-        measured: the rows of :func:`~rmscope.studies.compare.measure.pair_effects`.
-
-    Returns:
-        One row per feature (of, site, feature): prompts; of a, b and difference the mean, its interval (``_low``, ``_high``)
-        and q (``_q``); class.
+    One row per feature (of, site, feature): prompts; of a, b and difference the mean, its interval (``_low``, ``_high``)
+    and q (``_q``); class.
     """
     prompts = sorted(measured["prompt"].unique())
     place, signs = {p: i for i, p in enumerate(prompts)}, flip_matrix(len(prompts), seed)
@@ -79,11 +75,10 @@ def judge(measured: pl.DataFrame, seed: int) -> pl.DataFrame:
 def against_control(judged: pl.DataFrame, measured: pl.DataFrame, seed: int) -> pl.DataFrame:
     """``judged`` with ``control`` (its mean, ``_low``, ``_high``) and ``holds``.
 
-    A control is another PM of A's kind, such as one of the same data with another seed; ``measured`` has its effects as
-    ``c``. A difference between A and B holds under two conditions. B also differs from the control, beyond the bound and in
-    the same direction. And B is farther from the nearer of the two than they are from each other (paired by prompt, lower
-    end of the interval above 0). ``holds`` is null where A and B do not differ. If B were of A's kind, a third of large
-    differences would still hold, because each of the three stands apart equally often.
+    ``measured`` has the effects in the control as ``c``. A difference between A and B holds where B also differs from the
+    control, beyond the bound and in the same direction, and where B is farther from the nearer of the two than they are from
+    each other (paired by prompt, lower end of the interval above 0). ``holds`` is null where A and B do not differ.
+    If B were of A's kind, a third of large differences would still hold: each of the three stands apart equally often.
     """
     other = judge(measured.with_columns(pl.col("c").alias("a")), seed)
     differs = other["class"].is_in(CHANGED) & (other["difference"].sign() == judged["difference"].sign())
@@ -122,10 +117,8 @@ def class_of(row: Mapping[str, Any]) -> FeatureClass:
 
 
 def concepts(features: Sequence[FeatureComparison], dictionaries: Sequence[Dictionary]) -> list[Concept]:
-    """Classified features as concepts, the largest effects first; those that do not hold against a control come last.
-
-    Each feature gets the number of its concept.
-    """
+    """Classified features as concepts, the largest effects first; those that do not hold against a control come last. Each
+    feature gets the number of its concept."""
     listed = []
     for number, group in enumerate(groups(features, dictionaries)):
         for feature in group:

@@ -6,9 +6,8 @@ bootstrap by prompt. A feature fires *together* on the tokens on which it fires 
 fires in either (Jaccard). A reported feature is *there* in the other PM where that share is at least half, the threshold at
 which two features count as one.
 
-*Ablation.* A response counts for a feature where the feature fires in its span in either PM, so that neither PM chooses the
-responses alone. Where it is silent in one of them, its effect there is exactly 0. Effects are exact ablations, each in
-SD(Δr) of the PM in which it was measured.
+*Ablation.* A response counts for a feature that fires in its span in either PM, so that neither PM chooses the responses
+alone. Where it is silent in one of them, its effect there is exactly 0. Effects are in SD(Δr) of the PM of the ablation.
 """
 
 from __future__ import annotations
@@ -163,10 +162,8 @@ def compare_site(
 
 
 def ablation_requests(c: Comparison, firing: pl.DataFrame, prompts: int, seed: int) -> pl.DataFrame:
-    """The responses in which each reported feature is ablated: of, site, pair, side, feature, prompt.
-
-    Each feature gets one pair of each of at most ``prompts`` prompts, with both sides where it fires on both.
-    """
+    """The responses in which each reported feature is ablated (of, site, pair, side, feature, prompt): one pair of each of
+    at most ``prompts`` prompts, with both sides where it fires on both."""
     parts = [pl.DataFrame(schema={**FIRING, "prompt": pl.String})]
     for d in c.dictionaries:
         rows = tables.with_order(firing.filter(of=d.of, site=d.site), c.pairs.prompts, seed)

@@ -29,17 +29,17 @@ from rmscope.studies.edit.patch import is_patch, load_edited
 
 @dataclass(frozen=True)
 class ComparedModel:
-    """One of the compared PMs. A PM without a run has no SAEs and no reported features."""
+    """One of the compared PMs; ``identity`` is the content hash of its weights.
+
+    A ``base`` has no scalar head, so its rewards mean nothing. A PM without a run has no SAEs and no reported features.
+    """
 
     rm: RewardModel
     name: str
     identity: str
-    """Content hash of the weights."""
     base: bool = False
-    """Whether it has no scalar head, so that its rewards mean nothing."""
     saes: Mapping[str, Sae] = field(default_factory=dict)
     reported: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """The reported features of each site, by rank."""
     run: Run | None = None
 
     @classmethod
@@ -51,26 +51,23 @@ class ComparedModel:
 
 @dataclass(frozen=True)
 class Dictionary:
-    """An SAE of A or of B with its reported features. It reads the streams of both PMs."""
+    """An SAE of A or of B (``of``: a or b), its reported features by rank, and the ``other`` PM's own SAE at the site."""
 
     of: str
-    """Whose it is: a or b."""
     site: str
     sae: Sae
     reported: list[int]
     other: Sae | None = None
-    """The other PM's own SAE at the site."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The PMs, and the fresh pairs that all of them read as the same tokens."""
+    """The PMs, and the fresh pairs that all of them read as the same tokens. Of a control only the reward is read."""
 
     a: ComparedModel
     b: ComparedModel
     pairs: PairSet
     control: ComparedModel | None = None
-    """Another PM of A's kind, of which only the reward is read."""
 
     @property
     def models(self) -> dict[str, ComparedModel]:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rmscope.report import figures
 from rmscope.report import formatting as fmt
-from rmscope.report.page import Page, environment
+from rmscope.report.page import Page, render
 from rmscope.report.result import Result, Rows
 from rmscope.statistics import Figure
 
@@ -89,9 +89,10 @@ class Member:
 class FeatureComparison(BaseModel):
     """A reported feature of A or of B in both PMs.
 
-    It fires on ``fire_a`` tokens in A and on ``both`` in both PMs (``together``: Jaccard); there Σ f is ``sum_a``, its mean
-    ``act_a``. Effects are means over fresh prompts, each in SD(Δr) of its PM; they are None where nothing was ablated: in a
-    base, and for a feature that fires on no fresh response.
+    ``tokens`` are those on which it is most active. It fires on ``fire_a`` tokens in A and on ``both`` in both PMs
+    (``together``: Jaccard); there Σ f is ``sum_a``, its mean ``act_a``. ``match`` is the nearest feature of the other PM's
+    own SAE, found again where both cosines are at least .7. Effects are means over fresh prompts, each in SD(Δr) of its PM;
+    they are None where nothing was ablated: in a base, and for a feature that fires on no fresh response.
     """
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
@@ -100,7 +101,6 @@ class FeatureComparison(BaseModel):
     site: str
     feature: int
     tokens: list[str] = []
-    """The tokens on which it is most active."""
     fire_a: int = 0
     fire_b: int = 0
     both: int = 0
@@ -110,13 +110,10 @@ class FeatureComparison(BaseModel):
     act_b: float | None = None
     together: float | None = None
     match: int | None = None
-    """The nearest feature of the other PM's own SAE, by the decoder's and the encoder's cosine."""
     cosine: float | None = None
     encoder_cosine: float | None = None
     found_again: bool | None = None
-    """Whether both cosines are at least .7."""
     prompts: int = 0
-    """Prompts on which it was ablated."""
     a: Figure | None = None
     a_q: float | None = None
     b: Figure | None = None
@@ -231,13 +228,10 @@ class CompareResult(Result):
     def page(self) -> Page:
         """The page; texts are escaped."""
         ends = [v for c in self.changed for f in (c.a, c.b) if f for v in (f.value, f.low, f.high)]
-        html = environment().get_template("compare/page.html").render(
-            data=self.as_json(),
-            span=figures.extent(ends, include=[0.0], pad=0.04),
-            effects=[(f.a.value, f.b.value) for f in self.features if f.a and f.b],
-            counts=figures.count_bars([(c.class_, c.features) for c in self.classes], "Features by class"),
-        )  # fmt: skip
-        return Page(html.encode("utf-8", "replace").decode("utf-8"), self.path)  # a token may hold a lone surrogate
+        span = figures.extent(ends, include=[0.0], pad=0.04)
+        effects = [(f.a.value, f.b.value) for f in self.features if f.a and f.b]
+        counts = [(c.class_, c.features) for c in self.classes]
+        return Page(render("compare/page.html", data=self.as_json(), span=span, effects=effects, counts=counts), self.path)
 
 
 def _value(figure: Figure) -> str:

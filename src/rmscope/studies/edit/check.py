@@ -101,7 +101,7 @@ def _matched_sets(run: Run, edit: FeatureEdit, fitted: Sequence[Twin]) -> Sequen
         return matched_groups(sae, fitted, edit.features, MATCHED)
     # Features are matched on rates and mass alone, so the place where endings begin does not matter.
     like = profile(sae, Responses(run.store, edit.site, set(range(PROFILED))), lambda _pair, _side: 1 << 30)
-    return [matched_controls(like, features, features, seed).tolist() for seed in range(MATCHED)]
+    return [matched_controls(like, features, seed).tolist() for seed in range(MATCHED)]
 
 
 def mean_difference(twins: Sequence[Sequence[Twin]]) -> Edit:

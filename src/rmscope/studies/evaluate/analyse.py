@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rmscope.errors import InputError
-from rmscope.evaluation.explained import Explained, FrozenSelection, SelectSplit, explain
+from rmscope.evaluation.explained import FrozenSelection, SelectSplit, explain
 from rmscope.evaluation.reconstruction import evaluate
 from rmscope.io import Display, NoDisplay, write_json, write_table
 from rmscope.run.inputs import Inputs
@@ -23,7 +23,7 @@ def analyse(config: EvaluateConfig, display: Display | None = None, run: Run | N
     2. The SAEs are loaded and checked against the PM.
     3. Every SAE is evaluated on the same pairs, one per prompt while prompts last.
     4. With ``out`` the table and the page are written.
-    5. With ``curves`` the run's SAEs also get keep K and ablate K, stored in the run for its report.
+    5. With ``curves`` the run's SAEs also get keep K and ablate K of lists from the fit split, stored for its report.
 
     Raises:
         InputError: there is no PM, no pair or no SAE, an SAE does not fit the PM, or ``curves`` has no run.
@@ -49,23 +49,21 @@ def analyse(config: EvaluateConfig, display: Display | None = None, run: Run | N
     for name, sae in saes.items():
         inputs.rm.site_index(sae.site)
         if sae.d != inputs.rm.d_model:
-            raise InputError(
-                f"The SAE at {name} reads {sae.d} dimensions, the PM's stream has {inputs.rm.d_model}; "
-                "name an SAE that was trained on this PM."
-            )
+            told = f"The SAE at {name} reads {sae.d} dimensions, the PM's stream has {inputs.rm.d_model}"
+            raise InputError(f"{told}; name an SAE that was trained on this PM.")
 
-    pairs = run.pair_set if run is not None else inputs.scored
-    candidates = pairs.of_split("measure") if run is not None else range(len(pairs.pairs))
-    places = pairs.one_per_prompt(candidates, config.limit)
-    prompts = [pairs.pairs[i].prompt_key for i in places]
+    pairs = run.pair_set.only(run.of_split("measure")) if run is not None else inputs.scored
+    measured = pairs.only(pairs.one_per_prompt(range(len(pairs.pairs)), config.limit))
+    prompts = [p.prompt_key for p in measured.pairs]
     with display.stage("evaluate") as progress:
-        evaluations = evaluate(inputs.rm, saes, [pairs.tokens[i] for i in places], prompts, progress)
+        evaluations = evaluate(inputs.rm, saes, measured.tokens, prompts, progress)
 
     result = EvaluateResult(
         model=inputs.config.model,
         data=inputs.config.data,
-        pairs=len(places),
+        pairs=len(prompts),
         prompts=len(set(prompts)),
+        tokens=evaluations[0].tokens,
         saes=evaluations,
         run=run.folder if run is not None else None,
         path=config.out / "evaluation.html" if config.out is not None else None,
@@ -75,15 +73,20 @@ def analyse(config: EvaluateConfig, display: Display | None = None, run: Run | N
         result.show().save()
 
     if config.curves and run is not None:
-        result.explained = [_explain(run, site, places, prompts, display) for site in run.sites]
+        fit = run.pair_set.only(run.of_split("fit"))
+        select = SelectSplit(run.store, fit.tokens, [p.prompt_key for p in fit.pairs], range(len(fit.pairs)))
+        for site in run.sites:
+            with display.stage(site) as progress:
+                selection = FrozenSelection(run.rm, site, run.saes[site], select, prompts, progress)
+                explained = explain(selection, measured.tokens, prompts, progress)
+            write_json(run.folder / "effects" / site / "explained.json", explained.as_dict())
+            result.explained.append(explained)
     return result
 
 
 def load_saes(sources: Sequence[str | Path], site: str | None) -> dict[str, Sae]:
-    """SAEs by the path from which they are loaded; a folder of SAEs stands for those in its subfolders.
-
-    ``site`` is that of SAEs that name none. InputError where an SAE cannot be read or has no site.
-    """
+    """SAEs by the path from which they are loaded; a folder of SAEs stands for those in its subfolders. ``site`` is that of
+    SAEs that name none. InputError where an SAE cannot be read or has no site."""
     saes: dict[str, Sae] = {}
     for source in map(Path, sources):
         inside = [] if (source / "cfg.json").exists() else sorted(p.parent for p in source.glob("*/cfg.json"))
@@ -94,14 +97,3 @@ def load_saes(sources: Sequence[str | Path], site: str | None) -> dict[str, Sae]
                 raise InputError(f"The SAE at {path} does not say which site it was trained on; pass --site.")
             saes[str(path)] = sae
     return saes
-
-
-def _explain(run: Run, site: str, places: Sequence[int], prompts: Sequence[str], display: Display) -> Explained:
-    """Writes ``effects/SITE/explained.json``: the list comes from the fit split, the figures from the given pairs."""
-    fit = run.of_split("fit")
-    select = SelectSplit(run.store, [run.tokens[i] for i in fit], [run.pairs[i].prompt_key for i in fit], range(len(fit)))
-    with display.stage(site) as progress:
-        selection = FrozenSelection(run.rm, site, run.saes[site], select, prompts, progress)
-        explained = explain(selection, [run.tokens[i] for i in places], prompts, progress)
-    write_json(run.folder / "effects" / site / "explained.json", explained.as_dict())
-    return explained

@@ -13,7 +13,7 @@ from pydantic import Field, InstanceOf
 from rmscope.evaluation.explained import Explained
 from rmscope.evaluation.reconstruction import Evaluation, as_table
 from rmscope.report import formatting
-from rmscope.report.page import Page, environment
+from rmscope.report.page import Page, render
 from rmscope.report.result import Result, Rows
 
 BINS = 24
@@ -27,6 +27,7 @@ class EvaluateResult(Result):
     data: str
     pairs: int
     prompts: int
+    tokens: int
     saes: list[InstanceOf[Evaluation]] = Field(exclude=True, repr=False)
     """By their site in the run, or the folder from which they were loaded."""
     explained: list[InstanceOf[Explained]] = Field([], exclude=True, repr=False)
@@ -35,10 +36,6 @@ class EvaluateResult(Result):
     """The run folder, if one was evaluated."""
     path: Path | None = Field(None, exclude=True)
     """The file of the page, if it was written."""
-
-    @property
-    def tokens(self) -> int:
-        return self.saes[0].tokens
 
     @property
     def table(self) -> pl.DataFrame:
@@ -50,10 +47,8 @@ class EvaluateResult(Result):
 
     def summary(self) -> str:
         explained = ", ".join(f"{label} {formatting.percent(e.figures['delta_r2'].value)}" for label, e in self._labels())
-        line = f"{self.pairs} pairs, {self.prompts} prompts; Δr explained under splice: {explained}."
-        if not self.explained:
-            return line
-        return f"{line} The curves are in {self.run}/effects; rmscope report {self.run} shows them."
+        curves = f" The curves are in {self.run}/effects; rmscope report {self.run} shows them." if self.explained else ""
+        return f"{self.pairs} pairs, {self.prompts} prompts; Δr explained under splice: {explained}.{curves}"
 
     def tables(self) -> dict[str, Rows]:
         def rows(**columns: str) -> Rows:
@@ -66,9 +61,8 @@ class EvaluateResult(Result):
 
         return {
             f"{self.pairs} pairs, {self.tokens} tokens": [
-                {"SAE": label, "site": e.site, "family": e.architecture, "features": e.m,
-                 "dead": formatting.percent(e.dead)}
-                for label, e in self._labels()
+                {"SAE": n, "site": e.site, "family": e.architecture, "features": e.m, "dead": formatting.percent(e.dead)}
+                for n, e in self._labels()
             ],
             "Sparsity and reconstruction, 95 % intervals": rows(
                 l0="L0", fvu="FVU", cosine="cosine", norm_ratio="norm ratio"
@@ -86,10 +80,10 @@ class EvaluateResult(Result):
 
     def show(self) -> Page:
         """The page, inline in a notebook; it has a file only where ``out`` was given."""
-        rarity = [-np.log10(e.density[e.density > 0]) for e in self.saes]
-        bars = [np.histogram(x, BINS, (0, np.log10(self.tokens) + 1e-9)) for x in rarity]
+        span = (0, np.log10(self.tokens) + 1e-9)
+        bars = [np.histogram(-np.log10(e.density[e.density > 0]), BINS, span) for e in self.saes]
         points = [np.stack([e.delta, e.delta_hat], 1) for e in self.saes]
-        html = environment().get_template("evaluate/page.html").render(data=self, bars=bars, points=points)
+        html = render("evaluate/page.html", data=self, bars=bars, points=points)
         return Page(html, self.path or Path("evaluation.html"))
 
 
