@@ -23,7 +23,7 @@ from explained_data import FULL, RECIPE, SHIFT_SITE, SHIFT_SOURCE, SITES, Settin
 from explained_page import write_page
 
 from rmscope.effects.ledger import baseline, ledger_rows, shares
-from rmscope.effects.splice import agreement, delta_r2, replaced, splice
+from rmscope.effects.splice import agreement, delta_r2, run_replacements, splice
 from rmscope.evaluation.explained import COARSE_GRID, FrozenSelection, SelectSplit, explain, keep, keep_curve
 from rmscope.evaluation.reconstruction import evaluate
 from rmscope.io import write_json
@@ -56,7 +56,7 @@ def aware_figures(s: Setting, site: str) -> dict[str, Any]:
     sae = s.aware(site)
     lists = lists_of(s, site, sae, range(len(s.fit)), s.measured)
     kept = {"keep": (site, keep(lists.baseline, lists.order, FULL))}
-    found = replaced(s.rm, tokens, range(len(tokens)), kept, bar)["keep"]
+    found = run_replacements(s.rm, tokens, range(len(tokens)), kept, bar)["keep"]
     (one,) = evaluate(s.rm, {site: sae}, tokens, prompts, bar)
     return {
         "site": site,
@@ -101,7 +101,7 @@ def shift_figures(s: Setting) -> dict[str, Any]:
         done += len(pairs)
         prompts = np.array([p.prompt_key for p in pairs])
         kept = {"keep": (SHIFT_SITE, keep(lists.baseline, lists.order, COARSE_GRID)), "splice": (SHIFT_SITE, splice(narrow))}
-        found = replaced(s.rm, tokens, index, kept, bar)
+        found = run_replacements(s.rm, tokens, index, kept, bar)
         delta, hat = found["splice"].delta, found["splice"].delta_hat[:, 0]
         (one,) = evaluate(s.rm, {place: narrow}, [tokens[i] for i in index], prompts.tolist(), bar)
         out[place] = {

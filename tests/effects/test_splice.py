@@ -14,8 +14,8 @@ from rmscope.effects.splice import (
     constant,
     cross_scaled,
     delta_r2,
-    replaced,
     reward_recovered,
+    run_replacements,
     slope,
     splice,
 )
@@ -52,7 +52,7 @@ def naive(rm: RewardModel, ids: Tensor, site: str, start: int, stop: int, change
 def test_a_splice_is_the_naive_forward_with_a_hook(architecture: str) -> None:
     rm, sae = shared_pm(architecture), small_sae()
     tokens = rm.tokenize_all(PAIRS[:2])
-    found = replaced(rm, tokens, [0, 1], {site: (site, splice(sae)) for site in SITES})
+    found = run_replacements(rm, tokens, [0, 1], {site: (site, splice(sae)) for site in SITES})
     moved = []
     for site, rows in found.items():
         for i, t in enumerate(tokens):
@@ -69,7 +69,7 @@ def test_a_splice_is_the_naive_forward_with_a_hook(architecture: str) -> None:
 def test_a_perfect_reconstruction_changes_nothing(architecture: str) -> None:
     rm = shared_pm(architecture)
     tokens = rm.tokenize_all(PAIRS)
-    rows = replaced(rm, tokens, range(4), {"p": ("resid_post.1", splice(perfect()))})["p"]
+    rows = run_replacements(rm, tokens, range(4), {"p": ("resid_post.1", splice(perfect()))})["p"]
     np.testing.assert_allclose(rows.delta_hat[:, 0], rows.delta, atol=1e-4)
     assert delta_r2(rows.delta, rows.delta_hat[:, 0], np.arange(4)).value == pytest.approx(1, abs=1e-5)
     assert np.abs(rows.delta).min() > 1e-3
@@ -85,9 +85,9 @@ def test_variants_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch, limit: 
         return torch.stack([at.x, sae(at.x), torch.zeros_like(at.x)])
 
     site = "resid_post.1"
-    rows = replaced(rm, tokens, [3, 0], {"3": (site, three), "zero": (site, constant(torch.zeros(D)))})
+    rows = run_replacements(rm, tokens, [3, 0], {"3": (site, three), "zero": (site, constant(torch.zeros(D)))})
     np.testing.assert_allclose(rows["3"].rewards[..., 0], rows["3"].clean, atol=1e-4)
-    alone = replaced(rm, tokens, [3, 0], {"s": (site, splice(sae))})["s"]
+    alone = run_replacements(rm, tokens, [3, 0], {"s": (site, splice(sae))})["s"]
     np.testing.assert_allclose(rows["3"].rewards[..., 1], alone.rewards[..., 0], atol=1e-4)
     np.testing.assert_allclose(rows["3"].rewards[..., 2], rows["zero"].rewards[..., 0], atol=1e-4)
 
@@ -95,7 +95,7 @@ def test_variants_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch, limit: 
 def test_an_empty_span_keeps_its_reward() -> None:
     rm = small_pm("llama", append_eos=True, pad_token_id=EOS)
     tokens = rm.tokenize(PAIRS[2])  # chosen ends where rejected goes on: its span would begin behind its read position
-    rows = replaced(rm, [tokens], [0], {"s": ("resid_post.1", splice(small_sae()))})["s"]
+    rows = run_replacements(rm, [tokens], [0], {"s": ("resid_post.1", splice(small_sae()))})["s"]
     assert rows.rewards[0, 0, 0] == pytest.approx(rows.clean[0, 0], abs=1e-6)
     assert rows.rewards[0, 1, 0] != pytest.approx(rows.clean[0, 1], abs=1e-3)
 

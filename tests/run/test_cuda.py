@@ -11,7 +11,7 @@ import torch
 from rmscope.activations.store import ActivationStore
 from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.training.loop import base_of, fit_pm
+from rmscope.model.training.loop import fit_pm
 from rmscope.model.training.recipe import Recipe
 from rmscope.pairs.pair import Pair
 from rmscope.run.run import Run
@@ -31,7 +31,7 @@ def runs(pm: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for device in ("cpu", "cuda"):
         run = Run.create(settings(pm, folder / device, device=device).model_copy(update={"sae": sae}))
         run.go()
-        assert all(bool(one._elsewhere) == (device == "cuda") for one in run.saes.values())
+        assert all(bool(one._device_copy) == (device == "cuda") for one in run.saes.values())
     return {device: folder / device for device in ("cpu", "cuda")}
 
 
@@ -88,7 +88,7 @@ def test_a_pm_trained_on_the_gpu_is_nearly_the_one_of_the_cpu(tmp_path: Path) ->
     )
     scores = {}
     for device in ("cpu", "cuda"):
-        fit_pm(*base_of(recipe), pairs, recipe, tmp_path / device, device=device)
+        fit_pm(pairs, recipe, tmp_path / device, device=device)
         scores[device] = RewardModel.load(str(tmp_path / device), device="cpu").score(pairs).delta
     assert (scores["cpu"] - scores["cuda"]).abs().max() < 0.1 * scores["cpu"].abs().mean()
     assert scores["cpu"].mean() > 0

@@ -69,7 +69,7 @@ def ablation_effects(
     return ablate_groups(rm, sae, completion.at(sae, site), site, groups)
 
 
-def added(
+def steering_effects(
     rm: RewardModel, site: str, completion: Completion, directions: Float[torch.Tensor, "n d"]
 ) -> Float[torch.Tensor, " n"]:
     """Activation steering: r with a direction added to the stream at every token of the span, minus r. Decoder PMs only."""

@@ -46,7 +46,7 @@ Replacement = Callable[[Span], Float[Tensor, "variants span d"]]
 
 
 @dataclass(frozen=True, slots=True)
-class Replaced:
+class ReplacedRewards:
     """Rewards of both sides (chosen, rejected): clean, and with each variant of the replaced stream."""
 
     clean: Float[Array, "pairs 2"]
@@ -63,13 +63,13 @@ class Replaced:
         return self.rewards[:, 0] - self.rewards[:, 1]
 
 
-def replaced(
+def run_replacements(
     rm: RewardModel,
     tokens: Sequence[PairTokens],
     pairs: Sequence[int],
     replacements: Mapping[str, tuple[str, Replacement]],
     progress: Progress = silent,
-) -> dict[str, Replaced]:
+) -> dict[str, ReplacedRewards]:
     """Rewards of ``pairs`` (indices into ``tokens``, in their order) under each named (site, replacement)."""
     sites = sorted({site for site, _ in replacements.values()}, key=rm.site_index)
     clean = np.zeros((len(pairs), 2))
@@ -84,7 +84,7 @@ def replaced(
                 rows.append(rewards_on_span(rm, texts[side], site, start, streams).double().numpy())
             rewards[name].append(rows)
         progress(done + 1, len(pairs), "pairs spliced")
-    return {name: Replaced(clean, np.array(rows)) for name, rows in rewards.items()}
+    return {name: ReplacedRewards(clean, np.array(rows)) for name, rows in rewards.items()}
 
 
 def splice(sae: Sae) -> Replacement:
