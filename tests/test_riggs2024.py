@@ -21,8 +21,9 @@ from rmscope.errors import InputError
 from rmscope.model.rendering import PairTokens
 from rmscope.pairs.demo import demo_pairs
 from rmscope.run.run import Run
-from rmscope.run.settings import RunConfig, read_config
+from rmscope.run.settings import RunConfig
 from rmscope.sae import Sae
+from rmscope.settings import read_settings
 from tests.model.small import D, small_model, small_sae, tokenizer
 
 CONFIG = Path(__file__).parent.parent / "configs" / "riggs2024.yaml"
@@ -74,7 +75,7 @@ def settings(subject: Path, out: Path, **changes: Any) -> RunConfig:
         "out": out, "sites": SITES, "max_tokens": TOKENS, "top_pairs": PAIRS, "screen": 10, "others": 6, "responses": 4,
         "quality_responses": 6, "frozen": 12, "confirm_prompts": 6, "ledger_pairs": 4, "ledger_halvings": 1,
     }  # fmt: skip
-    return read_config(CONFIG, {**smaller, **changes})
+    return read_settings(RunConfig, CONFIG, {**smaller, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def reward(run: Run, ids: Tensor, block: int | None = None, edit: Callable[[Tens
 
 
 def test_the_config_is_the_study_as_it_stands() -> None:
-    c = read_config(CONFIG, {})
+    c = read_settings(RunConfig, CONFIG, {})
     assert (c.model, c.data, c.split) == ("reciprocate/dahoas-gptj-rm-static", "Anthropic/hh-rlhf", "train")
     assert c.sites == [f"resid_post.{b}" for b in (2, 8, 12, 14, 16, 20)]
     assert (c.max_tokens, c.top_pairs, c.screen, c.responses) == (500, 2000, 300, 25)

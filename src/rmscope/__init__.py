@@ -36,32 +36,10 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "Figure",
-    "Pair",
-    "RewardModel",
-    "Run",
-    "RunConfig",
-    "Sae",
-    "SaeConfig",
-    "ablate",
-    "attribute",
-    "audit",
-    "compare",
-    "doctor",
-    "edit",
-    "evaluate",
-    "experiment",
-    "gate",
-    "harvest",
-    "jailbreak",
-    "ledger",
-    "load_edited",
-    "load_pairs",
-    "rank",
-    "stream",
-    "sufficiency",
-    "train_saes",
-]
+    "Figure", "Pair", "RewardModel", "Run", "RunConfig", "Sae", "SaeConfig", "ablate", "attribute", "audit", "compare",
+    "doctor", "edit", "evaluate", "experiment", "gate", "harvest", "jailbreak", "ledger", "load_edited", "load_pairs",
+    "rank", "stream", "sufficiency", "train_saes",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -190,13 +190,8 @@ def validation_sentence(
     return f"Setting {'.'.join(path)}{where},{shown or ' as it is'}: {told}."
 
 
-def _was_given(path: tuple[str, ...], given: Mapping[str, Any]) -> bool:
-    inside: Any = given
-    for part in path:
-        if not isinstance(inside, Mapping) or part not in inside:
-            return False
-        inside = inside[part]
-    return True
+def _was_given(path: tuple[str, ...], given: Any) -> bool:
+    return not path or (isinstance(given, Mapping) and path[0] in given and _was_given(path[1:], given[path[0]]))
 
 
 def _locate(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[tuple[str, ...], type[BaseModel]]:

@@ -103,7 +103,8 @@ def test_score_gives_one_json_line_of_the_models_own_rewards(pm: str, tmp_path: 
 
 def test_one_of_several_outputs_or_weights_are_named_on_the_command_line_and_kept_by_a_run(tmp_path: Path) -> None:
     from rmscope.run.inputs import Inputs
-    from rmscope.run.settings import read_config
+    from rmscope.run.settings import RunConfig
+    from rmscope.settings import read_settings
 
     small_model("llama", num_labels=3).save_pretrained(tmp_path / "pm")
     tokenizer().save_pretrained(tmp_path / "pm")
@@ -117,8 +118,8 @@ def test_one_of_several_outputs_or_weights_are_named_on_the_command_line_and_kep
     ]
     assert rewards[2] == pytest.approx(0.5 * rewards[0] + rewards[1], abs=1e-5)
     stored = {"model": str(tmp_path / "pm"), "data": str(data), "out": tmp_path, "output": [0.5, 0.0, 1.0]}
-    config = read_config(None, stored)
-    again = read_config(None, json.loads(config.model_dump_json()))  # as run.yaml keeps it
+    config = read_settings(RunConfig, None, stored)
+    again = read_settings(RunConfig, None, json.loads(config.model_dump_json()))  # as run.yaml keeps it
     assert again == config
     assert Inputs(again).rm.score(rmscope.load_pairs(data)).chosen[0] == pytest.approx(rewards[2], abs=1e-5)
 

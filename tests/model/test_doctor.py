@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from rmscope.errors import InputError
-from rmscope.model import doctor
-from rmscope.model.doctor import context, examine, padding, precisions, price, training
-from rmscope.model.preflight import Check, rewards_alone
+from rmscope.model import checks
+from rmscope.model.checks import Check, context, examine, padding, precisions, price, rewards_alone, training
 from rmscope.model.rendering import Rendering
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import Pair
@@ -130,19 +129,19 @@ def test_trying_renderings_leaves_the_pms_own_in_place() -> None:
 def test_the_cost_grows_with_the_pairs_and_an_encoders_holds_its_ablations() -> None:
     rm, encoder = shared_pm("llama"), shared_pm(ENCODER)
     tokens = rm.tokenize_all(PAIRS)
-    one, ten = (doctor.run_minutes(rm, tokens, 100.0, n) for n in (4, 40))
-    assert one == pytest.approx(5 * doctor.run_tokens(tokens) / 100 / 60)
+    one, ten = (checks.run_minutes(rm, tokens, 100.0, n) for n in (4, 40))
+    assert one == pytest.approx(5 * checks.run_tokens(tokens) / 100 / 60)
     assert ten == pytest.approx(10 * one)
     texts = sum(t.chosen.numel() + t.rejected.numel() for t in tokens) / 8
-    more = doctor.run_minutes(encoder, tokens, 100.0, 4) - one
-    assert more == pytest.approx(doctor.ABLATIONS * texts / 100 / 60)
+    more = checks.run_minutes(encoder, tokens, 100.0, 4) - one
+    assert more == pytest.approx(checks.ABLATIONS * texts / 100 / 60)
     assert "full forward passes for ablations" in price(encoder, tokens).detail
 
 
 def test_a_pm_that_is_larger_than_the_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     rm = shared_pm("llama")
     assert price(rm, rm.tokenize_all(PAIRS)).status == "ok"
-    monkeypatch.setattr(doctor, "machine_bytes", lambda _device: 1e9)
+    monkeypatch.setattr(checks, "machine_bytes", lambda _device: 1e9)
     told = price(rm, rm.tokenize_all(PAIRS))
     assert told.status == "warn"
     assert "2.0 GB of 1 GB" in told.detail

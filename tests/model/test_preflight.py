@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from rmscope.model.preflight import PROBES, Check, attention, preflight, sites
+from rmscope.model.checks import PROBES, Check, attention, preflight, sites
 from rmscope.model.rendering import Rendering
 from rmscope.model.reward_model import RewardModel
 from tests.model.small import ENCODER, EOS, PAIRS, WINDOW, shared_pm, small_model, small_pm, tokenizer

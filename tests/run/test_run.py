@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 import torch
 
+from rmscope.cli.build import read_command
 from rmscope.effects import tables as effect_tables
 from rmscope.errors import InputError
 from rmscope.io import NoDisplay
@@ -19,9 +20,10 @@ from rmscope.pairs.readers import load_pairs
 from rmscope.run import collect, stages
 from rmscope.run.folder import RunFolder
 from rmscope.run.run import Run
-from rmscope.run.settings import read_config
+from rmscope.run.settings import RunConfig
 from rmscope.run.stages import STAGES
 from rmscope.sae import Sae
+from rmscope.settings import read_settings
 from tests.model.small import small_model, tokenizer
 from tests.run.small import settings, tables
 
@@ -358,13 +360,15 @@ def test_the_contexts_of_a_feature_carry_its_exact_effects(done: Path) -> None:
 
 def test_a_seed_of_the_run_is_its_saes_seed_too_unless_they_have_one() -> None:
     given = {"model": "m", "data": "d", "out": "o"}
-    assert read_config(None, {**given, "seed": 3}).sae.seed == 3
-    assert read_config(None, {**given, "seed": 3, "sae": {"seed": 5}}).sae.seed == 5
-    again = read_config(None, read_config(None, {**given, "seed": 3, "sae": {"seed": 5}}).model_dump(mode="json"))
+    assert read_settings(RunConfig, None, {**given, "seed": 3}).sae.seed == 3
+    assert read_settings(RunConfig, None, {**given, "seed": 3, "sae": {"seed": 5}}).sae.seed == 5
+    again = read_settings(
+        RunConfig, None, read_settings(RunConfig, None, {**given, "seed": 3, "sae": {"seed": 5}}).model_dump(mode="json")
+    )
     assert (again.seed, again.sae.seed) == (3, 5)
 
 
 def test_a_run_folder_stands_for_its_own_settings(done: Path) -> None:
-    config = read_config(done, {"ledger_pairs": 9})
+    config = read_command(RunConfig, done, {"ledger_pairs": 9}, {})
     assert (config.out, config.ledger_pairs) == (done, 9)
     assert config.model_copy(update={"ledger_pairs": 8}) == Run.open(done).config

@@ -10,17 +10,18 @@ from typing import Any
 import polars as pl
 import pytest
 
-from rmscope.cli.effect_steps import ledger
 from rmscope.cli.step_settings import LedgerConfig
+from rmscope.cli.steps import ledger
 from rmscope.cli.summaries import RunSummary
 from rmscope.errors import InputError
 from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune
 from rmscope.pairs.readers import load_pairs
 from rmscope.run import stages
 from rmscope.run.run import Run
-from rmscope.run.settings import read_config
+from rmscope.run.settings import RunConfig
 from rmscope.run.stages import train_run_saes
 from rmscope.sae import Sae
+from rmscope.settings import read_settings
 from tests.run.small import settings, tables
 
 
@@ -79,7 +80,9 @@ def test_fine_tuning_that_was_killed_leaves_no_mixture(
 def test_fine_tuning_needs_saes_of_its_own_and_float32(pm: str, tmp_path: Path) -> None:
     for changes, told in (({"sae_dir": "saes"}, "leave one of them out"), ({"dtype": "bfloat16"}, "float32, not bfloat16")):
         with pytest.raises(InputError, match=told):
-            read_config(None, {"model": pm, "data": "demo:planted", "out": tmp_path, "reward_aware": 3, **changes})
+            read_settings(
+                RunConfig, None, {"model": pm, "data": "demo:planted", "out": tmp_path, "reward_aware": 3, **changes}
+            )
 
 
 def test_a_run_without_ledgers_says_so_and_goes_on_to_them(done: Path, pm: str, tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ from rmscope.effects.gradients import METHODS
 from rmscope.effects.ledger import Baseline, baseline, ledger_rows
 from rmscope.errors import InputError
 from rmscope.io import Progress, silent
-from rmscope.model.doctor import examine
+from rmscope.model.checks import Preflight, examine
 from rmscope.model.packing import units
-from rmscope.model.preflight import Preflight
 from rmscope.model.reward_model import RewardModel, Scores
 from rmscope.pairs.demo import plain_demo_pairs
 from rmscope.pairs.pair import SIDES, Pair, one_per_prompt, split_of
@@ -23,6 +22,8 @@ from rmscope.ranking.candidates import firing_counts, freeze, preference_signs
 from rmscope.ranking.confirm import confirm
 from rmscope.sae.base import Sae
 
+Features = Sequence[int] | Literal["active"]
+"""Which features: by number, or all that fire."""
 CHECKED_PAIRS = 64
 """Pairs that :func:`doctor` looks at."""
 
@@ -91,7 +92,7 @@ def ablate(
     rm: RewardModel,
     sae: Sae,
     pairs: Sequence[Pair],
-    features: Sequence[int] | Literal["active"] = "active",
+    features: Features = "active",
     site: str | None = None,
     progress: Progress = silent,
 ) -> pl.DataFrame:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -25,7 +24,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-RUN_HELP = "A run folder."
 
 
 class OutputSettings(Settings):
@@ -63,11 +61,7 @@ class Parameter:
         """The parameter as typer reads it. No value means that the setting keeps its default."""
         kind = _kind(self.field)
         if self.flag.positional:
-            argument = typer.Argument(help=self.field.description, show_default=False)
-            needed = self.field.is_required()
-            annotation = Annotated[kind if needed else kind | None, argument]  # type: ignore[valid-type]
-            default = inspect.Parameter.empty if needed else None
-            return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            return _argument(self.name, kind, self.field.description or "", self.field.is_required())
         names = [self.flag_name]
         if kind is bool and self.field.default is True:
             names = [f"{self.flag_name}/--no-{self.flag_name[2:]}"]
@@ -116,8 +110,9 @@ def add_command(
         options = {p.path[0]: given.pop(p.name) or False for p in output}
         folder, config = given.pop("run_folder", None), given.pop("config", None)
         values = _values(listed, given)
-        chosen = _read(settings, config, values, {p.path: p.flag_name for p in listed})
-        function = _function(work)
+        chosen = read_command(settings, config, values, {p.path: p.flag_name for p in listed})
+        module, _, name = work.partition(":")
+        function = getattr(import_module(module), name)
         if on_run:
             from rmscope.run.run import Run
 
@@ -130,22 +125,21 @@ def add_command(
     if config_file:
         own.insert(0, _argument("config", Path, config_file, required=False))
     if on_run:
-        own.insert(0, _argument("run_folder", Path, RUN_HELP, required=True))
+        own.insert(0, _argument("run_folder", Path, "A run folder.", required=True, metavar="RUN"))
     command.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in own}
     told = f"{text}\n\n{inspect.cleandoc(settings.__doc__ or '')}"
     app.command(name, help=told, short_help=text, rich_help_panel=panel)(command)
 
 
-def _argument(name: str, kind: type, text: str, required: bool) -> inspect.Parameter:
-    argument = typer.Argument(help=text, show_default=False, metavar={"run_folder": "RUN"}.get(name, name.upper()))
-    wanted: Any = kind if required else kind | None
-    annotation = Annotated[wanted, argument]
+def _argument(name: str, kind: Any, text: str, required: bool, metavar: str | None = None) -> inspect.Parameter:
+    argument = typer.Argument(help=text, show_default=False, metavar=metavar or name.upper())
+    annotation = Annotated[kind if required else kind | None, argument]  # type: ignore[valid-type]
     default = inspect.Parameter.empty if required else None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _read(settings: type[Settings], config: Path | None, values: dict[str, Any], flags: FlagNames) -> Settings:
+def read_command(settings: type[Settings], config: Path | None, values: dict[str, Any], flags: FlagNames) -> Settings:
     """The settings of a command. A run folder in the place of a YAML file stands for that run's own settings."""
     if config is not None and config.is_dir():
         return read_settings(settings, None, {**read_record(config)["config"], "out": config, **values}, flags)
@@ -209,12 +203,6 @@ def _title(settings: type[Settings], name: str) -> str:
     """The title of the settings that declare a field; without one of their own, "Options"."""
     owner = next(c for c in settings.__mro__ if name in inspect.get_annotations(c))
     return str(owner.__dict__.get("title", Settings.title))
-
-
-def _function(where: str) -> Callable[..., Any]:
-    module, _, name = where.partition(":")
-    function: Callable[..., Any] = getattr(import_module(module), name)
-    return function
 
 
 def _tell(result: Any, as_json: bool) -> None:

@@ -6,31 +6,33 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 from pydantic import ValidationError
 
 from rmscope.activations.harvest import harvest as write_streams
 from rmscope.activations.harvest import stream
 from rmscope.activations.store import ActivationStore
+from rmscope.api import effects as api
 from rmscope.cli import step_settings as settings
-from rmscope.cli.figures import Figures, Frame
-from rmscope.cli.summaries import RunSummary
+from rmscope.cli.summaries import Examination, Figures, Frame, LedgerResult, Ranking, RunSummary
+from rmscope.effects.interactions import PROMPTS, TOP, groups_of, interactions
+from rmscope.effects.ledger import FEWEST, length_groups, pair_features, share_rows, shares_by
 from rmscope.errors import InputError
 from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune
 from rmscope.io import Display, write_table
-from rmscope.model.doctor import examine
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.training.loop import train_pm as train_by_our_loop
 from rmscope.model.training.recipe import TrlRecipe, measure_accuracy, read_recipe
-from rmscope.pairs.pair import Pair, split_of
-from rmscope.pairs.readers import ReadReport, load_pairs
-from rmscope.report.result import Result, Rows
+from rmscope.pairs.pair import Pair
+from rmscope.report.result import Result
 from rmscope.run.collect import score_evidence
-from rmscope.run.inputs import load_pm
+from rmscope.run.inputs import Inputs, load_pm
 from rmscope.run.run import Run
 from rmscope.run.settings import DEMO, RunConfig
-from rmscope.sae import SaeConfig, train_saes
-from rmscope.settings import ReadSettings, read_settings
+from rmscope.run.stages import score_table
+from rmscope.sae import Sae, SaeConfig, train_saes
+from rmscope.settings import read_settings
 
 OTHER = {"float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
 """The precision that doctor compares with the one asked for."""
@@ -48,8 +50,7 @@ def demo(config: settings.DemoConfig, display: Display) -> RunSummary:
 
 def run(config: settings.RunCommandConfig, display: Display) -> Result:
     """The whole pipeline, or what it would take."""
-    own = RunConfig(**config.model_dump(exclude={"dry_run"}, exclude_unset=True))
-    job = Run.create(own, display)
+    job = Run.create(RunConfig(**config.model_dump(exclude={"dry_run"}, exclude_unset=True)), display)
     if config.dry_run:
         return Figures(title="what would be done", figures=job.plan())
     return RunSummary.of(job.go())
@@ -61,90 +62,45 @@ def report(job: Run, _config: settings.ReportConfig) -> RunSummary:
     return RunSummary.of(job)
 
 
-class Examination(Result):
-    """The checks of a PM."""
-
-    model: str
-    identity: str
-    noise_floor: float
-    checks: list[dict[str, str]]
-
-    def summary(self) -> str:
-        counts = {s: sum(c["status"] == s for c in self.checks) for s in ("ok", "warn", "fail")}
-        return f"{self.model}: {counts['ok']} ok, {counts['warn']} warn, {counts['fail']} fail"
-
-    def tables(self) -> dict[str, Rows]:
-        return {self.model: self.checks}
-
-    @property
-    def exit_code(self) -> int:
-        return int(any(c["status"] == "fail" for c in self.checks))
-
-
 def doctor(config: settings.DoctorConfig, display: Display) -> Examination:
     """The preflight and the further checks."""
-    pairs = read_pairs(config.data, config)
-    rm = load_pm(config.model, config)
+    inputs = Inputs.of(config.model, config.data, config)
+    pairs, rm = inputs.all_pairs, inputs.rm
     other = load_pm(config.model, config.model_copy(update={"dtype": OTHER[config.dtype]}))
     with display.stage("doctor") as progress:
-        result = examine(rm, pairs, other, progress)
+        result = api.doctor(rm, pairs, other, progress)
     return Examination(model=config.model, identity=rm.identity, noise_floor=result.noise_floor, checks=result.rows())
 
 
 # From pairs to SAEs
 
 
-def read_pairs(data: str, how: ReadSettings, report: ReadReport | None = None) -> list[Pair]:
-    """The pairs of a source, as the settings say."""
-    return load_pairs(
-        data,
-        split=how.split,
-        limit=how.limit,
-        columns=how.columns,
-        form=how.format,
-        on_bad_row=how.on_bad_row,
-        report=report,
-    )
-
-
 def score(config: settings.ScoreConfig, display: Display) -> Figures:
     """Rewards, and how well they order the pairs."""
-    report = ReadReport()
-    pairs = read_pairs(config.data, config, report)
-    rm = load_pm(config.model, config)
-    tokens = rm.tokenize_all(pairs)
-    fitting = [i for i, t in enumerate(tokens) if rm.fits(t)]
+    inputs = Inputs.of(config.model, config.data, config)
+    scored = inputs.scored
     with display.stage("score") as progress:
-        scores = rm.score_tokens([tokens[i] for i in fitting], progress)
-    table = pl.DataFrame(
-        {
-            "pair": [pairs[i].id for i in fitting],
-            "chosen": scores.chosen.numpy(),
-            "rejected": scores.rejected.numpy(),
-            "delta": scores.delta.numpy(),
-            "n_chosen": [tokens[i].chosen.numel() for i in fitting],
-            "n_rejected": [tokens[i].rejected.numel() for i in fitting],
-        }
-    )
+        table = score_table(inputs.rm, scored, progress)
     if config.out is not None:
         write_table(config.out, table)
-    evidence = score_evidence(table, {p.id: p.prompt_key for p in pairs})
+    evidence = score_evidence(table, scored.prompts)
     figures = {name: getattr(evidence, name) for name in type(evidence).model_fields if name != "histogram"}
-    figures |= {"format": report.format, "pairs": len(fitting), "too_long": len(pairs) - len(fitting)}
+    figures |= {"format": inputs.read_report.format, "pairs": table.height}
+    figures["too_long"] = len(inputs.all_pairs) - table.height
     return Figures(title=f"{config.model} on {config.data}", figures=figures)
 
 
 def _fit_pairs(config: settings.FitSettings) -> tuple[RewardModel, list[Pair]]:
     """The PM, and those pairs of the fit split (or of all) that its context takes."""
-    pairs = [p for p in read_pairs(config.data, config) if config.all_pairs or split_of(p) == "fit"]
-    rm = load_pm(config.model, config)
-    fitting = [p for p, t in zip(pairs, rm.tokenize_all(pairs), strict=True) if rm.fits(t)]
-    if not fitting:
+    inputs = Inputs.of(config.model, config.data, config)
+    scored = inputs.scored
+    pairs = scored.pairs if config.all_pairs else [scored.pairs[i] for i in scored.of_split("fit")]
+    if not pairs:
         raise InputError(
-            f"None of the {len(pairs)} pairs of the fit split fits the PM's context of {rm.context} tokens; give shorter "
-            "texts, or --all-pairs where the data are few."
+            f"None of the {len(inputs.all_pairs)} pairs of the fit split fits the PM's context of {inputs.rm.context} "
+            "tokens; give shorter texts, or --all-pairs where the data are few."
         )
-    return rm, fitting
+    return inputs.rm, pairs
 
 
 def harvest(config: settings.HarvestConfig, display: Display) -> Figures:
@@ -152,10 +108,8 @@ def harvest(config: settings.HarvestConfig, display: Display) -> Figures:
     rm, pairs = _fit_pairs(config)
     with display.stage("harvest") as progress:
         store = write_streams(rm, pairs, config.sites or rm.default_sites, config.out, progress)
-    tokens = {site: store.tokens(site) for site in store.sites}
-    return Figures(
-        title=f"activations in {config.out}", figures={"out": str(config.out), "pairs": len(pairs), "tokens": tokens}
-    )
+    figures = {"out": str(config.out), "pairs": len(pairs), "tokens": {site: store.tokens(site) for site in store.sites}}
+    return Figures(title=f"activations in {config.out}", figures=figures)
 
 
 def train(config: settings.TrainConfig, display: Display) -> Frame:
@@ -204,6 +158,125 @@ def sweep(config: settings.SweepConfig) -> dict[str, SaeConfig]:
 def _last_figures(folder: Path) -> dict[str, float]:
     last = pl.read_parquet(folder / "training.parquet").row(-1, named=True)
     return {name: last[name] for name in ("fvu", "l0", "dead", "damage") if last.get(name) is not None}
+
+
+# Effects
+
+
+def attribute(config: settings.AttributeConfig, display: Display) -> Frame:
+    """Estimated effects; those of a run come with their measured quality."""
+    quality = None
+    if config.run is not None:
+        job = Run.open(config.run, display)
+        site = job.check_site(config.site or job.sites[0])
+        rm, sae, pairs = job.rm, job.saes[site], [job.pairs[i] for i in job.of_split("measure")[: config.limit]]
+        if config.method == job.config.estimate:
+            quality = next(s.quality for s in job.evidence.sites if s.site == site)
+    elif config.model and config.data and config.sae:
+        inputs = Inputs.of(config.model, config.data, config)
+        rm, sae, pairs = inputs.rm, Sae.load(config.sae), inputs.scored.pairs
+        site = config.site or sae.site
+    else:
+        raise InputError("attribute needs a run folder, or --model, --data and --sae; name one or the other.")
+    with display.stage("attribute") as progress:
+        table = api.attribute(rm, sae, pairs, config.method, site, progress)
+    if config.out is not None:
+        write_table(config.out, table)
+    means = table.group_by("feature").agg(pl.col("effect").mean(), pl.len().alias("responses"))
+    means = means.sort(pl.col("effect").abs(), "feature", descending=[True, False])
+    note = "These are estimates of unknown quality; claim only what rmscope ablate confirms."
+    if quality is not None:
+        note = (
+            f"Their quality here: Spearman with exact effects {quality['spearman_median']:.3f} within a response (median)."
+        )
+    return Frame(
+        title=f"{table.height} effects ({config.method}), the largest means where a feature fires",
+        note="" if config.method == "ig" else note,
+        figures={"method": config.method, "quality": quality},
+        rows=means.to_dicts(),
+        name="features",
+    )
+
+
+def ablate(job: Run, config: settings.AblateConfig) -> Frame:
+    """Exact effects of features on pairs of the measure split."""
+    site = job.check_site(config.site)
+    features = _named_features(config.features, job, site)
+    pairs = [job.pairs[i] for i in job.of_split("measure")[: config.limit]]
+    with job.display.stage("ablate") as progress:
+        table = api.ablate(job.rm, job.saes[site], pairs, features, site, progress)
+    if config.out is not None:
+        write_table(config.out, table)
+    note = f"{table.height} exact effects."
+    if not job.rm.capabilities.resume:
+        note += " This PM cannot be resumed at a site: each ablation was a whole forward pass."
+    top = table.sort(table["effect"].abs(), descending=True)
+    return Frame(title=f"{table.height} exact effects at {site}, the largest", note=note, rows=top.to_dicts(), name="")
+
+
+def _named_features(text: str, job: Run, site: str) -> api.Features:
+    if text == "active":
+        return "active"
+    if text.startswith("top:") and text[4:].isdigit():
+        return job.features(site)["feature"].head(int(text[4:])).to_list()
+    if all(part.strip().isdigit() for part in text.split(",")):
+        return [int(part) for part in text.split(",")]
+    raise InputError(f"--features {text} is not known; write active, top:K, or a list such as 12,405,77.")
+
+
+def ledger(job: Run, config: settings.LedgerConfig) -> LedgerResult:
+    """The ledgers of a site."""
+    site, table = job.check_site(config.site), job.ledger(config.site)
+    if table.is_empty():
+        raise InputError(
+            f"The run in {job.folder} has no ledgers (ledger_pairs: 0); rmscope run {job.folder} --ledger-pairs 24 makes 24."
+        )
+    if config.pair is not None:
+        return _pair_ledger(job, site, table, config.pair, config.top)
+    if table.height < FEWEST:
+        raise InputError(
+            f"Ledgers of {table.height} pairs give no shares; name a --pair, or run again with more ledger_pairs."
+        )
+    prompts = [job.prompts[p] for p in table["pair"]]
+    lengths = table.select("pair").join(job.scores, on="pair", how="left", maintain_order="left")
+    difference = np.asarray((lengths["n_chosen"] - lengths["n_rejected"]).to_list())
+    sources = [str(job.pairs[job.pair_set.index[p]].meta.get("source", "all")) for p in table["pair"]]
+    return LedgerResult(
+        site=site,
+        pairs=table.height,
+        shares=share_rows(table, prompts),
+        by_length=shares_by(table, length_groups(difference), prompts),
+        by_source=shares_by(table, sources, prompts),
+    )
+
+
+def _pair_ledger(job: Run, site: str, table: pl.DataFrame, pair: str, top: int) -> LedgerResult:
+    parts = table.filter(pl.col("pair") == pair).to_dicts()
+    if not parts:
+        others = f"{table['pair'][0]} and {table.height - 1} more"
+        raise InputError(f"The ledger of {job.folder} at {site} has no pair {pair}; it has {others}.")
+    contribution = job.effects(site, "contribution").filter(pl.col("pair") == pair)
+    tokens = job.tokens[job.pair_set.index[pair]]
+    features = pair_features(job.rm, job.saes[site], site, tokens, contribution, top)
+    return LedgerResult(site=site, pairs=1, ledger=parts[0], features=features.to_dicts())
+
+
+def rank(job: Run, config: settings.RankConfig) -> Ranking:
+    """The ranking of some sites; with ``interactions`` features are also ablated together."""
+    sites = [job.check_site(config.site)] if config.site else job.sites
+    ranking = Ranking.of(job, sites, config.by, config.top)
+    if config.interactions:
+        pairs = job.pair_set.only(job.pair_set.one_per_prompt(job.of_split("measure"), PROMPTS))
+        prompts = [p.prompt_key for p in pairs.pairs]
+        for row in ranking.sites:
+            ranked, sae = job.features(row.site).sort("rank"), job.saes[row.site]
+            top = ranked["feature"].head(TOP).to_list()
+            with job.display.stage("rank") as progress:
+                both = interactions(job.rm, sae, row.site, pairs.tokens, prompts, top, groups_of(ranked), progress=progress)
+            for name, table in zip(("interactions", "groups"), both, strict=True):
+                write_table(job.folder / "effects" / row.site / f"{name}.parquet", table)
+                setattr(row, name, table.to_dicts())
+    return ranking
 
 
 # Training a PM

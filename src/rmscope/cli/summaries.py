@@ -1,4 +1,4 @@
-"""What the commands of a run tell: the closing tables of a run, and a ranking."""
+"""What the single steps tell: named figures, tables, the closing tables of a run, a ledger, a ranking."""
 
 from __future__ import annotations
 
@@ -21,6 +21,90 @@ KEPT = ("feature", "rank", "mean_effect", "ci_low", "ci_high", "q", "n", "strong
 """Columns of a reported feature in JSON."""
 
 
+class Figures(Result):
+    """Named figures, told as a table of two columns."""
+
+    title: str = Field(exclude=True)
+    figures: dict[str, Any]
+
+    def summary(self) -> str:
+        return self.title
+
+    def tables(self) -> dict[str, Rows]:
+        return {self.title: [{"figure": name.replace("_", " "), "value": value} for name, value in self.figures.items()]}
+
+    def as_json(self) -> Any:
+        return self.model_dump(mode="json")["figures"]
+
+
+class Frame(Result):
+    """A table of effects or the like, of which the terminal shows the first rows."""
+
+    title: str = Field(exclude=True)
+    note: str = Field("", exclude=True)
+    figures: dict[str, Any] = {}
+    rows: list[dict[str, Any]]
+    shown: int = Field(20, exclude=True)
+    name: str = Field("rows", exclude=True)
+    """What the rows are called in JSON; empty where they are all of it."""
+
+    def summary(self) -> str:
+        return self.note or self.title
+
+    def tables(self) -> dict[str, Rows]:
+        return {self.title: self.rows[: self.shown]}
+
+    def as_json(self) -> Any:
+        return {**self.figures, self.name: self.rows} if self.name else self.rows
+
+
+class Examination(Result):
+    """The checks of a PM."""
+
+    model: str
+    identity: str
+    noise_floor: float
+    checks: list[dict[str, str]]
+
+    def summary(self) -> str:
+        counts = {s: sum(c["status"] == s for c in self.checks) for s in ("ok", "warn", "fail")}
+        return f"{self.model}: {counts['ok']} ok, {counts['warn']} warn, {counts['fail']} fail"
+
+    def tables(self) -> dict[str, Rows]:
+        return {self.model: self.checks}
+
+    @property
+    def exit_code(self) -> int:
+        return int(any(c["status"] == "fail" for c in self.checks))
+
+
+class LedgerResult(Result):
+    """Shares of Δr over a run's pairs, or one pair's ledger."""
+
+    site: str
+    pairs: int
+    shares: list[dict[str, Any]] = []
+    by_length: list[dict[str, Any]] = []
+    by_source: list[dict[str, Any]] = []
+    ledger: dict[str, Any] = {}
+    features: list[dict[str, Any]] = []
+
+    def summary(self) -> str:
+        if self.ledger:
+            return f"{self.ledger['pair']} at {self.site}: Δr {self.ledger['delta_r']:+.3f}"
+        told = ", ".join(f"{row['part']} {row['value']:.0%}" for row in self.shares)
+        return f"Δr at {self.site} over {self.pairs} pairs: {told}"
+
+    def tables(self) -> dict[str, Rows]:
+        if self.ledger:
+            largest = "the largest contributions (effect on the side's own reward)"
+            return {f"{self.ledger['pair']} at {self.site}": [self.ledger], largest: self.features}
+        return {"share of Δr": self.shares, "by length": self.by_length, "by source": self.by_source}
+
+    def as_json(self) -> Any:
+        return {name: value for name, value in self.model_dump(mode="json").items() if value or not self.ledger}
+
+
 class RunSummary(Result):
     """The best reported features up and down, the planted biases, where the report is."""
 
@@ -29,7 +113,7 @@ class RunSummary(Result):
 
     @classmethod
     def of(cls, run: Run) -> RunSummary:
-        return cls(evidence=run.evidence, report=run.page())
+        return cls(evidence=run.evidence, report=run.show())
 
     def page(self) -> Page:
         return self.report

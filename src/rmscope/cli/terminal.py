@@ -97,14 +97,11 @@ def print_rows(title: str, rows: Rows) -> None:
     """A table; columns that hold numbers or figures are on the right."""
     table = Table(title=Text(title), title_justify="left")
     for i, name in enumerate(rows[0] if rows else ()):
-        table.add_column(Text(name.replace("_", " ")), justify="left" if i == 0 or _is_text(rows, name) else "right")
+        is_text = i == 0 or all(isinstance(row[name], str) for row in rows)
+        table.add_column(Text(name.replace("_", " ")), justify="left" if is_text else "right")
     for row in rows:
         table.add_row(*(Text(cell(v)) for v in row.values()))
     console.print(table)
-
-
-def _is_text(rows: Rows, name: str) -> bool:
-    return all(isinstance(row[name], str) for row in rows)
 
 
 def cell(value: Any) -> str:

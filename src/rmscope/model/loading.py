@@ -102,7 +102,12 @@ def _from_transformers(source: str, dtype: str, place: str, adapter: str | None,
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     name = local_or_hub(source)
-    brought = {} if adapter is None else _adapter_weights(adapter)
+    brought: dict[str, list[int]] = {}
+    if adapter is not None:
+        from peft import PeftModel, load_peft_weights
+
+        with as_input_error(f"The adapter {adapter}"):
+            brought = {key: list(tensor.shape) for key, tensor in load_peft_weights(adapter, device="cpu").items()}
     config = _config(source, name, brought, options)
     with as_input_error(f"The PM {source}"), quiet_transformers() if brought else nullcontext():
         model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -123,8 +128,6 @@ def _from_transformers(source: str, dtype: str, place: str, adapter: str | None,
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     _check_whole(source, info, brought)
     if adapter is not None:
-        from peft import PeftModel
-
         with as_input_error(f"The adapter {adapter}"):
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return model, tokenizer
@@ -171,14 +174,6 @@ def _check_whole(source: str, info: dict[str, Any], brought: dict[str, list[int]
         )
 
 
-def _adapter_weights(adapter: str) -> dict[str, list[int]]:
-    """Name and shape of each tensor in a PEFT adapter."""
-    from peft import load_peft_weights
-
-    with as_input_error(f"The adapter {adapter}"):
-        return {name: list(tensor.shape) for name, tensor in load_peft_weights(adapter, device="cpu").items()}
-
-
 @contextmanager
 def as_input_error(what: str) -> Iterator[None]:
     """Turns the errors of transformers and peft into an InputError of one sentence."""
@@ -191,8 +186,7 @@ def as_input_error(what: str) -> Iterator[None]:
 
 def _has_head(config: Any) -> bool:
     """False for a config that names another kind of model, such as a causal LM."""
-    architectures = config.architectures or []
-    return not architectures or any("SequenceClassification" in a or "Reward" in a for a in architectures)
+    return not config.architectures or any("SequenceClassification" in a or "Reward" in a for a in config.architectures)
 
 
 def output_weights(model: Any, output: int | Sequence[float] | None, head: Any = None) -> Tensor:
@@ -200,14 +194,12 @@ def output_weights(model: Any, output: int | Sequence[float] | None, head: Any =
     if head is not None and output is not None:
         raise InputError("A head of its own has one output; leave out output=, or apply the weights inside the head.")
     n = 1 if head is not None else int(model.config.num_labels)
-    if output is None:
-        if n != 1:
-            raise InputError(f"The PM has {n} outputs, not one; pick one with --output 0 .. {n - 1}, or give {n} weights.")
-        return torch.ones(1)
-    if isinstance(output, int):
-        if not 0 <= output < n:
+    if output is None and n != 1:
+        raise InputError(f"The PM has {n} outputs, not one; pick one with --output 0 .. {n - 1}, or give {n} weights.")
+    if output is None or isinstance(output, int):
+        if not 0 <= (output or 0) < n:
             raise InputError(f"There is no --output {output}: the PM has {n} outputs, 0 .. {n - 1}.")
-        return torch.eye(n)[output]
+        return torch.eye(n)[output or 0]
     if len(output) != n:
         raise InputError(f"--output has {len(output)} weights, but the PM has {n} outputs; give one weight per output.")
     return torch.tensor(list(output), dtype=torch.float32)

@@ -6,7 +6,7 @@ of a Zen 5 server. There, frozen linear maps run through a copy of their weight 
 
 from __future__ import annotations
 
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,14 +18,6 @@ MOST_BYTES = 2 << 30
 """Models with more bytes of linear weights keep MKL, because the copies would double their memory."""
 BATCH = 512
 """The number of rows for which oneDNN chooses its layout."""
-
-
-@cache
-def onednn_is_faster() -> bool:
-    """Whether this is an AMD processor with AVX-512, and torch offers the packed product."""
-    offered = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return is_amd() and bool(able.get("avx512_f")) and offered and torch.backends.mkldnn.is_available()
 
 
 class _PackedWeight:
@@ -54,11 +46,14 @@ class _Product(torch.autograd.Function):
 
 
 def use_onednn(model: nn.Module) -> bool:
-    """Makes a float32 model on a CPU run its frozen linear maps through oneDNN where that is faster; True if it did."""
+    """Makes a float32 model on an AMD CPU with AVX-512 run its frozen linear maps through oneDNN; True if it did."""
     maps = [m for m in model.modules() if type(m) is nn.Linear and m.out_features > 1]
     size = sum(m.weight.numel() * 4 for m in maps)
     frozen = all(m.weight.dtype == torch.float32 and m.weight.device.type == "cpu" for m in maps)
-    if not (maps and frozen and size <= MOST_BYTES and onednn_is_faster()):
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    offered = all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
+    faster = is_amd() and able.get("avx512_f") and offered and torch.backends.mkldnn.is_available()
+    if not (maps and frozen and size <= MOST_BYTES and faster):
         return False
     for linear in maps:
         linear.forward = _forward(linear)  # type: ignore[method-assign]

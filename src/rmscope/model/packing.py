@@ -80,11 +80,10 @@ def pack_pairs(pairs: Sequence[tuple[int, PairTokens, dict[str, int]]]) -> Batch
         texts += [Text(index, s, row, columns[s], tokens.divergence, reads[s]) for s in SIDES]
     ids, place = (pad_sequence(rows, batch_first=True) for rows in (lines, positions))
     segment = pad_sequence(segments, batch_first=True, padding_value=-1)
-    width = ids.shape[1]
-    causal = torch.arange(width)[:, None] >= torch.arange(width)[None]
+    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
     same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
     mask = causal & same & (segment[:, None, :] >= 0)
-    mask |= torch.eye(width, dtype=torch.bool)  # padding attends to itself: no empty softmax
+    mask |= torch.eye(ids.shape[1], dtype=torch.bool)  # padding attends to itself: no empty softmax
     return Batch(ids, place, mask[:, None], texts)
 
 
@@ -92,10 +91,7 @@ def pad_texts(texts: Sequence[tuple[int, str, Tensor, int, int]], pad: int) -> B
     """One row per text, padded on the right. ``texts`` holds (pair index, side, ids, divergence, read position)."""
     ids = pad_sequence([tokens for _, _, tokens, _, _ in texts], batch_first=True, padding_value=pad)
     mask = pad_sequence([torch.ones_like(tokens) for _, _, tokens, _, _ in texts], batch_first=True)
-    views = [
-        Text(index, side, row, torch.arange(tokens.numel()), start, read)
-        for row, (index, side, tokens, start, read) in enumerate(texts)
-    ]
+    views = [Text(i, side, row, torch.arange(t.numel()), p, read) for row, (i, side, t, p, read) in enumerate(texts)]
     return Batch(ids, torch.arange(ids.shape[1]).expand_as(ids), mask, views)
 
 
@@ -112,10 +108,9 @@ def by_budget(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def units(n: int) -> Iterator[range]:
+def units(n: int) -> list[range]:
     """Ranges of 64 pairs in file order."""
-    for start in range(0, n, UNIT):
-        yield range(start, min(start + UNIT, n))
+    return [range(start, min(start + UNIT, n)) for start in range(0, n, UNIT)]
 
 
 def last_hidden_reads(hidden: Float[Tensor, "rows width d"], batch: Batch) -> Float[Tensor, "texts d"]:

@@ -50,12 +50,9 @@ class _Row:
         self.ragged = owner * longest + place
         far = torch.arange(prefix, device=device) < starts[:, None]
         near = (column <= column[:, None]).expand(len(lengths), -1, -1)
-        self.mask = _additive(torch.cat([far[:, None].expand(-1, longest, -1), near], -1))
-        self.read_mask = _additive(torch.cat([far, column < lengths[:, None]], -1)[:, None])
-
-
-def _additive(seen: Tensor) -> Tensor:
-    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))
+        every = torch.cat([far[:, None].expand(-1, longest, -1), near], -1)
+        last_of_each = torch.cat([far, column < lengths[:, None]], -1)[:, None]
+        self.mask, self.read_mask = (torch.where(seen, 0.0, float("-inf")) for seen in (every, last_of_each))
 
 
 _row: ContextVar[_Row] = ContextVar("row")
@@ -147,8 +144,7 @@ def ragged_states(
     """The final hidden state of each continuation. Continuation c holds the tokens ``starts[c]`` .. read position.
 
     ``stream`` holds the continuations' streams at ``site``, end to end. No block up to the site runs again, and no token
-    before a continuation's start. Raises what the model raises where it does not take such a row;
-    ``RewardModel.capabilities.ragged`` tells whether it does.
+    before a start. Raises what the model raises where it does not take such a row (``RewardModel.capabilities.ragged``).
     """
     upto, last = trunk.site_index(site), len(trunk.blocks) - 1
     n, _ = text.ids.numel(), trunk.gives_tuple  # measured on first use, by a forward pass with the usual attention

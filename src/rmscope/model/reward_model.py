@@ -79,6 +79,8 @@ class RewardModel(Trunk):
         self.tokenizer, self.rendering, self.name = tokenizer, rendering, name
         self._words: dict[int, bool] = {}
         self._weights = loading.output_weights(model, output, head)
+        self.output: list[float] = self._weights.tolist()
+        """The weights of its outputs in the reward."""
         self.own_head = None if head is None else head.to(self.device, self.dtype).eval().requires_grad_(False)
         self.causal = head is not None or isinstance(getattr(model, "score", None), nn.Linear)
 
@@ -94,18 +96,12 @@ class RewardModel(Trunk):
         output: int | Sequence[float] | None = None,
         trust_remote_code: bool = False,
     ) -> RewardModel:
-        """Loads a PM from a folder, the hub, or the zoo (``zoo:hh``, ``zoo:planted``).
+        """Loads a PM from a folder, the hub, or the zoo (``zoo:hh``, ``zoo:planted``), with a PEFT ``adapter`` merged.
 
-        ``adapter`` is a PEFT adapter, which is merged into the model; ``output`` picks one of several outputs, or weights
-        them. Raises :class:`InputError` where there is no scalar head, or where the head would be newly initialised.
+        ``output`` picks one of several outputs, or weights them. Raises :class:`InputError` without a trained scalar head.
         """
         model, tokenizer, rendering = loading.load(source, dtype, place(device), adapter, revision, trust_remote_code)
         return cls(model, tokenizer, rendering, source, output)
-
-    @property
-    def output(self) -> list[float]:
-        """The weights of its outputs in the reward."""
-        return list(self._weights.tolist())
 
     @cached_property
     def identity(self) -> str:
@@ -133,7 +129,7 @@ class RewardModel(Trunk):
 
     def read_position(self, ids: Tensor) -> int:
         """Where the model reads a text: its last token that is not padding; for encoders and own heads, its last token."""
-        pad = self.model.config.get_text_config().pad_token_id
+        pad = self.text_config.pad_token_id
         if not self.causal or pad is None or self.own_head is not None:
             return ids.numel() - 1
         kept = (ids != pad).nonzero()
@@ -145,8 +141,7 @@ class RewardModel(Trunk):
 
     def ending(self, ids: Tensor) -> int:
         """The index at which a text's ending begins: its last run of punctuation, white space and special tokens."""
-        kept = [i for i, token in enumerate(ids.tolist()) if self._is_word(token)]
-        return kept[-1] + 1 if kept else 0
+        return max((i + 1 for i, token in enumerate(ids.tolist()) if self._is_word(token)), default=0)
 
     def _is_word(self, token: int) -> bool:
         if token not in self._words:
@@ -276,8 +271,7 @@ class RewardModel(Trunk):
     def score(self, pairs: Sequence[Pair], progress: Progress = silent) -> Scores:
         """Rewards of both sides, [pairs] float32. Raises InputError where a text is longer than the PM's context."""
         tokens = self.tokenize_all(pairs)
-        too_long = [p.id for p, t in zip(pairs, tokens, strict=True) if not self.fits(t)]
-        if too_long:
+        if too_long := [p.id for p, t in zip(pairs, tokens, strict=True) if not self.fits(t)]:
             raise InputError(
                 f"{len(too_long)} pairs are longer than the PM's context of {self.context} tokens (first: {too_long[0]}); "
                 "leave them out."
@@ -333,15 +327,13 @@ def _measure_capabilities(rm: RewardModel) -> Capabilities:
         one_by_one = [rm.resume(clean, "embed", s, x[None]) for s, x in zip(starts, halves, strict=True)]
         return torch.cat(one_by_one), rm.resume_ragged(clean, "embed", starts, torch.cat(halves))
 
-    can_resume = _agree(rm, resume)
-    return Capabilities(_agree(rm, pack), can_resume, can_resume and _agree(rm, resume_many))
+    def agree(run: Callable[[], tuple[Tensor, Tensor]]) -> bool:
+        tolerance = 5e-2 if rm.dtype in (torch.bfloat16, torch.float16) else 1e-4
+        try:
+            expected, rewards = (r.cpu() for r in run())
+        except REFUSALS:
+            return False
+        return bool(((expected - rewards).abs() <= tolerance * (1 + expected.abs())).all())
 
-
-def _agree(rm: RewardModel, run: Callable[[], tuple[Tensor, Tensor]]) -> bool:
-    """Whether ``run`` gives the expected rewards; False where the model's forward refuses."""
-    tolerance = 5e-2 if rm.dtype in (torch.bfloat16, torch.float16) else 1e-4
-    try:
-        expected, rewards = (r.cpu() for r in run())
-    except REFUSALS:
-        return False
-    return bool(((expected - rewards).abs() <= tolerance * (1 + expected.abs())).all())
+    can_resume = agree(resume)
+    return Capabilities(agree(pack), can_resume, can_resume and agree(resume_many))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -61,31 +61,20 @@ def keep_stream(streams: dict[str, Tensor], site: str) -> Edit:
 
 
 class Trunk:
-    """A PM without its head. ``model`` is the transformers module itself, ``blocks`` its longest list of modules.
-
-    Raises :class:`InputError` where the model has no list of blocks.
-    """
+    """A PM without its head: the transformers module itself, its blocks and sites. Raises InputError without blocks."""
 
     def __init__(self, model: Any) -> None:
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
         if not lists:
             raise InputError(f"{type(model).__name__} has no list of blocks, so it has no residual stream to study.")
         self.model = model
+        self.text_config = model.config.get_text_config()
+        self.d_model = int(self.text_config.hidden_size)
         self.blocks: nn.ModuleList = max(lists, key=len)
-
-    @property
-    def d_model(self) -> int:
-        return int(self.model.config.get_text_config().hidden_size)
-
-    @property
-    def sites(self) -> list[str]:
-        return ["embed", *(f"resid_post.{i}" for i in range(len(self.blocks)))]
-
-    @property
-    def default_sites(self) -> list[str]:
-        """The sites at about one third and two thirds of the depth."""
+        self.sites = ["embed", *(f"resid_post.{i}" for i in range(len(self.blocks)))]
         depths = {max(0, round(len(self.blocks) * share) - 1) for share in (1 / 3, 2 / 3)}
-        return [f"resid_post.{i}" for i in sorted(depths)]
+        self.default_sites = [f"resid_post.{i}" for i in sorted(depths)]
+        """The sites at about one third and two thirds of the depth."""
 
     def site_index(self, site: str) -> int:
         """The block whose output the site is; -1 for ``embed``. Raises InputError that lists the sites of this PM."""
@@ -104,11 +93,8 @@ class Trunk:
 
     @property
     def context(self) -> int:
-        """The longest text in tokens; a huge number where the model states none.
-
-        RoBERTa's first position is the one after the padding id, so its texts are that much shorter.
-        """
-        longest = int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
+        """The longest text in tokens; a huge number if none is stated. RoBERTa's positions begin after its padding id."""
+        longest = int(getattr(self.text_config, "max_position_embeddings", 0) or 1 << 30)
         embeddings = getattr(getattr(self.model.base_model, "embeddings", None), "position_embeddings", None)
         padding = getattr(embeddings, "padding_idx", None)
         return longest if padding is None else longest - int(padding) - 1
@@ -116,14 +102,14 @@ class Trunk:
     @property
     def pad_id(self) -> int:
         """The id that fills batches; 0 where the model has none."""
-        pad = self.model.config.get_text_config().pad_token_id
+        pad = self.text_config.pad_token_id
         return 0 if pad is None else int(pad)
 
     @cached_property
     def attention_window(self) -> int:
         """The shortest window of a layer's attention, in tokens. Packed rows carry no windows, so longer texts run alone."""
-        config = self.model.config.get_text_config()
-        windows = [getattr(config, n, None) for n in ("sliding_window", "window_size", "attention_chunk_size")]
+        names = ("sliding_window", "window_size", "attention_chunk_size")
+        windows = [getattr(self.text_config, name, None) for name in names]
         return min((w for w in windows if isinstance(w, int) and w > 0), default=1 << 30)
 
     @cached_property
@@ -132,18 +118,14 @@ class Trunk:
         seen: list[bool] = []
         hook = self.blocks[0].register_forward_hook(lambda _m, _i, out: seen.append(isinstance(out, tuple)))
         try:
-            with torch.no_grad():
-                self.model.base_model(torch.ones(1, 1, dtype=torch.long, device=self.device))
+            self.model.base_model(torch.ones(1, 1, dtype=torch.long, device=self.device))
         finally:
             hook.remove()
         return seen[0]
 
     @contextmanager
     def edit_streams(self, edits: Mapping[str, Edit], stop: bool = False) -> Iterator[None]:
-        """Within the context, each edit changes the stream at its site.
-
-        With ``stop``, a forward pass raises :class:`StopForward` after the last of the sites.
-        """
+        """Within the context, each edit changes the stream at its site; with ``stop``, StopForward ends the pass there."""
         by_index = {self.site_index(site): edit for site, edit in edits.items()}
         last = max(by_index) if stop else None
 
@@ -158,28 +140,24 @@ class Trunk:
                 return (change(-1, args[0]), *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": change(-1, kwargs["hidden_states"])}
 
-        def after(index: int) -> Callable[..., Any]:
-            def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-                if isinstance(output, tuple):
-                    return (change(index, output[0]), *output[1:])
-                return change(index, output)
-
-            return hook
+        def after(index: int, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (change(index, output[0]), *output[1:])
+            return change(index, output)
 
         with ExitStack() as stack:
             for index in by_index:
                 if index < 0:
                     stack.callback(self.blocks[0].register_forward_pre_hook(before, with_kwargs=True).remove)
                 else:
-                    stack.callback(self.blocks[index].register_forward_hook(after(index)).remove)
+                    stack.callback(self.blocks[index].register_forward_hook(partial(after, index)).remove)
             yield
 
     @contextmanager
     def replace_stream(self, site: str, stream: Float[Tensor, "rows width d"]) -> Iterator[None]:
         """Within the context, the stream at ``site`` is ``stream``, and no block up to the site runs.
 
-        The model's own forward still makes masks and positions and passes them to every later block, so resuming needs no
-        code per architecture.
+        The model's own forward still makes masks and positions for the later blocks: no code per architecture.
         """
         if site == "embed":
             with self.edit_streams({site: lambda _x: stream}):

@@ -37,10 +37,7 @@ def cache_folder() -> Path:
 
 
 def base_folder(base: str = BASE) -> Path:
-    """A base's folder. First use fetches and converts that of the zoo: 100 MB to download, 540 MB on disk, 30 s.
-
-    Raises InputError where another base is not a model folder.
-    """
+    """A base's folder, which must be there. The zoo's is fetched and converted: 100 MB to download, 540 MB on disk, 30 s."""
     if base != BASE:
         if not (folder := Path(base).expanduser()).joinpath("config.json").is_file():
             raise InputError(f"The base {base} is not a model folder: it has no config.json; name one, or {BASE}.")

@@ -195,10 +195,10 @@ def _features(run: RunData, site: str, features: pl.DataFrame, exact: pl.DataFra
     """The features that are shown, at most 20 up and 20 down, reported ones first, each with its examples."""
     directions = (pl.col("mean_effect") > 0, pl.col("mean_effect") < 0)
     shown = pl.concat([features.filter(direction).head(FEATURES) for direction in directions]).sort("rank")
-    examples = choose_examples(exact, shown["feature"].to_list(), run.pair_set.index)
+    examples = choose_examples(exact.join(shown, on="feature", how="semi"))
     contexts: dict[int, list[Context]] = {}
-    for example, context in zip(examples, contexts_of(run, site, examples), strict=True):
-        contexts.setdefault(example.feature, []).append(context)
+    for feature, context in zip(examples["feature"], contexts_of(run, site, examples), strict=True):
+        contexts.setdefault(feature, []).append(context)
     return [
         FeatureEvidence(**row, tokens=run.top_tokens(site, row["feature"]), examples=contexts.get(row["feature"], []))
         for row in shown.iter_rows(named=True)

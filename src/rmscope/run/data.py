@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import polars as pl
@@ -36,13 +37,16 @@ class RunData:
 
     # What the folder holds
 
-    def _table(self, *parts: str) -> pl.DataFrame:
+    def _finished(self, *parts: str) -> Path:
         path = self.folder.joinpath(*parts)
         if not path.is_file():
             raise InputError(
                 f"The run in {self.folder} is not finished ({path.name} is missing); rmscope run {self.folder} resumes it."
             )
-        return pl.read_parquet(path)
+        return path
+
+    def _table(self, *parts: str) -> pl.DataFrame:
+        return pl.read_parquet(self._finished(*parts))
 
     @cached_property
     def scores(self) -> pl.DataFrame:
@@ -73,10 +77,7 @@ class RunData:
     @cached_property
     def evidence(self) -> Evidence:
         """All that the report shows, as the evidence stage stored it."""
-        path = self.folder / "evidence" / "evidence.json"
-        if not path.is_file():
-            raise InputError(f"The run in {self.folder} is not finished; rmscope run {self.folder} resumes it.")
-        return Evidence.model_validate_json(path.read_text("utf-8"))
+        return Evidence.model_validate_json(self._finished("evidence", "evidence.json").read_text("utf-8"))
 
     @cached_property
     def noise_floor(self) -> float:
@@ -91,14 +92,10 @@ class RunData:
     @cached_property
     def saes(self) -> dict[str, Sae]:
         """The SAE of every site; features are encoded where the PM is."""
-        sources = {site: sae_source(self.config.sae_dir or self.folder / "saes", site) for site in self.sites}
-        saes = {site: Sae.load(source) for site, source in sources.items()}
+        folder = self.config.sae_dir or self.folder / "saes"
+        saes = {site: Sae.load(sae_source(folder, site)) for site in self.sites}
         for site, sae in saes.items():
-            if sae.d != self.rm.d_model:
-                raise InputError(
-                    f"The SAE at {sources[site]} reads {sae.d} dimensions, the PM's stream has {self.rm.d_model}; "
-                    "name an SAE that was trained on this PM."
-                )
+            sae.check_width(self.rm.d_model, self.rm.name)
             sae.site = sae.site or site  # bare weights do not say where they belong
             sae.encode_on(self.rm.device)
         return saes

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from rmscope.model.preflight import Check
+from rmscope.model.checks import Check
 from rmscope.planted.results import CueMatch
 from rmscope.statistics import Figure
 

@@ -7,7 +7,6 @@ that a reader sees the typical case beside the striking ones.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import polars as pl
 import torch
@@ -24,58 +23,43 @@ LARGEST = 3
 """Examples of largest |effect|; the median one comes beside them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One pair for one feature: the pair's place and the exact effect on each side (0 where silent)."""
-
-    feature: int
-    pair: int
-    effect: dict[str, float]
-
-
 def contexts(run: RunData, site: str, feature: int) -> list[Context]:
     """All confirm pairs on which a feature was ablated, those of largest |effect| first."""
-    exact = run.confirmed(site).filter(pl.col("feature") == feature)
-    order = by_size(exact)
-    return contexts_of(run, site, [_example(exact, feature, pair, run.pair_set.index) for pair in order])
+    return contexts_of(run, site, by_size(run.confirmed(site).filter(pl.col("feature") == feature)))
 
 
-def choose_examples(exact: pl.DataFrame, features: Sequence[int], index: Mapping[str, int]) -> list[Example]:
+def by_size(exact: pl.DataFrame) -> pl.DataFrame:
+    """One row per feature and pair: the effect on each side (0 where silent); of each feature the largest |effect| first."""
+    sides = [pl.col("effect").filter(pl.col("side") == side).sum().alias(side) for side in SIDES]
+    table = exact.group_by("feature", "pair").agg(*sides, pl.col("effect").abs().max().alias("size"))
+    return table.sort("feature", "size", "pair", descending=[False, True, False])
+
+
+def choose_examples(exact: pl.DataFrame) -> pl.DataFrame:
     """Of each feature's confirmed ablations the pairs with the three largest |effects|, and the median one."""
-    examples: list[Example] = []
-    for feature in features:
-        part = exact.filter(pl.col("feature") == feature)
-        order = by_size(part)
-        picked = order[:LARGEST] + ([order[len(order) // 2]] if len(order) > 2 * LARGEST else [])
-        examples += [_example(part, feature, pair, index) for pair in picked]
-    return examples
+    place, n = pl.int_range(pl.len()).over("feature"), pl.len().over("feature")
+    return by_size(exact).filter((place < LARGEST) | ((n > 2 * LARGEST) & (place == n // 2)))
 
 
-def by_size(exact: pl.DataFrame) -> list[str]:
-    """Pair ids, the largest |effect| first."""
-    sized = exact.with_columns(pl.col("effect").abs().alias("size")).sort(["size", "pair"], descending=[True, False])
-    return sized["pair"].unique(maintain_order=True).to_list()
-
-
-def _example(exact: pl.DataFrame, feature: int, pair: str, index: Mapping[str, int]) -> Example:
-    effects = dict(exact.filter(pl.col("pair") == pair).select("side", "effect").iter_rows())
-    return Example(feature, index[pair], {s: float(effects.get(s, 0.0)) for s in SIDES})
-
-
-def contexts_of(run: RunData, site: str, examples: Sequence[Example]) -> list[Context]:
+def contexts_of(run: RunData, site: str, examples: pl.DataFrame) -> list[Context]:
     """The examples with activations on every token of the span, and rewards before and after."""
-    f = activations(run.rm, run.saes[site], site, run.tokens, examples)
-    rewards = {row["pair"]: row for row in run.scores.select("pair", *SIDES).iter_rows(named=True)}
-    return [_context(run, e, rewards[run.ids[e.pair]], {s: f[e.feature, e.pair, s] for s in SIDES}) for e in examples]
+    index, rewards = run.pair_set.index, {row["pair"]: row for row in run.scores.iter_rows(named=True)}
+    f = activations(
+        run.rm, run.saes[site], site, run.tokens, [(e["feature"], index[e["pair"]]) for e in examples.to_dicts()]
+    )
+    return [
+        _context(run, index[e["pair"]], e, rewards[e["pair"]], {s: f[e["feature"], index[e["pair"]], s] for s in SIDES})
+        for e in examples.iter_rows(named=True)
+    ]
 
 
 def activations(
-    rm: RewardModel, sae: Sae, site: str, tokens: Sequence[PairTokens], examples: Sequence[Example]
+    rm: RewardModel, sae: Sae, site: str, tokens: Sequence[PairTokens], examples: Sequence[tuple[int, int]]
 ) -> dict[tuple[int, int, str], Tensor]:
-    """f_tj [span] of every example's sides, by (feature, pair, side)."""
+    """f_tj [span] of both sides of the examples (feature, pair), by (feature, pair, side)."""
     wanted: dict[int, list[int]] = {}
-    for e in examples:
-        wanted.setdefault(e.pair, []).append(e.feature)
+    for feature, pair in examples:
+        wanted.setdefault(pair, []).append(feature)
     values: dict[tuple[int, int, str], Tensor] = {}
     pairs = sorted(wanted)
     for batch in rm.batches([tokens[p] for p in pairs]):
@@ -93,8 +77,10 @@ def token_texts(rm: RewardModel, ids: Tensor) -> list[str]:
     return [rm.tokenizer.decode([int(i)]) for i in ids]
 
 
-def _context(run: RunData, example: Example, rewards: Mapping[str, float], f: Mapping[str, Tensor]) -> Context:
-    pair, tokens, effect = run.pairs[example.pair], run.tokens[example.pair], example.effect
+def _context(
+    run: RunData, place: int, effect: Mapping[str, float], rewards: Mapping[str, float], f: Mapping[str, Tensor]
+) -> Context:
+    pair, tokens = run.pairs[place], run.tokens[place]
     top = max(float(f[s].max()) if f[s].numel() else 0.0 for s in SIDES)
     sides = []
     for side in SIDES:

@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rmscope.errors import InputError
+from rmscope.evaluation.reward_aware import RewardAwareConfig
+from rmscope.model import checks
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
-from rmscope.pairs.pair import Pair, Split, check_pairs, one_per_prompt, split_of
+from rmscope.pairs.pair import Pair, Split, check_pairs, filtered_count, one_per_prompt, split_of
 from rmscope.pairs.readers import ReadReport, load_pairs
 from rmscope.run.settings import RunConfig
-from rmscope.settings import LoadSettings
+from rmscope.settings import LoadSettings, ReadSettings
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,11 @@ class Inputs:
         self.read_report = ReadReport()
 
     @classmethod
-    def of(cls, model: str, data: str, settings: LoadSettings | None = None) -> Inputs:
-        """A PM and pairs without a run folder."""
-        s = settings or LoadSettings()
-        names = LoadSettings.model_fields
-        return cls(RunConfig(model=model, data=data, out=Path(), **{n: getattr(s, n) for n in names}))
+    def of(cls, model: str, data: str, settings: LoadSettings) -> Inputs:
+        """A PM and pairs without a run folder, loaded and read as the settings of a command say."""
+        kinds = [kind for kind in (LoadSettings, ReadSettings) if isinstance(settings, kind)]
+        shared = {name: getattr(settings, name) for kind in kinds for name in kind.model_fields}
+        return cls(RunConfig(model=model, data=data, out=Path(), **shared))
 
     @cached_property
     def rm(self) -> RewardModel:
@@ -124,6 +127,26 @@ class Inputs:
         for site in sites:
             self.rm.site_index(site)
         return sites
+
+    def plan(self) -> dict[str, Any]:
+        """What a run would take: counts, minutes and bytes, estimated from one timed forward pass."""
+        c, scored, rm = self.config, self.scored, self.rm
+        tokens = scored.tokens
+        studied = filtered_count(len(tokens), c.top_share, c.top_pairs)
+        rate = checks.tokens_per_second(rm, tokens)
+        tuning = len(self.sites) * checks.tuning_minutes(tokens, rate, c.reward_aware, RewardAwareConfig().pairs)
+        scoring = 0.0 if studied == len(tokens) else checks.run_tokens(tokens) / rate / 60
+        fit = sum(tokens[i].chosen.numel() + tokens[i].rejected.numel() for i in scored.of_split("fit"))
+        return {
+            "pairs": len(tokens),
+            **({"of largest |Δr|, studied": studied} if scoring else {}),
+            "tokens (shared prefixes once)": checks.run_tokens(tokens),
+            "sites": ", ".join(self.sites),
+            "tokens per second, forward": round(rate),
+            "minutes, about": round(scoring + tuning + checks.run_minutes(rm, tokens, rate, studied), 1),
+            "GB of memory, about": round(checks.run_bytes(rm) / 1e9, 1),
+            "GB on disk, about": round(fit * studied / len(tokens) * rm.d_model * 2 * len(self.sites) / 1e9, 2),
+        }
 
 
 def need_prompts(pairs: PairSet, data: str) -> None:

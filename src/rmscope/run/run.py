@@ -9,7 +9,6 @@ from typing import Any
 from rmscope.activations.harvest import data_identity
 from rmscope.io import Display, write_text
 from rmscope.report.page import Page, render_report
-from rmscope.run import costs
 from rmscope.run.data import RunData
 from rmscope.run.evidence import Context
 from rmscope.run.examples import contexts
@@ -56,7 +55,7 @@ class Run(RunData):
 
     def plan(self) -> dict[str, Any]:
         """What :meth:`go` would do: counts, and time and memory estimated from one timed unit of pairs."""
-        return costs.estimate(self.inputs)
+        return self.inputs.plan()
 
     def contexts(self, site: str, feature: int) -> list[Context]:
         """Confirm pairs on which a feature was ablated: its activation on every token, and the rewards before and after."""
@@ -65,20 +64,16 @@ class Run(RunData):
     def report(self) -> Path:
         """Writes ``report.html`` from what is stored; no PM is loaded. InputError where the run is not finished."""
         path = self.folder / REPORT
-        write_text(path, self.page().html)
+        write_text(path, self.show().html)
         return path
 
-    def page(self) -> Page:
-        """The report as it stands, with what later studies added to it."""
+    def show(self) -> Page:
+        """The report with what later studies added to it; inline in a notebook."""
         data = self.evidence.model_dump(mode="json")
         for site in data["sites"]:
             explained = self.folder / "effects" / site["site"] / "explained.json"
             site["explained"] = json.loads(explained.read_text("utf-8")) if explained.is_file() else None
         return Page(render_report(data), self.folder / REPORT)
-
-    def show(self) -> Page:
-        """The report, inline in a notebook."""
-        return self.page()
 
     def summary(self) -> str:
         """One line: what was found."""

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from rmscope.errors import InputError
 from rmscope.sae.config import SaeConfig
-from rmscope.settings import Flag, LoadSettings, ModelSettings, Names, ReadSettings, read_settings
+from rmscope.settings import Flag, LoadSettings, ModelSettings, Names, ReadSettings
 
 RECORD = "run.yaml"
 """The file that makes a folder a run folder."""
@@ -110,14 +110,3 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
         raise InputError(f"{path} holds no settings of a run; make the run anew.")
     return record
-
-
-def read_config(path: Path | None, given: dict[str, Any]) -> RunConfig:
-    """A run's settings from a YAML file, or from a run folder (then of that run), with what is given on top.
-
-    Raises:
-        InputError: the file is missing or malformed, a key is unknown, or a value does not fit.
-    """
-    if path is not None and path.is_dir():
-        return read_settings(RunConfig, None, {**read_record(path)["config"], "out": path, **given})
-    return read_settings(RunConfig, path, given)

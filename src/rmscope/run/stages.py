@@ -21,16 +21,15 @@ from rmscope.effects import tables
 from rmscope.effects.ledger import Baseline, ledger_rows
 from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune
 from rmscope.io import Progress, silent, write_json, write_table
-from rmscope.model.preflight import preflight as check_pm
-from rmscope.model.reward_model import Scores
-from rmscope.pairs.pair import split_of
+from rmscope.model.checks import preflight as check_pm
+from rmscope.model.reward_model import RewardModel, Scores
 from rmscope.ranking import flags
 from rmscope.ranking.confirm import SCHEMA, Q, confirm
 from rmscope.ranking.estimate_quality import estimate_quality
 from rmscope.run.ablate import ablate
 from rmscope.run.collect import collect
 from rmscope.run.data import RunData
-from rmscope.run.inputs import need_prompts
+from rmscope.run.inputs import PairSet, need_prompts
 from rmscope.sae import Sae, SaeConfig, train_saes
 
 Work = Callable[[RunData, Progress, str], None]
@@ -74,23 +73,27 @@ def score(run: RunData, progress: Progress, key: str) -> None:
     scored = run.inputs.scored
 
     def make(unit: list[int], within: Progress) -> dict[str, pl.DataFrame]:
-        part = scored.only(unit)
-        scores = run.rm.score_tokens(part.tokens, within)
-        table = {
-            "pair": part.ids,
-            "chosen": scores.chosen.numpy(),
-            "rejected": scores.rejected.numpy(),
-            "delta": scores.delta.numpy(),
-            "n_chosen": np.array([t.chosen.numel() for t in part.tokens], dtype=np.int32),
-            "n_rejected": np.array([t.rejected.numel() for t in part.tokens], dtype=np.int32),
-            "divergence": np.array([t.divergence for t in part.tokens], dtype=np.int32),
-            "split": [split_of(p) for p in part.pairs],
-        }
-        return {"scores": pl.DataFrame(table)}
+        return {"scores": score_table(run.rm, scored.only(unit), within)}
 
     table = run.on_disk.in_units("score", key, range(len(scored.pairs)), progress, make)["scores"]
     write_table(run.folder / "scores.parquet", table)
     run.on_disk.drop_parts("score", key)
+
+
+def score_table(rm: RewardModel, pairs: PairSet, progress: Progress = silent) -> pl.DataFrame:
+    """Rewards, their difference, lengths and the split of every pair."""
+    scores, tokens = rm.score_tokens(pairs.tokens, progress), pairs.tokens
+    table = {
+        "pair": pairs.ids,
+        "chosen": scores.chosen.numpy(),
+        "rejected": scores.rejected.numpy(),
+        "delta": scores.delta.numpy(),
+        "n_chosen": np.array([t.chosen.numel() for t in tokens], dtype=np.int32),
+        "n_rejected": np.array([t.rejected.numel() for t in tokens], dtype=np.int32),
+        "divergence": np.array([t.divergence for t in tokens], dtype=np.int32),
+        "split": pairs.splits,
+    }
+    return pl.DataFrame(table)
 
 
 def harvest(run: RunData, progress: Progress, _key: str) -> None:

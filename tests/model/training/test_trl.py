@@ -122,11 +122,11 @@ def test_it_learns_and_is_read_as_trl_reads_it(
     assert not (tmp_path / "pm.checkpoints").exists()
 
     measured = measure_accuracy(tmp_path / "pm", used)
-    assert measured.pairs == 8
-    assert measured.accuracy is not None
+    assert measured.held_out_pairs == 8
+    assert measured.held_out_accuracy is not None
     if architecture == "llama":  # the random GPT-2 and BERT need more steps than a test has: for them the loss must do
-        assert measured.accuracy.value >= 0.9
-    assert measured.accuracy.low <= measured.accuracy.value <= measured.accuracy.high
+        assert measured.held_out_accuracy.value >= 0.9
+    assert measured.held_out_accuracy.low <= measured.held_out_accuracy.value <= measured.held_out_accuracy.high
     assert measured.length_only == 0.5
     assert json.loads((tmp_path / "pm" / "measured.json").read_text()) == measured.as_dict()
     assert "chosen on the same pairs, reaches 0.500" in (tmp_path / "pm" / "README.md").read_text()

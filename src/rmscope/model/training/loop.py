@@ -46,12 +46,13 @@ def train_pm(recipe: Recipe, out: Path, progress: Progress = silent, device: str
 
     An interrupted training continues from its last checkpoint beside ``out``. ``device`` is cpu, cuda, cuda:1, or auto.
     """
-    base, tokenizer = base_of(recipe)
     pairs, _ = human_pairs(recipe)
-    short = tokenize_pairs(pairs, tokenizer, RENDERING, recipe.planted_tokens) if recipe.planted_copies else []
-    for copy in range(recipe.planted_copies):
-        pairs = pairs + plant_pairs([pair for pair, _ in short], zoo_plants(), recipe.seed + copy, held_out=False)
-    return fit_pm(base, tokenizer, pairs, recipe, out, progress, device)
+    if recipe.planted_copies:
+        tokenizer = base_of(recipe)[1]
+        short = [pair for pair, _ in tokenize_pairs(pairs, tokenizer, RENDERING, recipe.planted_tokens)]
+        for copy in range(recipe.planted_copies):
+            pairs = pairs + plant_pairs(short, zoo_plants(), recipe.seed + copy, held_out=False)
+    return fit_pm(pairs, recipe, out, progress, device)
 
 
 def base_of(recipe: Recipe) -> tuple[Any, Any]:
@@ -61,17 +62,12 @@ def base_of(recipe: Recipe) -> tuple[Any, Any]:
 
 
 def fit_pm(
-    base: Any,
-    tokenizer: Any,
-    pairs: Sequence[Pair],
-    recipe: Recipe,
-    out: Path,
-    progress: Progress = silent,
-    device: str = "auto",
+    pairs: Sequence[Pair], recipe: Recipe, out: Path, progress: Progress = silent, device: str = "auto"
 ) -> dict[str, int | float]:
-    """:func:`train_pm` from a :func:`base_of` on ``pairs``, whatever data the recipe names. InputError for too few pairs."""
+    """:func:`train_pm` on these pairs, whatever data the recipe names. Raises :class:`InputError` for too few pairs."""
     from peft import get_peft_model
 
+    base, tokenizer = base_of(recipe)
     items = [tokens for _, tokens in tokenize_pairs(pairs, tokenizer, RENDERING, recipe.max_tokens)]
     wrapped = get_peft_model(base, recipe.lora(adapter_modules(recipe), modules_to_save=["score"]))
     inner: Any = wrapped.base_model.model
@@ -131,16 +127,13 @@ def fit_parameters(
 
 def _batches(items: Sequence[PairTokens], recipe: Recipe) -> Iterator[list[int]]:
     """Batches of pairs of similar length, in random order; shuffled again in each epoch."""
-    rng = random.Random(recipe.seed)
-    size = recipe.batch_pairs
+    rng, size, lengths = random.Random(recipe.seed), recipe.batch_pairs, [packed_length(t) for t in items]
     wanted = int(recipe.epochs * len(items)) // size
     while wanted > 0:
         order = rng.sample(range(len(items)), len(items))
         chunks = [order[i : i + 16 * size] for i in range(0, len(order), 16 * size)]
-        for chunk in chunks:
-            chunk.sort(key=lambda i: packed_length(items[i]))
-        sorted_order = [i for chunk in chunks for i in chunk]
-        epoch = [sorted_order[i : i + size] for i in range(0, len(items) - size + 1, size)]
+        by_length = [i for chunk in chunks for i in sorted(chunk, key=lengths.__getitem__)]
+        epoch = [by_length[i : i + size] for i in range(0, len(items) - size + 1, size)]
         rng.shuffle(epoch)
         yield from epoch[:wanted]
         wanted -= len(epoch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,16 +113,14 @@ def read_recipe(path: Path) -> Recipe | TrlRecipe:
     try:
         return RECIPES[trainer](**values)
     except ValidationError as error:
-        where = f" in {path} (trainer: {trainer})"
-        raise InputError(validation_sentence(error, RECIPES[trainer], where)) from error
+        raise InputError(validation_sentence(error, RECIPES[trainer], f" in {path} (trainer: {trainer})")) from error
 
 
 def data_file(name: str) -> str:
     """The path of a recipe's data file, which may be under ``RMSCOPE_DATA``. Hub ids and ``demo`` stay as they are."""
     if not FILE_SUFFIX.search(name):
         return name
-    folder = os.environ.get("RMSCOPE_DATA")
-    for path in (Path(name), *([Path(folder) / name] if folder else [])):
+    for path in (Path(name), Path(os.environ.get("RMSCOPE_DATA", ""), name)):
         if path.is_file():
             return str(path)
     raise InputError(f"There is no file {name}; set RMSCOPE_DATA to the folder that contains it.")
@@ -150,19 +148,16 @@ def tokenize_pairs(
 
 @dataclass(frozen=True, slots=True)
 class HeldOutAccuracy:
-    """Accuracy on held-out pairs. ``accuracy`` and ``length_only`` are None where no pair is held out."""
+    """Accuracy on held-out pairs, the content of ``measured.json``. Figures are None where no pair is held out."""
 
-    pairs: int
-    accuracy: Figure | None = None
+    held_out_pairs: int
+    held_out_accuracy: Figure | None = None
     """Share of the pairs that the PM ranks as labelled, with its 95 % interval by prompt."""
     length_only: float | None = None
     """The same for the better of "longer wins" and "shorter wins"."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The content of ``measured.json``."""
-        if self.accuracy is None:
-            return {"held_out_pairs": self.pairs}
-        return {"held_out_pairs": self.pairs, "held_out_accuracy": self.accuracy.as_dict(), "length_only": self.length_only}
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def measure_accuracy(folder: Path, recipe: Recipe | TrlRecipe, progress: Progress = silent) -> HeldOutAccuracy:
@@ -185,13 +180,12 @@ def measure_accuracy(folder: Path, recipe: Recipe | TrlRecipe, progress: Progres
 
 def card(recipe: Recipe | TrlRecipe, result: HeldOutAccuracy) -> str:
     """The model card: base, data, and the held-out accuracy beside that of length alone."""
-    trl = isinstance(recipe, TrlRecipe)
     weights = "all weights" if getattr(recipe, "method", "lora") == "full" else f"LoRA of rank {recipe.rank}"
     text = "not measured, because no pair is held out."
-    if (found := result.accuracy) is not None:
+    if (found := result.held_out_accuracy) is not None:
         text = (
-            f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}] (95 %, bootstrap by prompt, {result.pairs} pairs); the "
-            f"better rule by length alone, chosen on the same pairs, reaches {result.length_only:.3f}."
+            f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}] (95 %, bootstrap by prompt, {result.held_out_pairs} "
+            f"pairs); the better rule by length alone, chosen on the same pairs, reaches {result.length_only:.3f}."
         )
-    how = f"{weights}, with {'TRL' if trl else 'our own loop'}"
+    how = f"{weights}, with {'TRL' if isinstance(recipe, TrlRecipe) else 'our own loop'}"
     return CARD.format(r=recipe, how=how, data=", ".join(recipe.data), accuracy=text)

@@ -25,7 +25,6 @@ from rmscope.model.training.recipe import TrlRecipe, human_pairs, tokenize_pairs
 from rmscope.model.zoo import quiet_transformers
 from rmscope.pairs.pair import SIDES
 
-WARM_UP = 0.05
 RECENT = 50
 """Final loss and accuracy are means over this many last steps."""
 
@@ -159,7 +158,7 @@ def _arguments(recipe: TrlRecipe, checkpoints: Path) -> Any:
         num_train_epochs=recipe.epochs,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="linear",
-        warmup_steps=WARM_UP,
+        warmup_steps=0.05,
         center_rewards_coefficient=recipe.centre,
         max_length=None,  # longer pairs are left out before
         seed=recipe.seed,
