@@ -10,7 +10,7 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: demo test test-all lint types docs clean
 
-demo: $(INSTALLED)  ## what zoo:planted rewards, with the proof and the ground truth: demo/report.html
+demo: $(INSTALLED)  ## what zoo:planted rewards, beside the ground truth: demo/report.html
 	$(BIN)/rmscope demo --out demo
 
 test: $(DEV)  ## the test suite, without what is marked slow
