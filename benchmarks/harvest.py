@@ -54,7 +54,7 @@ def plain_loop(model: Any, tokenizer: Any, texts: list[str], blocks: list[int], 
 
 def compare(a: argparse.Namespace) -> None:
     pairs, rm = hh_pairs(a.pairs), RewardModel.load(a.pm, device="cpu")
-    model, tokenizer, _ = loading.load(a.pm, "float32", None, None, False)
+    model, tokenizer, _ = loading.load(a.pm, "float32", "cpu", None, None, False)
     texts = [render(rm.rendering, tokenizer, p.prompt, p.side(s)) for p in pairs for s in SIDES]
     texts = [text + tokenizer.eos_token for text in texts] if rm.rendering.append_eos else texts
     blocks = [rm.site_index(site) for site in rm.default_sites]

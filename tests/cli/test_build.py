@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import pytest
@@ -101,8 +102,8 @@ def test_flags_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     own = Typer()
     own.callback()(lambda: None)
     monkeypatch.setattr(build, "app", own)
-    monkeypatch.setattr(build, "_function", lambda _where: work)
-    add_command("try", Outer, "nowhere:nothing", "Panel", "Tries.")
+    monkeypatch.setattr(build, "import_module", lambda _name: SimpleNamespace(work=work))
+    add_command("try", Outer, "nowhere:work", "Panel", "Tries.")
     flags = ["--sites", "a,b", "--sites", "c", "--no-fast", "--other-name", "x", "--inner-seed", "4", "--width", "7"]
     done = CliRunner().invoke(own, ["try", "here", *flags, "--json"])
     assert done.exit_code == 0, done.output

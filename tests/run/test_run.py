@@ -331,7 +331,7 @@ def test_the_report_is_rendered_from_what_is_stored_without_the_pm(
 def test_an_unfinished_run_says_how_to_finish_it(done: Path, tmp_path: Path) -> None:
     out = shutil.copytree(done, tmp_path / "run")
     (out / "evidence" / "evidence.json").unlink()
-    with pytest.raises(InputError, match=rf"not finished; rmscope run {out} resumes it"):
+    with pytest.raises(InputError, match=rf"not finished \(evidence.json is missing\); rmscope run {out} resumes it"):
         Run.open(out).report()
     with pytest.raises(InputError, match="is no run folder"):
         Run.open(tmp_path)
