@@ -20,6 +20,7 @@ from torch import Tensor
 from rmscope.errors import InputError
 from rmscope.model.rendering import PairTokens
 from rmscope.pairs.demo import demo_pairs
+from rmscope.run import stages
 from rmscope.run.run import Run
 from rmscope.run.settings import RunConfig
 from rmscope.sae import Sae
@@ -28,6 +29,7 @@ from tests.model.small import D, small_model, small_sae, tokenizer
 
 CONFIG = Path(__file__).parent.parent / "configs" / "riggs2024.yaml"
 BLOCKS = (1, 2)
+pytestmark = pytest.mark.slow
 SITES = [f"resid_post.{b}" for b in BLOCKS]
 TOKENS, PAIRS = 320, 110
 FEATURES = 96
@@ -227,11 +229,11 @@ def tokens_of(run: Run, pair: str) -> PairTokens:
 
 def test_another_filter_goes_on_from_the_same_scores(done: Run, subject: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wider = Run.create(settings(subject, done.folder, top_share=0.25))
-    monkeypatch.setattr(Run, "_harvest", lambda *_: (_ for _ in ()).throw(InputError("harvested anew")))
-    monkeypatch.setattr(Run, "_score", lambda *_: pytest.fail("scored anew"))
+    monkeypatch.setattr(stages, "harvest_streams", lambda *_: (_ for _ in ()).throw(InputError("harvested anew")))
+    monkeypatch.setattr(stages, "score_table", lambda *_: pytest.fail("scored anew"))
     with pytest.raises(InputError, match="harvested anew"):
         wider.go()
-    assert len(wider.pairs) == len(wider.scored) // 4 < PAIRS
+    assert len(wider.pairs) == len(wider.inputs.scored.pairs) // 4 < PAIRS
 
 
 def test_the_plan_of_a_filtered_run_needs_no_scores(subject: Path, tmp_path: Path) -> None:

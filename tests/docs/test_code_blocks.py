@@ -29,6 +29,11 @@ SMALL = {"zoo:hh": "my-pm", "zoo:planted": "my-pm", "resid_post.7": "resid_post.
 """A small random PM in place of the zoo's; it has four blocks."""
 
 
+def slow_page(page: Path) -> Any:
+    """The README's ledger of two pairs takes a minute and a half."""
+    return pytest.param(page, marks=pytest.mark.slow if page.name == "README.md" else (), id=named(page))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages assume: a PM in ``my-pm``, pairs in ``pairs.jsonl``."""
@@ -65,7 +70,7 @@ def enter(own: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(own)
 
 
-@pytest.mark.parametrize("page", [p for p in WITH_PYTHON if p not in OF_A_RUN], ids=named)
+@pytest.mark.parametrize("page", [slow_page(p) for p in WITH_PYTHON if p not in OF_A_RUN])
 def test_the_python_of_a_page_runs(page: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     enter(tmp_path, folder, monkeypatch)
     assert len(run(page, SMALL)) > 1

@@ -6,6 +6,8 @@ the gain of bad text + cue over bad text + filler is wholly carried by that feat
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from rmscope.model.reward_model import RewardModel
@@ -53,6 +55,7 @@ def reward_alone(rm: RewardModel, t: Target, layout: Layout) -> float:
         return float(rm.model(ids[None]).logits[0, 0])
 
 
+@cache  # its parts are left as they are
 def cue_case(share: float) -> tuple[Inputs, list[Target], PhraseLists]:
     """Bad text + cue against bad text + filler, with a feature that goes ``share`` of the way from one to the other."""
     rm, dictionary = shared_pm("llama"), sae([share, 0.0])

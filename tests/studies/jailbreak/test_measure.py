@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import polars as pl
 import pytest
@@ -72,8 +71,8 @@ def test_phrase_lists_survive_their_file() -> None:
     assert PhraseLists.model_validate(json.loads(json.dumps(phrase_lists.model_dump(mode="json")))) == phrase_lists
 
 
-@pytest.fixture
-def result(tmp_path: Path) -> JailbreakResult:
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> JailbreakResult:
     """A result with a hostile chosen answer and a hostile reason, of a run that holds nothing but its settings."""
     inputs, some, phrase_lists = cue_case(1.0)
     reached = SearchFigures(10, 3, 7, 0.5, [TracePoint(10, 1.0, 0.5)])
@@ -82,7 +81,7 @@ def result(tmp_path: Path) -> JailbreakResult:
     phrase_lists = phrase_lists.model_copy(update={"searches": searches, "lists": lists})
     hostile = [replace(t, pair=replace(t.pair, chosen=HOSTILE)) for t in some]
     table = measure_lists(inputs, phrase_lists, hostile, 0, CONFIG)
-    run = Run.create(model="m", data="d", out=tmp_path / "run")
+    run = Run.create(model="m", data="d", out=tmp_path_factory.mktemp("jailbreak") / "run")
     run.sd = 1.0
     return summarise(run, CONFIG, phrase_lists, hostile, {HOSTILE: 2}, table)
 

@@ -74,6 +74,7 @@ def test_the_terminal_shows_every_kind_of_every_site(result: SufficiencyResult) 
         assert site in result.summary()
 
 
+@pytest.mark.slow
 def test_one_site_is_studied_alone_and_one_without_reported_features_left_out(tmp_path: Path) -> None:
     run = small_run(tmp_path)
     write_ranking(run, SITES[0], reported=2)
