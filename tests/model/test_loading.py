@@ -227,8 +227,8 @@ def gated(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_code_that_comes_with_a_checkpoint_runs_only_when_trusted(gated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(gated / "cache"))
+@pytest.mark.usefixtures("modules_cache")
+def test_code_that_comes_with_a_checkpoint_runs_only_when_trusted(gated: Path) -> None:
     text = refusal(str(gated))
     assert "LlamaForRewardModelWithGating, whose code comes with its checkpoint" in text
     assert "--trust-remote-code" in text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -191,18 +190,7 @@ def test_variants_beside_each_other_give_what_each_edited_pm_gives() -> None:
         assert deltas(found)[name] == pytest.approx(scores.delta.numpy(), abs=2e-5)
 
 
-@pytest.fixture(scope="module")
-def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Where transformers keeps the code of what it loads: here, not in the user's cache."""
-    from transformers import dynamic_module_utils
-
-    before = dynamic_module_utils.HF_MODULES_CACHE
-    dynamic_module_utils.HF_MODULES_CACHE = str(tmp_path_factory.mktemp("modules"))
-    yield
-    dynamic_module_utils.HF_MODULES_CACHE = before
-
-
-@pytest.mark.usefixtures("modules")
+@pytest.mark.usefixtures("modules_cache")
 @pytest.mark.parametrize(("architecture", "kind"), [("llama", "topk"), ("gpt2", "gated")])
 def test_an_exported_folder_gives_the_same_rewards_with_plain_transformers(
     architecture: str, kind: str, tmp_path: Path
