@@ -25,6 +25,7 @@ from rmscope.settings import read_settings
 from tests.run.small import settings, tables
 
 
+@pytest.mark.slow
 def test_reward_aware_saes_stand_where_the_plain_ones_did_and_back(done: Path, pm: str, tmp_path: Path) -> None:
     out = shutil.copytree(done, tmp_path / "run")
     Run.create(settings(pm, out, reward_aware=3)).go()
