@@ -58,8 +58,9 @@ def run(config: settings.RunCommandConfig, display: Display) -> Result:
 
 def report(job: Run, _config: settings.ReportConfig) -> RunSummary:
     """The page of a finished run."""
-    job.report()
-    return RunSummary.of(job)
+    summary = RunSummary.of(job)
+    summary.report.save()
+    return summary
 
 
 def doctor(config: settings.DoctorConfig, display: Display) -> Examination:
