@@ -10,7 +10,7 @@ on. PMs that cannot be resumed at a site (encoders) need a full forward pass per
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -60,6 +60,11 @@ class Response:
         """The features that fire, ascending."""
         return torch.unique(self.active.feature)
 
+    def after(self, token: int) -> Response:
+        """The same response of which only the features from a token of the span on can be ablated."""
+        late, a = self.active.token >= token, self.active
+        return replace(self, active=Active(a.token[late], a.feature[late], a.value[late], a.n_tokens))
+
 
 def clean_runs(
     rm: RewardModel, tokens: PairTokens, sites: Sequence[str], sides: Sequence[str] = SIDES
@@ -80,7 +85,8 @@ def run_whole(rm: RewardModel, ids: Tensor, sites: Sequence[str]) -> CleanRun:
     ids = ids[: rm.read_position(ids) + 1] if rm.causal else ids
     batch = pad_texts([(0, "chosen", ids, 1, ids.numel() - 1)], 0)
     streams = rm.streams(batch, sites) if sites else {}
-    return CleanRun(ids, {site: x[0] for site, x in streams.items()}, [], float(rm.rewards(batch)[0]))
+    rest = {site: x[0] for site, x in batch.rest.items()}
+    return CleanRun(ids, {site: x[0] for site, x in streams.items()}, [], float(rm.rewards(batch)[0]), rest=rest)
 
 
 @torch.no_grad()

@@ -53,7 +53,8 @@ def complete(rm: RewardModel, prompt: Sequence[Message], responses: Sequence[str
             run = run_from_prefix(rm, max(done, key=lambda other: shared_prefix_length(other.ids, ids)), ids, sites)
         else:
             run = rm.prefill(ids, sites)
-        done.append(Completion(run.ids, run.streams, run.keys, run.reward, response_start(rm, ids, nothing)))
+        start = response_start(rm, ids, nothing)
+        done.append(Completion(run.ids, run.streams, run.keys, run.reward, start, rest=run.rest))
     return done
 
 

@@ -28,6 +28,7 @@ from rmscope.io import Progress, silent
 from rmscope.model.packing import Batch, Text
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
+from rmscope.model.site_names import whole_site
 from rmscope.sae.base import Active, Sae
 
 Method = Literal["atp", "midpoint"]
@@ -77,7 +78,7 @@ def streams_and_gradients(rm: RewardModel, batch: Batch, sites: Sequence[str]) -
     In a packed row the prefix belongs to both texts, so its gradient is that of the sum of the two rewards. Spans start
     after the prefix, and each belongs to one text.
     """
-    ordered = sorted(sites, key=rm.site_index)
+    ordered = sorted({whole_site(site) for site in sites}, key=rm.site_index)
     streams: dict[str, Tensor] = {}
 
     def keep(x: Tensor, site: str) -> Tensor:
@@ -85,9 +86,11 @@ def streams_and_gradients(rm: RewardModel, batch: Batch, sites: Sequence[str]) -
         return streams[site]
 
     with torch.enable_grad():
-        rewards = rm.rewards(batch, {site: lambda x, site=site: keep(x, site) for site in ordered})  # type: ignore[misc]
-        gradients = torch.autograd.grad(rewards.sum(), [streams[site] for site in ordered])
-    return {site: (streams[site].detach(), g) for site, g in zip(ordered, gradients, strict=True)}
+        kept = dict.fromkeys([*ordered, *rm.whole_sites(sites)])
+        rewards = rm.rewards(batch, {site: lambda x, site=site: keep(x, site) for site in kept})  # type: ignore[misc]
+        gradients = dict(zip(ordered, torch.autograd.grad(rewards.sum(), [streams[s] for s in ordered]), strict=True))
+    parts = rm.split(batch, sites, {site: x.detach() for site, x in streams.items()})
+    return {site: (parts[site], gradients[whole_site(site)]) for site in sites}  # dr/dδ = dr/db = dr/dx
 
 
 def _estimates(sae: Sae, active: Active, along: Float[Tensor, " nnz"], text: Text) -> Estimates:

@@ -5,13 +5,16 @@ stream goes along the straight line from a baseline x0 to x. With G_t the mean g
 
     A_j   = Σ_t (f_tj - f0_j) <G_t, d_j>          features, active and silent
     A_err = Σ_t <G_t, e_t - e0>                   the SAE's error
-    Σ_j A_j + A_err = r(x) - r(x0)                up to quadrature: the gap
+    A_c   = Σ_t <G_t, c>                          the constant, c = decode(f0) + e0 - x0
+    Σ_j A_j + A_err + A_c = r(x) - r(x0)          up to quadrature: the gap
 
 The path is cut into panels. A panel is halved until the rewards at its ends agree with the integral (:func:`integrate`).
 
 Decoding is linear, so one gradient per node serves every feature: active entries one by one, the baseline's part of all
 silent features by one product with W_dec. With the ``mean`` baseline f0 and e0 are means over the dataset; with ``zero``
-f0 = 0 and e0 = 0. Ledger of a pair: Δr = features + error + remainder + gap, with remainder = r(x0 chosen) - r(x0 rejected).
+f0 = 0 and e0 = 0. Both begin at x0 = decode(f0) + e0, so their constant is 0. A difference SAE's path begins at x0 = 0, the
+base's own stream: its constant is b_dec, and the remainder is inherited from the base. Ledger of a pair: Δr = features +
+error + constant + remainder + gap, with remainder = r(x0 chosen) - r(x0 rejected).
 Over a dataset, the share of a part is Cov(part, Δr) / Var(Δr).
 """
 
@@ -50,7 +53,7 @@ BOUND, FLOOR = 0.01, 0.1
 """A pair's gap may be .01 max(|Δr|, .1 SD(Δr))."""
 SILENT = -1
 """The feature number of the sum of all silent features in a contribution table."""
-PARTS = ("features", "error", "remainder", "gap")
+PARTS = ("features", "error", "constant", "remainder", "gap")
 FEWEST = 8
 """A group of fewer pairs gets no shares."""
 TOKENS = 5
@@ -59,11 +62,12 @@ TOKENS = 5
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """Where the path starts: f0 [m], e0 [d], and x0 = decode(f0) + e0 [d]."""
+    """Where the path starts: f0 [m], e0 [d], x0 [d], and the constant c = decode(f0) + e0 - x0 [d]."""
 
     f: Float[Tensor, " m"]
     e: Float[Tensor, " d"]
     x: Float[Tensor, " d"]
+    constant: Float[Tensor, " d"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,7 @@ class SideParts:
     """Σ_t f_tj |d_j|."""
     silent: float
     error: float
+    constant: float
     start: float
     end: float
     nodes: int
@@ -90,16 +95,21 @@ class SideParts:
 
 
 def baseline(
-    sae: Sae, kind: Literal["mean", "zero"], f_mean: Tensor | None = None, x_mean: Tensor | None = None
+    sae: Sae, kind: Literal["mean", "zero", "base"], f_mean: Tensor | None = None, x_mean: Tensor | None = None
 ) -> Baseline:
-    """``mean`` needs the dataset means of f [m] and x [d]; e0 is then mean x - decode(mean f), the mean of e."""
-    if kind == "zero":
-        f, e = torch.zeros_like(sae.W_dec[:, 0]), torch.zeros_like(sae.b_dec)
-    else:
+    """``mean`` needs the dataset means of f [m] and x [d]; e0 is then mean x - decode(mean f), the mean of e.
+
+    ``base`` is for difference SAEs: x0 = 0, where the whole stream is the base's. The SAE's b_dec is then the constant.
+    """
+    if kind == "mean":
         assert f_mean is not None
         assert x_mean is not None
         f, e = f_mean, x_mean - sae.decode(f_mean[None])[0]
-    return Baseline(f, e, sae.decode(f[None])[0] + e)
+    else:
+        f, e = torch.zeros_like(sae.W_dec[:, 0]), torch.zeros_like(sae.b_dec)
+    start = sae.decode(f[None])[0] + e
+    x0 = torch.zeros_like(start) if kind == "base" else start
+    return Baseline(f, e, x0, start - x0)
 
 
 class Path:
@@ -217,6 +227,7 @@ def parts_along(path: Path, panels: Sequence[Panel], sae: Sae, start: Baseline) 
             mass=total * sae.W_dec[feature].norm(dim=-1),
             silent=float(absent.sum()),
             error=float((g * (x - sae.decode_active(active) - start.e)).sum()),
+            constant=float(g.sum(0) @ start.constant),
             start=float(first[i]),
             end=float(end[i]),
             nodes=int(nodes[text.row]),
@@ -274,9 +285,9 @@ def ledger_rows(
 def pair_ledger(chosen: SideParts, rejected: SideParts) -> dict[str, float]:
     """Δr and its parts, which sum to it, and the number of gradients along the longer of the two paths."""
     delta, remainder = chosen.end - rejected.end, chosen.start - rejected.start
-    features, error = chosen.features - rejected.features, chosen.error - rejected.error
-    gap, nodes = delta - features - error - remainder, max(chosen.nodes, rejected.nodes)
-    return {"delta_r": delta, "features": features, "error": error, "remainder": remainder, "gap": gap, "nodes": nodes}
+    parts = {name: getattr(chosen, name) - getattr(rejected, name) for name in ("features", "error", "constant")}
+    gap, nodes = delta - sum(parts.values()) - remainder, max(chosen.nodes, rejected.nodes)
+    return {"delta_r": delta, **parts, "remainder": remainder, "gap": gap, "nodes": nodes}
 
 
 def shares(parts: Float[np.ndarray, "pairs parts"], delta: Float[np.ndarray, " pairs"]) -> Float[np.ndarray, " parts"]:

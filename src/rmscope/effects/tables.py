@@ -13,7 +13,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from rmscope.effects.ablation import ablations
+from rmscope.effects.ablation import ablate_groups, ablations, at_site, clean_runs
 from rmscope.effects.gradients import Method, estimate, on_span, sum_by_feature
 from rmscope.effects.ledger import PARTS, SILENT, SideParts, estimate_along_path
 from rmscope.io import Progress, silent
@@ -106,6 +106,41 @@ def ablation_table(
         done += a.feature.numel()
         progress(min(done, total) if total else done, max(total, done), "features ablated")
     return {site: _frame(ids, part, "ablation", ["ending"] if endings else []) for site, part in rows.items()}
+
+
+def group_table(
+    rm: RewardModel,
+    saes: Mapping[str, Sae],
+    groups: Sequence[tuple[str, Sequence[int]]],
+    tokens: Sequence[PairTokens],
+    ids: Sequence[str],
+    wanted: Mapping[int, Mapping[str, Sequence[int]]],
+    progress: Progress = silent,
+    endings: bool = False,
+) -> pl.DataFrame:
+    """Exact joint ablations of the groups (site, features) that are wanted of each response: ``wanted[pair][side]``.
+
+    The column ``feature`` holds the group's number. With ``endings`` there is a column ``ending``, as in
+    :func:`ablation_table`.
+    """
+    rows: list[FeatureValues] = []
+    for done, (pair, sides) in enumerate(wanted.items()):
+        texts = clean_runs(rm, tokens[pair], list(saes), list(sides))
+        for side, numbers in sides.items():
+            effect, ending = torch.zeros(len(numbers)), torch.zeros(len(numbers))
+            for site, sae in saes.items():
+                at = [i for i, number in enumerate(numbers) if groups[number][0] == site]
+                if not at:
+                    continue
+                members = [groups[numbers[i]][1] for i in at]
+                response = at_site(sae, texts[side], site, tokens[pair].divergence)
+                effect[at] = ablate_groups(rm, sae, response, site, members)
+                if endings and response.text.keys:
+                    end = rm.ending(response.text.ids) - response.start
+                    ending[at] = ablate_groups(rm, sae, response.after(end), site, members)
+            rows.append((pair, side, torch.tensor(numbers), {"effect": effect, "ending": ending}))
+        progress(done + 1, len(wanted), "pairs with concepts ablated")
+    return _frame(ids, rows, "joint_ablation", ["ending"] if endings else [])
 
 
 def plan(requests: Mapping[str, pl.DataFrame], index: Mapping[str, int]) -> Wanted:

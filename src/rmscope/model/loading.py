@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
 from rmscope.errors import InputError
 from rmscope.io import content_hash
 from rmscope.model.rendering import SETTINGS_FILE, Rendering, read_json
-from rmscope.model.zoo import BASE, base_folder, load_adapted, quiet_transformers, zoo_folder
+from rmscope.model.zoo import BASE, base_folder, load_adapted, load_base, quiet_transformers, zoo_folder
 
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 """Names of the last linear map of a scalar head."""
+PROBE = "A probe of the tokenizer: 12,345 words."
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -52,6 +55,59 @@ def load(
     folders = [Path(p).expanduser() for p in (adapter, source) if p is not None]
     beside = next((p for p in folders if (p / SETTINGS_FILE).is_file()), None)
     return model, tokenizer, Rendering.find(beside, tokenizer, card)
+
+
+def load_base_of(
+    source: str,
+    dtype: str,
+    place: str,
+    adapter: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    base: str | None,
+    tokenizer: Any,
+) -> tuple[Any, str] | None:
+    """The transformers module (without a head) of a PM's base, and its name; None where the PM names none.
+
+    That is ``base``; else what the adapter was put on; else the ``base_model`` of the PM's card. Raises InputError where the
+    base is named but not there, or splits text into other tokens.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    path = zoo_folder(source[4:]) if source.startswith("zoo:") else Path(source).expanduser()
+    settings = read_json(path / SETTINGS_FILE)
+    if base is None and "base" in settings:
+        model, _ = load_base(settings["blocks"], settings["base"])
+        return _as_base(model.base_model, dtype, place), settings["base"]
+    if base is None:
+        base = (_adapted_base(path) or _base_in_card(_card(source, revision))) if adapter is None else source
+    if base is None:
+        return None
+    name = local_or_hub(base)
+    with as_input_error(f"The base {base} of {source}"), quiet_transformers():
+        model = AutoModel.from_pretrained(name, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+        words = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if words(PROBE).input_ids != tokenizer(PROBE).input_ids:
+        raise InputError(
+            f"The base {base} splits text into other tokens than {source}; name the base that the PM was trained from."
+        )
+    return _as_base(model, dtype, place), base
+
+
+def _base_in_card(card: str) -> str | None:
+    """The ``base_model`` of a model card's YAML header; None where it names none."""
+    header = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
+    with suppress(yaml.YAMLError):
+        named = (yaml.safe_load(header[1]) or {}).get("base_model") if header else None
+        named = named[0] if isinstance(named, list) and named else named
+        return named if isinstance(named, str) and named else None
+    return None
+
+
+def _as_base(model: Any, dtype: str, place: str) -> Any:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    return model.to(place)
 
 
 def _adapted_base(folder: Path) -> str | None:
@@ -207,8 +263,7 @@ def output_weights(model: Any, output: int | Sequence[float] | None, head: Any =
 
 def identity(model: Any, tokenizer: Any, rendering: Rendering, weights: Tensor, head: Any = None) -> str:
     """A content hash of a PM: each tensor's name, shape, sum of bits (no device rounds it) and 64 entries; and the rest."""
-    probe = tokenizer("A probe of the tokenizer: 12,345 words.").input_ids
-    parts = [_fingerprint(model), probe, getattr(tokenizer, "chat_template", None), rendering.as_dict()]
+    parts = [_fingerprint(model), tokenizer(PROBE).input_ids, getattr(tokenizer, "chat_template", None), rendering.as_dict()]
     if weights.tolist() != [1.0]:
         parts.append(weights.tolist())
     if head is not None:

@@ -7,7 +7,7 @@ model computes for it alone. This saves a third of the tokens of hh-rlhf. Models
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class Batch:
     positions: Int[Tensor, "rows width"]
     mask: Tensor
     texts: list[Text]
+    rest: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """At sites that are a part of the stream, the other part, [rows, width, d]; kept when the stream is computed."""
 
     def inputs(self, device: Any, dtype: torch.dtype) -> dict[str, Tensor]:
         """The arguments of the model's forward."""
@@ -60,7 +62,8 @@ class Batch:
         """The batch of these rows alone, in ascending order."""
         place = {int(row): i for i, row in enumerate(rows)}
         texts = [replace(t, row=place[t.row]) for t in self.texts if t.row in place]
-        return Batch(self.ids[rows], self.positions[rows], self.mask[rows], texts)
+        rest = {site: part[rows.to(part.device)] for site, part in self.rest.items()}
+        return Batch(self.ids[rows], self.positions[rows], self.mask[rows], texts, rest)
 
 
 def packed_length(tokens: PairTokens) -> int:

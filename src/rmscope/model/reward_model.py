@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from rmscope.errors import InputError
 from rmscope.hardware import place
 from rmscope.io import Progress, silent
 from rmscope.model import loading
+from rmscope.model.base import Base
 from rmscope.model.onednn import use_onednn
 from rmscope.model.packing import Batch, by_budget, last_hidden_reads, pack_pairs, packed_length, pad_texts, units
 from rmscope.model.ragged import ragged_states
 from rmscope.model.rendering import PairTokens, Rendering, encode, render, tokenize_sides
+from rmscope.model.site_names import DIFF, is_difference, is_part, whole_site
 from rmscope.model.sites import CleanRun, Edit, StopForward, Trunk, keep_stream
 from rmscope.pairs.pair import SIDES, Message, Pair
 
@@ -72,12 +74,17 @@ class RewardModel(Trunk):
         name: str,
         output: int | Sequence[float] | None = None,
         head: nn.Module | None = None,
+        base: Callable[[], tuple[Any, str] | None] | None = None,
     ) -> None:
-        """``head`` replaces the PM's own: it turns final hidden states [texts, d] into rewards (``model/heads.py``)."""
+        """``head`` replaces the PM's own: it turns final hidden states [texts, d] into rewards (``model/heads.py``).
+
+        ``base`` loads the transformers module of the PM's base, and names it; None where no base is known.
+        """
         super().__init__(model.eval().requires_grad_(False))
         use_onednn(self.model)
         self.tokenizer, self.rendering, self.name = tokenizer, rendering, name
         self._words: dict[int, bool] = {}
+        self._load_base = base or (lambda: None)
         self._weights = loading.output_weights(model, output, head)
         self.output: list[float] = self._weights.tolist()
         """The weights of its outputs in the reward."""
@@ -95,13 +102,45 @@ class RewardModel(Trunk):
         revision: str | None = None,
         output: int | Sequence[float] | None = None,
         trust_remote_code: bool = False,
+        base: str | None = None,
     ) -> RewardModel:
         """Loads a PM from a folder, the hub, or the zoo (``zoo:hh``, ``zoo:planted``), with a PEFT ``adapter`` merged.
 
-        ``output`` picks one of several outputs, or weights them. Raises :class:`InputError` without a trained scalar head.
+        ``output`` picks one of several outputs, or weights them. ``base`` names the model that the PM was trained from;
+        left out, that of the adapter or of the model card is taken. It is loaded on first use. Raises :class:`InputError`
+        without a trained scalar head.
         """
-        model, tokenizer, rendering = loading.load(source, dtype, place(device), adapter, revision, trust_remote_code)
-        return cls(model, tokenizer, rendering, source, output)
+        at = place(device)
+        model, tokenizer, rendering = loading.load(source, dtype, at, adapter, revision, trust_remote_code)
+        find = partial(loading.load_base_of, source, dtype, at, adapter, revision, trust_remote_code, base, tokenizer)
+        return cls(model, tokenizer, rendering, source, output, base=find)
+
+    @cached_property
+    def base(self) -> Base | None:
+        """The PM's base; None where none is known. InputError where the one that is named does not fit."""
+        found = self._load_base()
+        return None if found is None else Base(*found, self)
+
+    def site_index(self, site: str) -> int:
+        """The block whose output the site is; -1 for ``embed``.
+
+        Raises:
+            InputError: the PM has no such site, or the site is a part of the stream that does not exist there.
+        """
+        index = super().site_index(site)
+        if not is_part(site):
+            return index
+        if self.base is None:
+            raise InputError(
+                f"There is no site {site} without the PM's base, and {self.name} names none; give --base, or study "
+                f"{whole_site(site)}."
+            )
+        if index < self.base.first:
+            raise InputError(
+                f"There is no site {site}: preference training changed nothing before block {self.base.first}; name a site "
+                f"from {DIFF}.{self.base.first} to {DIFF}.{len(self.blocks) - 1}."
+            )
+        return index
 
     @cached_property
     def identity(self) -> str:
@@ -190,17 +229,33 @@ class RewardModel(Trunk):
 
     def rewards(self, batch: Batch, edits: Mapping[str, Edit] | None = None) -> Float[Tensor, " texts"]:
         """r of every text of the batch, float32. Each edit changes the stream at its site."""
-        with self.edit_streams(edits or {}), torch.set_grad_enabled(bool(edits) and torch.is_grad_enabled()):
+        changes = {whole_site(site): self._of_part(batch, site, edit) for site, edit in (edits or {}).items()}
+        with self.edit_streams(changes), torch.set_grad_enabled(bool(edits) and torch.is_grad_enabled()):
             if not self.causal:
                 return self.reward_of(self.model(**batch.inputs(self.device, self.dtype)).logits)
             return self._rewards(batch)
 
     def rewards_from(self, batch: Batch, site: str, stream: Float[Tensor, "rows width d"]) -> Float[Tensor, " texts"]:
         """r of every text with the stream at ``site`` replaced; blocks up to the site do not run. Differentiable."""
+        if is_part(site):
+            stream, site = stream + self._rest(batch, site), whole_site(site)
         if not self.causal:
             return self.rewards(batch, {site: lambda _x: stream})
         with self.replace_stream(site, stream):
             return self._rewards(batch)
+
+    def _rest(self, batch: Batch, site: str) -> Float[Tensor, "rows width d"]:
+        """The other part of the stream at a site that is a part of it."""
+        if site not in batch.rest:
+            self.streams(batch, [site])
+        return batch.rest[site]
+
+    def _of_part(self, batch: Batch, site: str, edit: Edit) -> Edit:
+        """An edit of the whole stream that edits a part of it."""
+        if not is_part(site):
+            return edit
+        rest = self._rest(batch, site)
+        return lambda x: edit(x - rest) + rest
 
     def _rewards(self, batch: Batch) -> Float[Tensor, " texts"]:
         hidden = self.model.base_model(**batch.inputs(self.device, self.dtype), use_cache=False).last_hidden_state
@@ -219,12 +274,42 @@ class RewardModel(Trunk):
 
     @torch.no_grad()
     def streams(self, batch: Batch, sites: Sequence[str]) -> dict[str, Float[Tensor, "rows width d"]]:
-        """The residual stream at each site; the forward pass stops after the last one."""
+        """The residual stream, or its part, at each site; the forward pass stops after the last one."""
         streams: dict[str, Tensor] = {}
-        options = {"use_cache": False} if self.causal else {}
-        with suppress(StopForward), self.edit_streams({s: keep_stream(streams, s) for s in sites}, stop=True):
-            self.model.base_model(**batch.inputs(self.device, self.dtype), **options)
-        return {site: streams[site] for site in sites}
+        kept = {site: keep_stream(streams, site) for site in self.whole_sites(sites)}
+        with suppress(StopForward), self.edit_streams(kept, stop=True):
+            self.model.base_model(**batch.inputs(self.device, self.dtype), **self._options)
+        return self.split(batch, sites, streams)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"use_cache": False} if self.causal else {}
+
+    def whole_sites(self, sites: Sequence[str]) -> list[str]:
+        """The sites of the whole stream from which :meth:`split` gives the stream or its part at ``sites``."""
+        wholes = [whole_site(site) for site in sites]
+        if any(is_part(site) for site in sites) and self.base is not None and self.base.start is not None:
+            wholes.append(self.base.start)
+        return list(dict.fromkeys(wholes))
+
+    @torch.no_grad()
+    def split(self, batch: Batch, sites: Sequence[str], streams: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The stream at each site: the whole, or the part that the site names. ``streams`` holds :meth:`whole_sites`.
+
+        The base's blocks run from its first own block on; the other part goes to ``batch.rest``.
+        """
+        parts = [site for site in sites if is_part(site)]
+        if not parts or self.base is None:
+            return {site: streams[site] for site in sites}
+        blocks = sorted({self.site_index(site) for site in parts})
+        start = None if self.base.start is None else streams[self.base.start]
+        bases = self.base.streams(batch, blocks, start, self._options)
+        split = {site: streams[site] for site in sites if not is_part(site)}
+        for site in parts:
+            b = bases[self.site_index(site)]
+            both = (streams[whole_site(site)] - b, b)
+            split[site], batch.rest[site] = both if is_difference(site) else both[::-1]
+        return split
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, sites: Sequence[str], before: CleanRun | None = None, shared: int = 0) -> CleanRun:
@@ -237,11 +322,15 @@ class RewardModel(Trunk):
         ids = ids[: self.read_position(ids) + 1]
         cache: Any = DynamicCache() if before is None else before.cache(shared)
         new: dict[str, Tensor] = {}
-        with self.edit_streams({site: keep_stream(new, site) for site in sites}):
+        with self.edit_streams({site: keep_stream(new, site) for site in self.whole_sites(sites)}):
             hidden = self.run_cached(ids[None, shared:], torch.arange(shared, ids.numel()), cache)
         reward = float(self.read_out(hidden[:, -1])[0])
         streams = {s: x[0] if before is None else torch.cat([before.streams[s][:shared], x[0]]) for s, x in new.items()}
-        return CleanRun(ids, streams, [(layer.keys, layer.values) for layer in cache.layers], reward)
+        whole = pad_texts([(0, "chosen", ids, 1, ids.numel() - 1)], self.pad_id)
+        parts = self.split(whole, sites, {site: x[None] for site, x in streams.items()})
+        streams |= {site: x[0] for site, x in parts.items()}
+        rest = {site: x[0] for site, x in whole.rest.items()}
+        return CleanRun(ids, streams, [(layer.keys, layer.values) for layer in cache.layers], reward, rest=rest)
 
     @torch.no_grad()
     def resume(self, text: CleanRun, site: str, start: int, stream: Float[Tensor, "n rest d"]) -> Float[Tensor, " n"]:
@@ -250,7 +339,9 @@ class RewardModel(Trunk):
         No block up to the site runs again, and no token before ``start``: their keys and values come from the clean run.
         """
         ids, positions = text.ids[start:].expand(len(stream), -1), torch.arange(start, text.ids.numel())
-        with self.replace_stream(site, stream.to(self.dtype)):
+        if is_part(site):
+            stream = stream.to(self.device) + text.rest[site][start:]
+        with self.replace_stream(whole_site(site), stream.to(self.dtype)):
             hidden = self.run_cached(ids, positions, text.cache(start, len(stream)))
         return self.read_out(hidden[:, -1])
 
@@ -264,7 +355,10 @@ class RewardModel(Trunk):
         self, text: CleanRun, site: str, starts: Sequence[int], stream: Float[Tensor, "tokens d"]
     ) -> Float[Tensor, " continuations"]:
         """r of many continuations of a clean run in one row, float32 (:func:`rmscope.model.ragged.ragged_states`)."""
-        return self.read_out(ragged_states(self, text, site, starts, stream))
+        if is_part(site):
+            rest = text.rest[site]
+            stream = stream.to(rest.device) + torch.cat([rest[start:] for start in starts])
+        return self.read_out(ragged_states(self, text, whole_site(site), starts, stream))
 
     # Scores
 

@@ -1,13 +1,15 @@
 """A PM's residual stream: its sites, the blocks that they belong to, and hooks that read or replace the stream there.
 
-``resid_post.L`` is the stream after block L (from 0), ``embed`` the stream before block 0.
+``resid_post.L`` is the stream after block L (from 0), ``embed`` the stream before block 0. Where the PM's base is known, the
+stream has two parts, and each is a site of its own: ``base.L`` is the base's own stream after block L, ``diff.L`` is what
+preference training added to it (:mod:`rmscope.model.base`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmscope.errors import InputError
+from rmscope.model.site_names import whole_site
 
 Edit = Callable[[Float[Tensor, "rows width d"]], Float[Tensor, "rows width d"]]
 """Takes the stream at a site and returns the stream that the model goes on with."""
@@ -32,6 +35,8 @@ class CleanRun:
     keys: list[tuple[Tensor, Tensor]]
     """Keys and values of each layer, [1, kv_heads, T, size]."""
     reward: float
+    rest: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
+    """At sites that are a part of the stream, the other part, [T, d]."""
 
     def cache(self, length: int, rows: int = 1) -> Any:
         """A transformers cache of the first ``length`` positions for ``rows`` rows. It holds views: nothing is copied."""
@@ -78,10 +83,10 @@ class Trunk:
 
     def site_index(self, site: str) -> int:
         """The block whose output the site is; -1 for ``embed``. Raises InputError that lists the sites of this PM."""
-        if site not in self.sites:
+        if (whole := whole_site(site)) not in self.sites:
             last = self.sites[-1]
             raise InputError(f"There is no site {site!r} in this PM; it has embed and resid_post.0 .. {last}.")
-        return self.sites.index(site) - 1
+        return self.sites.index(whole) - 1
 
     @property
     def device(self) -> torch.device:

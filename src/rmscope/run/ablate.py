@@ -76,6 +76,8 @@ def _confirm(run: RunData, frozen: Tables, progress: Progress, key: str) -> Tabl
         progress,
         lambda unit, within: tables.firing_table(run.rm, run.saes, run.tokens, run.ids, unit),
     )
+    for site, table in firing.items():
+        write_table(run.folder / "effects" / site / "firing.parquet", table)
     ordered = {site: _ordered(run, firing[site]) for site in run.sites}
     listed = {site: list_["feature"].to_list() for site, list_ in frozen.items()}
     asked = {s: pairs_a_prompt(ordered[s], listed[s], c.confirm_prompts, c.confirm_pairs) for s in run.sites}
@@ -107,15 +109,20 @@ def _strong(run: RunData, asked: Tables, key: str, progress: Progress) -> None:
 
 def _unrelated(run: RunData, asked: Tables, confirmed: Tables, progress: Progress, key: str) -> Tables:
     """How far the frozen features move unrelated completions of the prompts that they were confirmed on."""
+    tried, tokens = unrelated_completions(run, asked)
+    requests = {site: rows.with_columns(pl.lit("chosen").alias("side")) for site, rows in tried.items()}
+    moved = _ablations(run, "unrelated", key, requests, progress, tokens=tokens)
+    return {site: flags.unrelated_share(confirmed[site], moved[site], tried[site]) for site in run.sites}
+
+
+def unrelated_completions(run: RunData, asked: Tables) -> tuple[Tables, list[PairTokens]]:
+    """(the pairs of each feature that are tried, the tokens of all pairs with unrelated completions on those)."""
     tried = {site: flags.first_pairs(rows) for site, rows in asked.items()}
     pairs, index = {i: run.pairs[i] for i in run.of_split("confirm")}, run.pair_set.index
     wanted = sorted({index[p] for rows in tried.values() for p in rows["pair"]})
     swapped = flags.unrelated(run.rm, pairs, run.prompts, wanted, run.config.seed)
     tokens, on = [swapped.get(i, t) for i, t in enumerate(run.tokens)], [run.ids[i] for i in swapped]
-    tried = {site: rows.filter(pl.col("pair").is_in(on)) for site, rows in tried.items()}
-    requests = {site: rows.with_columns(pl.lit("chosen").alias("side")) for site, rows in tried.items()}
-    moved = _ablations(run, "unrelated", key, requests, progress, tokens=tokens)
-    return {site: flags.unrelated_share(confirmed[site], moved[site], tried[site]) for site in run.sites}
+    return {site: rows.filter(pl.col("pair").is_in(on)) for site, rows in tried.items()}, tokens
 
 
 def _to_mean(run: RunData, asked: Tables, progress: Progress, key: str) -> Tables:

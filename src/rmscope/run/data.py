@@ -15,6 +15,7 @@ from rmscope.errors import InputError
 from rmscope.io import Display, NoDisplay
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
+from rmscope.model.site_names import is_difference
 from rmscope.pairs.pair import Pair, Split, largest_differences
 from rmscope.ranking.feature_statistics import FeatureStatistics, feature_statistics
 from rmscope.run.evidence import Evidence
@@ -128,6 +129,8 @@ class RunData:
 
     def baseline(self, site: str) -> Baseline:
         """Where a ledger's path starts at a site."""
+        if is_difference(site):
+            return baseline(self.saes[site], "base")
         statistics = self.feature_statistics[site]
         return baseline(self.saes[site], self.config.baseline, statistics.f_mean, statistics.x_mean)
 

@@ -33,6 +33,10 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
     """Of the scored pairs, study at most this many: those of largest |Δr|."""
     sae: SaeConfig = SaeConfig()
     """How the SAEs are trained."""
+    diff_features: int = Field(64, gt=0)
+    """Features of a difference SAE (sites such as diff.12): what preference training wrote takes few."""
+    diff_k: int = Field(2, gt=0)
+    """Features of a difference SAE that fire on a token."""
     sae_dir: Annotated[str | None, Flag("--sae")] = None
     """SAEs to use instead of training: a folder (or hub:owner/repo) with one subfolder per site, or a pattern with {site} or
     {L}, the block's number, such as hub:owner/repo/ae_layer{L}.pt."""
@@ -63,6 +67,10 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
     """How often a stretch of a ledger's path is halved at most where its gap is too large; at 1 many gaps stay open."""
     seed: int = Field(0, ge=0)
     """Fixes every draw of the run; the SAEs' too, unless they have a seed of their own."""
+
+    def difference_config(self, sae: SaeConfig) -> SaeConfig:
+        """How a difference SAE is trained beside SAEs of the whole stream."""
+        return sae.model_copy(update={"d_sae": self.diff_features, "k": self.diff_k})
 
     @model_validator(mode="after")
     def _one_seed(self) -> RunConfig:

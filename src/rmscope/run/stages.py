@@ -23,12 +23,14 @@ from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune
 from rmscope.io import Progress, silent, write_json, write_table
 from rmscope.model.checks import preflight as check_pm
 from rmscope.model.reward_model import RewardModel, Scores
+from rmscope.model.site_names import is_difference
 from rmscope.ranking import flags
 from rmscope.ranking.confirm import SCHEMA, Q, confirm
 from rmscope.ranking.estimate_quality import estimate_quality
 from rmscope.run.ablate import ablate
 from rmscope.run.collect import collect
 from rmscope.run.data import RunData
+from rmscope.run.group import group
 from rmscope.run.inputs import PairSet, need_prompts
 from rmscope.sae import Sae, SaeConfig, train_saes
 
@@ -121,7 +123,11 @@ def train_run_saes(run: RunData, config: SaeConfig, folder: Path, progress: Prog
     """
     steps = run.config.reward_aware
     plain, device = folder / "plain" if steps else folder, str(run.rm.device)
-    saes = train_saes(run.store, config, plain, run.sites, progress, device)
+    kinds = [[s for s in run.sites if is_difference(s) == different] for different in (True, False)]
+    saes: dict[str, Sae] = {}
+    for sites in filter(None, kinds):
+        own = config if not is_difference(sites[0]) else run.config.difference_config(config)
+        saes |= train_saes(run.store, own, plain, sites, progress, device)
     if not steps:
         return saes
     pairs = [run.pairs[i] for i in run.of_split("fit")]
@@ -207,10 +213,11 @@ STAGES = (
     Stage("preflight", preflight, "dtype", "preflight.json"),
     Stage("score", score, "dtype", "scores.parquet"),
     Stage("harvest", harvest, "top_share top_pairs", "activations/{site}/manifest.json"),
-    Stage("train", train, "sae reward_aware", "saes/{site}/cfg.json", of_saes=True),
+    Stage("train", train, "sae diff_features diff_k reward_aware", "saes/{site}/cfg.json", of_saes=True),
     Stage("estimate", estimate, "estimate seed", "effects/{site}/estimated.parquet"),
     Stage("ablate", ablate, SAMPLES, "effects/{site}/exact.parquet effects/{site}/strong.parquet"),
     Stage("rank", rank, "", "features/{site}.parquet"),
+    Stage("group", group, "", "concepts.parquet effects/concepts.parquet"),
     Stage("decompose", decompose, "ledger_pairs ledger_halvings baseline", "ledger/{site}.parquet"),
     Stage("evidence", collect, "", "evidence/evidence.json"),
 )

@@ -1,0 +1,173 @@
+"""Concepts: sets of features that fire together and move the reward in one direction (docs/method.md, Concept).
+
+Features are the wrong unit for a reader: one event, such as the end of a sentence, is split over features and sites. So
+frozen features are grouped on the fit split, before anything is tested:
+
+1. *At a site.* Features of one sign whose activations correlate over windows of text, or whose decoder rows point in one
+   direction, are one concept (average linkage, cut at .7).
+2. *Weights.* A concept's activation is Σ_j w_j f_j, with w_j the estimated effect per unit of activation. It is in units of
+   reward, and frozen.
+3. *Across sites.* Concepts of one sign whose activations correlate are told once, at the site where their effect is largest.
+
+The same test as for features then runs on their joint ablations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float, Int
+
+from rmscope.activations.store import ActivationStore
+from rmscope.ranking.candidates import ELIGIBLE_PROMPTS
+from rmscope.sae.base import Sae
+from rmscope.statistics import Array
+
+TOGETHER = 0.7
+"""The correlation of activations, or the cosine of decoder rows, from which features or concepts count as one."""
+WINDOW = 8
+"""Tokens of a window. A later site may fire some tokens after an earlier one."""
+MOST = 30
+"""Concepts of a run that are frozen: those of the largest effects."""
+CHUNK = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Concept:
+    """A frozen set of features of one site."""
+
+    site: str
+    features: tuple[int, ...]
+    weights: tuple[float, ...]
+    """Reward per unit of activation, by feature, as estimated on the fit split; not negative."""
+    sign: int
+    fit_effect: float
+    """The sum of its features' mean ablation effects on the fit split."""
+    seen_at: tuple[str, ...] = ()
+    """Other sites with the same concept."""
+
+
+def build_concepts(
+    store: ActivationStore, saes: Mapping[str, Sae], frozen: Mapping[str, pl.DataFrame], most: int = MOST
+) -> list[Concept]:
+    """The concepts of a run, the largest |effect| on the fit split first.
+
+    Args:
+        store: the stream of the fit split.
+        frozen: per site, columns feature, sign, fit_effect, rate (estimated reward per unit of activation), fit_prompts.
+        most: at most so many concepts.
+    """
+    at_sites: list[tuple[Concept, Array]] = []
+    for site, table in frozen.items():
+        listed = table.filter((pl.col("fit_prompts") >= ELIGIBLE_PROMPTS) & (pl.col("sign") != 0))
+        for one in listed.partition_by("sign"):
+            features = one["feature"].to_list()
+            active = window_sums(store, saes[site], site, features)
+            rows = saes[site].W_dec[features].numpy()
+            alike = np.maximum(correlations(active), _cosines(rows))
+            for members in linked(alike):
+                part = one[members]
+                weights = np.abs(part["rate"].to_numpy())
+                concept = Concept(
+                    site,
+                    tuple(part["feature"].to_list()),
+                    tuple(weights.tolist()),
+                    int(part["sign"][0]),
+                    float(part["fit_effect"].sum()),
+                )
+                at_sites.append((concept, active[:, members] @ weights))
+    return _told_once(at_sites)[:most]
+
+
+def _told_once(at_sites: Sequence[tuple[Concept, Array]]) -> list[Concept]:
+    """Each concept at the site of its largest effect, the others named."""
+    told = []
+    for sign in (1, -1):
+        own = [(concept, active) for concept, active in at_sites if concept.sign == sign]
+        if not own:
+            continue
+        for members in linked(correlations(np.stack([active for _, active in own], 1))):
+            same = sorted((own[i][0] for i in members), key=lambda c: -abs(c.fit_effect))
+            others = tuple(dict.fromkeys(c.site for c in same[1:] if c.site != same[0].site))
+            beside = [c for c in same[1:] if c.site == same[0].site]
+            features = same[0].features + tuple(j for c in beside for j in c.features)
+            weights = same[0].weights + tuple(w for c in beside for w in c.weights)
+            effect = same[0].fit_effect + sum(c.fit_effect for c in beside)
+            told.append(Concept(same[0].site, features, weights, sign, effect, others))
+    return sorted(told, key=lambda c: (-abs(c.fit_effect), c.site, c.features))
+
+
+def linked(alike: Float[Array, "n n"]) -> list[list[int]]:
+    """Groups of average-linkage clustering, cut where the mean similarity falls below :data:`TOGETHER`."""
+    from scipy.cluster.hierarchy import fcluster, linkage
+    from scipy.spatial.distance import squareform
+
+    n = len(alike)
+    if n < 2:
+        return [[i] for i in range(n)]
+    distance = 1 - np.clip((alike + alike.T) / 2, -1, 1)
+    np.fill_diagonal(distance, 0.0)
+    labels = fcluster(linkage(squareform(distance, checks=False), "average"), 1 - TOGETHER, "distance")
+    groups: dict[int, list[int]] = {}
+    for i, label in enumerate(labels.tolist()):
+        groups.setdefault(label, []).append(i)
+    return list(groups.values())
+
+
+def correlations(active: Float[Array, "windows n"]) -> Float[Array, "n n"]:
+    """Pearson correlations over windows; 0 for what never fires."""
+    centred = active - active.mean(0)
+    norms = np.sqrt((centred**2).sum(0))
+    scaled = centred / np.where(norms > 0, norms, 1.0)
+    return scaled.T @ scaled
+
+
+def _cosines(rows: Float[Array, "n d"]) -> Float[Array, "n n"]:
+    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return unit @ unit.T
+
+
+def window_sums(store: ActivationStore, sae: Sae, site: str, features: Sequence[int]) -> Float[Array, "windows n"]:
+    """Σ f_j over each window of 8 tokens of the stored responses, for some features."""
+    keep, window = response_windows(store, site)
+    column = np.full(sae.m, -1)
+    column[list(features)] = np.arange(len(features))
+    total = np.zeros((int(window.max()) + 1 if window.size else 0, len(features)))
+    for token, feature, value in active_entries(store, sae, site, keep):
+        at = column[feature]
+        np.add.at(total, (window[token[at >= 0]], at[at >= 0]), value[at >= 0])
+    return total
+
+
+def response_windows(store: ActivationStore, site: str) -> tuple[Int[Array, " rows"], Int[Array, " rows"]]:
+    """(the stored rows of responses, the window of each): runs of 8 tokens of one response."""
+    region, pair, position = (store.column(site, name).numpy() for name in ("region", "pair", "position"))
+    keep = np.flatnonzero((region > 0) & (position > 0))
+    response = pair[keep].astype(np.int64) * 3 + region[keep]
+    first = np.r_[True, response[1:] != response[:-1]]
+    start = np.maximum.accumulate(np.where(first, np.arange(keep.size), 0))
+    begins = (np.arange(keep.size) - start) % WINDOW == 0
+    return keep, np.cumsum(begins) - 1
+
+
+def active_entries(store: ActivationStore, sae: Sae, site: str, keep: Array) -> Iterator[tuple[Array, Array, Array]]:
+    """(place in ``keep``, feature, value) of the active entries of some stored rows, chunk by chunk."""
+    import torch
+
+    for start in range(0, keep.size, CHUNK):
+        active = sae.active(store.rows(site, torch.from_numpy(keep[start : start + CHUNK])))
+        yield active.token.numpy() + start, active.feature.numpy(), active.value.numpy()
+
+
+def concept_activations(store: ActivationStore, sae: Sae, concept: Concept) -> tuple[Array, Array]:
+    """(rows of the store that belong to responses, Σ_j w_j f_j on each)."""
+    keep, _ = response_windows(store, concept.site)
+    weight = np.zeros(sae.m)
+    weight[list(concept.features)] = concept.weights
+    total = np.zeros(keep.size)
+    for token, feature, value in active_entries(store, sae, concept.site, keep):
+        np.add.at(total, token, value * weight[feature])
+    return keep, total

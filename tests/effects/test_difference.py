@@ -1,0 +1,119 @@
+"""The stream in two parts: x = b + δ, and every effect of a feature of δ or b is that of the slow exact twin."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rmscope.api.effects import ledger
+from rmscope.effects.ablation import ablate_groups, at_site, clean_runs
+from rmscope.effects.gradients import streams_and_gradients
+from rmscope.model.reward_model import RewardModel
+from rmscope.pairs.pair import SIDES
+from tests.effects.naive import reward_with
+from tests.model.based import KINDS, pm_with_base
+from tests.model.small import DECODERS, ENCODERS, OTHERS, PAIRS, small_sae
+
+ARCHITECTURES = [*DECODERS, *OTHERS, *ENCODERS]
+BLOCK = 2
+GROUPS = ([3], [17, 40], [0, 1, 2, 41, 70])
+
+
+def naive_streams(rm: RewardModel, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(x, b) [T, d] after the block: the PM's own forward of the text, and that of the base's module."""
+    streams = []
+    for module in (rm.model.base_model, rm.base.model):  # type: ignore[union-attr]
+        blocks = max((m for m in module.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+        handle = blocks[BLOCK].register_forward_hook(
+            lambda _m, _a, out: streams.append(out[0] if isinstance(out, tuple) else out)
+        )
+        with torch.no_grad():
+            module(ids[None])
+        handle.remove()
+    return streams[0][0], streams[1][0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_parts_are_those_of_two_forward_passes_and_sum_to_the_stream(architecture: str, kind: str) -> None:
+    rm = pm_with_base(architecture, kind)
+    sites = [f"{part}.{BLOCK}" for part in ("resid_post", "diff", "base")]
+    tokens = rm.tokenize_all(PAIRS)
+    for batch in rm.batches(tokens):
+        x, delta, b = rm.streams(batch, sites).values()
+        assert torch.equal(x - b, delta)
+        for text in batch.texts:
+            own_x, own_b = naive_streams(rm, tokens[text.pair].side(text.side))
+            at = text.columns[: text.read + 1]
+            torch.testing.assert_close(b[text.row, at], own_b[: len(at)], atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(delta[text.row, at], (own_x - own_b)[: len(at)], atol=5e-5, rtol=5e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_with_features_error_and_b_dec_ablated_the_stream_is_the_bases_bit_for_bit(architecture: str, kind: str) -> None:
+    rm, site = pm_with_base(architecture, kind), f"diff.{BLOCK}"
+    for batch in rm.batches(rm.tokenize_all(PAIRS)):
+        parts = rm.streams(batch, [site, f"base.{BLOCK}"])
+        sae = small_sae()
+        active = sae.active(parts[site].flatten(0, 1))
+        x_hat = sae.decode_active(active)
+        error = parts[site].flatten(0, 1) - x_hat
+        ablated = (x_hat - sae.b_dec) - (x_hat - sae.b_dec) + sae.b_dec - sae.b_dec + error - error
+        given = rm.rewards_from(batch, site, ablated.view_as(parts[site]))
+        assert torch.equal(given, rm.rewards_from(batch, f"resid_post.{BLOCK}", parts[f"base.{BLOCK}"]))
+
+
+@pytest.mark.parametrize("part", ["diff", "base"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_exact_ablation_of_a_part_is_that_of_the_naive_twin(architecture: str, kind: str, part: str) -> None:
+    rm, site, sae = pm_with_base(architecture, kind), f"{part}.{BLOCK}", small_sae()
+    tokens = rm.tokenize(PAIRS[0])
+    runs = clean_runs(rm, tokens, [site])
+    for side in SIDES:
+        ids, start = runs[side].ids, tokens.divergence
+        given = ablate_groups(rm, sae, at_site(sae, runs[side], site, start), site, GROUPS)
+        x, b = naive_streams(rm, ids)
+        f = sae.encode((x - b if part == "diff" else b)[start:])
+        clean = float(rm.reward_alone(ids))
+        for group, effect in zip(GROUPS, given.tolist(), strict=True):
+            change = f[:, list(group)] @ sae.W_dec[list(group)]
+
+            def edit(stream: Tensor, change: Tensor = change, start: int = start) -> Tensor:
+                return torch.cat([stream[:, :start], stream[:, start:] - change], 1)
+
+            naive = clean - reward_with(rm, ids, f"resid_post.{BLOCK}", edit)
+            assert effect == pytest.approx(naive, abs=3e-5 * max(1.0, abs(clean)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_a_part_is_that_of_the_whole_stream(kind: str) -> None:
+    rm = pm_with_base("llama", kind)
+    batch = next(iter(rm.batches(rm.tokenize_all(PAIRS))))
+    sites = [f"{part}.{BLOCK}" for part in ("resid_post", "diff", "base")]
+    at = streams_and_gradients(rm, batch, sites)
+    apart = {site: streams_and_gradients(rm, batch, [site])[site] for site in sites}
+    for site in sites:
+        torch.testing.assert_close(at[site], apart[site])
+        assert torch.equal(at[site][1], at[sites[0]][1])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ledger_from_the_base_closes_and_its_remainder_is_inherited(architecture: str, kind: str) -> None:
+    rm, site = pm_with_base(architecture, kind), f"diff.{BLOCK}"
+    table = ledger(rm, small_sae(), PAIRS, site=site)
+    scores = rm.score(PAIRS)
+    torch.testing.assert_close(table["delta_r"].cast(float).to_torch(), scores.delta.double(), atol=1e-4, rtol=1e-4)
+    inherited = torch.zeros(len(PAIRS))
+    for batch in rm.batches(rm.tokenize_all(PAIRS)):
+        delta = rm.streams(batch, [site])[site].clone()
+        for text in batch.texts:
+            delta[text.row, text.span] = 0
+        for text, reward in zip(batch.texts, rm.rewards_from(batch, site, delta).tolist(), strict=True):
+            inherited[text.pair] += reward if text.side == "chosen" else -reward
+    torch.testing.assert_close(table["remainder"].cast(float).to_torch().float(), inherited, atol=1e-4, rtol=1e-4)
+    bound = 0.01 * table["delta_r"].abs().clip(0.1 * float(scores.delta.std()))
+    assert (table["gap"].abs() <= bound).all()
