@@ -88,6 +88,8 @@ class LoadSettings(DeviceSettings):
 
     adapter: str | None = None
     """A PEFT adapter to put on the PM."""
+    base: str | None = None
+    """The model that the PM was trained from; left out, that of the adapter or of the model card; none: without a base."""
     output: Annotated[int | list[float] | None, BeforeValidator(_output)] = None
     """Of several outputs: the number of one (0 is the first), or a weight for each, such as 0.5,0,1."""
     trust_remote_code: bool = False

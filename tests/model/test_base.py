@@ -93,9 +93,10 @@ def test_the_base_of_an_adapter_is_what_it_was_put_on(tmp_path: Path) -> None:
 
 
 def test_the_base_of_the_zoos_pms_is_the_zoos_base() -> None:
-    base = RewardModel.load("zoo:hh", device="cpu").base
+    base = RewardModel.load("zoo:planted", device="cpu").base
     assert base is not None
-    assert (base.first, base.name) == (5, "zoo:smollm2")
+    assert (base.first, base.start, base.name) == (11, "resid_post.10", "zoo:smollm2")
+    assert RewardModel.load("zoo:planted", device="cpu", base="none").base is None
 
 
 def test_a_base_with_another_tokenizer_is_refused(tmp_path: Path) -> None:

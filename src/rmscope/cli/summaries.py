@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import polars as pl
@@ -19,6 +20,8 @@ BEST = 8
 """Reported features of each site in the closing table."""
 KEPT = ("feature", "rank", "mean_effect", "ci_low", "ci_high", "q", "n", "strong_effect", "q_strong", "flags")
 """Columns of a reported feature in JSON."""
+TOLD = ("concept", "name", "form", "site", "features", "rank", "mean_effect", "ci_low", "ci_high", "q", "n", "flags")
+"""Columns of a reported concept in JSON."""
 
 
 class Figures(Result):
@@ -121,8 +124,9 @@ class RunSummary(Result):
     def summary(self) -> str:
         s, e = self.evidence.scores, self.evidence
         a, reported = s.accuracy, sum(site.reported for site in e.sites)
+        concepts = [c for c in e.concepts if c.reported]
         text = f"{e.title}: accuracy {a.value:.3f} [{a.low:.3f}, {a.high:.3f}] (length alone {s.length_only:.3f}), "
-        text += f"SD(Δr) {s.sd_delta:.3g}; {reported} features reported"
+        text += f"SD(Δr) {s.sd_delta:.3g}; {len(concepts)} concepts and {reported} features reported"
         if e.planted:
             learned = [p for p in e.planted if p.learned]
             text += f"; {sum(p.found for p in learned)} of {len(learned)} planted biases found"
@@ -130,13 +134,18 @@ class RunSummary(Result):
 
     def tables(self) -> dict[str, Rows]:
         listed: dict[str, Rows] = {}
-        for site in self.evidence.sites:
+        told = [c for c in self.evidence.concepts if c.reported]
+        for title, form in (("what it rewards", False), ("form: endings, punctuation, position", True)):
+            if rows := [_concept_row(c.model_dump()) for c in told if c.form == form]:
+                listed[f"{title}: {len(rows)} concepts"] = rows
+        for site in self.evidence.sites if not told else ():
             rows = [_feature_row(f.model_dump()) for f in site.features if f.reported][:BEST]
             if rows:
                 listed[f"{site.site}: {site.reported} of {site.frozen} reported, {site.flagged} with a flag"] = rows
         listed["sites"] = [_site_row(site) for site in self.evidence.sites]
         if self.evidence.planted:
-            listed["planted biases"] = [_planted_row(p) for p in self.evidence.planted]
+            names = {c.concept: c.name for c in self.evidence.concepts}
+            listed["planted biases"] = [_planted_row(p, names) for p in self.evidence.planted]
         return listed
 
     def as_json(self) -> Any:
@@ -153,6 +162,7 @@ class RunSummary(Result):
                 }
                 for s in e["sites"]
             ],
+            "concepts": [{k: c[k] for k in TOLD} for c in e["concepts"] if c["reported"]],
             "planted": e["planted"],
             "seconds": round(e["footer"]["seconds"], 1),
         }
@@ -170,23 +180,36 @@ def _feature_row(feature: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _site_row(site: SiteEvidence) -> dict[str, Any]:
-    shares = {s.part: f"{s.value:.0%}" for s in site.ledger.shares} if site.ledger else {}
+def _concept_row(concept: dict[str, Any]) -> dict[str, Any]:
+    value, low, high, q = shown_effect(concept)
     return {
-        "site": site.site,
-        "Spearman of the estimate": site.quality["spearman_median"],
-        **{f"Δr = {part}": shares.get(part, "") for part in ("features", "error", "remainder")},
+        "concept": concept["name"] + (" (where it fires hardest)" if "strong" in concept["flags"] else ""),
+        "joint effect": f"{value:+.2f} [{low:+.2f}, {high:+.2f}]",
+        "q": f"{q:.1g}",
+        "site": concept["site"],
     }
 
 
-def _planted_row(p: CueMatch) -> dict[str, Any]:
+def _site_row(site: SiteEvidence) -> dict[str, Any]:
+    row = {"site": site.site, "Spearman of the estimate": site.quality["spearman_median"]}
+    if site.written is not None:
+        w = site.written
+        return row | {
+            "written so far": f"{w.written.value:.0%}",
+            "explained of it": f"{w.explained_of_written.value:.0%}",
+            "by concepts": f"{w.by_concepts.value:.0%}",
+        }
+    shares = {s.part: f"{s.value:.0%}" for s in site.ledger.shares} if site.ledger else {}
+    return row | {f"Δr = {part}": shares.get(part, "") for part in ("features", "error", "remainder")}
+
+
+def _planted_row(p: CueMatch, names: Mapping[int, str]) -> dict[str, Any]:
+    by = " + ".join(names[c] for c in p.concepts) or f"features {', '.join(map(str, p.features))} at {p.site}"
     return {
         "": "found" if p.found else "missed",
         "bias": p.name,
-        "sign": "+" if p.sign > 0 else "-",
         "effect": f"{p.ate.value:+.2f}",
-        "by": f"{p.hit} {p.features} at {p.site}" if p.found else p.why,
-        "rank": str(p.rank or ""),
+        "by": by if p.found else p.why,
         "F1": f"{p.f1:.2f}" if p.f1 is not None else "",
         "mediated": f"{p.mediated.value:.0%}" if p.mediated else "",
     }

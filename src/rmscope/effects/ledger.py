@@ -297,9 +297,13 @@ def shares(parts: Float[np.ndarray, "pairs parts"], delta: Float[np.ndarray, " p
 
 
 def share_rows(ledger: pl.DataFrame, prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """The share of each part with its 95 % interval (part, value, low, high), resampling ``prompts``, one per pair."""
-    table, rows = ledger.select("delta_r", *PARTS).to_numpy(), []
-    for i, part in enumerate(PARTS):
+    """The share of each part with its 95 % interval (part, value, low, high), resampling ``prompts``, one per pair.
+
+    The constant is left out where it is always 0: only the ledgers of difference SAEs have one.
+    """
+    parts = [part for part in PARTS if part != "constant" or (ledger[part] != 0).any()]
+    table, rows = ledger.select("delta_r", *parts).to_numpy(), []
+    for i, part in enumerate(parts):
         share = interval(table, prompts, lambda v, i=i: float(shares(v[:, 1:], v[:, 0])[i]))  # type: ignore[misc]
         rows.append({"part": part, "value": share.value, "low": share.low, "high": share.high})
     return rows

@@ -34,6 +34,7 @@ PROBE = Pair(
     "It is Paris, on the Seine.",
     "The capital of France is a large city.",
 )
+NO_BASE = "none"
 REFUSALS = (ValueError, RuntimeError, TypeError, IndexError, AttributeError)
 """What a model's own forward raises where it does not take a mask, positions or a cache."""
 
@@ -106,12 +107,14 @@ class RewardModel(Trunk):
     ) -> RewardModel:
         """Loads a PM from a folder, the hub, or the zoo (``zoo:hh``, ``zoo:planted``), with a PEFT ``adapter`` merged.
 
-        ``output`` picks one of several outputs, or weights them. ``base`` names the model that the PM was trained from;
-        left out, that of the adapter or of the model card is taken. It is loaded on first use. Raises :class:`InputError`
-        without a trained scalar head.
+        ``output`` picks one of several outputs, or weights them. ``base`` names the model that the PM was trained from
+        (``none``: no base); left out, that of the adapter or of the model card is taken. It is loaded on first use. Raises
+        :class:`InputError` without a trained scalar head.
         """
         at = place(device)
         model, tokenizer, rendering = loading.load(source, dtype, at, adapter, revision, trust_remote_code)
+        if base == NO_BASE:
+            return cls(model, tokenizer, rendering, source, output)
         find = partial(loading.load_base_of, source, dtype, at, adapter, revision, trust_remote_code, base, tokenizer)
         return cls(model, tokenizer, rendering, source, output, base=find)
 

@@ -7,7 +7,7 @@ which threshold), the other half measures. A group is grown greedily by exact jo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import get_args
 
@@ -129,21 +129,30 @@ class _AtSite:
         self.rm, self.sae, self.site, self.lexical = rm, sae, site, plant.kind in LEXICAL
         self.fitting, self.measuring = halves(twins)
         self.candidates = {c.feature: c for c in reported if np.sign(c.mean_effect) == plant.sign}
-        self.peaks = scaled_peaks(twins, list(self.candidates), sae.m)
+        by_feature = scaled_peaks(twins, list(dict.fromkeys(self.features(self.candidates))), sae.m)
+        self.peaks = [{j: _union(peaks, c.features) for j, c in self.candidates.items()} for peaks in by_feature]
         alone = dict(zip(self.candidates, self.shares(self.fitting, [[j] for j in self.candidates]), strict=True))
         self.alone = {j: alone[j] for j in sorted(alone, key=lambda j: -alone[j]) if alone[j] > 0}
 
+    def features(self, group: Iterable[int]) -> list[int]:
+        """The features of some candidates."""
+        return [j for candidate in group for j in self.candidates[candidate].features]
+
     def shares(self, twins: Sequence[Twin], groups: Sequence[Sequence[int]]) -> list[float]:
-        """The share that each group mediates on these twins."""
+        """The share that each group of candidates mediates on these twins."""
+        return self._shares(twins, [self.features(group) for group in groups])
+
+    def _shares(self, twins: Sequence[Twin], groups: Sequence[Sequence[int]]) -> list[float]:
         rows = mediation(self.rm, self.sae, self.site, twins, groups).mean(1)
         return (1 - rows[:, 1] / rows[:, 0]).tolist()
 
     def single(self) -> Match:
         """The single feature that mediates most on the fitting half, if it is a hit on the measuring half."""
-        constant = (j for j in self.alone if self.candidates[j].sign_consistency >= SIGN)
+        alone = (j for j in self.alone if len(self.candidates[j].features) == 1)
+        constant = (j for j in alone if self.candidates[j].sign_consistency >= SIGN)
         if (best := next((j for j in constant if self.detects([j]) >= F1), None)) is None:
             return Match()
-        local = localises(self.measuring, best) if self.lexical else None
+        local = localises(self.measuring, self.candidates[best].features[0]) if self.lexical else None
         one, f1, low = self.measure([best])
         enough = f1 >= F1 and low >= MEDIATED and (local is None or local >= MASS)
         if enough and (matched := self.matched([best])) < one.share - TIE:
@@ -154,13 +163,14 @@ class _AtSite:
         """The group grown on the fitting half, measured on the other, and the share that it mediates on the fitting half."""
         if not self.candidates:
             return Match(site=self.site, why="no reported feature has the planted sign"), 0.0
-        features, fitted = self.grow()
-        group, f1, _ = self.measure(features or list(self.candidates)[:1])
+        grown, fitted = self.grow()
+        tried = grown or list(self.candidates)[:1]
+        group, f1, _ = self.measure(tried)
         if f1 < F1:
             told: dict[str, object] = {"why": "no reported feature detects it"}
         elif group.share < GROUP_MEDIATED:
             told = {"why": f"the features that detect it carry {round(group.share, 2) + 0.0:.0%} of its effect"}
-        elif (matched := self.matched(group.features)) >= group.share - TIE:
+        elif (matched := self.matched(tried)) >= group.share - TIE:
             told = {"why": "matched features carry as much of its effect", "matched": matched}
         else:
             told = {"found": True, "hit": "group", "matched": matched}
@@ -168,17 +178,22 @@ class _AtSite:
 
     def measure(self, group: list[int]) -> tuple[Match, float, float]:
         """A group on the measuring half: as an attempt, its F1, and the lower bound of its mediated share."""
-        rows = mediation(self.rm, self.sae, self.site, self.measuring, [group])[0]
+        features = self.features(group)
+        rows = mediation(self.rm, self.sae, self.site, self.measuring, [features])[0]
         mediated = mediated_share(rows, [t.prompt for t in self.measuring])
         f1 = held_out_f1(*(_union(peaks, group) for peaks in self.peaks))
         by_rank = sorted((self.candidates[j] for j in group), key=lambda c: c.rank)
         rank, effect = by_rank[-1].rank, by_rank[0].mean_effect
-        match = Match(site=self.site, features=group, rank=rank, effect=effect, f1=f1, mediated=mediated)
+        concepts = [j for j in group if self.candidates[j].members]
+        match = Match(
+            site=self.site, features=features, concepts=concepts, rank=rank, effect=effect, f1=f1, mediated=mediated
+        )
         return match, f1, mediated.low or 0.0
 
     def matched(self, group: list[int]) -> float:
         """The largest share that any of :data:`CONTROLS` matched groups mediates on the measuring half."""
-        return max(0.0, *self.shares(self.measuring, matched_groups(self.sae, self.measuring, group, CONTROLS)))
+        groups = matched_groups(self.sae, self.measuring, self.features(group), CONTROLS)
+        return max(0.0, *self._shares(self.measuring, groups))
 
     def grow(self) -> tuple[list[int], float]:
         """A group grown greedily by exact joint ablation on the fitting half, and the share that it mediates there."""

@@ -24,15 +24,23 @@ Hit = Literal["none", "group", "single"]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A feature that may match a cue."""
+    """A feature, or a concept, that may match a cue."""
 
     feature: int
+    """Its number; of a concept, the concept's."""
     rank: int
     """Its place among the site's reported features, similar ones counted once."""
     mean_effect: float
     sign_consistency: float
     """The share of its ablations that have the sign of its mean effect."""
     flags: tuple[str, ...] = ()
+    members: tuple[int, ...] = ()
+    """The features of a concept."""
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """The features that are ablated together."""
+        return self.members or (self.feature,)
 
 
 Candidates = Mapping[str, Sequence[Candidate]]
@@ -68,6 +76,8 @@ class Match(Row):
     hit: Hit = "none"
     site: str | None = None
     features: list[int] = []
+    concepts: list[int] = []
+    """The concepts that hold these features; empty where features were tried one by one."""
     rank: int | None = None
     """That of the last of its features."""
     effect: float | None = None

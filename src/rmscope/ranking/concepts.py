@@ -46,8 +46,8 @@ class Concept:
     sign: int
     fit_effect: float
     """The sum of its features' mean ablation effects on the fit split."""
-    seen_at: tuple[str, ...] = ()
-    """Other sites with the same concept."""
+    elsewhere: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """The same concept at other sites: (site, its features there)."""
 
 
 def build_concepts(
@@ -91,12 +91,21 @@ def _told_once(at_sites: Sequence[tuple[Concept, Array]]) -> list[Concept]:
             continue
         for members in linked(correlations(np.stack([active for _, active in own], 1))):
             same = sorted((own[i][0] for i in members), key=lambda c: -abs(c.fit_effect))
-            others = tuple(dict.fromkeys(c.site for c in same[1:] if c.site != same[0].site))
-            beside = [c for c in same[1:] if c.site == same[0].site]
-            features = same[0].features + tuple(j for c in beside for j in c.features)
-            weights = same[0].weights + tuple(w for c in beside for w in c.weights)
-            effect = same[0].fit_effect + sum(c.fit_effect for c in beside)
-            told.append(Concept(same[0].site, features, weights, sign, effect, others))
+            here = [c for c in same if c.site == same[0].site]
+            features: dict[str, tuple[int, ...]] = {}
+            for c in same:
+                if c.site != same[0].site:
+                    features[c.site] = features.get(c.site, ()) + c.features
+            told.append(
+                Concept(
+                    same[0].site,
+                    tuple(j for c in here for j in c.features),
+                    tuple(w for c in here for w in c.weights),
+                    sign,
+                    sum(c.fit_effect for c in here),
+                    tuple(features.items()),
+                )
+            )
     return sorted(told, key=lambda c: (-abs(c.fit_effect), c.site, c.features))
 
 

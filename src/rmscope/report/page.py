@@ -30,7 +30,7 @@ CLEAR_SHARE = 0.15
 """A token with a smaller share of a feature's firings does not name the feature."""
 STUDIES = ("compare", "evaluate", "experiment", "jailbreak", "sufficiency")
 """Studies with a template of their own, ``STUDY/page.html``."""
-PARTS = ("features", "error", "remainder", "gap")
+PARTS = ("features", "error", "constant", "remainder", "gap")
 STATUS = {"ok": "✓", "warn": "!", "fail": "✕"}
 VISIBLE = str.maketrans({"\n": "↵", "\t": "⇥", "\r": "␍"})
 HERE = files("rmscope.report")
@@ -68,6 +68,8 @@ def render_report(data: dict[str, Any]) -> str:
         "page.html",
         data=data,
         head=headline(data),
+        concepts=concept_view(data),
+        written=written_view(data),
         sites=[site_view(site) for site in data.get("sites") or []],
         planted=planted_view(data),
         script=Markup(script),
@@ -91,6 +93,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     env.globals.update(fmt=formatting, fig=figures, segments=segments, anchor=anchor, shown_effect=shown_effect)
+    env.globals.update(written_curve=written_curve)
     env.globals.update(SHOWN=SHOWN, STATUS=STATUS, FLAGS=WORDS["flags"], GLOSSARY=WORDS["glossary"])
     env.filters.update({name: getattr(formatting, name) for name in ("number", "signed", "percent", "count")})
     env.filters.update(visible=visible)
@@ -113,6 +116,84 @@ def headline(data: dict[str, Any]) -> dict[str, Any]:
         "up": _group([f for f in features if f["mean_effect"] >= 0], sd),
         "down": _group([f for f in features if f["mean_effect"] < 0], sd),
     }
+
+
+def concept_view(data: dict[str, Any]) -> dict[str, Any] | None:
+    """Reported concepts of content by sign, those of form, and the rest; None where there are none."""
+    concepts = data.get("concepts") or []
+    if not concepts:
+        return None
+    ordered = sorted(concepts, key=lambda c: -abs(real(shown_effect(c)[0]) or 0.0))
+    reported = [c for c in ordered if is_reported(c)]
+    content = [c for c in reported if not c["form"]]
+    sites, sd = data.get("sites") or [], real((data.get("scores") or {}).get("sd_delta"))
+    up, down = ([c for c in content if (c["mean_effect"] >= 0) == raises] for raises in (True, False))
+    return {
+        "frozen": len(concepts),
+        "reported": len(reported),
+        "up": up,
+        "down": down,
+        "form": [c for c in reported if c["form"]],
+        "others": [c for c in ordered if not is_reported(c)],
+        "leaders": {name: [c["name"] for c in listed[:LEADERS]] for name, listed in (("up", up), ("down", down))},
+        "largest": {name: _largest(listed[0], sd) for name, listed in (("up", up), ("down", down)) if listed},
+        "span": figures.extent((v for c in reported for v in shown_effect(c)[:3]), include=[0.0], pad=0.04),
+        "bound": sites[0].get("bound") if sites else None,
+        "known": {(site.get("site"), f.get("feature")) for site in sites for f in site.get("features") or []},
+    }
+
+
+def _largest(concept: dict[str, Any], sd: float | None) -> dict[str, Any]:
+    value, low, high, _ = shown_effect(concept)
+    return {"largest": effect(value, low, high), "in_sd": number(abs(value) / sd if value is not None and sd else None)}
+
+
+LABELS = {
+    "features": "in reported concepts",
+    "error": "in other features",
+    "remainder": "not reconstructed",
+    "gap": "read off the base later",
+}
+
+
+def written_view(data: dict[str, Any]) -> dict[str, Any] | None:
+    """What training wrote at the site where most was written, told as a sentence and as parts of Δr."""
+    sites = [site for site in data.get("sites") or [] if site.get("written")]
+    if not sites:
+        return None
+    site = max(sites, key=lambda s: s["written"]["written"]["value"])
+    w = site["written"]
+    written, told, all_ = w["written"], w["by_concepts"], w["explained_of_written"]
+    inside = written["value"] * max(0.0, told["value"])
+    features = written["value"] * max(0.0, all_["value"] - max(0.0, told["value"]))
+    share, low, high = (f"{100 * written[end]:.0f}" for end in ("value", "low", "high"))
+    block, later = str(site["site"]).rpartition(".")[2], f"{100 * (1 - written['value']):.0f}"
+    count = sum(is_reported(c) for c in data.get("concepts") or [])
+    sentence = (
+        f"Of the reward difference, {share} % [{low}, {high}] was written by preference training up to block {block}, and "
+        f"{100 * inside:.0f} of those {share} points are in {count} concepts; {later} % is read off the base's stream later."
+    )
+    parts = (inside, features, written["value"] - inside - features, 1 - written["value"])
+    return {
+        "site": site["site"],
+        "sentence": sentence,
+        "parts": list(zip(LABELS, parts, strict=True)),
+        "labels": LABELS,
+        "explained": all_,
+        "told": told,
+        "features": site["sae"]["d_sae"],
+        "pairs": w["pairs"],
+    }
+
+
+def written_curve(base: dict[str, Any]) -> Markup:
+    """Shares of Δr by block: written up to it, and still at other tokens than the response's ending."""
+    series = [
+        (label, i, [(row["block"], row[name]) for row in base["blocks"]])
+        for i, (label, name) in enumerate((("written so far", "written"), ("still at its own tokens", "at_own_tokens")))
+    ]
+    marks = [(row["block"], str(row["block"])) for row in base["blocks"]]
+    return figures.band_curves(series, "block", "share of Δr", "what training wrote, by block", marks)
 
 
 def _group(features: list[Feature], sd: float | None) -> dict[str, Any] | None:
@@ -187,7 +268,7 @@ def site_view(site: dict[str, Any]) -> dict[str, Any]:
     """The site with its features in three lists, and the x range of all their bars."""
     features = by_effect(site.get("features") or [])
     reported = [f for f in features if is_reported(f)]
-    block = re.fullmatch(r"resid_post\.(\d+)", str(site.get("site")))
+    block = re.fullmatch(r"\w+\.(\d+)", str(site.get("site")))
     return {
         "explained": None,
         **site,
@@ -205,11 +286,13 @@ def planted_view(data: dict[str, Any]) -> dict[str, Any] | None:
     if not data.get("planted"):
         return None
     known = {(site.get("site"), f.get("feature")): f for site in data.get("sites") or [] for f in site.get("features") or []}
+    known_names = {c["concept"]: c["name"] for c in data.get("concepts") or []}
     rows = []
     for plant in data["planted"]:
         single = known.get((plant.get("site"), plant["features"][0])) if len(plant.get("features") or []) == 1 else None
         state = "unscored" if not plant["learned"] else "found" if plant["found"] else "missed"
-        rows.append({**plant, "state": state, "row": single})
+        names = [known_names.get(number, "") for number in plant.get("concepts") or []]
+        rows.append({**plant, "state": state, "row": single, "names": names})
     ends = [row["ate"].get(key) for row in rows for key in ("value", "low", "high")]
     return {
         "rows": rows,

@@ -6,14 +6,20 @@ import datetime
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
+from torch import Tensor
 
 from rmscope.effects.ledger import FEWEST, share_rows
+from rmscope.effects.splice import Span, constant, delta_r2, run_replacements, splice
+from rmscope.effects.written import WRITTEN_PAIRS
 from rmscope.io import Progress, write_json, write_table, write_text
+from rmscope.model.site_names import is_difference
 from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import split_of
 from rmscope.pairs.planting import twins
@@ -26,6 +32,9 @@ from rmscope.ranking.feature_statistics import firings
 from rmscope.ranking.similarity import merged_ranks
 from rmscope.run.data import RunData
 from rmscope.run.evidence import (
+    BaseEvidence,
+    BlockEvidence,
+    ConceptEvidence,
     Context,
     Evidence,
     FeatureEvidence,
@@ -38,10 +47,12 @@ from rmscope.run.evidence import (
     SaeEvidence,
     ScoreEvidence,
     SiteEvidence,
+    WrittenEvidence,
 )
 from rmscope.run.examples import choose_examples, contexts_of
 from rmscope.sae import measure_sae
-from rmscope.statistics import accuracy
+from rmscope.sae.base import Active
+from rmscope.statistics import accuracy, one_minus, ratio
 
 FEATURES = 20
 """Features per direction and site that are shown."""
@@ -60,6 +71,7 @@ def collect(run: RunData, progress: Progress, key: str) -> None:
         sites.append(site_evidence(run, site))
         write_table(folder / f"examples.{site}.parquet", _example_table(sites[-1].features))
     planted = []
+    concepts = concept_evidence(run)
     candidates = {site: best_reported(run, site) for site in run.sites} if plants else {}
     for i, plant in enumerate(plants):
         progress(len(run.sites) + i, steps, f"cue {plant.name}")
@@ -76,6 +88,9 @@ def collect(run: RunData, progress: Progress, key: str) -> None:
         data=_pairs(run),
         scores=score_evidence(run.scores, run.prompts),
         noise_floor=run.noise_floor,
+        base=_base(run),
+        no_base=run.inputs.no_base,
+        concepts=concepts,
         sites=sites,
         planted=planted if plants else None,
         footer=Footer(seconds=run.on_disk.seconds, versions=run.on_disk.record["versions"], seed=run.config.seed),
@@ -152,6 +167,7 @@ def site_evidence(run: RunData, site: str) -> SiteEvidence:
         quality=json.loads((folder / "estimate_quality.json").read_text("utf-8")),
         scatter=sample.select("estimate", "effect").sample(min(POINTS, sample.height), seed=0).rows(),
         ledger=_ledger(run, site),
+        written=_written(run, site) if is_difference(site) else None,
         frozen=features.height,
         eligible=int(features["eligible"].sum()),
         reported=int(features["reported"].sum()),
@@ -205,6 +221,58 @@ def _features(run: RunData, site: str, features: pl.DataFrame, exact: pl.DataFra
     ]
 
 
+def concept_evidence(run: RunData) -> list[ConceptEvidence]:
+    """The frozen concepts with examples of their joint ablation."""
+    table = run.concepts
+    exact = run.joint_effects.rename({"concept": "feature"})
+    contexts: dict[int, list[Context]] = {}
+    for site in run.sites:
+        own = table.filter((pl.col("site") == site) & pl.col("reported"))
+        listed = own.select("concept", "features", "weights").iter_rows()
+        weights = {concept: dict(zip(features, values, strict=True)) for concept, features, values in listed}
+        examples = choose_examples(exact.filter(pl.col("feature").is_in(list(weights))))
+        for number, context in zip(examples["feature"], contexts_of(run, site, examples, weights), strict=True):
+            contexts.setdefault(number, []).append(context)
+    return [ConceptEvidence(**row, examples=contexts.get(row["concept"], [])) for row in table.iter_rows(named=True)]
+
+
+def _base(run: RunData) -> BaseEvidence | None:
+    if not run.inputs.written or run.rm.base is None:
+        return None
+    base = run.rm.base
+    blocks = [BlockEvidence(**asdict(w)) for w in run.inputs.written]
+    return BaseEvidence(name=base.name, first=base.first, changes=base.changes, blocks=blocks)
+
+
+def _written(run: RunData, site: str) -> WrittenEvidence:
+    """The stream's difference from the base replaced by nothing, by its reconstruction, by that from concepts alone."""
+    sae, places = run.saes[site], run.pair_set.one_per_prompt(run.of_split("measure"), WRITTEN_PAIRS)
+    told = run.concepts.filter("reported")
+    here = set(told.filter(pl.col("site") == site)["features"].explode().to_list())
+    there = told.select(pl.col("elsewhere").explode()).drop_nulls().unnest("elsewhere").filter(pl.col("site") == site)
+    here |= set(there["features"].explode().to_list())
+
+    def by_concepts(at: Span) -> Tensor:
+        active = sae.active(at.x)
+        kept = torch.isin(active.feature, torch.tensor(sorted(here), dtype=torch.long))
+        part = Active(active.token[kept], active.feature[kept], active.value[kept], active.n_tokens)
+        return sae.decode_active(part)[None]
+
+    replacements = {"base": constant(torch.zeros(sae.d)), "all": splice(sae), "concepts": by_concepts}
+    runs = run_replacements(run.rm, run.tokens, places, {name: (site, r) for name, r in replacements.items()})
+    delta = runs["base"].delta
+    without, reconstructed, told_by = (runs[name].delta_hat[:, 0] for name in replacements)
+    prompts = np.array([run.pairs[i].prompt_key for i in places])
+    unexplained = (delta - without) ** 2
+    return WrittenEvidence(
+        written=ratio(delta * (delta - without), delta**2, prompts),
+        explained=delta_r2(delta, reconstructed, prompts),
+        explained_of_written=one_minus((delta - reconstructed) ** 2, unexplained, prompts),
+        by_concepts=one_minus((delta - told_by) ** 2, unexplained, prompts),
+        pairs=len(places),
+    )
+
+
 def _example_table(features: Sequence[FeatureEvidence]) -> pl.DataFrame:
     rows = [
         (f.feature, example.prompt, side.side, "".join(text for text, _ in side.tokens), side.before, side.after)
@@ -223,7 +291,25 @@ def _cue(run: RunData, plant: Plant, candidates: Candidates) -> dict[str, Any]:
     """One planted cue against the reported features, on prompts of the measure split and in held-out wordings."""
     held_out = [p for p in plain_demo_pairs() if split_of(p) == "measure"]
     prepared = prepare(run.rm, run.saes, twins(held_out, plant, TWINS, run.config.seed), plant)
-    return match_plant(run.rm, run.saes, plant, prepared, candidates, run.sd).model_dump(mode="json")
+    match = match_plant(run.rm, run.saes, plant, prepared, reported_concepts(run), run.sd)
+    if not match.found:
+        by_features = match_plant(run.rm, run.saes, plant, prepared, candidates, run.sd)
+        match = by_features if by_features.found else match
+    return match.model_dump(mode="json")
+
+
+def reported_concepts(run: RunData) -> dict[str, list[Candidate]]:
+    """The reported concepts of each site, without those of the text's ending, as candidates for planted cues."""
+    table = run.concepts.filter(pl.col("reported") & ~pl.col("flags").list.contains("ending"))
+    strong = pl.col("flags").list.contains("strong")
+    consistency = pl.when(strong).then("strong_consistency").otherwise("sign_consistency").alias("sign_consistency")
+    rows = table.with_columns(consistency).select(
+        "site", "concept", "rank", "mean_effect", "sign_consistency", "flags", "features"
+    )
+    candidates: dict[str, list[Candidate]] = {site: [] for site in run.sites}
+    for site, concept, rank, effect, share, flags, features in rows.iter_rows():
+        candidates[site].append(Candidate(concept, rank, effect, share, tuple(flags), tuple(features)))
+    return candidates
 
 
 def best_reported(run: RunData, site: str, most: int | None = FEATURES) -> list[Candidate]:

@@ -67,6 +67,16 @@ class RunData:
         """The reported features of a site, by rank."""
         return self.features(site).filter("reported").sort("rank")
 
+    @cached_property
+    def concepts(self) -> pl.DataFrame:
+        """One row per frozen concept, by rank: name, site, features, joint effect, interval, q, flags, where else it is."""
+        return self._table("concepts.parquet")
+
+    @cached_property
+    def joint_effects(self) -> pl.DataFrame:
+        """Joint ablations of concepts on the confirm split: pair, side, concept, effect, kind."""
+        return self._table("effects", "concepts.parquet")
+
     def ledger(self, site: str) -> pl.DataFrame:
         """One row per pair: pair, delta_r, features, error, remainder, gap, nodes."""
         return self._table("ledger", f"{self.check_site(site)}.parquet")

@@ -124,6 +124,54 @@ class FeatureEvidence(Stored):
     examples: list[Context]
 
 
+class ConceptEvidence(Stored):
+    """A frozen concept: its row of ``concepts.parquet``, and examples."""
+
+    model_config = ConfigDict(extra="allow", ser_json_inf_nan="constants")
+
+    concept: int
+    name: str
+    form: bool
+    site: str
+    features: list[int]
+    rank: int
+    reported: bool
+    mean_effect: float
+    flags: list[str]
+    examples: list[Context]
+
+
+class WrittenEvidence(Stored):
+    """What preference training wrote before the end of a site's block, on pairs of the measure split."""
+
+    written: Figure
+    """Its share of Δr."""
+    explained: Figure
+    """delta_r2 with the difference SAE's reconstruction in its place."""
+    explained_of_written: Figure
+    """1 - Σ(Δr - Δr^)² / Σ(Δr - Δr of b)²."""
+    by_concepts: Figure
+    """The same with the features of reported concepts alone."""
+    pairs: int
+
+
+class BlockEvidence(Stored):
+    """What was written up to the end of a block, as shares of Δr on some fit pairs."""
+
+    block: int
+    written: float
+    at_own_tokens: float
+
+
+class BaseEvidence(Stored):
+    """The PM's base: how far training moved each block, and what was written before each."""
+
+    name: str
+    first: int
+    changes: list[float]
+    blocks: list[BlockEvidence]
+
+
 class SiteEvidence(Stored):
     """A site: its SAE, how good the estimate is, the ledger, and the features that are shown."""
 
@@ -134,6 +182,8 @@ class SiteEvidence(Stored):
     """(estimate, exact effect) of a sample."""
     ledger: LedgerEvidence | None
     """None where too few pairs have a ledger."""
+    written: WrittenEvidence | None = None
+    """None where the site is of the whole stream."""
     frozen: int
     eligible: int
     reported: int
@@ -162,6 +212,12 @@ class Evidence(Stored):
     data: PairsEvidence
     scores: ScoreEvidence
     noise_floor: float
+    base: BaseEvidence | None = None
+    """None where the PM's base is not known."""
+    no_base: str = ""
+    """Why there is no base, where one was looked for."""
+    concepts: list[ConceptEvidence] = []
+    """The frozen concepts, by rank."""
     sites: list[SiteEvidence]
     planted: list[CueMatch] | None
     """Where the truth is known: one row per planted cue."""

@@ -41,11 +41,16 @@ def choose_examples(exact: pl.DataFrame) -> pl.DataFrame:
     return by_size(exact).filter((place < LARGEST) | ((n > 2 * LARGEST) & (place == n // 2)))
 
 
-def contexts_of(run: RunData, site: str, examples: pl.DataFrame) -> list[Context]:
-    """The examples with activations on every token of the span, and rewards before and after."""
+def contexts_of(
+    run: RunData, site: str, examples: pl.DataFrame, weights: Mapping[int, Mapping[int, float]] | None = None
+) -> list[Context]:
+    """The examples with activations on every token of the span, and rewards before and after.
+
+    ``weights`` gives the features of each concept with their weights, where the examples are of concepts.
+    """
     index, rewards = run.pair_set.index, {row["pair"]: row for row in run.scores.iter_rows(named=True)}
     f = activations(
-        run.rm, run.saes[site], site, run.tokens, [(e["feature"], index[e["pair"]]) for e in examples.to_dicts()]
+        run.rm, run.saes[site], site, run.tokens, [(e["feature"], index[e["pair"]]) for e in examples.to_dicts()], weights
     )
     return [
         _context(run, index[e["pair"]], e, rewards[e["pair"]], {s: f[e["feature"], index[e["pair"]], s] for s in SIDES})
@@ -54,9 +59,14 @@ def contexts_of(run: RunData, site: str, examples: pl.DataFrame) -> list[Context
 
 
 def activations(
-    rm: RewardModel, sae: Sae, site: str, tokens: Sequence[PairTokens], examples: Sequence[tuple[int, int]]
+    rm: RewardModel,
+    sae: Sae,
+    site: str,
+    tokens: Sequence[PairTokens],
+    examples: Sequence[tuple[int, int]],
+    weights: Mapping[int, Mapping[int, float]] | None = None,
 ) -> dict[tuple[int, int, str], Tensor]:
-    """f_tj [span] of both sides of the examples (feature, pair), by (feature, pair, side)."""
+    """f_tj [span] of both sides of the examples (feature, pair), by (feature, pair, side); of concepts, Σ_j w_j f_tj."""
     wanted: dict[int, list[int]] = {}
     for feature, pair in examples:
         wanted.setdefault(pair, []).append(feature)
@@ -68,7 +78,8 @@ def activations(
             pair = pairs[text.pair]
             f = sae.encode(stream[text.row, text.span.to(stream.device)].float().cpu())
             for feature in wanted[pair]:
-                values[feature, pair, text.side] = f[:, feature].clone()
+                own = {feature: 1.0} if weights is None else weights[feature]
+                values[feature, pair, text.side] = f[:, list(own)] @ torch.tensor(list(own.values()))
     return values
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
 
 from rmscope.effects import tables
-from rmscope.io import Progress, write_json, write_table
+from rmscope.io import Progress, write_table
 from rmscope.model.rendering import PairTokens
 from rmscope.ranking import flags
 from rmscope.ranking.candidates import firing_counts, pairs_a_prompt, strongest
@@ -19,9 +20,10 @@ from rmscope.run.ablate import unrelated_completions
 from rmscope.run.data import RunData
 
 CONCEPTS = "concepts.parquet"
-SCHEMA = {
+ELSEWHERE = pl.List(pl.Struct({"site": pl.String, "features": pl.List(pl.Int32)}))
+SCHEMA: dict[str, Any] = {
     "concept": pl.Int32, "name": pl.String, "form": pl.Boolean, "site": pl.String, "features": pl.List(pl.Int32),
-    "weights": pl.List(pl.Float64), "seen_at": pl.List(pl.String), "sign": pl.Int8, "fit_effect": pl.Float64,
+    "weights": pl.List(pl.Float64), "elsewhere": ELSEWHERE, "sign": pl.Int8, "fit_effect": pl.Float64,
 }  # fmt: skip
 
 
@@ -80,7 +82,6 @@ def group(run: RunData, progress: Progress, key: str) -> None:
     )
     write_table(run.folder / "effects" / "concepts.parquet", exact.rename({"feature": "concept"}))
     write_table(run.folder / CONCEPTS, table.drop("length_bound").sort("rank"))
-    write_json(run.folder / "evidence" / "names.json", {str(i): n.covers for i, n in enumerate(names)})
     for part in ("joint", "joint-strong", "unrelated-joint"):
         run.on_disk.drop_parts(part, key)
 
@@ -166,7 +167,11 @@ def joint_ablations(
 
 def _told(concepts: Sequence[Concept], names: Sequence[Name]) -> pl.DataFrame:
     rows = [
-        (i, n.text, n.form, c.site, list(c.features), list(c.weights), list(c.seen_at), c.sign, c.fit_effect)
+        (i, n.text, n.form, c.site, list(c.features), list(c.weights), _elsewhere(c), c.sign, c.fit_effect)
         for i, (c, n) in enumerate(zip(concepts, names, strict=True))
     ]
     return pl.DataFrame(rows, schema=SCHEMA, orient="row")
+
+
+def _elsewhere(concept: Concept) -> list[dict[str, Any]]:
+    return [{"site": site, "features": list(features)} for site, features in concept.elsewhere]

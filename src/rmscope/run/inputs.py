@@ -11,15 +11,20 @@ from typing import Any
 
 import torch
 
+from rmscope.effects.written import WRITTEN_PAIRS, WrittenBefore, written_before
 from rmscope.errors import InputError
 from rmscope.evaluation.reward_aware import RewardAwareConfig
 from rmscope.model import checks
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
+from rmscope.model.site_names import DIFF
 from rmscope.pairs.pair import Pair, Split, check_pairs, filtered_count, one_per_prompt, split_of
 from rmscope.pairs.readers import ReadReport, load_pairs
 from rmscope.run.settings import RunConfig
 from rmscope.settings import LoadSettings, ReadSettings
+
+PROPOSED = 3
+"""Sites that are studied where the settings name none and the PM's base is known."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def load_pm(model: str, settings: LoadSettings) -> RewardModel:
     """A PM as the settings of a command say."""
     s = settings
     return RewardModel.load(
-        model, s.dtype, s.device, adapter=s.adapter, output=s.output, trust_remote_code=s.trust_remote_code
+        model, s.dtype, s.device, adapter=s.adapter, output=s.output, trust_remote_code=s.trust_remote_code, base=s.base
     )
 
 
@@ -73,6 +78,8 @@ class Inputs:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.read_report = ReadReport()
+        self.no_base = ""
+        """Why the base that the PM's card names could not be used."""
 
     @classmethod
     def of(cls, model: str, data: str, settings: LoadSettings) -> Inputs:
@@ -122,11 +129,34 @@ class Inputs:
 
     @cached_property
     def sites(self) -> list[str]:
-        """The sites that are studied. InputError where the PM does not have one of them."""
-        sites = self.config.sites or self.rm.default_sites
+        """The sites that are studied: those of the settings; else where preference training wrote most, if the PM's base is
+        known; else two of the whole stream. InputError where the PM does not have one of them.
+        """
+        sites = self.config.sites or self.proposed_sites or self.rm.default_sites
         for site in sites:
             self.rm.site_index(site)
         return sites
+
+    @cached_property
+    def written(self) -> list[WrittenBefore]:
+        """What preference training wrote, block by block, on some fit pairs; empty where the PM's base is not known."""
+        try:
+            if self.rm.base is None:
+                return []
+        except InputError as error:
+            if self.config.base is not None:
+                raise
+            self.no_base = str(error)
+            return []
+        fit = self.scored.of_split("fit") or list(range(len(self.scored.pairs)))
+        chosen = self.scored.one_per_prompt(fit, WRITTEN_PAIRS)
+        return written_before(self.rm, [self.scored.tokens[i] for i in chosen])
+
+    @property
+    def proposed_sites(self) -> list[str]:
+        """Where what preference training wrote is best studied; empty without a base."""
+        best = sorted(self.written, key=lambda w: -w.worth)[:PROPOSED]
+        return [f"{DIFF}.{w.block}" for w in sorted(best, key=lambda w: w.block)]
 
     def plan(self) -> dict[str, Any]:
         """What a run would take: counts, minutes and bytes, estimated from one timed forward pass."""

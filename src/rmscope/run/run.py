@@ -77,6 +77,7 @@ class Run(RunData):
 
     def summary(self) -> str:
         """One line: what was found."""
-        sites = self.evidence.sites
-        reported, frozen = sum(s.reported for s in sites), sum(s.frozen for s in sites)
-        return f"{self.evidence.title}: {reported} of {frozen} frozen features reported at {len(sites)} sites"
+        e = self.evidence
+        reported, frozen = sum(s.reported for s in e.sites), sum(s.frozen for s in e.sites)
+        told = sum(c.reported for c in e.concepts)
+        return f"{e.title}: {told} concepts; {reported} of {frozen} frozen features reported at {len(e.sites)} sites"

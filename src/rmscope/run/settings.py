@@ -24,7 +24,8 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
     out: Path
     """The run folder."""
     sites: Names | None = None
-    """Sites such as resid_post.6, comma-separated; left out, those at about one and two thirds of the depth."""
+    """Sites such as diff.12 or resid_post.6, comma-separated; left out, three of what preference training wrote (diff) where
+    the PM's base is known, else two of the whole stream at about one and two thirds of the depth."""
     max_tokens: int | None = Field(None, gt=0)
     """Only pairs whose sides have at most this many tokens each."""
     top_share: float | None = Field(None, gt=0, le=1)
@@ -34,9 +35,11 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
     sae: SaeConfig = SaeConfig()
     """How the SAEs are trained."""
     diff_features: int = Field(64, gt=0)
-    """Features of a difference SAE (sites such as diff.12): what preference training wrote takes few."""
+    """Features of a difference SAE (sites such as diff.12). What preference training wrote takes few."""
     diff_k: int = Field(2, gt=0)
     """Features of a difference SAE that fire on a token."""
+    diff_tokens: int = Field(1_000_000, gt=0)
+    """Training tokens of a difference SAE."""
     sae_dir: Annotated[str | None, Flag("--sae")] = None
     """SAEs to use instead of training: a folder (or hub:owner/repo) with one subfolder per site, or a pattern with {site} or
     {L}, the block's number, such as hub:owner/repo/ae_layer{L}.pt."""
@@ -70,7 +73,7 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
 
     def difference_config(self, sae: SaeConfig) -> SaeConfig:
         """How a difference SAE is trained beside SAEs of the whole stream."""
-        return sae.model_copy(update={"d_sae": self.diff_features, "k": self.diff_k})
+        return sae.model_copy(update={"d_sae": self.diff_features, "k": self.diff_k, "tokens": self.diff_tokens})
 
     @model_validator(mode="after")
     def _one_seed(self) -> RunConfig:
@@ -92,12 +95,12 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
 DEMO: dict[str, Any] = {
     "model": "zoo:planted",
     "data": "demo:planted",
-    # Blocks 11 to 15 of zoo:planted are trained: what it learned gathers there in few directions, at the cue's tokens.
-    "sites": ["resid_post.11", "resid_post.12", "resid_post.13"],
-    # The demo's text is small (57,000 tokens): with more features a cue is split over those of its tokens.
-    "sae": {"k": 12, "d_sae": 1728, "tokens": 500_000},
-    "ledger_pairs": 24,
-    "confirm_prompts": 42,
+    # Few features and responses: with difference SAEs that is enough, and the demo shall take five minutes.
+    "frozen": 90,
+    "others": 30,
+    "responses": 12,
+    "quality_responses": 12,
+    "confirm_prompts": 32,
 }
 """Settings of ``rmscope demo``."""
 

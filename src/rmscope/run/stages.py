@@ -126,8 +126,8 @@ def train_run_saes(run: RunData, config: SaeConfig, folder: Path, progress: Prog
     kinds = [[s for s in run.sites if is_difference(s) == different] for different in (True, False)]
     saes: dict[str, Sae] = {}
     for sites in filter(None, kinds):
-        own = config if not is_difference(sites[0]) else run.config.difference_config(config)
-        saes |= train_saes(run.store, own, plain, sites, progress, device)
+        trained_as = run.config.difference_config(config) if is_difference(sites[0]) else config
+        saes |= train_saes(run.store, trained_as, plain, sites, progress, device)
     if not steps:
         return saes
     pairs = [run.pairs[i] for i in run.of_split("fit")]
@@ -213,7 +213,7 @@ STAGES = (
     Stage("preflight", preflight, "dtype", "preflight.json"),
     Stage("score", score, "dtype", "scores.parquet"),
     Stage("harvest", harvest, "top_share top_pairs", "activations/{site}/manifest.json"),
-    Stage("train", train, "sae diff_features diff_k reward_aware", "saes/{site}/cfg.json", of_saes=True),
+    Stage("train", train, "sae diff_features diff_k diff_tokens reward_aware", "saes/{site}/cfg.json", of_saes=True),
     Stage("estimate", estimate, "estimate seed", "effects/{site}/estimated.parquet"),
     Stage("ablate", ablate, SAMPLES, "effects/{site}/exact.parquet effects/{site}/strong.parquet"),
     Stage("rank", rank, "", "features/{site}.parquet"),
