@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rmscope.model.reward_model import Capabilities
+from rmscope.model.capabilities import Capabilities
 from tests.model.small import DECODERS, ENCODERS, OTHERS, shared_pm, small_pm
 
 NOTHING = Capabilities(packing=False, resume=False, ragged=False)

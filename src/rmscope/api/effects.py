@@ -16,6 +16,7 @@ from rmscope.io import Progress, silent
 from rmscope.model.checks import Preflight, examine
 from rmscope.model.packing import units
 from rmscope.model.reward_model import RewardModel, Scores
+from rmscope.model.site_names import is_difference
 from rmscope.pairs.demo import plain_demo_pairs
 from rmscope.pairs.pair import SIDES, Pair, one_per_prompt, split_of
 from rmscope.ranking.candidates import firing_counts, freeze, preference_signs
@@ -111,11 +112,14 @@ def ledger(
     site: str | None = None,
     progress: Progress = silent,
 ) -> pl.DataFrame:
-    """One row per pair: pair, delta_r, features, error, remainder, gap, nodes; the four parts sum to delta_r.
+    """One row per pair: pair, delta_r, features, error, constant, remainder, gap, nodes; the parts sum to delta_r.
 
-    The ``mean`` baseline is taken over the spans of the given pairs.
+    The ``mean`` baseline is taken over the spans of the given pairs. The ledger of a difference SAE begins at the base's
+    stream, whatever ``start`` says: its remainder is what the reward inherits from the base.
     """
     at = _site(rm, sae, site)
+    if is_difference(at):
+        return _ledger(rm, sae, at, pairs, baseline(sae, "base"), progress)["ledger"]
     if start == "zero":
         return _ledger(rm, sae, at, pairs, baseline(sae, "zero"), progress)["ledger"]
     total_f, total_x, n = torch.zeros(sae.m), torch.zeros(sae.d), 0

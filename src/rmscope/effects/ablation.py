@@ -10,7 +10,7 @@ on. PMs that cannot be resumed at a site (encoders) need a full forward pass per
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ RUN_COST = 32
 
 Entries = tuple[Tensor, Tensor, Tensor]
 """Tokens in the span, features and values of active entries, sorted by token."""
+Groups = Mapping[int, tuple[str, Sequence[int]]]
+"""Sets of features by number: the site and the features of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +61,6 @@ class Response:
     def features(self) -> Int[Tensor, " active"]:
         """The features that fire, ascending."""
         return torch.unique(self.active.feature)
-
-    def after(self, token: int) -> Response:
-        """The same response of which only the features from a token of the span on can be ablated."""
-        late, a = self.active.token >= token, self.active
-        return replace(self, active=Active(a.token[late], a.feature[late], a.value[late], a.n_tokens))
 
 
 def clean_runs(
@@ -123,11 +120,13 @@ def ablate_groups(
     rm: RewardModel, sae: Sae, response: Response, site: str, groups: Sequence[Sequence[int]]
 ) -> Float[Tensor, " groups"]:
     """R_G of each group of features, ablated together; exactly 0 where none of a group fires."""
-    active, entries = response.active, []
-    for group in groups:
-        mask = torch.isin(active.feature, torch.as_tensor(list(group)))
-        entries.append((active.token[mask], active.feature[mask], active.value[mask]))
-    return ablate_entries(rm, sae, response, site, entries)
+    return ablate_entries(rm, sae, response, site, [_entries_of(response.active, group) for group in groups])
+
+
+def _entries_of(active: Active, features: Sequence[int]) -> Entries:
+    """The active entries of a set of features, by token."""
+    mask = torch.isin(active.feature, torch.as_tensor(list(features)))
+    return active.token[mask], active.feature[mask], active.value[mask]
 
 
 def ablate_entries(
@@ -219,25 +218,41 @@ def ablations(
     tokens: Sequence[PairTokens],
     wanted: Mapping[int, Mapping[str, Mapping[str, Sequence[int] | None]]],
     endings: bool = False,
+    groups: Mapping[str, Groups] | None = None,
 ) -> Iterator[tuple[str, Ablations]]:
     """(site, ablations) for ``wanted[pair][side][site]`` = features, or None for all active ones.
 
     Features that do not fire in a response are left out: their effect is exactly 0. With ``endings`` each feature is also
-    ablated from the response's ending alone (0 without it, and for PMs that cannot be resumed at a site).
+    ablated from the response's ending alone (0 without it, and for PMs that cannot be resumed at a site). What is wanted
+    under a name of ``groups`` are numbers of its sets of features.
     """
     for pair, sides in wanted.items():
         texts = clean_runs(rm, tokens[pair], list(saes), list(sides))
-        for side, by_site in sides.items():
-            for site, features in by_site.items():
-                response = at_site(saes[site], texts[side], site, tokens[pair].divergence)
-                run = response.features()
-                if features is not None:
-                    run = run[torch.isin(run, torch.as_tensor(list(features)))]
-                entries = _entries_of_each(response.active, run)
-                effect = ablate_entries(rm, saes[site], response, site, entries)
-                ending = torch.zeros_like(effect)
-                if endings and response.text.keys:
-                    end = rm.ending(response.text.ids) - response.start
-                    last = [(token[token >= end], j[token >= end], f[token >= end]) for token, j, f in entries]
-                    ending = ablate_entries(rm, saes[site], response, site, last)
-                yield site, Ablations(pair, side, run, effect, ending)
+        for side, by_name in sides.items():
+            at: dict[str, Response] = {}
+            for name, numbers in by_name.items():
+                sets: dict[str, dict[int, Sequence[int]]] = {}
+                for number in numbers or () if groups and name in groups else ():
+                    site, features = (groups or {})[name][number]
+                    sets.setdefault(site, {})[number] = features
+                if not (groups and name in groups):
+                    sets[name] = {}
+                for site, by_number in sets.items():
+                    if site not in at:
+                        at[site] = at_site(saes[site], texts[side], site, tokens[pair].divergence)
+                    response = at[site]
+                    if by_number:
+                        run = torch.tensor(list(by_number))
+                        entries = [_entries_of(response.active, features) for features in by_number.values()]
+                    else:
+                        run = response.features()
+                        if numbers is not None:
+                            run = run[torch.isin(run, torch.as_tensor(list(numbers)))]
+                        entries = _entries_of_each(response.active, run)
+                    effect = ablate_entries(rm, saes[site], response, site, entries)
+                    ending = torch.zeros_like(effect)
+                    if endings and response.text.keys:
+                        end = rm.ending(response.text.ids) - response.start
+                        last = [(token[token >= end], j[token >= end], f[token >= end]) for token, j, f in entries]
+                        ending = ablate_entries(rm, saes[site], response, site, last)
+                    yield name, Ablations(pair, side, run, effect, ending)

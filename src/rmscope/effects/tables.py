@@ -13,7 +13,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from rmscope.effects.ablation import ablate_groups, ablations, at_site, clean_runs
+from rmscope.effects.ablation import Groups, ablations
 from rmscope.effects.gradients import Method, estimate, on_span, sum_by_feature
 from rmscope.effects.ledger import PARTS, SILENT, SideParts, estimate_along_path
 from rmscope.io import Progress, silent
@@ -93,54 +93,24 @@ def ablation_table(
     wanted: Wanted,
     progress: Progress = silent,
     endings: bool = False,
+    groups: Mapping[str, Groups] | None = None,
 ) -> dict[str, pl.DataFrame]:
     """Per site, exact ablation effects of the wanted features where they fire (kind ablation).
 
-    With ``endings`` there is a column ``ending``: the effect of ablating them from the response's ending alone.
+    With ``endings`` there is a column ``ending``: the effect of ablating them from the response's ending alone. ``groups``
+    names sets of features, such as concepts: what is wanted under that name are numbers of its sets, which are ablated
+    together (kind joint_ablation).
     """
-    rows: dict[str, list[FeatureValues]] = {site: [] for site in saes}
-    total = sum(len(f or ()) for sides in wanted.values() for sites in sides.values() for f in sites.values())
+    groups = groups or {}
+    rows: dict[str, list[FeatureValues]] = {name: [] for name in (*saes, *groups)}
+    total = sum(len(f or ()) for sides in wanted.values() for names in sides.values() for f in names.values())
     done = 0
-    for site, a in ablations(rm, saes, tokens, wanted, endings):
-        rows[site].append((a.pair, a.side, a.feature, {"effect": a.effect, "ending": a.ending}))
+    for name, a in ablations(rm, saes, tokens, wanted, endings, groups):
+        rows[name].append((a.pair, a.side, a.feature, {"effect": a.effect, "ending": a.ending}))
         done += a.feature.numel()
         progress(min(done, total) if total else done, max(total, done), "features ablated")
-    return {site: _frame(ids, part, "ablation", ["ending"] if endings else []) for site, part in rows.items()}
-
-
-def group_table(
-    rm: RewardModel,
-    saes: Mapping[str, Sae],
-    groups: Sequence[tuple[str, Sequence[int]]],
-    tokens: Sequence[PairTokens],
-    ids: Sequence[str],
-    wanted: Mapping[int, Mapping[str, Sequence[int]]],
-    progress: Progress = silent,
-    endings: bool = False,
-) -> pl.DataFrame:
-    """Exact joint ablations of the groups (site, features) that are wanted of each response: ``wanted[pair][side]``.
-
-    The column ``feature`` holds the group's number. With ``endings`` there is a column ``ending``, as in
-    :func:`ablation_table`.
-    """
-    rows: list[FeatureValues] = []
-    for done, (pair, sides) in enumerate(wanted.items()):
-        texts = clean_runs(rm, tokens[pair], list(saes), list(sides))
-        for side, numbers in sides.items():
-            effect, ending = torch.zeros(len(numbers)), torch.zeros(len(numbers))
-            for site, sae in saes.items():
-                at = [i for i, number in enumerate(numbers) if groups[number][0] == site]
-                if not at:
-                    continue
-                members = [groups[numbers[i]][1] for i in at]
-                response = at_site(sae, texts[side], site, tokens[pair].divergence)
-                effect[at] = ablate_groups(rm, sae, response, site, members)
-                if endings and response.text.keys:
-                    end = rm.ending(response.text.ids) - response.start
-                    ending[at] = ablate_groups(rm, sae, response.after(end), site, members)
-            rows.append((pair, side, torch.tensor(numbers), {"effect": effect, "ending": ending}))
-        progress(done + 1, len(wanted), "pairs with concepts ablated")
-    return _frame(ids, rows, "joint_ablation", ["ending"] if endings else [])
+    kinds = {name: "joint_ablation" if name in groups else "ablation" for name in rows}
+    return {name: _frame(ids, part, kinds[name], ["ending"] if endings else []) for name, part in rows.items()}
 
 
 def plan(requests: Mapping[str, pl.DataFrame], index: Mapping[str, int]) -> Wanted:

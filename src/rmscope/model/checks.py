@@ -16,9 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rmscope.errors import InputError
 from rmscope.io import Progress, silent
+from rmscope.model.capabilities import PROBE, REFUSALS
 from rmscope.model.packing import packed_length, pad_texts
 from rmscope.model.rendering import SETTINGS_FILE, STYLES, PairTokens, Rendering, render
-from rmscope.model.reward_model import PROBE, REFUSALS, RewardModel
+from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES, Pair
 
 Status = Literal["ok", "warn", "fail"]
@@ -228,11 +229,25 @@ def examine(
             f"{max(t.longest for t in tokens)}); give shorter texts with --data."
         )
     result = preflight(rm, fitting, progress)
-    result.checks += [context(rm, tokens), *padding(rm, fitting[:PROBES])]
+    result.checks += [base(rm), context(rm, tokens), *padding(rm, fitting[:PROBES])]
     if other is not None:
         result.checks.append(precisions(rm, other, fitting[:PROBES]))
     result.checks += [training(rm, [p for p, t in zip(pairs, tokens, strict=True) if rm.fits(t)]), price(rm, fitting)]
     return result
+
+
+def base(rm: RewardModel) -> Check:
+    """The PM's base: which blocks preference training changed, and how far."""
+    try:
+        found = rm.base
+    except InputError as error:
+        return Check("base", "warn", str(error).rstrip("."), "name another --base, or study the whole stream")
+    if found is None:
+        return Check("base", "ok", "not known, so only the whole stream can be studied; --base names it")
+    moved = [change for change in found.changes if change > 0]
+    where = f"blocks {found.first} to {len(rm.blocks) - 1}" + (" and the embeddings" if found.embeddings_differ else "")
+    far = f"by {min(moved):.1%} to {max(moved):.1%} of their weights' norm" if moved else ""
+    return Check("base", "ok", f"{found.name}; preference training changed {where} {far}".rstrip())
 
 
 def context(rm: RewardModel, tokens: Sequence[PairTokens]) -> Check:

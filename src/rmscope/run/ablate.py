@@ -1,14 +1,14 @@
-"""The stage of exact ablations: screened features on the fit split, frozen lists and controls on the confirm split.
+"""The stage of exact ablations on the confirm split: frozen features and frozen concepts, and their controls.
 
-1. The estimate proposes features up and down; they and a stratified sample of others are ablated on fit responses.
-2. The lists are frozen by those effects, with their signs.
-3. The frozen features are ablated on confirm pairs where they fire, and where they fire hardest.
-4. Beside them: from the responses' endings alone, on unrelated completions, and set to their mean where they are dense.
+1. Which features fire in which response is counted by a forward pass.
+2. Each is ablated on pairs where it fires, and where it fires hardest, also from the responses' endings alone. All ablations
+   of a response share its clean run.
+3. Beside them: on unrelated completions, and dense features set to their mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import polars as pl
 
@@ -16,58 +16,18 @@ from rmscope.effects import tables
 from rmscope.io import Progress, write_table
 from rmscope.model.rendering import PairTokens
 from rmscope.ranking import flags
-from rmscope.ranking.candidates import (
-    candidates,
-    firing_counts,
-    first_responses,
-    freeze,
-    pairs_a_prompt,
-    preference_signs,
-    strongest,
-)
-from rmscope.ranking.estimate_quality import quality_sample
+from rmscope.ranking.candidates import firing_counts, pairs_a_prompt, strongest
 from rmscope.run.data import RunData
+from rmscope.run.screen import Tables, ordered
 
-Tables = dict[str, pl.DataFrame]
-"""A table per site."""
-PARTS = ("fit", "firing", "confirm", "strong", "unrelated", "mean")
+CONCEPTS = "concepts"
+"""The name of the concepts' table beside those of the sites."""
+ROW = ["pair", "side", "feature"]
+PARTS = ("firing", "confirm", "unrelated", "mean")
 
 
 def ablate(run: RunData, progress: Progress, key: str) -> None:
-    """Writes ``exact``, ``strong``, ``frozen`` and ``quality_sample`` of every site."""
-    c = run.config
-    requests: Tables = {}
-    samples: Tables = {}
-    signs: Tables = {}
-    screened: dict[str, list[int]] = {}
-    for site in run.sites:
-        table = _ordered(run, run.effects(site, "estimated"))
-        proposed = candidates(table, c.screen, c.others, c.seed)
-        samples[site] = quality_sample(table, c.quality_responses, c.seed)
-        screened[site] = proposed["up"] + proposed["down"]
-        rows = first_responses(table, [*screened[site], *proposed["others"]], c.responses)
-        columns = ["pair", "side", "feature"]
-        requests[site] = pl.concat([rows.select(columns), samples[site].select(columns)])
-        signs[site] = preference_signs(table)
-    fit = _ablations(run, "fit", key, requests, progress)
-    frozen: Tables = {}
-    for site in run.sites:
-        rows = first_responses(_ordered(run, fit[site]), screened[site], c.responses)
-        list_ = freeze(rows, screened[site], c.frozen // len(run.sites))
-        frozen[site] = list_.join(signs[site], on="feature", how="left")
-    confirmed = _confirm(run, frozen, progress, key)
-    for site in run.sites:
-        folder = run.folder / "effects" / site
-        joined = samples[site].join(fit[site], on=["pair", "side", "feature"], how="inner")
-        columns = ["pair", "side", "feature", "prompt", "estimate", "effect", "weight"]
-        write_table(folder / "quality_sample.parquet", joined.select(columns))
-        write_table(folder / "exact.parquet", pl.concat([fit[site], confirmed[site].drop("ending")]))
-    for part in PARTS:
-        run.on_disk.drop_parts(part, key)
-
-
-def _confirm(run: RunData, frozen: Tables, progress: Progress, key: str) -> Tables:
-    """Exact ablations of the frozen lists on the confirm split, and the controls; writes each list with its figures."""
+    """Writes ``exact``, ``strong``, ``firing`` and ``controls`` of every site, and the same of all concepts together."""
     c, confirming = run.config, run.of_split("confirm")
     firing = run.on_disk.in_units(
         "firing",
@@ -76,46 +36,78 @@ def _confirm(run: RunData, frozen: Tables, progress: Progress, key: str) -> Tabl
         progress,
         lambda unit, within: tables.firing_table(run.rm, run.saes, run.tokens, run.ids, unit),
     )
-    for site, table in firing.items():
-        write_table(run.folder / "effects" / site / "firing.parquet", table)
-    ordered = {site: _ordered(run, firing[site]) for site in run.sites}
-    listed = {site: list_["feature"].to_list() for site, list_ in frozen.items()}
-    asked = {s: pairs_a_prompt(ordered[s], listed[s], c.confirm_prompts, c.confirm_pairs) for s in run.sites}
-    confirmed = _ablations(run, "confirm", key, asked, progress, endings=True)
-    _strong(run, {s: strongest(ordered[s], listed[s], c.confirm_prompts) for s in run.sites}, key, progress)
+    firing[CONCEPTS] = concept_firings(run, firing)
+    fires = {name: ordered(run, table) for name, table in firing.items()}
+    listed = {site: run.frozen(site)["feature"].to_list() for site in run.sites}
+    listed[CONCEPTS] = run.frozen_concepts["concept"].to_list()
+    asked = {s: pairs_a_prompt(fires[s], listed[s], c.confirm_prompts, c.confirm_pairs) for s in listed}
+    hardest = {s: strongest(fires[s], listed[s], c.confirm_prompts) for s in listed}
+    both = {s: pl.concat([asked[s].select(ROW), hardest[s].select(ROW)]) for s in listed}
+    effects = _joint(run, "confirm", key, both, progress, endings=True)
+    tried, tokens = _unrelated_completions(run, asked)
+    requests = {s: rows.with_columns(pl.lit("chosen").alias("side")) for s, rows in tried.items()}
+    moved = _joint(run, "unrelated", key, requests, progress, tokens=tokens)
     ends = flags.endings(run.rm, run.tokens, run.ids, confirming)
-    unrelated = _unrelated(run, asked, confirmed, progress, key)
-    means = _to_mean(run, asked, progress, key)
-    for site, list_ in frozen.items():
-        ending = flags.ending_features(confirmed[site], firing[site], ends)
-        to_mean = means[site].group_by("feature").agg(pl.col("effect").mean().alias("to_mean"))
-        list_ = (
-            list_.join(firing_counts(ordered[site], len(confirming)), on="feature", how="left")
+    means = _to_mean(run, {site: asked[site] for site in run.sites}, progress, key)
+    for name, effect in effects.items():
+        folder = run.folder / "effects" / name
+        confirmed = effect.join(asked[name].select(ROW), on=ROW, how="semi", maintain_order="left")
+        which = hardest[name].select(*ROW, "strong")
+        strong = effect.drop("ending").join(which, on=ROW, how="inner", maintain_order="left")
+        screened = [] if name == CONCEPTS else [pl.read_parquet(folder / "screened.parquet")]
+        write_table(folder / "exact.parquet", pl.concat([*screened, confirmed.drop("ending")]))
+        write_table(folder / "strong.parquet", strong)
+        ending = flags.ending_features(confirmed, firing[name], ends)
+        controls = (
+            pl.DataFrame({"feature": listed[name]}, schema={"feature": pl.Int32})
+            .join(firing_counts(fires[name], len(confirming)), on="feature", how="left")
             .with_columns(pl.col("prompts", "fire_pairs").fill_null(0), pl.col("feature").is_in(ending).alias("ending"))
-            .join(unrelated[site], on="feature", how="left")
-            .join(to_mean, on="feature", how="left")
+            .join(flags.unrelated_share(confirmed, moved[name], tried[name]), on="feature", how="left")
         )
-        write_table(run.folder / "effects" / site / "frozen.parquet", list_)
-    return confirmed
+        if name in means:
+            to_mean = means[name].group_by("feature").agg(pl.col("effect").mean().alias("to_mean"))
+            controls = controls.join(to_mean, on="feature", how="left")
+        write_table(folder / "controls.parquet", controls)
+    for part in PARTS:
+        run.on_disk.drop_parts(part, key)
 
 
-def _strong(run: RunData, asked: Tables, key: str, progress: Progress) -> None:
-    """Exact ablations where the frozen features fire hardest."""
-    for site, table in _ablations(run, "strong", key, asked, progress).items():
-        which = asked[site].select("pair", "side", "feature", "strong")
-        joined = table.join(which, on=["pair", "side", "feature"], how="left", maintain_order="left")
-        write_table(run.folder / "effects" / site / "strong.parquet", joined)
+def concept_firings(run: RunData, firing: Tables) -> pl.DataFrame:
+    """Where concepts fire: pair, side, feature (the concept's number), effect (Σ_t of its activation), ending, kind."""
+    schema = tables.SCHEMA | {"ending": pl.Float32}
+    parts = [pl.DataFrame(schema=schema)]
+    for number, site, features, weights in run.frozen_concepts.select("concept", "site", "features", "weights").iter_rows():
+        own = pl.DataFrame({"feature": features, "weight": weights}, schema={"feature": pl.Int32, "weight": pl.Float64})
+        total = [(pl.col(name) * pl.col("weight")).sum().alias(name) for name in ("effect", "ending")]
+        by_response = firing[site].join(own, on="feature").group_by("pair", "side", "kind", maintain_order=True).agg(total)
+        numbered = by_response.with_columns(pl.lit(number).alias("feature"))
+        parts.append(numbered.select(pl.col(name).cast(dtype) for name, dtype in schema.items()))
+    return pl.concat(parts)
 
 
-def _unrelated(run: RunData, asked: Tables, confirmed: Tables, progress: Progress, key: str) -> Tables:
-    """How far the frozen features move unrelated completions of the prompts that they were confirmed on."""
-    tried, tokens = unrelated_completions(run, asked)
-    requests = {site: rows.with_columns(pl.lit("chosen").alias("side")) for site, rows in tried.items()}
-    moved = _ablations(run, "unrelated", key, requests, progress, tokens=tokens)
-    return {site: flags.unrelated_share(confirmed[site], moved[site], tried[site]) for site in run.sites}
+def _joint(
+    run: RunData,
+    name: str,
+    key: str,
+    requests: Tables,
+    progress: Progress,
+    endings: bool = False,
+    tokens: Sequence[PairTokens] | None = None,
+) -> Tables:
+    """The asked ablations of features and of concepts, kept unit by unit; a response's clean run serves both."""
+    wanted = tables.plan(requests, run.pair_set.index)
+    members = dict(zip(*run.frozen_concepts.select("concept", pl.struct("site", "features")).get_columns(), strict=True))
+    groups = {number: (row["site"], row["features"]) for number, row in members.items()}
+
+    def make(unit: list[int], within: Progress) -> Tables:
+        part = {p: wanted[p] for p in unit}
+        texts = tokens or run.tokens
+        return tables.ablation_table(run.rm, run.saes, texts, run.ids, part, within, endings, groups={CONCEPTS: groups})
+
+    return run.on_disk.in_units(name, key, list(wanted), progress, make) or make([], progress)
 
 
-def unrelated_completions(run: RunData, asked: Tables) -> tuple[Tables, list[PairTokens]]:
+def _unrelated_completions(run: RunData, asked: Tables) -> tuple[Tables, list[PairTokens]]:
     """(the pairs of each feature that are tried, the tokens of all pairs with unrelated completions on those)."""
     tried = {site: flags.first_pairs(rows) for site, rows in asked.items()}
     pairs, index = {i: run.pairs[i] for i in run.of_split("confirm")}, run.pair_set.index
@@ -137,26 +129,3 @@ def _to_mean(run: RunData, asked: Tables, progress: Progress, key: str) -> Table
         return flags.mean_table(run.rm, run.saes, means, run.tokens, run.ids, part)
 
     return run.on_disk.in_units("mean", key, list(wanted), progress, make) or make([], progress)
-
-
-def _ordered(run: RunData, table: pl.DataFrame) -> pl.DataFrame:
-    return tables.with_order(table, run.prompts, run.config.seed)
-
-
-def _ablations(
-    run: RunData,
-    name: str,
-    key: str,
-    requests: Mapping[str, pl.DataFrame],
-    progress: Progress,
-    endings: bool = False,
-    tokens: Sequence[PairTokens] | None = None,
-) -> Tables:
-    """The asked ablations (pair, side, feature) of every site, kept unit by unit under ``name``."""
-    wanted = tables.plan(requests, run.pair_set.index)
-
-    def make(unit: list[int], within: Progress) -> Tables:
-        part = {p: wanted[p] for p in unit}
-        return tables.ablation_table(run.rm, run.saes, tokens or run.tokens, run.ids, part, within, endings)
-
-    return run.on_disk.in_units(name, key, list(wanted), progress, make) or make([], progress)

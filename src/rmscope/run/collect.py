@@ -51,13 +51,15 @@ from rmscope.run.evidence import (
 )
 from rmscope.run.examples import choose_examples, contexts_of
 from rmscope.sae import measure_sae
-from rmscope.sae.base import Active
+from rmscope.sae.base import Active, Sae
 from rmscope.statistics import accuracy, one_minus, ratio
 
 FEATURES = 20
 """Features per direction and site that are shown."""
 TWINS = 64
-"""Twins that a planted cue is measured on."""
+"""Twins that a planted cue is measured on in an audit."""
+DEMO_TWINS = 48
+"""The same in a run on the demo's pairs, which shall be quick."""
 POINTS = 600
 """Points of the figure of estimates against exact effects, at most."""
 
@@ -65,10 +67,10 @@ POINTS = 600
 def collect(run: RunData, progress: Progress, key: str) -> None:
     """Writes ``evidence/``: evidence.json, the examples of each site as tables, and the planted truth where it is known."""
     folder, plants = run.folder / "evidence", zoo_plants() if _has_planted_truth(run) else ()
-    sites, steps = [], len(run.sites) + len(plants)
+    sites, steps, written = [], len(run.sites) + len(plants), written_evidence(run)
     for i, site in enumerate(run.sites):
         progress(i, steps, f"examples of {site}")
-        sites.append(site_evidence(run, site))
+        sites.append(site_evidence(run, site).model_copy(update={"written": written.get(site)}))
         write_table(folder / f"examples.{site}.parquet", _example_table(sites[-1].features))
     planted = []
     concepts = concept_evidence(run)
@@ -167,7 +169,6 @@ def site_evidence(run: RunData, site: str) -> SiteEvidence:
         quality=json.loads((folder / "estimate_quality.json").read_text("utf-8")),
         scatter=sample.select("estimate", "effect").sample(min(POINTS, sample.height), seed=0).rows(),
         ledger=_ledger(run, site),
-        written=_written(run, site) if is_difference(site) else None,
         frozen=features.height,
         eligible=int(features["eligible"].sum()),
         reported=int(features["reported"].sum()),
@@ -224,7 +225,7 @@ def _features(run: RunData, site: str, features: pl.DataFrame, exact: pl.DataFra
 def concept_evidence(run: RunData) -> list[ConceptEvidence]:
     """The frozen concepts with examples of their joint ablation."""
     table = run.concepts
-    exact = run.joint_effects.rename({"concept": "feature"})
+    exact = run.joint_effects()
     contexts: dict[int, list[Context]] = {}
     for site in run.sites:
         own = table.filter((pl.col("site") == site) & pl.col("reported"))
@@ -244,33 +245,45 @@ def _base(run: RunData) -> BaseEvidence | None:
     return BaseEvidence(name=base.name, first=base.first, changes=base.changes, blocks=blocks)
 
 
-def _written(run: RunData, site: str) -> WrittenEvidence:
+def written_evidence(run: RunData) -> dict[str, WrittenEvidence]:
     """The stream's difference from the base replaced by nothing, by its reconstruction, by that from concepts alone."""
-    sae, places = run.saes[site], run.pair_set.one_per_prompt(run.of_split("measure"), WRITTEN_PAIRS)
-    told = run.concepts.filter("reported")
-    here = set(told.filter(pl.col("site") == site)["features"].explode().to_list())
-    there = told.select(pl.col("elsewhere").explode()).drop_nulls().unnest("elsewhere").filter(pl.col("site") == site)
-    here |= set(there["features"].explode().to_list())
-
-    def by_concepts(at: Span) -> Tensor:
-        active = sae.active(at.x)
-        kept = torch.isin(active.feature, torch.tensor(sorted(here), dtype=torch.long))
-        part = Active(active.token[kept], active.feature[kept], active.value[kept], active.n_tokens)
-        return sae.decode_active(part)[None]
-
-    replacements = {"base": constant(torch.zeros(sae.d)), "all": splice(sae), "concepts": by_concepts}
-    runs = run_replacements(run.rm, run.tokens, places, {name: (site, r) for name, r in replacements.items()})
-    delta = runs["base"].delta
-    without, reconstructed, told_by = (runs[name].delta_hat[:, 0] for name in replacements)
+    places = run.pair_set.one_per_prompt(run.of_split("measure"), WRITTEN_PAIRS)
+    sites, told = [s for s in run.sites if is_difference(s)], run.concepts.filter("reported")
+    replacements = {}
+    for site in sites:
+        sae, here = run.saes[site], told.filter(pl.col("site") == site)["features"].explode().drop_nulls()
+        there = told.select(pl.col("elsewhere").explode()).drop_nulls().unnest("elsewhere").filter(pl.col("site") == site)
+        features = torch.tensor(sorted({*here, *there["features"].explode().drop_nulls()}), dtype=torch.long)
+        replacements[site, "base"] = (site, constant(torch.zeros(sae.d)))
+        replacements[site, "all"] = (site, splice(sae))
+        replacements[site, "concepts"] = (site, partial(_from_features, sae, features))
+    if not sites:
+        return {}
+    named = {"/".join(key): replacement for key, replacement in replacements.items()}
+    runs = run_replacements(run.rm, run.tokens, places, named)
     prompts = np.array([run.pairs[i].prompt_key for i in places])
-    unexplained = (delta - without) ** 2
-    return WrittenEvidence(
-        written=ratio(delta * (delta - without), delta**2, prompts),
-        explained=delta_r2(delta, reconstructed, prompts),
-        explained_of_written=one_minus((delta - reconstructed) ** 2, unexplained, prompts),
-        by_concepts=one_minus((delta - told_by) ** 2, unexplained, prompts),
-        pairs=len(places),
-    )
+    evidence = {}
+    for site in sites:
+        delta = runs[f"{site}/base"].delta
+        without, reconstructed, by_concepts = (
+            runs[f"{site}/{kind}"].delta_hat[:, 0] for kind in ("base", "all", "concepts")
+        )
+        unexplained = (delta - without) ** 2
+        evidence[site] = WrittenEvidence(
+            written=ratio(delta * (delta - without), delta**2, prompts),
+            explained=delta_r2(delta, reconstructed, prompts),
+            explained_of_written=one_minus((delta - reconstructed) ** 2, unexplained, prompts),
+            by_concepts=one_minus((delta - by_concepts) ** 2, unexplained, prompts),
+            pairs=len(places),
+        )
+    return evidence
+
+
+def _from_features(sae: Sae, features: Tensor, at: Span) -> Tensor:
+    """The reconstruction from some features alone."""
+    active = sae.active(at.x)
+    kept = torch.isin(active.feature, features)
+    return sae.decode_active(Active(active.token[kept], active.feature[kept], active.value[kept], active.n_tokens))[None]
 
 
 def _example_table(features: Sequence[FeatureEvidence]) -> pl.DataFrame:
@@ -290,7 +303,7 @@ def _example_table(features: Sequence[FeatureEvidence]) -> pl.DataFrame:
 def _cue(run: RunData, plant: Plant, candidates: Candidates) -> dict[str, Any]:
     """One planted cue against the reported features, on prompts of the measure split and in held-out wordings."""
     held_out = [p for p in plain_demo_pairs() if split_of(p) == "measure"]
-    prepared = prepare(run.rm, run.saes, twins(held_out, plant, TWINS, run.config.seed), plant)
+    prepared = prepare(run.rm, run.saes, twins(held_out, plant, DEMO_TWINS, run.config.seed), plant)
     match = match_plant(run.rm, run.saes, plant, prepared, reported_concepts(run), run.sd)
     if not match.found:
         by_features = match_plant(run.rm, run.saes, plant, prepared, candidates, run.sd)

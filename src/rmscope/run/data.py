@@ -72,10 +72,18 @@ class RunData:
         """One row per frozen concept, by rank: name, site, features, joint effect, interval, q, flags, where else it is."""
         return self._table("concepts.parquet")
 
-    @cached_property
-    def joint_effects(self) -> pl.DataFrame:
-        """Joint ablations of concepts on the confirm split: pair, side, concept, effect, kind."""
-        return self._table("effects", "concepts.parquet")
+    def frozen(self, site: str) -> pl.DataFrame:
+        """The frozen features of a site, from the fit split: feature, fit_effect, sign, sign_diff."""
+        return self._table("effects", self.check_site(site), "frozen.parquet")
+
+    @property
+    def frozen_concepts(self) -> pl.DataFrame:
+        """The frozen concepts, from the fit split: concept, name, form, site, features, weights, elsewhere, signs."""
+        return self._table("effects", "frozen_concepts.parquet")
+
+    def joint_effects(self, kind: Literal["exact", "strong"] = "exact") -> pl.DataFrame:
+        """Joint ablations of concepts on the confirm split: pair, side, feature (the concept's number), effect, kind."""
+        return self._table("effects", "concepts", f"{kind}.parquet")
 
     def ledger(self, site: str) -> pl.DataFrame:
         """One row per pair: pair, delta_r, features, error, remainder, gap, nodes."""
@@ -132,10 +140,14 @@ class RunData:
 
     def confirmed(self, site: str, kind: Literal["exact", "strong"] = "exact") -> pl.DataFrame:
         """Exact effects on the confirm split with each pair's prompt, Δr (delta) and length difference in tokens."""
+        return self.on_confirm(self.effects(site, kind))
+
+    def on_confirm(self, effects: pl.DataFrame) -> pl.DataFrame:
+        """The rows of an effect table on the confirm split, with prompt, delta and length_difference."""
         lengths = (pl.col("n_chosen") - pl.col("n_rejected")).alias("length_difference")
         scores = self.scores.filter(pl.col("split") == "confirm").select("pair", "delta", lengths)
         prompt = pl.col("pair").replace_strict(self.prompts, return_dtype=pl.String).alias("prompt")
-        return self.effects(site, kind).join(scores, on="pair").with_columns(prompt)
+        return effects.join(scores, on="pair").with_columns(prompt)
 
     def baseline(self, site: str) -> Baseline:
         """Where a ledger's path starts at a site."""

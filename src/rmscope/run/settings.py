@@ -48,6 +48,8 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
     estimate: Literal["atp", "midpoint", "ig"] = "atp"
     """How the screen estimates ablation effects: atp (clean point), midpoint, or ig (along the path from zero on which all
     features move together)."""
+    estimate_pairs: int | None = Field(None, gt=0)
+    """Pairs of the fit split on which effects are estimated, one per prompt while prompts last; left out, all."""
     screen: int = Field(100, gt=0)
     """Features that the estimate proposes up, and as many down; each is then ablated exactly."""
     others: int = Field(100, ge=0)
@@ -58,8 +60,10 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
     """Responses on which a stratified sample of features is ablated, to measure the quality of the estimate."""
     frozen: int = Field(200, gt=0)
     """Features of a run that go to the confirm split, all sites together."""
+    concepts: int = Field(30, gt=0)
+    """Concepts of a run that go to the confirm split: those of the largest effects on the fit split."""
     confirm_prompts: int = Field(24, gt=0)
-    """Confirm prompts on which a frozen feature is ablated."""
+    """Confirm prompts on which a frozen feature or concept is ablated."""
     confirm_pairs: int = Field(1, gt=0)
     """Pairs of each of those prompts on which it is ablated, if it fires on so many; their mean counts once."""
     ledger_pairs: int = Field(24, ge=0)
@@ -96,11 +100,13 @@ DEMO: dict[str, Any] = {
     "model": "zoo:planted",
     "data": "demo:planted",
     # Few features and responses: with difference SAEs that is enough, and the demo shall take five minutes.
-    "frozen": 90,
-    "others": 30,
-    "responses": 12,
-    "quality_responses": 12,
-    "confirm_prompts": 32,
+    "estimate_pairs": 252,
+    "others": 20,
+    "responses": 10,
+    "quality_responses": 10,
+    "frozen": 75,
+    "concepts": 25,
+    "confirm_prompts": 30,
 }
 """Settings of ``rmscope demo``."""
 

@@ -1,6 +1,7 @@
 """The pipeline as a list of stages. A stage is a function, the settings that it depends on, and the files that it leaves.
 
-    pairs -> preflight -> scores -> activations -> SAEs -> estimates -> exact ablations -> ranking -> ledgers -> evidence
+    pairs -> preflight -> scores -> activations -> SAEs -> estimates -> screen -> concepts -> exact ablations -> ranking ->
+    ledgers -> evidence
 
 Each stage also depends on the stage before it. One whose settings, files and predecessors are unchanged is skipped.
 """
@@ -27,11 +28,12 @@ from rmscope.model.site_names import is_difference
 from rmscope.ranking import flags
 from rmscope.ranking.confirm import SCHEMA, Q, confirm
 from rmscope.ranking.estimate_quality import estimate_quality
-from rmscope.run.ablate import ablate
+from rmscope.run.ablate import CONCEPTS, ablate
 from rmscope.run.collect import collect
 from rmscope.run.data import RunData
 from rmscope.run.group import group
 from rmscope.run.inputs import PairSet, need_prompts
+from rmscope.run.screen import screen
 from rmscope.sae import Sae, SaeConfig, train_saes
 
 Work = Callable[[RunData, Progress, str], None]
@@ -146,7 +148,7 @@ def estimate(run: RunData, progress: Progress, key: str) -> None:
     run.on_disk.stream_units(
         "estimate",
         key,
-        run.of_split("fit"),
+        run.pair_set.one_per_prompt(run.of_split("fit"), run.config.estimate_pairs or len(run.pairs)),
         progress,
         lambda unit, within: tables.estimate_table(run.rm, run.saes, run.tokens, run.ids, unit, within, run.config.estimate),
         lambda site: run.folder / "effects" / site / "estimated.parquet",
@@ -156,7 +158,8 @@ def estimate(run: RunData, progress: Progress, key: str) -> None:
 
 def rank(run: RunData, _progress: Progress, _key: str) -> None:
     """The tests on the confirm split, the flags, and the quality of the estimate."""
-    frozen = {s: pl.read_parquet(run.folder / "effects" / s / "frozen.parquet") for s in run.sites}
+    controls = {s: pl.read_parquet(run.folder / "effects" / s / "controls.parquet") for s in (*run.sites, CONCEPTS)}
+    frozen = {s: run.frozen(s).join(controls[s], on="feature", how="left", maintain_order="left") for s in run.sites}
     exact, strong = {s: run.confirmed(s) for s in run.sites}, {s: run.confirmed(s, "strong") for s in run.sites}
     ranked = confirm(frozen, exact, run.sd, run.config.seed, strong=strong)
     for site, table in ranked.items():
@@ -165,24 +168,49 @@ def rank(run: RunData, _progress: Progress, _key: str) -> None:
         response = (pl.col("pair") + "/" + pl.col("side")).alias("response")
         sample = pl.read_parquet(folder / "quality_sample.parquet").with_columns(response)
         write_json(folder / "estimate_quality.json", asdict(estimate_quality(sample, run.sd, run.noise_floor)))
+    write_table(run.folder / "concepts.parquet", _ranked_concepts(run, controls[CONCEPTS]))
 
 
 def _described(run: RunData, site: str, table: pl.DataFrame, frozen: pl.DataFrame) -> pl.DataFrame:
-    """Adds firing rates, what the controls found, flags and an empty label."""
+    """Adds firing rates, what the controls found, and flags."""
     table = table.join(frozen.select("feature", "ending", "unrelated", "to_mean"), on="feature", how="left")
     features, statistics = table["feature"].to_list(), run.feature_statistics[site]
+    own = _control_flags(table)
+    rates = ("fire_prompt", "fire_chosen", "fire_rejected")
+    return table.with_columns(
+        *(pl.Series(name, getattr(statistics, name)[features], dtype=pl.Float64) for name in rates),
+        pl.Series("flags", [statistics.flags_of(f) + own[i] for i, f in enumerate(features)], dtype=pl.List(pl.String)),
+    ).select([*(c for c in SCHEMA if c != "length_bound"), *rates, "unrelated", "to_mean", "flags"])
+
+
+def _control_flags(table: pl.DataFrame) -> list[list[str]]:
+    """The flags that the controls gave each row of a ranking."""
     has = {
         "length": table["length_bound"],
         "ending": table["ending"],
         "nonspecific": (table["unrelated"] >= flags.NONSPECIFIC).fill_null(False),
         "strong": table["reported"] & (table["q"] >= Q),
     }
-    listed = [statistics.flags_of(f) + [flag for flag, rows in has.items() if rows[i]] for i, f in enumerate(features)]
-    rates = ("fire_prompt", "fire_chosen", "fire_rejected")
-    return table.with_columns(
-        *(pl.Series(name, getattr(statistics, name)[features], dtype=pl.Float64) for name in rates),
-        pl.Series("flags", listed, dtype=pl.List(pl.String)),
-    ).select([*(c for c in SCHEMA if c != "length_bound"), *rates, "unrelated", "to_mean", "flags"])
+    return [[flag for flag, rows in has.items() if rows[i]] for i in range(table.height)]
+
+
+def _ranked_concepts(run: RunData, controls: pl.DataFrame) -> pl.DataFrame:
+    """The same test for concepts. They have the flags of the controls, and those that all of their features share."""
+    listed = run.frozen_concepts
+    frozen = listed.select(pl.col("concept").alias("feature"), "fit_effect", "sign", "sign_diff").join(
+        controls, on="feature"
+    )
+    exact, strong = (run.on_confirm(run.joint_effects(kind)) for kind in ("exact", "strong"))
+    ranked = confirm({CONCEPTS: frozen}, {CONCEPTS: exact}, run.sd, run.config.seed, strong={CONCEPTS: strong})[CONCEPTS]
+    ranked = ranked.join(controls.select("feature", "ending", "unrelated"), on="feature", how="left")
+    table = listed.drop("sign_diff").join(ranked, left_on="concept", right_on="feature").sort("rank")
+    marks = []
+    for row, own in zip(table.iter_rows(named=True), _control_flags(table), strict=True):
+        statistics = run.feature_statistics[row["site"]]
+        shared = set.intersection(*(set(statistics.flags_of(j)) for j in row["features"]))
+        marks.append([*sorted(shared), *own])
+    form = (pl.col("form") | pl.col("ending")).alias("form")
+    return table.with_columns(form, pl.Series("flags", marks, dtype=pl.List(pl.String))).drop("length_bound", "ending")
 
 
 def decompose(run: RunData, progress: Progress, key: str) -> None:
@@ -208,16 +236,16 @@ def decompose(run: RunData, progress: Progress, key: str) -> None:
         run.on_disk.drop_parts(f"ledger-{site}", key)
 
 
-SAMPLES = "screen others responses quality_responses frozen confirm_prompts confirm_pairs"
 STAGES = (
     Stage("preflight", preflight, "dtype", "preflight.json"),
     Stage("score", score, "dtype", "scores.parquet"),
     Stage("harvest", harvest, "top_share top_pairs", "activations/{site}/manifest.json"),
     Stage("train", train, "sae diff_features diff_k diff_tokens reward_aware", "saes/{site}/cfg.json", of_saes=True),
-    Stage("estimate", estimate, "estimate seed", "effects/{site}/estimated.parquet"),
-    Stage("ablate", ablate, SAMPLES, "effects/{site}/exact.parquet effects/{site}/strong.parquet"),
-    Stage("rank", rank, "", "features/{site}.parquet"),
-    Stage("group", group, "", "concepts.parquet effects/concepts.parquet"),
+    Stage("estimate", estimate, "estimate estimate_pairs seed", "effects/{site}/estimated.parquet"),
+    Stage("screen", screen, "screen others responses quality_responses frozen", "effects/{site}/frozen.parquet"),
+    Stage("group", group, "concepts", "effects/frozen_concepts.parquet"),
+    Stage("ablate", ablate, "confirm_prompts confirm_pairs", "effects/{site}/exact.parquet effects/{site}/strong.parquet"),
+    Stage("rank", rank, "", "features/{site}.parquet concepts.parquet"),
     Stage("decompose", decompose, "ledger_pairs ledger_halvings baseline", "ledger/{site}.parquet"),
     Stage("evidence", collect, "", "evidence/evidence.json"),
 )

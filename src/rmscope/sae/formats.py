@@ -55,6 +55,8 @@ def site_of(hook: str | None) -> str:
     """The inverse, with ``resid_pre.L`` as ``resid_post.L-1``. A hook that is not one of our sites keeps its name."""
     if hook == "hook_embed" or hook == "blocks.0.hook_resid_pre":
         return "embed"
+    if part := re.fullmatch(r"blocks\.(\d+)\.hook_(diff|base)", hook or ""):
+        return f"{part[2]}.{part[1]}"
     found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook or "")
     return f"resid_post.{int(found[1]) - (found[2] == 'pre')}" if found else hook or ""
 

@@ -10,7 +10,8 @@ import polars as pl
 import pytest
 
 from rmscope.errors import InputError
-from rmscope.model.reward_model import Capabilities, RewardModel
+from rmscope.model.capabilities import Capabilities
+from rmscope.model.reward_model import RewardModel
 from rmscope.run.run import Run
 from rmscope.sae import SaeConfig
 from rmscope.studies.jailbreak import analyse as study

@@ -32,6 +32,7 @@ from rmscope.io import atomic_folder, content_hash, write_json, write_text
 from rmscope.model import edits as model_edits
 from rmscope.model.rendering import SETTINGS_FILE
 from rmscope.model.reward_model import RewardModel
+from rmscope.model.site_names import is_part, whole_site
 from rmscope.model.sites import Edit
 from rmscope.sae.base import Sae
 from rmscope.studies.edit import modeling
@@ -183,6 +184,11 @@ def load_edited(model: str | RewardModel, patch: EditPatch | str | Path) -> Rewa
         sae.check_width(rm.d_model, rm.name)
         if rm.site_index(site) < 0:
             raise InputError("Edits at embed are not supported: models process it in different ways; name a resid_post.L.")
+        if is_part(site):
+            raise InputError(
+                f"A patch cannot edit features of {site}: it would have to run the PM's base beside the PM; make a run with "
+                f"--sites {whole_site(site)} and edit its features."
+            )
     edits = edits_by_site(patch.saes, patch.edits)
     model_edits.install(rm.model.base_model, rm.blocks, {rm.site_index(site): edit for site, edit in edits.items()})
     rm.identity = content_hash(rm.identity, patch.identity)
