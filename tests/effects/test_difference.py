@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
+import polars as pl
 import pytest
 import torch
 from torch import Tensor
 
-from rmscope.api.effects import ledger
 from rmscope.effects.ablation import ablate_groups, at_site, clean_runs
 from rmscope.effects.gradients import streams_and_gradients
+from rmscope.effects.ledger import baseline, ledger_rows
+from rmscope.effects.tables import ledger_tables
+from rmscope.effects.written import written_before
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
 from tests.effects.naive import reward_with
@@ -17,6 +21,7 @@ from tests.model.small import DECODERS, ENCODERS, OTHERS, PAIRS, small_sae
 
 ARCHITECTURES = [*DECODERS, *OTHERS, *ENCODERS]
 BLOCK = 2
+SD = 10.0
 GROUPS = ([3], [17, 40], [0, 1, 2, 41, 70])
 
 
@@ -104,7 +109,9 @@ def test_the_gradient_of_a_part_is_that_of_the_whole_stream(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_ledger_from_the_base_closes_and_its_remainder_is_inherited(architecture: str, kind: str) -> None:
     rm, site = pm_with_base(architecture, kind), f"diff.{BLOCK}"
-    table = ledger(rm, small_sae(), PAIRS, site=site)
+    sae, tokens = small_sae(), rm.tokenize_all(PAIRS)
+    rows = list(ledger_rows(rm, sae, site, tokens, range(len(tokens)), baseline(sae, "base"), SD, halvings=3))
+    table = ledger_tables(sorted(rows, key=lambda r: r[0]), [p.id for p in PAIRS])["ledger"]
     scores = rm.score(PAIRS)
     torch.testing.assert_close(table["delta_r"].cast(float).to_torch(), scores.delta.double(), atol=1e-4, rtol=1e-4)
     inherited = torch.zeros(len(PAIRS))
@@ -115,5 +122,25 @@ def test_the_ledger_from_the_base_closes_and_its_remainder_is_inherited(architec
         for text, reward in zip(batch.texts, rm.rewards_from(batch, site, delta).tolist(), strict=True):
             inherited[text.pair] += reward if text.side == "chosen" else -reward
     torch.testing.assert_close(table["remainder"].cast(float).to_torch().float(), inherited, atol=1e-4, rtol=1e-4)
-    bound = 0.01 * table["delta_r"].abs().clip(0.1 * float(scores.delta.std()))
-    assert (table["gap"].abs() <= bound).all()
+    parts = table.select(pl.sum_horizontal("features", "error", "constant", "remainder", "gap")).to_series()
+    np.testing.assert_allclose(parts, table["delta_r"], atol=1e-9)
+    assert (table["gap"].abs() <= 0.01 * table["delta_r"].abs().clip(0.1 * SD)).all()
+    assert (table["constant"] != 0).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_written_before_a_block_is_what_goes_with_the_bases_stream_in_its_place(kind: str) -> None:
+    rm = pm_with_base("llama", kind)
+    tokens = rm.tokenize_all(PAIRS)
+    [found] = [row for row in written_before(rm, tokens) if row.block == BLOCK]
+    clean, without = np.zeros(len(PAIRS)), np.zeros((2, len(PAIRS)))
+    for i, pair in enumerate(tokens):
+        for side, sign in (("chosen", 1), ("rejected", -1)):
+            ids = pair.side(side)
+            x, b = naive_streams(rm, ids)
+            clean[i] += sign * float(rm.reward_alone(ids))
+            for kind_of, end in enumerate((ids.numel(), max(pair.divergence, rm.ending(ids)))):
+                mixed = torch.cat([x[: pair.divergence], b[pair.divergence : end], x[end:]])[None]
+                without[kind_of, i] += sign * reward_with(rm, ids, f"resid_post.{BLOCK}", lambda _x, mixed=mixed: mixed)
+    expected = (clean - without) @ clean / (clean @ clean)
+    assert [found.written, found.at_own_tokens] == pytest.approx(expected.tolist(), abs=1e-4)

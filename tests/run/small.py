@@ -19,9 +19,9 @@ def settings(pm: str, out: Path, **changes: Any) -> RunConfig:
         rows = [{"prompt": p.prompt[0]["content"], "chosen": p.chosen, "rejected": p.rejected} for p in demo_pairs(300)]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return RunConfig(
-        model=pm, data=str(data), out=out, limit=300, sae=SaeConfig(d_sae=96, k=6, tokens=8192, batch_size=512),
+        model=pm, data=str(data), out=out, sae=SaeConfig(d_sae=96, k=6, tokens=8192, batch_size=512),
         screen=12, others=8, responses=4, quality_responses=6, frozen=16, confirm_prompts=8,
-        **{"ledger_pairs": 8, "ledger_halvings": 1, "device": "cpu", **changes},
+        **{"limit": 300, "ledger_pairs": 8, "ledger_halvings": 1, "device": "cpu", **changes},
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rmscope.errors import InputError
 from rmscope.io import content_hash
+from rmscope.model.loading import fingerprint
 from rmscope.model.onednn import use_onednn
 from rmscope.model.packing import Batch
 from rmscope.model.sites import StopForward, Trunk, keep_stream
@@ -57,7 +58,7 @@ class Base(Trunk):
         """The last site at which both streams are the same; None where not even the embeddings are."""
         for block in self.blocks[self.first :]:
             use_onednn(block)
-        self.identity = content_hash(name, [round(change, 6) for change in self.changes])
+        self.identity = content_hash(fingerprint(self.model.base_model))
 
     def _after_blocks(self) -> list[nn.Module]:
         """The modules that come after the list of blocks, such as the final norm: they do not touch a site."""

@@ -263,15 +263,16 @@ def output_weights(model: Any, output: int | Sequence[float] | None, head: Any =
 
 def identity(model: Any, tokenizer: Any, rendering: Rendering, weights: Tensor, head: Any = None) -> str:
     """A content hash of a PM: each tensor's name, shape, sum of bits (no device rounds it) and 64 entries; and the rest."""
-    parts = [_fingerprint(model), tokenizer(PROBE).input_ids, getattr(tokenizer, "chat_template", None), rendering.as_dict()]
+    parts = [fingerprint(model), tokenizer(PROBE).input_ids, getattr(tokenizer, "chat_template", None), rendering.as_dict()]
     if weights.tolist() != [1.0]:
         parts.append(weights.tolist())
     if head is not None:
-        parts.append([type(head).__name__, _fingerprint(head)])
+        parts.append([type(head).__name__, fingerprint(head)])
     return content_hash(*parts)
 
 
-def _fingerprint(module: Any) -> list[Any]:
+def fingerprint(module: Any) -> list[Any]:
+    """Each tensor's name, shape, sum of bits (no device rounds it) and 64 entries."""
     rows = []
     for name, tensor in module.state_dict().items():
         flat = tensor.detach().reshape(-1)

@@ -147,7 +147,7 @@ def ragged_states(
     before a start. Raises what the model raises where it does not take such a row (``RewardModel.capabilities.ragged``).
     """
     upto, last = trunk.site_index(site), len(trunk.blocks) - 1
-    n, _ = text.ids.numel(), trunk.gives_tuple  # measured on first use, by a forward pass with the usual attention
+    n, _ = text.ids.numel(), trunk.outputs  # measured on first use, by a forward pass with the usual attention
     row = _Row(text, torch.as_tensor(starts, device=trunk.device), last)
     stream = stream.to(trunk.device, trunk.dtype)
     with torch.no_grad(), _ragged_attention(trunk.model, row):

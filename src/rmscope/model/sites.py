@@ -118,10 +118,14 @@ class Trunk:
         return min((w for w in windows if isinstance(w, int) and w > 0), default=1 << 30)
 
     @cached_property
-    def gives_tuple(self) -> bool:
-        """Whether a block returns a tuple; measured by one forward pass."""
-        seen: list[bool] = []
-        hook = self.blocks[0].register_forward_hook(lambda _m, _i, out: seen.append(isinstance(out, tuple)))
+    def outputs(self) -> int:
+        """How long the tuple is that a block returns, 0 where it returns the stream alone; measured by one forward pass."""
+        seen: list[int] = []
+
+        def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            seen.append(len(output) if isinstance(output, tuple) else 0)
+
+        hook = self.blocks[0].register_forward_hook(look)
         try:
             self.model.base_model(torch.ones(1, 1, dtype=torch.long, device=self.device))
         finally:
@@ -169,7 +173,7 @@ class Trunk:
                 yield
             return
 
-        output = (stream,) if self.gives_tuple else stream
+        output = (stream, *[None] * (self.outputs - 1)) if self.outputs else stream
 
         def give(*_args: Any, **_kwargs: Any) -> Any:
             return output

@@ -8,6 +8,7 @@ from typing import Any
 
 from rmscope.activations.harvest import data_identity
 from rmscope.io import Display, write_text
+from rmscope.model.site_names import is_part
 from rmscope.report.page import Page, render_report
 from rmscope.run.data import RunData
 from rmscope.run.evidence import Context
@@ -47,6 +48,8 @@ class Run(RunData):
             if c.sae_dir is not None:
                 _ = self.saes  # what is wrong with them is told before anything is scored
             sites = self.sites
+            if any(is_part(site) for site in sites) and self.rm.base is not None:
+                identity["base"] = self.rm.base.identity
         self.on_disk.open(identity, c.model_dump(mode="json"))
         for stage in STAGES:
             self.on_disk.stage(stage.name, stage.key(self), stage.files(sites), stage.bind(self))

@@ -1,0 +1,131 @@
+"""A run on a PM whose base is known: what training wrote is studied, concepts are told, and the folder holds it all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+
+from rmscope.errors import InputError
+from rmscope.model.site_names import is_difference
+from rmscope.run.run import Run
+from rmscope.sae import Sae
+from tests.model.small import saved_pm, small_model, tokenizer
+from tests.run.small import settings
+
+FIRST = 2
+
+
+def saved_base(folder: Path) -> str:
+    """The base of the small PM: its blocks from ``FIRST`` on are others."""
+    model = small_model("llama", max_position_embeddings=1024)
+    torch.manual_seed(3)
+    for block in model.model.layers[FIRST:]:
+        for p in block.parameters():
+            if p.dim() == 2:
+                p.data += 0.3 / p.shape[1] ** 0.5 * torch.randn(p.shape[0], 2) @ torch.randn(2, p.shape[1])
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("based")
+    base = saved_base(folder / "base")
+    pm = saved_pm(folder / "pm")
+    Path(pm, "README.md").write_text(f"---\nbase_model: {base}\n---\n")
+    return pm
+
+
+@pytest.fixture(scope="module")
+def run(pm: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    Run.create(settings(pm, out, diff_features=48, diff_tokens=8192, limit=200)).go()
+    return Run.open(out)
+
+
+def test_the_sites_are_where_training_wrote(run: Run) -> None:
+    assert run.sites == ["diff.2", "diff.3"]
+    assert run.rm.base is not None
+    assert run.rm.base.first == FIRST
+    for site in run.sites:
+        assert (run.sae(site).m, run.sae(site).cfg["k"], run.sae(site).site) == (48, 2, site)
+
+
+def test_the_record_names_the_base_it_took(run: Run) -> None:
+    base = run.rm.base
+    assert base is not None
+    assert run.on_disk.record["identity"]["base"] == base.identity
+    evidence = run.evidence.base
+    assert evidence is not None
+    assert (evidence.name, evidence.first) == (base.name, FIRST)
+    assert [change > 0 for change in evidence.changes] == [False, False, True, True]
+    assert [row.block for row in evidence.blocks] == [2, 3]
+
+
+def test_every_site_of_the_difference_tells_what_was_written_and_what_is_explained(run: Run) -> None:
+    for site in run.evidence.sites:
+        written = site.written
+        assert written is not None
+        assert site.ledger is not None
+        assert written.explained_of_written.value is not None
+        assert written.by_concepts.value is not None
+        assert written.explained.value <= 1
+        assert "constant" in {s.part for s in site.ledger.shares}
+
+
+def test_concepts_are_made_of_frozen_features_each_told_once(run: Run) -> None:
+    concepts = run.concepts
+    assert 0 < concepts.height <= 30
+    assert sorted(concepts["concept"].to_list()) == list(range(concepts.height))
+    told = [(row["site"], j) for row in concepts.iter_rows(named=True) for j in row["features"]]
+    elsewhere = [
+        (part["site"], j) for row in concepts.iter_rows(named=True) for part in row["elsewhere"] for j in part["features"]
+    ]
+    assert len({*told, *elsewhere}) == len(told) + len(elsewhere)
+    for site in run.sites:
+        frozen = run.frozen(site)
+        assert {j for s, j in (*told, *elsewhere) if s == site} <= set(frozen["feature"])
+    for row in concepts.iter_rows(named=True):
+        signs = run.frozen(row["site"]).filter(pl.col("feature").is_in(row["features"]))["sign"]
+        assert set(signs) == {row["sign"]}
+    assert len(run.evidence.concepts) == concepts.height
+
+
+def test_the_effect_of_a_concept_is_the_joint_ablation_of_its_features(run: Run) -> None:
+    from rmscope.effects.ablation import ablate_groups, at_site, clean_runs
+
+    exact = run.joint_effects()
+    for row in run.concepts.sort("concept").head(3).iter_rows(named=True):
+        own = exact.filter(pl.col("feature") == row["concept"]).head(3)
+        assert own.height
+        for pair, side, effect in own.select("pair", "side", "effect").iter_rows():
+            tokens = run.tokens[run.pair_set.index[pair]]
+            texts = clean_runs(run.rm, tokens, [row["site"]])
+            sae = run.saes[row["site"]]
+            response = at_site(sae, texts[side], row["site"], tokens.divergence)
+            [again] = ablate_groups(run.rm, sae, response, row["site"], [row["features"]]).tolist()
+            assert effect == pytest.approx(again, abs=1e-5)
+
+
+def test_both_parts_and_the_whole_can_be_studied_together(pm: str, run: Run, tmp_path: Path) -> None:
+    sites = ["diff.3", "base.3", "resid_post.3"]
+    other = Run.create(settings(pm, tmp_path / "three", sites=sites, limit=120, ledger_pairs=0)).go()
+    assert [is_difference(site) for site in other.sites] == [True, False, False]
+    x, delta, b = (other.store.rows(site, torch.arange(50)) for site in ("resid_post.3", "diff.3", "base.3"))
+    torch.testing.assert_close(x, delta + b, atol=0.05, rtol=0.05)  # stored in bfloat16
+    assert other.sae("base.3").m == other.sae("resid_post.3").m == 96
+    assert Sae.load(other.folder / "saes" / "base.3").site == "base.3"
+
+
+def test_without_a_base_the_whole_stream_is_studied_and_the_page_says_so(pm: str, tmp_path: Path) -> None:
+    assert Run.create(settings(pm, tmp_path / "a", base="none")).inputs.sites == ["resid_post.0", "resid_post.2"]
+    Path(pm, "README.md").write_text("---\nbase_model: not/there-at-all\n---\n")
+    lost = Run.create(settings(pm, tmp_path / "b"))
+    assert lost.inputs.sites == ["resid_post.0", "resid_post.2"]
+    assert "not/there-at-all" in lost.inputs.no_base
+    with pytest.raises(InputError, match="could not be loaded"):
+        _ = Run.create(settings(pm, tmp_path / "c", base="not/there-at-all")).inputs.sites
