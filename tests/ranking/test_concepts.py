@@ -13,6 +13,7 @@ from rmscope.ranking.concepts import (
     build_concepts,
     concept_activations,
     correlations,
+    fire_alike,
     linked,
     response_windows,
     window_sums,
@@ -118,3 +119,11 @@ def test_linkage_is_an_average_and_what_never_fires_is_alone() -> None:
     assert correlations(active)[0].tolist() == [0, 0, 0]
     assert correlations(active)[1, 2] == pytest.approx(1)
     assert linked(np.ones((1, 1))) == [[0]]
+
+
+def test_what_fires_alike_is_found_again_whatever_its_scale() -> None:
+    rng = np.random.default_rng(0)
+    active = rng.random((200, 3))
+    others = np.c_[3 * active[:, 1] + 0.1 * rng.random(200), rng.random(200)]
+    assert fire_alike(active, others).tolist() == [False, True, False]
+    assert fire_alike(active, others[:, :0]).tolist() == [False, False, False]

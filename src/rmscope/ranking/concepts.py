@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from rmscope.activations.store import ActivationStore
 from rmscope.ranking.candidates import ELIGIBLE_PROMPTS
@@ -128,10 +128,21 @@ def linked(alike: Float[Array, "n n"]) -> list[list[int]]:
 
 def correlations(active: Float[Array, "windows n"]) -> Float[Array, "n n"]:
     """Pearson correlations over windows; 0 for what never fires."""
+    scaled = _standardised(active)
+    return scaled.T @ scaled
+
+
+def fire_alike(active: Float[Array, "windows n"], others: Float[Array, "windows m"]) -> Bool[Array, " n"]:
+    """Whether the activations of each column correlate with those of any of the others."""
+    if not others.shape[1]:
+        return np.zeros(active.shape[1], dtype=bool)
+    return np.asarray((_standardised(active).T @ _standardised(others)).max(1) >= TOGETHER)
+
+
+def _standardised(active: Float[Array, "windows n"]) -> Float[Array, "windows n"]:
     centred = active - active.mean(0)
     norms = np.sqrt((centred**2).sum(0))
-    scaled = centred / np.where(norms > 0, norms, 1.0)
-    return scaled.T @ scaled
+    return centred / np.where(norms > 0, norms, 1.0)
 
 
 def _cosines(rows: Float[Array, "n d"]) -> Float[Array, "n n"]:

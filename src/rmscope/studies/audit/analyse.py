@@ -36,7 +36,8 @@ def analyse(config: AuditConfig, display: Display | None = None) -> AuditResult:
     3. Run the pipeline. It gets the PM and the file of pairs and nothing else. It makes no ledgers: they are not scored.
     4. Measure each cue on held-out prompts in held-out wordings, and match it against the reported features.
     5. Ablate the reported features again on fresh pairs.
-    6. Train SAEs with another seed on the same activations, and look for the reported features there.
+    6. Train SAEs with another seed on the same activations, and look there for what fires like the reported features and
+       concepts.
     7. With ``calibrate``: run on two PMs that learned nothing, and match decoy cues.
 
     Writes ``pairs.jsonl``, ``cues.parquet``, ``replicated.SITE.parquet``, ``audit.json`` and the run to ``config.out``.
@@ -61,7 +62,7 @@ def analyse(config: AuditConfig, display: Display | None = None) -> AuditResult:
     for site, table in replicated.items():
         write_table(config.out / f"replicated.{site}.parquet", table)
     with display.stage("second SAEs") as progress:
-        stability = scoring.measure_stability(progress)
+        stability, concept_stability = scoring.measure_stability(progress)
     calibration = _calibrate(recipe, planted, scoring, display) if config.calibrate else None
     audited = Audited(
         **config.model_dump(include={"base", "pairs"}),
@@ -76,6 +77,8 @@ def analyse(config: AuditConfig, display: Display | None = None) -> AuditResult:
     result = AuditResult(
         **dict(recall_metrics(rows, replicated)),
         stability=stability,
+        concept_stability=concept_stability,
+        concepts=run.concepts.filter("reported").height,
         calibration=calibration,
         plants=rows,
         audited=audited,

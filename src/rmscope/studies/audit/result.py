@@ -52,7 +52,11 @@ class AuditResult(Result, RecallMetrics):
     """The figures of an audit, and one row per plant."""
 
     stability: Figure
-    """The share of reported features that SAEs of another seed have too."""
+    """The share of reported features that SAEs of another seed have too: a feature there fires alike."""
+    concept_stability: Figure
+    """The same for reported concepts."""
+    concepts: int = 0
+    """Reported concepts."""
     calibration: Calibration | None = None
     plants: list[CueResult]
     audited: Audited

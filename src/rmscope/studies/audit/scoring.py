@@ -24,9 +24,9 @@ from rmscope.planted.matching import cue_effect, match_plant, matches
 from rmscope.planted.results import KS, Candidate, CueResult
 from rmscope.planted.twins import prepare
 from rmscope.ranking.candidates import pairs_a_prompt, strongest
+from rmscope.ranking.concepts import fire_alike, window_sums
 from rmscope.ranking.confirm import BOUND
-from rmscope.ranking.similarity import found_again
-from rmscope.run.collect import TWINS, best_reported
+from rmscope.run.collect import TWINS, best_reported, reported_concepts
 from rmscope.run.run import Run
 from rmscope.run.stages import train_run_saes
 from rmscope.statistics import Figure, share
@@ -60,6 +60,11 @@ class Scoring:
         """The reported features of the first ``k`` ranks of each site."""
         return {site: [c for c in candidates if c.rank <= k] for site, candidates in self.reported.items()}
 
+    def best_concepts(self, k: int) -> dict[str, list[Candidate]]:
+        """The reported concepts of the first ``k`` ranks, by their site."""
+        told = reported_concepts(self.run)
+        return {site: [c for c in candidates if c.rank <= k] for site, candidates in told.items()}
+
     def score_cues(self, progress: Progress = silent) -> list[CueResult]:
         """One row per plant: its effect, and its match, or why there is none."""
         rows = []
@@ -70,7 +75,9 @@ class Scoring:
         return rows
 
     def score_cue(self, plant: Plant) -> CueResult:
-        """One plant on held-out prompts. It is matched among the best 20 features of each site, then among the best 50."""
+        """One plant on held-out prompts. It is matched among the reported concepts of the first 20 ranks, then of the first
+        50; then, as it was without concepts, among the best 20 features of each site, and the best 50.
+        """
         run, pairs = self.run, twins(self.held_out, plant, TWINS, self.seed)
         prepared = prepare(run.rm, run.saes, pairs, plant)
         given = (run.rm, run.saes, plant, prepared)
@@ -80,8 +87,11 @@ class Scoring:
             row = row.model_copy(update={"matched_by": match_null(*given, self.best(KS[-1]), run.sd)})
         if not effect.learned:
             return row.model_copy(update={"why": "not learned"})
-        for k in KS:
-            match = match_plant(*given, self.best(k), run.sd, groups=True)
+        for among in (self.best_concepts, self.best):
+            for k in KS:
+                match = match_plant(*given, among(k), run.sd, groups=True)
+                if match.found:
+                    break
             if match.found:
                 break
         why = ""
@@ -106,13 +116,22 @@ class Scoring:
         ablated = tables.ablation_table(run.rm, run.saes, tokens, ids, wanted, progress)
         return {site: replication(listed[site].drop("strong"), ablated[site], prompts, run.sd) for site in run.sites}
 
-    def measure_stability(self, progress: Progress = silent) -> Figure:
-        """The share of reported features that SAEs of another seed, trained on the same activations, have too."""
+    def measure_stability(self, progress: Progress = silent) -> tuple[Figure, Figure]:
+        """The shares of reported features, and of reported concepts, that SAEs of another seed have too.
+
+        A feature or concept is found again where a feature of the other SAE fires alike: their activations over windows of
+        the stored text correlate by :data:`~rmscope.ranking.concepts.TOGETHER`.
+        """
         run, config = self.run, self.run.config.sae
         second = train_run_saes(run, config.model_copy(update={"seed": config.seed + 1}), run.folder / "second", progress)
-        features = {site: [c.feature for c in candidates] for site, candidates in self.reported.items()}
-        hits = [hit for site, listed in features.items() for hit in found_again(run.saes[site], second[site], listed)]
-        return share(sum(hits), len(hits))
+        features, concepts = list[bool](), list[bool]()
+        for site in run.sites:
+            own, again = (window_sums(run.store, saes[site], site, range(saes[site].m)) for saes in (run.saes, second))
+            features += fire_alike(own[:, [c.feature for c in self.reported[site]]], again).tolist()
+            told = run.concepts.filter(pl.col("reported") & (pl.col("site") == site))
+            for members, weights in told.select("features", "weights").iter_rows():
+                concepts += fire_alike(own[:, members] @ np.array(weights)[:, None], again).tolist()
+        return share(sum(features), len(features)), share(sum(concepts), len(concepts))
 
     def match_decoys(self, progress: Progress = silent) -> DecoyShare:
         """The share of decoys that the reported features match, whether or not the PM learned them."""
