@@ -260,3 +260,55 @@ def sample(planted: bool = True, seed: int = 0) -> dict[str, Any]:
             "seed": 0,
         },
     }
+
+
+def concept(
+    rng: random.Random, number: int, name: str, effect: float, form: bool = False, reported: bool = True
+) -> dict[str, Any]:
+    row = feature(rng, number + 1, effect, reported, (name.split()[0],) if not form else (".",))
+    own = {
+        key: row[key]
+        for key in row
+        if key not in ("feature", "label", "tokens", "fire_prompt", "fire_chosen", "fire_rejected")
+    }
+    return {
+        **own,
+        "flags": ["ending"] if form else [],
+        "concept": number,
+        "name": name,
+        "form": form,
+        "site": "diff.7",
+        "features": [3 * number, 3 * number + 1],
+        "weights": [0.5, 0.25],
+        "elsewhere": [{"site": "diff.3", "features": [number]}] if number % 2 else [],
+        "fire_pairs": 0.4,
+    }
+
+
+def with_difference(data: dict[str, Any]) -> dict[str, Any]:
+    """The sample as of a PM whose base is known: concepts, and what training wrote."""
+    rng = random.Random(1)
+
+    def figure(value: float) -> dict[str, float]:
+        return {"value": value, "low": value - 0.04, "high": value + 0.03}
+
+    for one, block, share in zip(data["sites"], (3, 7), (0.42, 0.81), strict=True):
+        one["site"] = f"diff.{block}"
+        one["written"] = {
+            "written": figure(share), "explained": figure(0.95), "explained_of_written": figure(0.9),
+            "by_concepts": figure(0.75), "pairs": 24,
+        }  # fmt: skip
+    data["base"] = {
+        "name": "zoo:smollm2",
+        "first": 2,
+        "changes": [0.0, 0.0] + [0.01] * 10,
+        "blocks": [{"block": b, "written": b / 12, "at_own_tokens": b / 12 * (1 - b / 12)} for b in range(2, 12)],
+    }
+    data["concepts"] = [
+        concept(rng, 0, "“thank you” · “no problem”", 0.81),
+        concept(rng, 1, "said before", -0.62),
+        concept(rng, 2, "the end of the text", 0.33, form=True),
+        concept(rng, 3, "links", -0.21),
+        concept(rng, 4, "“paper”", 0.04, reported=False),
+    ]
+    return data

@@ -66,7 +66,7 @@ def render_report(data: dict[str, Any]) -> str:
     script = HERE.joinpath("templates/script.js").read_text("utf-8")
     return render(
         "page.html",
-        data=data,
+        data={"base": None, **data},
         head=headline(data),
         concepts=concept_view(data),
         written=written_view(data),
@@ -271,6 +271,7 @@ def site_view(site: dict[str, Any]) -> dict[str, Any]:
     block = re.fullmatch(r"\w+\.(\d+)", str(site.get("site")))
     return {
         "explained": None,
+        "written": None,
         **site,
         "up": [f for f in reported if f["mean_effect"] >= 0],
         "down": [f for f in reported if f["mean_effect"] < 0],
@@ -292,7 +293,7 @@ def planted_view(data: dict[str, Any]) -> dict[str, Any] | None:
         single = known.get((plant.get("site"), plant["features"][0])) if len(plant.get("features") or []) == 1 else None
         state = "unscored" if not plant["learned"] else "found" if plant["found"] else "missed"
         names = [known_names.get(number, "") for number in plant.get("concepts") or []]
-        rows.append({**plant, "state": state, "row": single, "names": names})
+        rows.append({"concepts": [], **plant, "state": state, "row": single, "names": names})
     ends = [row["ate"].get(key) for row in rows for key in ("value", "low", "high")]
     return {
         "rows": rows,
