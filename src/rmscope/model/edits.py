@@ -24,6 +24,64 @@ def install(base: nn.Module, blocks: nn.ModuleList, edits: Mapping[int, Callable
         blocks[index].forward = _with_edit(blocks[index].forward, edit, firsts)  # type: ignore[method-assign]
 
 
+def install_on_difference(
+    base: nn.Module, blocks: nn.ModuleList, others: Mapping[int, nn.Module], edits: Mapping[int, Callable[[Tensor], Tensor]]
+) -> None:
+    """The same for edits of what preference training wrote: they map the stream's difference from the base's stream.
+
+    ``others`` holds the base's own blocks from the first that differs to the last edited one. They run beside the PM's, in
+    the same pass. A pass that begins in the middle of a text, or after the first of these blocks, is refused: the base's
+    stream is not known there.
+    """
+    firsts, beside = _Firsts(), _Beside()
+    base.register_forward_pre_hook(firsts, with_kwargs=True)
+    base.register_forward_pre_hook(lambda _module, _args: beside.forget())
+    for index, other in others.items():
+        forward = _beside(blocks[index].forward, other, beside, index == min(others))
+        if index in edits:
+            forward = _with_edit(forward, _of_difference(edits[index], beside), firsts)
+        blocks[index].forward = forward  # type: ignore[method-assign]
+
+
+class _Beside:
+    """The base's stream in the current pass."""
+
+    def __init__(self) -> None:
+        self.stream: Tensor | None = None
+
+    def forget(self) -> None:
+        self.stream = None
+
+
+def _beside(forward: Callable[..., Any], other: nn.Module, beside: _Beside, first: bool) -> Callable[..., Any]:
+    """A block's forward that runs the base's block too."""
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        given = [*args[1:], *kwargs.values()]
+        if any(hasattr(v, "get_seq_length") and v.get_seq_length() for v in given):
+            raise ValueError("an edit of what training wrote needs whole texts: the base's keys and values are not cached")
+        stream = x if first else beside.stream
+        if stream is None:
+            raise ValueError("an edit of what training wrote needs the pass to begin at the first trained block")
+        own = [None if hasattr(v, "get_seq_length") else v for v in args[1:]]
+        named = {k: None if hasattr(v, "get_seq_length") else v for k, v in kwargs.items() if k != "hidden_states"}
+        output = forward(*args, **kwargs)
+        after = other(stream, *own, **named)
+        beside.stream = after[0] if isinstance(after, tuple) else after
+        return output
+
+    return both
+
+
+def _of_difference(edit: Callable[[Tensor], Tensor], beside: _Beside) -> Callable[[Tensor], Tensor]:
+    def edited(x: Tensor) -> Tensor:
+        assert beside.stream is not None
+        return beside.stream + edit(x - beside.stream)
+
+    return edited
+
+
 class _Firsts:
     """Marks the tokens of the current pass that are the first of their text, [rows or 1, width]."""
 

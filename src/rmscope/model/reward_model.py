@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -213,8 +213,7 @@ class RewardModel(Trunk):
 
     def rewards(self, batch: Batch, edits: Mapping[str, Edit] | None = None) -> Float[Tensor, " texts"]:
         """r of every text of the batch, float32. Each edit changes the stream at its site."""
-        changes = {whole_site(site): self._of_part(batch, site, edit) for site, edit in (edits or {}).items()}
-        with self.edit_streams(changes), torch.set_grad_enabled(bool(edits) and torch.is_grad_enabled()):
+        with self.edit_batch(batch, edits or {}), torch.set_grad_enabled(bool(edits) and torch.is_grad_enabled()):
             if not self.causal:
                 return self.reward_of(self.model(**batch.inputs(self.device, self.dtype)).logits)
             return self._rewards(batch)
@@ -233,6 +232,10 @@ class RewardModel(Trunk):
         if site not in batch.rest:
             self.streams(batch, [site])
         return batch.rest[site]
+
+    def edit_batch(self, batch: Batch, edits: Mapping[str, Edit]) -> AbstractContextManager[None]:
+        """Within the context, each edit changes the stream of this batch at its site, or the part that the site names."""
+        return self.edit_streams({whole_site(site): self._of_part(batch, site, edit) for site, edit in edits.items()})
 
     def _of_part(self, batch: Batch, site: str, edit: Edit) -> Edit:
         """An edit of the whole stream that edits a part of it."""

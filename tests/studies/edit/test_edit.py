@@ -11,6 +11,7 @@ import torch
 
 from rmscope.effects.ablation import ablate_groups, at_site
 from rmscope.errors import InputError
+from rmscope.evaluation.selection import signed_basis
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
 from rmscope.sae.base import Sae
@@ -18,6 +19,7 @@ from rmscope.sae.jumprelu import JumpReluSae
 from rmscope.studies.edit.check import deltas, rewards_under
 from rmscope.studies.edit.patch import EditPatch, FeatureEdit, edit_at, edits_by_site, export_patch, load_edited
 from tests.effects.naive import ablate_naively
+from tests.model.based import pm_with_base
 from tests.model.small import PAIRS, D, shared_pm, small_pm, small_sae
 
 SITE = "resid_post.1"
@@ -215,3 +217,45 @@ def test_an_exported_folder_gives_the_same_rewards_with_plain_transformers(
                 float(truth.reward_alone(tokens.chosen)), abs=1e-5
             )
     assert torch.allclose(again.score(PAIRS).delta, truth.score(PAIRS).delta, atol=1e-5)
+
+
+def test_an_edit_of_what_training_wrote_gives_what_the_difference_edited_by_hand_gives() -> None:
+    sites = ("diff.2", "diff.3")
+    rm, saes = pm_with_base("llama"), {site: small_sae(seed=i) for i, site in enumerate(sites)}
+    edits = (FeatureEdit(sites[0], FEATURES), FeatureEdit(sites[1], (5, 9), "damp", -0.5))
+    tokens = rm.tokenize_all(PAIRS)
+    by_hand = rewards_under(rm, {"edit": edits_by_site(saes, edits)}, tokens)["edit"]
+    edited = load_edited(rm, EditPatch(edits, saes, rm.identity, rm.name))
+    assert not edited.capabilities.resume  # the base's keys and values are not cached
+    for i, pair in enumerate(tokens):
+        for side in SIDES:
+            assert float(edited.reward_alone(pair.side(side))) == pytest.approx(by_hand[side][i], abs=2e-5)
+    assert edited.score(PAIRS).delta.tolist() == pytest.approx((by_hand["chosen"] - by_hand["rejected"]).tolist(), abs=4e-5)
+
+
+def test_a_suppressed_difference_gives_the_base_back() -> None:
+    """With an SAE whose features reconstruct the difference exactly, suppressing all of them leaves the base's stream."""
+    rm, site = pm_with_base("llama"), "diff.3"
+    exact = signed_basis(torch.eye(D), torch.zeros(D))
+    tokens = rm.tokenize_all(PAIRS)
+    patch = EditPatch((FeatureEdit(site, tuple(range(2 * D))),), {site: exact}, rm.identity, rm.name)
+    batch = next(iter(rm.batches(tokens)))
+    parts = rm.streams(batch, [site, "base.3"])
+    first = (batch.positions == 0)[..., None]
+    base = rm.rewards_from(batch, "resid_post.3", torch.where(first, parts[site] + parts["base.3"], parts["base.3"]))
+    edited = load_edited(rm, patch)
+    torch.testing.assert_close(edited.rewards(batch), base, atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_be_patched_is_refused(tmp_path: Path) -> None:
+    rm = pm_with_base("llama")
+    patch = EditPatch((FeatureEdit("diff.2", (1,)),), {"diff.2": small_sae()}, rm.identity, rm.name)
+    with pytest.raises(InputError, match="cannot be exported"):
+        export_patch(rm, patch, tmp_path / "out")
+    of_base = EditPatch((FeatureEdit("base.2", (1,)),), {"base.2": small_sae()}, rm.identity, rm.name)
+    with pytest.raises(InputError, match="features of the base's stream"):
+        load_edited(rm, of_base)
+    full = pm_with_base("llama", "full")
+    whole = EditPatch((FeatureEdit("diff.2", (1,)),), {"diff.2": small_sae()}, full.identity, full.name)
+    with pytest.raises(InputError, match="its embeddings were trained too"):
+        load_edited(full, whole)

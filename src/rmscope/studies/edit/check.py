@@ -137,7 +137,7 @@ def rewards_under(
         for name, edits in named.items():
             rest = {site: _sparing(edit, first) for site, edit in edits.items() if site != lowest}
             start = _sparing(edits[lowest], first)(x) if lowest in edits else x
-            with rm.edit_streams(rest):
+            with rm.edit_batch(batch, rest):
                 rewards = rm.rewards_from(batch, lowest, start).cpu().tolist()
             for text, reward in zip(batch.texts, rewards, strict=True):
                 out[name][text.side][text.pair] = reward

@@ -32,7 +32,7 @@ from rmscope.io import atomic_folder, content_hash, write_json, write_text
 from rmscope.model import edits as model_edits
 from rmscope.model.rendering import SETTINGS_FILE
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.site_names import is_part, whole_site
+from rmscope.model.site_names import is_difference, is_part
 from rmscope.model.sites import Edit
 from rmscope.sae.base import Sae
 from rmscope.studies.edit import modeling
@@ -184,13 +184,24 @@ def load_edited(model: str | RewardModel, patch: EditPatch | str | Path) -> Rewa
         sae.check_width(rm.d_model, rm.name)
         if rm.site_index(site) < 0:
             raise InputError("Edits at embed are not supported: models process it in different ways; name a resid_post.L.")
-        if is_part(site):
-            raise InputError(
-                f"A patch cannot edit features of {site}: it would have to run the PM's base beside the PM; make a run with "
-                f"--sites {whole_site(site)} and edit its features."
-            )
     edits = edits_by_site(patch.saes, patch.edits)
-    model_edits.install(rm.model.base_model, rm.blocks, {rm.site_index(site): edit for site, edit in edits.items()})
+    whole = {rm.site_index(site): edit for site, edit in edits.items() if not is_part(site)}
+    written = {rm.site_index(site): edit for site, edit in edits.items() if is_difference(site)}
+    if len(whole) + len(written) < len(edits):
+        raise InputError(
+            "A patch cannot edit features of the base's stream (base.L); name features of diff.L or resid_post.L."
+        )
+    if whole:
+        model_edits.install(rm.model.base_model, rm.blocks, whole)
+    if written and (base := rm.base) is not None:
+        if base.embeddings_differ:
+            raise InputError(
+                f"A patch cannot edit what training wrote in {rm.name}: its embeddings were trained too, so its base would "
+                "have to run beside it from the start; edit features of the whole stream (--base none)."
+            )
+        others = {i: base.blocks[i] for i in range(base.first, max(written) + 1)}
+        model_edits.install_on_difference(rm.model.base_model, rm.blocks, others, written)
+        rm.__dict__.pop("capabilities", None)  # runs cannot be resumed any more: measured anew on first use
     rm.identity = content_hash(rm.identity, patch.identity)
     rm.name = f"{rm.name}, edited"
     return rm
@@ -203,6 +214,11 @@ def export_patch(rm: RewardModel, patch: EditPatch, folder: Path | str) -> None:
     config_class, model_class = type(rm.model.config).__name__, type(rm.model).__name__
     if not (hasattr(transformers, config_class) and hasattr(transformers, model_class)):
         raise InputError(f"{rm.name} is a {model_class}, no class of transformers; only its classes can be exported.")
+    if parts := [site for site in patch.saes if is_part(site)]:
+        raise InputError(
+            f"A patch of {parts[0]} cannot be exported: the folder would have to hold the PM's base too; load the patch "
+            "with rs.load_edited, or make a run with --base none and edit features of the whole stream."
+        )
     rows, weights = [], dict[str, Tensor]()
     for site in patch.saes:
         row, own = _site(patch, site, rm.site_index(site))
