@@ -35,12 +35,17 @@ def install_on_difference(
     """
     firsts, beside = _Firsts(), _Beside()
     base.register_forward_pre_hook(firsts, with_kwargs=True)
-    base.register_forward_pre_hook(lambda _module, _args: beside.forget())
+    base.register_forward_pre_hook(beside.begin, with_kwargs=True)
     for index, other in others.items():
         forward = _beside(blocks[index].forward, other, beside, index == min(others))
         if index in edits:
             forward = _with_edit(forward, _of_difference(edits[index], beside), firsts)
         blocks[index].forward = forward  # type: ignore[method-assign]
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a module's forward by name."""
+    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
 
 
 class _Beside:
@@ -49,8 +54,12 @@ class _Beside:
     def __init__(self) -> None:
         self.stream: Tensor | None = None
 
-    def forget(self) -> None:
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Called before a pass. ValueError where it goes on from cached keys and values."""
         self.stream = None
+        cache = _named(module, args, kwargs).get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            raise ValueError("an edit of what training wrote needs whole texts: the base's keys and values are not cached")
 
 
 def _beside(forward: Callable[..., Any], other: nn.Module, beside: _Beside, first: bool) -> Callable[..., Any]:
@@ -58,9 +67,6 @@ def _beside(forward: Callable[..., Any], other: nn.Module, beside: _Beside, firs
 
     def both(*args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs["hidden_states"]
-        given = [*args[1:], *kwargs.values()]
-        if any(hasattr(v, "get_seq_length") and v.get_seq_length() for v in given):
-            raise ValueError("an edit of what training wrote needs whole texts: the base's keys and values are not cached")
         stream = x if first else beside.stream
         if stream is None:
             raise ValueError("an edit of what training wrote needs the pass to begin at the first trained block")
@@ -89,7 +95,7 @@ class _Firsts:
         self.mask = torch.zeros(0, 0, dtype=torch.bool)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+        named = _named(module, args, kwargs)
         given: Any = named.get("input_ids") if named.get("input_ids") is not None else named["inputs_embeds"]
         mask, positions, cache = (named.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
         if positions is not None:
