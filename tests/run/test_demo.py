@@ -1,4 +1,4 @@
-"""What the README says of the demo, on the demo itself. A run takes five minutes and more: these are among the slow tests."""
+"""What the README says of the demo, on the demo itself. A run takes five minutes: these are among the slow tests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rmscope.hardware import fast_products
 from rmscope.run.run import Run
 from rmscope.run.settings import DEMO, RunConfig
 from rmscope.settings import read_settings
@@ -20,8 +21,8 @@ def test_the_demo_finds_all_six_planted_biases_by_concepts(
 ) -> None:
     """On every seed of the SAEs, and whether or not the processor harvests in bfloat16."""
     sae: dict[str, object] = {"amp": fast}
-    if not fast:
-        monkeypatch.setattr("rmscope.activations.harvest.fast_products", lambda _device, wanted: nullcontext())
+    products = fast_products if fast else lambda _device, wanted: nullcontext()
+    monkeypatch.setattr("rmscope.activations.harvest.fast_products", products)
     run = Run.create(read_settings(RunConfig, None, {**DEMO, "out": tmp_path / "demo", "seed": seed, "sae": sae})).go()
     planted = run.evidence.planted
     assert planted is not None
