@@ -21,8 +21,8 @@ from rmscope.settings import read_settings
 from tests.docs.pages import BLOCK, PAGES, ROOT, blocks, commands, named, run
 from tests.model.small import SENTENCES, saved_pm
 
-ELSEWHERE = {"docs/howto/heads.md"}
-"""Pages whose blocks another test runs (tests/model/test_heads.py)."""
+ELSEWHERE = {"docs/howto/heads.md", "docs/difference.md"}
+"""Pages whose blocks another test runs: tests/model/test_heads.py, and one below that needs a PM with a base."""
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python") and named(page) not in ELSEWHERE]
 OF_A_RUN = [page for page in WITH_PYTHON if re.search(r"Run\.(open|create)\(", "".join(blocks(page, "python")))]
 SMALL = {"zoo:hh": "my-pm", "zoo:planted": "my-pm", "resid_post.7": "resid_post.2"}
@@ -93,6 +93,15 @@ def test_the_readme_runs_on_the_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     names = run(ROOT / "README.md", {})
     parts = names["ledger"].select("features", "error", "remainder", "gap").sum_horizontal()
     assert parts.to_list() == pytest.approx(names["ledger"]["delta_r"].to_list(), abs=1e-4)
+    assert names["exact"].height > 0
+
+
+@pytest.mark.slow
+@pytest.mark.zoo
+def test_the_page_on_the_difference_runs_on_the_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run(ROOT / "docs" / "difference.md", {})
+    assert (names["sae"].site, names["sae"].m) == ("diff.13", 64)
     assert names["exact"].height > 0
 
 
