@@ -41,7 +41,7 @@ def test_the_run_folder_holds_what_design_promises(done: Path) -> None:
         }  # fmt: skip
         assert exact["kind"].unique().to_list() == ["ablation"]
         ledger = pl.read_parquet(done / "ledger" / f"{site}.parquet")
-        parts = ledger["features"] + ledger["error"] + ledger["remainder"] + ledger["gap"]
+        parts = ledger["features"] + ledger["error"] + ledger["constant"] + ledger["remainder"] + ledger["gap"]
         assert (parts - ledger["delta_r"]).abs().max() < 1e-9  # type: ignore[operator]
         assert (done / "saes" / site / "cfg.json").is_file()
 

@@ -27,7 +27,7 @@ PARTS = ("firing", "confirm", "unrelated", "mean")
 
 
 def ablate(run: RunData, progress: Progress, key: str) -> None:
-    """Writes ``exact``, ``strong``, ``firing`` and ``controls`` of every site, and the same of all concepts together."""
+    """Writes ``exact``, ``strong`` and ``controls`` of every site, and of all concepts in ``concepts/``."""
     c, confirming = run.config, run.of_split("confirm")
     firing = run.on_disk.in_units(
         "firing",
@@ -50,7 +50,7 @@ def ablate(run: RunData, progress: Progress, key: str) -> None:
     ends = flags.endings(run.rm, run.tokens, run.ids, confirming)
     means = _to_mean(run, {site: asked[site] for site in run.sites}, progress, key)
     for name, effect in effects.items():
-        folder = run.folder / "effects" / name
+        folder = run.folder / CONCEPTS if name == CONCEPTS else run.folder / "effects" / name
         confirmed = effect.join(asked[name].select(ROW), on=ROW, how="semi", maintain_order="left")
         which = hardest[name].select(*ROW, "strong")
         strong = effect.drop("ending").join(which, on=ROW, how="inner", maintain_order="left")

@@ -79,11 +79,11 @@ class RunData:
     @property
     def frozen_concepts(self) -> pl.DataFrame:
         """The frozen concepts, from the fit split: concept, name, form, site, features, weights, elsewhere, signs."""
-        return self._table("effects", "frozen_concepts.parquet")
+        return self._table("concepts", "frozen.parquet")
 
     def joint_effects(self, kind: Literal["exact", "strong"] = "exact") -> pl.DataFrame:
         """Joint ablations of concepts on the confirm split: pair, side, feature (the concept's number), effect, kind."""
-        return self._table("effects", "concepts", f"{kind}.parquet")
+        return self._table("concepts", f"{kind}.parquet")
 
     def ledger(self, site: str) -> pl.DataFrame:
         """One row per pair: pair, delta_r, features, error, remainder, gap, nodes."""

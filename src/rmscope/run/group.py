@@ -23,7 +23,7 @@ SCHEMA: dict[str, Any] = {
 
 
 def group(run: RunData, progress: Progress, _key: str) -> None:
-    """Writes ``effects/frozen_concepts.parquet``, one row per concept, the largest effect on the fit split first."""
+    """Writes ``concepts/frozen.parquet``, one row per concept, the largest effect on the fit split first."""
     progress(0, 2, "grouping features")
     concepts = build_concepts(run.store, run.saes, {site: _frozen(run, site) for site in run.sites}, run.config.concepts)
     progress(1, 2, "naming concepts")
@@ -38,7 +38,7 @@ def group(run: RunData, progress: Progress, _key: str) -> None:
         )
         for i, (c, name) in enumerate(zip(concepts, names, strict=True))
     ]  # fmt: skip
-    write_table(run.folder / "effects" / "frozen_concepts.parquet", pl.DataFrame(rows, schema=SCHEMA, orient="row"))
+    write_table(run.folder / "concepts" / "frozen.parquet", pl.DataFrame(rows, schema=SCHEMA, orient="row"))
     progress(2, 2, "")
 
 

@@ -158,7 +158,7 @@ def estimate(run: RunData, progress: Progress, key: str) -> None:
 
 def rank(run: RunData, _progress: Progress, _key: str) -> None:
     """The tests on the confirm split, the flags, and the quality of the estimate."""
-    controls = {s: pl.read_parquet(run.folder / "effects" / s / "controls.parquet") for s in (*run.sites, CONCEPTS)}
+    controls = {s: pl.read_parquet(run.folder / "effects" / s / "controls.parquet") for s in run.sites}
     frozen = {s: run.frozen(s).join(controls[s], on="feature", how="left", maintain_order="left") for s in run.sites}
     exact, strong = {s: run.confirmed(s) for s in run.sites}, {s: run.confirmed(s, "strong") for s in run.sites}
     ranked = confirm(frozen, exact, run.sd, run.config.seed, strong=strong)
@@ -168,7 +168,7 @@ def rank(run: RunData, _progress: Progress, _key: str) -> None:
         response = (pl.col("pair") + "/" + pl.col("side")).alias("response")
         sample = pl.read_parquet(folder / "quality_sample.parquet").with_columns(response)
         write_json(folder / "estimate_quality.json", asdict(estimate_quality(sample, run.sd, run.noise_floor)))
-    write_table(run.folder / "concepts.parquet", _ranked_concepts(run, controls[CONCEPTS]))
+    write_table(run.folder / "concepts.parquet", _ranked_concepts(run))
 
 
 def _described(run: RunData, site: str, table: pl.DataFrame, frozen: pl.DataFrame) -> pl.DataFrame:
@@ -194,7 +194,7 @@ def _control_flags(table: pl.DataFrame) -> list[list[str]]:
     return [[flag for flag, rows in has.items() if rows[i]] for i in range(table.height)]
 
 
-def _ranked_concepts(run: RunData, controls: pl.DataFrame) -> pl.DataFrame:
+def _ranked_concepts(run: RunData) -> pl.DataFrame:
     """The same test for concepts. They have the flags of the controls, and those that all of their features share."""
     listed = run.frozen_concepts
     frozen = listed.select(pl.col("concept").alias("feature"), "fit_effect", "sign", "sign_diff").join(
@@ -243,7 +243,7 @@ STAGES = (
     Stage("train", train, "sae diff_features diff_k diff_tokens reward_aware", "saes/{site}/cfg.json", of_saes=True),
     Stage("estimate", estimate, "estimate estimate_pairs seed", "effects/{site}/estimated.parquet"),
     Stage("screen", screen, "screen others responses quality_responses frozen", "effects/{site}/frozen.parquet"),
-    Stage("group", group, "concepts", "effects/frozen_concepts.parquet"),
+    Stage("group", group, "concepts", "concepts/frozen.parquet"),
     Stage("ablate", ablate, "confirm_prompts confirm_pairs", "effects/{site}/exact.parquet effects/{site}/strong.parquet"),
     Stage("rank", rank, "", "features/{site}.parquet concepts.parquet"),
     Stage("decompose", decompose, "ledger_pairs ledger_halvings baseline", "ledger/{site}.parquet"),
