@@ -196,14 +196,13 @@ def _control_flags(table: pl.DataFrame) -> list[list[str]]:
 
 def _ranked_concepts(run: RunData) -> pl.DataFrame:
     """The same test for concepts. They have the flags of the controls, and those that all of their features share."""
-    listed = run.frozen_concepts
-    frozen = listed.select(pl.col("concept").alias("feature"), "fit_effect", "sign", "sign_diff").join(
-        controls, on="feature"
-    )
+    listed, controls = run.frozen_concepts, pl.read_parquet(run.folder / CONCEPTS / "controls.parquet")
+    frozen = listed.select(pl.col("concept").alias("feature"), "fit_effect", "sign", "sign_diff")
+    frozen = frozen.join(controls, on="feature", how="left", maintain_order="left")
     exact, strong = (run.on_confirm(run.joint_effects(kind)) for kind in ("exact", "strong"))
     ranked = confirm({CONCEPTS: frozen}, {CONCEPTS: exact}, run.sd, run.config.seed, strong={CONCEPTS: strong})[CONCEPTS]
     ranked = ranked.join(controls.select("feature", "ending", "unrelated"), on="feature", how="left")
-    table = listed.drop("sign_diff").join(ranked, left_on="concept", right_on="feature").sort("rank")
+    table = listed.drop("sign_diff").join(ranked, left_on="concept", right_on="feature", how="left").sort("rank")
     marks = []
     for row, own in zip(table.iter_rows(named=True), _control_flags(table), strict=True):
         statistics = run.feature_statistics[row["site"]]
