@@ -99,6 +99,34 @@ def test_a_cue_that_is_split_over_five_features_is_a_hit_of_the_group() -> None:
     assert row.mediated.value == pytest.approx(1.0, abs=1e-3)
 
 
+def concepts(made: JumpReluSae, members: Sequence[Sequence[int]]) -> CueMatch:
+    """The match among concepts that hold these features."""
+    rm, saes, plant, prepared, _ = case(made)
+    told = [Candidate(n, n + 1, float(plant.sign), 1.0, members=tuple(features)) for n, features in enumerate(members)]
+    return match_plant(rm, saes, plant, prepared, {SITE: told}, sd=1e-3)
+
+
+def test_a_concept_matches_by_the_joint_ablation_of_its_features() -> None:
+    row = concepts(sae([0.2] * 5), [(0, 1, 2)])
+    assert (row.hit, sorted(row.features), row.concepts, row.rank) == ("group", [0, 1, 2], [0], 1)
+    assert 0.4 < row.mediated.value < 0.9
+    assert not concepts(sae([0.1] * 5), [(0, 1, 2)]).found  # .3 of the effect: too little for a group
+
+
+def test_a_concept_of_one_feature_matches_as_that_feature_does() -> None:
+    row, feature = concepts(sae([0.3, 0.0]), [(0,)]), match(sae([0.3, 0.0]), reported=[0])
+    assert (row.hit, row.concepts) == ("single", [0])
+    assert (row.features, row.f1, row.localises, row.mediated) == (
+        feature.features, feature.f1, feature.localises, feature.mediated
+    )  # fmt: skip
+
+
+def test_several_concepts_match_together() -> None:
+    row = concepts(sae([0.25] * 4), [(0, 1), (2, 3)])
+    assert (row.hit, sorted(row.concepts), sorted(row.features)) == ("group", [0, 1], [0, 1, 2, 3])
+    assert row.mediated.value == pytest.approx(1.0, abs=1e-3)
+
+
 def test_a_group_counts_where_the_last_of_its_features_ranks() -> None:
     row = match(sae([0.2] * 5), sign_consistency=0.5, ranks=[3, 21, 1, 4, 2])
     assert (len(row.features), row.rank) == (5, 21)

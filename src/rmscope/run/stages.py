@@ -243,7 +243,12 @@ STAGES = (
     Stage("estimate", estimate, "estimate estimate_pairs seed", "effects/{site}/estimated.parquet"),
     Stage("screen", screen, "screen others responses quality_responses frozen", "effects/{site}/frozen.parquet"),
     Stage("group", group, "concepts", "concepts/frozen.parquet"),
-    Stage("ablate", ablate, "confirm_prompts confirm_pairs", "effects/{site}/exact.parquet effects/{site}/strong.parquet"),
+    Stage(
+        "ablate",
+        ablate,
+        "confirm_prompts confirm_pairs",
+        "effects/{site}/exact.parquet effects/{site}/strong.parquet concepts/exact.parquet",
+    ),
     Stage("rank", rank, "", "features/{site}.parquet concepts.parquet"),
     Stage("decompose", decompose, "ledger_pairs ledger_halvings baseline", "ledger/{site}.parquet"),
     Stage("evidence", collect, "", "evidence/evidence.json"),
