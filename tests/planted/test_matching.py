@@ -114,7 +114,7 @@ def test_a_concept_matches_by_the_joint_ablation_of_its_features() -> None:
 
 
 def test_a_concept_of_one_feature_matches_as_that_feature_does() -> None:
-    row, feature = concepts(sae([0.3, 0.0]), [(0,)]), match(sae([0.3, 0.0]), reported=[0])
+    row, feature = concepts(sae([1.0]), [(0,)]), match(sae([1.0]))
     assert (row.hit, row.concepts) == ("single", [0])
     assert (row.features, row.f1, row.localises, row.mediated) == (
         feature.features, feature.f1, feature.localises, feature.mediated
