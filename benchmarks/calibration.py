@@ -69,7 +69,7 @@ def reports(
     """In how many of ``draws`` runs anything passes."""
     rng, found = np.random.default_rng(0), 0
     effects = {s: run.folder / "effects" / s for s in run.sites}
-    frozen = {s: pl.read_parquet(f / "frozen.parquet") for s, f in effects.items()}
+    frozen = {s: pl.read_parquet(f / "controls.parquet") for s, f in effects.items()}
     confirmed, strong = ({s: run.confirmed(s, name) for s in run.sites} for name in ("exact", "strong"))
     estimates, fit = {}, {}
     for site, folder in effects.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -24,11 +23,6 @@ def cosines(sae: Sae, other: Sae, features: Sequence[int]) -> tuple[Float[Tensor
     weights = ((sae.W_dec, other.W_dec), (sae.W_enc.t(), other.W_enc.t()))
     decoder, encoder = (normalize(own[list(features)], dim=1) @ normalize(all_, dim=1).t() for own, all_ in weights)
     return decoder, encoder
-
-
-def found_again(sae: Sae, other: Sae, features: Sequence[int]) -> list[bool]:
-    """Whether ``other`` has a feature with the same decoder and encoder direction, for each of ``features``."""
-    return (torch.minimum(*cosines(sae, other, features)) >= COSINE).any(1).tolist()
 
 
 def merged_ranks(features: Sequence[int], W_dec: Float[Tensor, "m d"], fires: Bool[Array, "tokens n"]) -> dict[int, int]:
