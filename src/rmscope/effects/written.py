@@ -22,7 +22,7 @@ from rmscope.model.site_names import DIFF
 WRITTEN_PAIRS = 24
 """Pairs on which the blocks are compared."""
 
-AT_THE_ENDING = 0.25
+AT_THE_ENDING = 0.05
 """What a share of Δr that was carried to the ending counts, beside one at its own tokens."""
 
 
