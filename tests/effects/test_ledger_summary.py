@@ -23,22 +23,25 @@ from tests.model.small import PAIRS, shared_pm, small_sae
 
 
 def random_ledger(pairs: int, weights: tuple[float, ...], seed: int = 0) -> pl.DataFrame:
-    parts = np.random.default_rng(seed).normal(size=(pairs, 4)) * weights
+    parts = np.random.default_rng(seed).normal(size=(pairs, len(PARTS))) * weights
     columns = dict(zip(PARTS, parts.T, strict=True))
     return pl.DataFrame({"pair": [str(i) for i in range(pairs)], "delta_r": parts.sum(1), **columns})
 
 
 def test_the_part_that_varies_alone_has_the_whole_share_and_the_interval_holds_it() -> None:
-    rows = {r["part"]: r for r in share_rows(random_ledger(60, (1.0, 0.0, 0.0, 0.0)), [str(i) for i in range(60)])}
+    rows = {r["part"]: r for r in share_rows(random_ledger(60, (1.0, 0.0, 0.0, 0.0, 0.0)), [str(i) for i in range(60)])}
     assert rows["features"]["value"] == pytest.approx(1.0)
     assert rows["error"]["value"] == pytest.approx(0.0)
-    mixed = share_rows(random_ledger(60, (1.0, 0.5, 0.2, 0.0)), [str(i) for i in range(60)])
+    mixed = share_rows(random_ledger(60, (1.0, 0.5, 0.0, 0.2, 0.0)), [str(i) for i in range(60)])
     assert sum(r["value"] for r in mixed) == pytest.approx(1.0)
     assert all(r["low"] <= r["value"] <= r["high"] for r in mixed)
+    assert [r["part"] for r in mixed] == [part for part in PARTS if part != "constant"]  # it is always 0 here
+    every = share_rows(random_ledger(60, (1.0, 0.5, 0.3, 0.2, 0.0)), [str(i) for i in range(60)])
+    assert [r["part"] for r in every] == list(PARTS)
 
 
 def test_a_group_has_the_shares_of_its_own_pairs_and_a_small_one_none() -> None:
-    first, second = random_ledger(20, (1.0, 0.0, 0.0, 0.0)), random_ledger(20, (0.0, 0.0, 2.0, 0.0), 1)
+    first, second = random_ledger(20, (1.0, 0.0, 0.0, 0.0, 0.0)), random_ledger(20, (0.0, 0.0, 0.0, 2.0, 0.0), 1)
     table, groups = pl.concat([first, second, first.head(3)]), ["a"] * 20 + ["b"] * 20 + ["c"] * 3
     found = {(r["group"], r["part"]): r for r in shares_by(table, groups, [str(i) for i in range(43)])}
     assert {g for g, _ in found} == {"a", "b"}
