@@ -65,7 +65,7 @@ def test_links_and_repetitions_have_names_of_their_own() -> None:
     assert not named(rows, link).form
     again = [row[:8] + row[:8] + row[8:] for row in rows]
     said = np.concatenate([np.r_[np.zeros(8 + 4), np.ones(4), np.zeros(len(row) - 8)] for row in rows])
-    assert named(again, said).text == "said before"
+    assert named(again, said).text == "repeated text"
 
 
 def test_what_is_silent_is_named_so() -> None:

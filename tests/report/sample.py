@@ -306,7 +306,7 @@ def with_difference(data: dict[str, Any]) -> dict[str, Any]:
     }
     data["concepts"] = [
         concept(rng, 0, "“thank you” · “no problem”", 0.81),
-        concept(rng, 1, "said before", -0.62),
+        concept(rng, 1, "repeated text", -0.62),
         concept(rng, 2, "the end of the text", 0.33, form=True),
         concept(rng, 3, "links", -0.21),
         concept(rng, 4, "“paper”", 0.04, reported=False),

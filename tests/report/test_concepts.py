@@ -27,7 +27,7 @@ def test_content_is_told_by_sign_and_form_and_the_rest_apart(data: dict[str, Any
     names = {key: [c["name"] for c in view[key]] for key in ("up", "down", "form", "others")}
     assert names == {
         "up": ["“thank you” · “no problem”"],
-        "down": ["said before", "links"],
+        "down": ["repeated text", "links"],
         "form": ["the end of the text"],
         "others": ["“paper”"],
     }

@@ -119,7 +119,7 @@ class NamedText:
             first[low : low + 2] = True
             last[max(low, high - 2) : high] = True
         kinds: dict[str, tuple[Array, bool]] = {
-            "said before": (self.repeats, False),
+            "repeated text": (self.repeats, False),
             "links": (np.array([bool(LINK.search(t.lower())) for t in self.text]), False),
             "the end of the text": (self.special | last, True),
             "the first words": (first, True),
