@@ -58,6 +58,13 @@ def test_a_pm_without_a_base_has_no_such_section() -> None:
     assert written_view(sample()) is None
 
 
+def test_what_an_unknown_base_costs_is_told_with_the_reason(data: dict[str, Any]) -> None:
+    assert "base is not known" not in text_of(render_report(data))
+    page = text_of(render_report({**data, "base": None, "why_no_base": "The base x could not be loaded."}))
+    assert "The model's base is not known: The base x could not be loaded." in page
+    assert "what preference training wrote is not told apart" in page
+
+
 def test_a_cue_that_concepts_match_names_them(data: dict[str, Any]) -> None:
     data["planted"][0] |= {"concepts": [0], "site": "diff.7"}
     page = render_report(data)

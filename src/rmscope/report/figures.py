@@ -8,7 +8,7 @@ finite are left out; if none are left, a sentence takes the figure's place.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import pairwise
@@ -362,8 +362,12 @@ def forest_axis(span: Range, about: int = 4) -> Markup:
     return _row("scale, reward", *parts)
 
 
-def stacked_bar(parts: Sequence[tuple[str, Any]]) -> Markup:
-    """Shares of 1, one after another: positive ones to the right of 0, negative ones to its left."""
+def stacked_bar(parts: Sequence[tuple[str, Any]], labels: Mapping[str, str] | None = None) -> Markup:
+    """Shares of 1, one after another: positive ones to the right of 0, negative ones to its left.
+
+    A part's name sets its colour; ``labels`` replaces the names that are read.
+    """
+    labels = labels or {}
     known = [(name, v) for name, v in ((name, real(v)) for name, v in parts) if v is not None]
     if not known:
         return EMPTY
@@ -374,10 +378,10 @@ def stacked_bar(parts: Sequence[tuple[str, Any]]) -> Markup:
         start = ahead if v >= 0 else behind + v
         ahead, behind = (ahead + v, behind) if v >= 0 else (ahead, behind + v)
         x, width = _share(start, span), _share(start + abs(v), span) - _share(start, span)
-        tip = Markup("<title>{}: {} %</title>").format(name, number(100 * v))
+        tip = Markup("<title>{}: {} %</title>").format(labels.get(name, name), number(100 * v))
         shape = Markup('<rect class="part part-{}" x="{}%" y="4" width="{}%" height="26">')
         drawn.append(shape.format(name, x, f"{width:.2f}") + tip + Markup("</rect>"))
     zero = f"{_share(0.0, span)}%"
     drawn.append(_line("zero", zero, zero, 0, height))
-    name = ", ".join(f"{n} {number(100 * v)} %" for n, v in known)
+    name = ", ".join(f"{labels.get(n, n)} {number(100 * v)} %" for n, v in known)
     return _row(name, *drawn, css="row-figure stacked", height=height)

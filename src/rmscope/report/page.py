@@ -66,7 +66,7 @@ def render_report(data: dict[str, Any]) -> str:
     script = HERE.joinpath("templates/script.js").read_text("utf-8")
     return render(
         "page.html",
-        data={"base": None, **data},
+        data={"base": None, "why_no_base": "", **data},
         head=headline(data),
         concepts=concept_view(data),
         written=written_view(data),
@@ -148,12 +148,13 @@ def _largest(concept: dict[str, Any], sd: float | None) -> dict[str, Any]:
     return {"largest": effect(value, low, high), "in_sd": number(abs(value) / sd if value is not None and sd else None)}
 
 
-LABELS = {
+WRITTEN_PARTS = {
     "features": "in reported concepts",
     "error": "in other features",
     "remainder": "not reconstructed",
     "gap": "read off the base later",
 }
+"""The parts of Δr that the section on training shows, each in the colour of a part of the ledger."""
 
 
 def written_view(data: dict[str, Any]) -> dict[str, Any] | None:
@@ -177,8 +178,8 @@ def written_view(data: dict[str, Any]) -> dict[str, Any] | None:
     return {
         "site": site["site"],
         "sentence": sentence,
-        "parts": list(zip(LABELS, parts, strict=True)),
-        "labels": LABELS,
+        "parts": list(zip(WRITTEN_PARTS, parts, strict=True)),
+        "labels": WRITTEN_PARTS,
         "explained": all_,
         "told": told,
         "features": site["sae"]["d_sae"],
