@@ -11,10 +11,10 @@ from rmscope.activations.store import ActivationStore, StoreWriter
 from rmscope.ranking.concepts import (
     WINDOW,
     build_concepts,
+    clusters,
     concept_activations,
     correlations,
     fire_alike,
-    linked,
     response_windows,
     window_sums,
 )
@@ -112,13 +112,13 @@ def test_a_concepts_activation_is_the_weighted_sum_of_its_features(store: Activa
 
 def test_linkage_is_an_average_and_what_never_fires_is_alone() -> None:
     alike = np.array([[1, 0.9, 0.4], [0.9, 1, 0.8], [0.4, 0.8, 1]])
-    assert sorted(map(sorted, linked(alike))) == [[0, 1], [2]]  # .6 on average
+    assert sorted(map(sorted, clusters(alike))) == [[0, 1], [2]]  # .6 on average
     alike[0, 2] = alike[2, 0] = 0.7
-    assert [sorted(g) for g in linked(alike)] == [[0, 1, 2]]
+    assert [sorted(g) for g in clusters(alike)] == [[0, 1, 2]]
     active = np.array([[0.0, 1.0, 1.0], [0.0, 2.0, 2.0], [0.0, 0.0, 0.0]])
     assert correlations(active)[0].tolist() == [0, 0, 0]
     assert correlations(active)[1, 2] == pytest.approx(1)
-    assert linked(np.ones((1, 1))) == [[0]]
+    assert clusters(np.ones((1, 1))) == [[0]]
 
 
 def test_what_fires_alike_is_found_again_whatever_its_scale() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rmscope.ranking.names import Name, NamedText
+from rmscope.ranking.names import Name, WordIndex
 
 WORDS = "the cat sat on a mat while rain fell over hills and many birds sang near old stone walls".split()  # noqa: SIM905
 
@@ -31,7 +31,7 @@ def named(rows: list[list[str]], activation: np.ndarray) -> Name:
     number = {p: i for i, p in enumerate(pieces)}
     token = np.array([number[p] for row in rows for p in row])
     response = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    text = NamedText(token, response, pieces.__getitem__, [number["<end>"]] if "<end>" in number else [])
+    text = WordIndex(token, response, pieces.__getitem__, [number["<end>"]] if "<end>" in number else [])
     return text.name(activation)
 
 

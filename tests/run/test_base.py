@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
 
+from rmscope.effects.written import WRITTEN_PAIRS
 from rmscope.errors import InputError
+from rmscope.model.reward_model import RewardModel
 from rmscope.model.site_names import is_difference
 from rmscope.run.run import Run
 from rmscope.sae import Sae
+from tests.effects.naive import ablate_naively
 from tests.model.small import saved_pm, small_model, tokenizer
 from tests.run.small import settings
 
 FIRST = 2
 
 
-def saved_base(folder: Path) -> str:
+def saved_base(folder: Path, seed: int = 3) -> str:
     """The base of the small PM: its blocks from ``FIRST`` on are others."""
     model = small_model("llama", max_position_embeddings=1024)
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     for block in model.model.layers[FIRST:]:
         for p in block.parameters():
             if p.dim() == 2:
@@ -43,7 +47,7 @@ def pm(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def run(pm: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    Run.create(settings(pm, out, diff_features=48, diff_tokens=8192, limit=200)).go()
+    Run.create(settings(pm, out, study="difference", diff_features=48, diff_tokens=8192, limit=200)).go()
     return Run.open(out)
 
 
@@ -66,14 +70,21 @@ def test_the_record_names_the_base_it_took(run: Run) -> None:
     assert [row.block for row in evidence.blocks] == [2, 3]
 
 
-def test_every_site_of_the_difference_tells_what_was_written_and_what_is_explained(run: Run) -> None:
+def test_what_was_written_is_what_goes_when_the_base_takes_the_streams_place(run: Run) -> None:
+    places = run.pair_set.one_per_prompt(run.of_split("measure"), WRITTEN_PAIRS)
     for site in run.evidence.sites:
-        written = site.written
-        assert written is not None
+        clean, without = np.zeros(len(places)), np.zeros(len(places))
+        for i, place in enumerate(places):
+            tokens = run.tokens[place]
+            for side, sign in (("chosen", 1), ("rejected", -1)):
+                text = run.rm.prefill(tokens.side(side), [site.site])
+                nothing = torch.zeros_like(text.streams[site.site][None, tokens.divergence :])
+                clean[i] += sign * text.reward
+                without[i] += sign * float(run.rm.resume(text, site.site, tokens.divergence, nothing)[0])
+        assert site.written is not None
+        assert site.written.pairs == len(places)
+        assert site.written.written.value == pytest.approx((clean * (clean - without)).sum() / (clean**2).sum(), abs=1e-3)
         assert site.ledger is not None
-        assert written.explained_of_written.value is not None
-        assert written.by_concepts.value is not None
-        assert written.explained.value <= 1
         assert "constant" in {s.part for s in site.ledger.shares}
 
 
@@ -96,19 +107,15 @@ def test_concepts_are_made_of_frozen_features_each_told_once(run: Run) -> None:
 
 
 def test_the_effect_of_a_concept_is_the_joint_ablation_of_its_features(run: Run) -> None:
-    from rmscope.effects.ablation import ablate_groups, at_site, clean_runs
-
     exact = run.joint_effects()
     for row in run.concepts.sort("concept").head(3).iter_rows(named=True):
         own = exact.filter(pl.col("feature") == row["concept"]).head(3)
         assert own.height
         for pair, side, effect in own.select("pair", "side", "effect").iter_rows():
             tokens = run.tokens[run.pair_set.index[pair]]
-            texts = clean_runs(run.rm, tokens, [row["site"]])
-            sae = run.saes[row["site"]]
-            response = at_site(sae, texts[side], row["site"], tokens.divergence)
-            [again] = ablate_groups(run.rm, sae, response, row["site"], [row["features"]]).tolist()
-            assert effect == pytest.approx(again, abs=1e-5)
+            sae, ids, start = run.saes[row["site"]], tokens.side(side), tokens.divergence
+            [naive] = ablate_naively(run.rm, sae, ids, row["site"], start, [row["features"]]).tolist()
+            assert effect == pytest.approx(naive, abs=1e-5)
 
 
 def test_both_parts_and_the_whole_can_be_studied_together(pm: str, run: Run, tmp_path: Path) -> None:
@@ -121,11 +128,38 @@ def test_both_parts_and_the_whole_can_be_studied_together(pm: str, run: Run, tmp
     assert Sae.load(other.folder / "saes" / "base.3").site == "base.3"
 
 
-def test_without_a_base_the_whole_stream_is_studied_and_the_page_says_so(pm: str, tmp_path: Path) -> None:
-    assert Run.create(settings(pm, tmp_path / "a", base="none")).inputs.sites == ["resid_post.0", "resid_post.2"]
+def test_a_study_decides_the_sites_and_another_one_chooses_anew(pm: str, run: Run, tmp_path: Path) -> None:
+    whole, written = ["resid_post.0", "resid_post.2"], ["diff.2", "diff.3"]
+    chosen = {
+        study: Run.create(settings(pm, tmp_path / study, study=study)).sites for study in ("whole", "difference", "both")
+    }
+    assert chosen == {"whole": whole, "difference": written, "both": [*written, *whole]}
+    again = Run.create(run.config.model_copy(update={"study": "whole"}))  # in the folder of a finished run
+    assert again.sites == whole
+    opened = Run.open(run.folder)
+    assert opened.sites == written
+    assert "rm" not in vars(opened.inputs)  # no PM was loaded for it
+
+
+def test_activations_of_another_base_are_not_taken_for_those_of_this_one(pm: str, run: Run, tmp_path: Path) -> None:
+    from rmscope.activations.harvest import harvest
+
+    other = saved_base(tmp_path / "other", seed=4)
+    rows = []
+    for base in (None, other):
+        rm = RewardModel.load(pm, device="cpu", base=base)
+        rows.append(harvest(rm, run.pairs[:8], ["diff.3"], tmp_path / "acts").rows("diff.3", torch.arange(20)))
+    assert not torch.equal(*rows)
+
+
+def test_without_a_base_the_whole_stream_is_studied_and_the_reason_is_kept(tmp_path: Path) -> None:
+    pm = saved_pm(tmp_path / "pm")
+    assert Run.create(settings(pm, tmp_path / "a")).inputs.sites == ["resid_post.0", "resid_post.2"]
     Path(pm, "README.md").write_text("---\nbase_model: ./not-there\n---\n")
     lost = Run.create(settings(pm, tmp_path / "b"))
     assert lost.inputs.sites == ["resid_post.0", "resid_post.2"]
-    assert "./not-there" in lost.inputs.no_base
+    assert "./not-there" in lost.inputs.why_no_base
+    with pytest.raises(InputError, match=r"cannot be studied \(.*not-there.*\); give --base"):
+        _ = Run.create(settings(pm, tmp_path / "c", study="difference")).sites
     with pytest.raises(InputError, match="is not a model folder"):
-        _ = Run.create(settings(pm, tmp_path / "c", base="./not-there")).inputs.sites
+        _ = Run.create(settings(pm, tmp_path / "d", base="./not-there")).sites

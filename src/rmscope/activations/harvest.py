@@ -48,7 +48,7 @@ def harvest(
     If ``out`` already holds a store of the same model, data and sites, it is opened. An unfinished store is written again.
     Raises :class:`InputError` where a site does not exist or the disk is full.
     """
-    identity = {"model": rm.identity, "data": data_identity(pairs), "sites": list(sites)}
+    identity = {**rm.identities(sites), "data": data_identity(pairs), "sites": list(sites)}
     root = Path(out)
     if (root / sites[0] / "manifest.json").is_file():
         store = ActivationStore.open(root)
@@ -123,7 +123,7 @@ class ActivationStream:
                 if (prefix := prefix_of(t)) not in self.prefixes:
                     self.prefixes[prefix] = number
                     self.counts[number] += t.divergence - 1
-        self.identity: dict[str, Any] = {"model": rm.identity, "data": data_identity(pairs), "sites": self.sites}
+        self.identity: dict[str, Any] = {**rm.identities(sites), "data": data_identity(pairs), "sites": self.sites}
         self.identity["buffer_tokens"] = buffer_tokens
         self._kept: tuple[int, dict[str, Tensor]] | None = None
 

@@ -226,29 +226,17 @@ def ablations(
     ablated from the response's ending alone (0 without it, and for PMs that cannot be resumed at a site). What is wanted
     under a name of ``groups`` are numbers of its sets of features.
     """
+    groups = groups or {}
     for pair, sides in wanted.items():
         texts = clean_runs(rm, tokens[pair], list(saes), list(sides))
         for side, by_name in sides.items():
-            at: dict[str, Response] = {}
+            responses: dict[str, Response] = {}
             for name, numbers in by_name.items():
-                sets: dict[str, dict[int, Sequence[int]]] = {}
-                for number in numbers or () if groups and name in groups else ():
-                    site, features = (groups or {})[name][number]
-                    sets.setdefault(site, {})[number] = features
-                if not (groups and name in groups):
-                    sets[name] = {}
-                for site, by_number in sets.items():
-                    if site not in at:
-                        at[site] = at_site(saes[site], texts[side], site, tokens[pair].divergence)
-                    response = at[site]
-                    if by_number:
-                        run = torch.tensor(list(by_number))
-                        entries = [_entries_of(response.active, features) for features in by_number.values()]
-                    else:
-                        run = response.features()
-                        if numbers is not None:
-                            run = run[torch.isin(run, torch.as_tensor(list(numbers)))]
-                        entries = _entries_of_each(response.active, run)
+                for site in {groups[name][number][0] for number in numbers or ()} if name in groups else {name}:
+                    if site not in responses:
+                        responses[site] = at_site(saes[site], texts[side], site, tokens[pair].divergence)
+                for site, run, entries in _requested(responses, name, numbers, groups):
+                    response = responses[site]
                     effect = ablate_entries(rm, saes[site], response, site, entries)
                     ending = torch.zeros_like(effect)
                     if endings and response.text.keys:
@@ -256,3 +244,20 @@ def ablations(
                         last = [(token[token >= end], j[token >= end], f[token >= end]) for token, j, f in entries]
                         ending = ablate_entries(rm, saes[site], response, site, last)
                     yield name, Ablations(pair, side, run, effect, ending)
+
+
+def _requested(
+    responses: Mapping[str, Response], name: str, numbers: Sequence[int] | None, groups: Mapping[str, Groups]
+) -> Iterator[tuple[str, Int[Tensor, " n"], list[Entries]]]:
+    """(site, numbers, the entries of each): the wanted features of the site ``name``, or the wanted sets of its groups."""
+    if name not in groups:
+        run = responses[name].features()
+        if numbers is not None:
+            run = run[torch.isin(run, torch.as_tensor(list(numbers)))]
+        yield name, run, _entries_of_each(responses[name].active, run)
+        return
+    by_site: dict[str, list[int]] = {}
+    for number in numbers or ():
+        by_site.setdefault(groups[name][number][0], []).append(number)
+    for site, listed in by_site.items():
+        yield site, torch.tensor(listed), [_entries_of(responses[site].active, groups[name][n][1]) for n in listed]

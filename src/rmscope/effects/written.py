@@ -21,13 +21,12 @@ from rmscope.model.site_names import DIFF
 
 WRITTEN_PAIRS = 24
 """Pairs on which the blocks are compared."""
-
 AT_THE_ENDING = 0.05
 """What a share of Δr that was carried to the ending counts, beside one at its own tokens."""
 
 
 @dataclass(frozen=True, slots=True)
-class WrittenBefore:
+class WrittenShare:
     """What was written up to the end of a block, as shares of Δr."""
 
     block: int
@@ -36,13 +35,13 @@ class WrittenBefore:
     """Of Δr too: the part that is still at other tokens than the response's ending."""
 
     @property
-    def worth(self) -> float:
+    def priority(self) -> float:
         """How much there is to study: at the response's ending, what was written can hardly be told apart."""
         return self.at_own_tokens + AT_THE_ENDING * self.written
 
 
 @torch.no_grad()
-def written_before(rm: RewardModel, tokens: Sequence[PairTokens]) -> list[WrittenBefore]:
+def written_shares(rm: RewardModel, tokens: Sequence[PairTokens]) -> list[WrittenShare]:
     """One row per block from the first trained one on. Needs the PM's base."""
     assert rm.base is not None
     blocks = list(range(rm.base.first, len(rm.blocks)))
@@ -64,4 +63,4 @@ def written_before(rm: RewardModel, tokens: Sequence[PairTokens]) -> list[Writte
                 without[i, kind].index_add_(0, pair, sign * rm.rewards_from(batch, site, ablated).double().cpu())
     total = float(clean @ clean) or 1.0
     shares = ((clean - without) @ clean / total).tolist()
-    return [WrittenBefore(block, written, own) for block, (written, own) in zip(blocks, shares, strict=True)]
+    return [WrittenShare(block, written, own) for block, (written, own) in zip(blocks, shares, strict=True)]

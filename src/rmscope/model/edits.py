@@ -33,11 +33,11 @@ def install_on_difference(
     the same pass. A pass that begins in the middle of a text, or after the first of these blocks, is refused: the base's
     stream is not known there.
     """
-    firsts, beside = _Firsts(), _Beside()
+    firsts, beside = _Firsts(), _BaseStream()
     base.register_forward_pre_hook(firsts, with_kwargs=True)
     base.register_forward_pre_hook(beside.begin, with_kwargs=True)
     for index, other in others.items():
-        forward = _beside(blocks[index].forward, other, beside, index == min(others))
+        forward = _with_base_block(blocks[index].forward, other, beside, index == min(others))
         if index in edits:
             forward = _with_edit(forward, _of_difference(edits[index], beside), firsts)
         blocks[index].forward = forward  # type: ignore[method-assign]
@@ -48,7 +48,7 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
 
 
-class _Beside:
+class _BaseStream:
     """The base's stream in the current pass."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class _Beside:
             raise ValueError("an edit of what training wrote needs whole texts: the base's keys and values are not cached")
 
 
-def _beside(forward: Callable[..., Any], other: nn.Module, beside: _Beside, first: bool) -> Callable[..., Any]:
+def _with_base_block(forward: Callable[..., Any], other: nn.Module, beside: _BaseStream, first: bool) -> Callable[..., Any]:
     """A block's forward that runs the base's block too."""
 
     def both(*args: Any, **kwargs: Any) -> Any:
@@ -80,7 +80,7 @@ def _beside(forward: Callable[..., Any], other: nn.Module, beside: _Beside, firs
     return both
 
 
-def _of_difference(edit: Callable[[Tensor], Tensor], beside: _Beside) -> Callable[[Tensor], Tensor]:
+def _of_difference(edit: Callable[[Tensor], Tensor], beside: _BaseStream) -> Callable[[Tensor], Tensor]:
     def edited(x: Tensor) -> Tensor:
         assert beside.stream is not None
         return beside.stream + edit(x - beside.stream)

@@ -131,6 +131,11 @@ class RewardModel(Trunk):
         """Content hash of weights (name, shape, sum and samples of each), rendering, tokenizer and choice of outputs."""
         return loading.identity(self.model, self.tokenizer, self.rendering, self._weights, self.own_head)
 
+    def identities(self, sites: Sequence[str]) -> dict[str, str]:
+        """What the streams at ``sites`` depend on: the hash of the PM, and that of its base where a site is a part."""
+        base = self.base if any(is_part(site) for site in sites) else None
+        return {"model": self.identity} | ({} if base is None else {"base": base.identity})
+
     @cached_property
     def capabilities(self) -> Capabilities:
         """What the model's own forward takes, measured on first use."""

@@ -68,7 +68,7 @@ def build_concepts(
             active = window_sums(store, saes[site], site, features)
             rows = saes[site].W_dec[features].numpy()
             alike = np.maximum(correlations(active), _cosines(rows))
-            for members in linked(alike):
+            for members in clusters(alike):
                 part = one[members]
                 weights = np.abs(part["rate"].to_numpy())
                 concept = Concept(
@@ -79,17 +79,17 @@ def build_concepts(
                     float(part["fit_effect"].sum()),
                 )
                 at_sites.append((concept, active[:, members] @ weights))
-    return _told_once(at_sites)[:most]
+    return _merge_sites(at_sites)[:most]
 
 
-def _told_once(at_sites: Sequence[tuple[Concept, Array]]) -> list[Concept]:
+def _merge_sites(at_sites: Sequence[tuple[Concept, Array]]) -> list[Concept]:
     """Each concept at the site of its largest effect, the others named."""
     told = []
     for sign in (1, -1):
         own = [(concept, active) for concept, active in at_sites if concept.sign == sign]
         if not own:
             continue
-        for members in linked(correlations(np.stack([active for _, active in own], 1))):
+        for members in clusters(correlations(np.stack([active for _, active in own], 1))):
             same = sorted((own[i][0] for i in members), key=lambda c: -abs(c.fit_effect))
             here = [c for c in same if c.site == same[0].site]
             features: dict[str, tuple[int, ...]] = {}
@@ -109,7 +109,7 @@ def _told_once(at_sites: Sequence[tuple[Concept, Array]]) -> list[Concept]:
     return sorted(told, key=lambda c: (-abs(c.fit_effect), c.site, c.features))
 
 
-def linked(alike: Float[Array, "n n"]) -> list[list[int]]:
+def clusters(alike: Float[Array, "n n"]) -> list[list[int]]:
     """Groups of average-linkage clustering, cut where the mean similarity falls below :data:`TOGETHER`."""
     from scipy.cluster.hierarchy import fcluster, linkage
     from scipy.spatial.distance import squareform

@@ -34,7 +34,7 @@ CLEAR = 0.5
 """A position, a link or a repetition names a concept from this share of its activation on."""
 WITH_WORDS = 0.4
 """Where a position covers most, words are told too if they cover this share of the activation."""
-SAID_BEFORE = 4
+REPEATED_TOKENS = 4
 """Tokens in a row that make a repetition."""
 LINK = re.compile(r"https?|www|\.(com|org|net|io)\b|://")
 
@@ -48,8 +48,8 @@ class Name:
     form: bool
 
 
-class NamedText:
-    """The responses of a store as words, ready for naming."""
+class WordIndex:
+    """The words, repetitions and positions of the responses in a store."""
 
     def __init__(
         self, token: Int[Array, " n"], response: Int[Array, " n"], decode: Callable[[int], str], special: Sequence[int]
@@ -71,8 +71,8 @@ class NamedText:
         for low, high in self.bounds:
             seen: set[tuple[int, ...]] = set()
             ids = token[low:high].tolist()
-            for i in range(SAID_BEFORE, len(ids) + 1):
-                gram = tuple(ids[i - SAID_BEFORE : i])
+            for i in range(REPEATED_TOKENS, len(ids) + 1):
+                gram = tuple(ids[i - REPEATED_TOKENS : i])
                 out[low + i - 1] = gram in seen
                 seen.add(gram)
         return out

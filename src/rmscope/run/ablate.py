@@ -8,8 +8,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import polars as pl
 
 from rmscope.effects import tables
@@ -18,7 +16,7 @@ from rmscope.model.rendering import PairTokens
 from rmscope.ranking import flags
 from rmscope.ranking.candidates import firing_counts, pairs_a_prompt, strongest
 from rmscope.run.data import RunData
-from rmscope.run.screen import Tables, ordered
+from rmscope.run.screen import Tables, exact_effects, ordered
 
 CONCEPTS = "concepts"
 """The name of the concepts' table beside those of the sites."""
@@ -43,10 +41,12 @@ def ablate(run: RunData, progress: Progress, key: str) -> None:
     asked = {s: pairs_a_prompt(fires[s], listed[s], c.confirm_prompts, c.confirm_pairs) for s in listed}
     hardest = {s: strongest(fires[s], listed[s], c.confirm_prompts) for s in listed}
     both = {s: pl.concat([asked[s].select(ROW), hardest[s].select(ROW)]) for s in listed}
-    effects = _joint(run, "confirm", key, both, progress, endings=True)
+    concepts = run.frozen_concepts.select("concept", "site", "features").iter_rows()
+    groups = {CONCEPTS: {number: (site, features) for number, site, features in concepts}}
+    effects = exact_effects(run, "confirm", key, both, progress, endings=True, groups=groups)
     tried, tokens = _unrelated_completions(run, asked)
     requests = {s: rows.with_columns(pl.lit("chosen").alias("side")) for s, rows in tried.items()}
-    moved = _joint(run, "unrelated", key, requests, progress, tokens=tokens)
+    moved = exact_effects(run, "unrelated", key, requests, progress, tokens=tokens, groups=groups)
     ends = flags.endings(run.rm, run.tokens, run.ids, confirming)
     means = _to_mean(run, {site: asked[site] for site in run.sites}, progress, key)
     for name, effect in effects.items():
@@ -83,28 +83,6 @@ def concept_firings(run: RunData, firing: Tables) -> pl.DataFrame:
         numbered = by_response.with_columns(pl.lit(number).alias("feature"))
         parts.append(numbered.select(pl.col(name).cast(dtype) for name, dtype in schema.items()))
     return pl.concat(parts)
-
-
-def _joint(
-    run: RunData,
-    name: str,
-    key: str,
-    requests: Tables,
-    progress: Progress,
-    endings: bool = False,
-    tokens: Sequence[PairTokens] | None = None,
-) -> Tables:
-    """The asked ablations of features and of concepts, kept unit by unit; a response's clean run serves both."""
-    wanted = tables.plan(requests, run.pair_set.index)
-    members = dict(zip(*run.frozen_concepts.select("concept", pl.struct("site", "features")).get_columns(), strict=True))
-    groups = {number: (row["site"], row["features"]) for number, row in members.items()}
-
-    def make(unit: list[int], within: Progress) -> Tables:
-        part = {p: wanted[p] for p in unit}
-        texts = tokens or run.tokens
-        return tables.ablation_table(run.rm, run.saes, texts, run.ids, part, within, endings, groups={CONCEPTS: groups})
-
-    return run.on_disk.in_units(name, key, list(wanted), progress, make) or make([], progress)
 
 
 def _unrelated_completions(run: RunData, asked: Tables) -> tuple[Tables, list[PairTokens]]:

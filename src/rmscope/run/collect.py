@@ -91,7 +91,7 @@ def collect(run: RunData, progress: Progress, key: str) -> None:
         scores=score_evidence(run.scores, run.prompts),
         noise_floor=run.noise_floor,
         base=_base(run),
-        no_base=run.inputs.no_base,
+        why_no_base=run.inputs.why_no_base,
         concepts=concepts,
         sites=sites,
         planted=planted if plants else None,
@@ -238,10 +238,10 @@ def concept_evidence(run: RunData) -> list[ConceptEvidence]:
 
 
 def _base(run: RunData) -> BaseEvidence | None:
-    if not run.inputs.written or run.rm.base is None:
+    if not run.inputs.written_shares or run.rm.base is None:
         return None
     base = run.rm.base
-    blocks = [BlockEvidence(**asdict(w)) for w in run.inputs.written]
+    blocks = [BlockEvidence(**asdict(w)) for w in run.inputs.written_shares]
     return BaseEvidence(name=base.name, first=base.first, changes=base.changes, blocks=blocks)
 
 

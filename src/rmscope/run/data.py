@@ -164,10 +164,8 @@ class RunData:
 
     @cached_property
     def sites(self) -> list[str]:
-        """The run's sites; of a finished run without loading the PM."""
-        if self.config.sites is None and (ranked := sorted((self.folder / "features").glob("*.parquet"))):
-            return sorted((p.stem for p in ranked), key=lambda site: int(site.rpartition(".")[2]) if "." in site else -1)
-        return self.inputs.sites
+        """The run's sites; where the folder records them, the PM is not loaded."""
+        return self.on_disk.sites_of(self.config.sites, self.config.study) or self.inputs.sites
 
     def check_site(self, site: str) -> str:
         """The site. InputError where the run has no SAE there."""

@@ -214,7 +214,7 @@ class Evidence(Stored):
     noise_floor: float
     base: BaseEvidence | None = None
     """None where the PM's base is not known."""
-    no_base: str = ""
+    why_no_base: str = ""
     """Why there is no base, where one was looked for."""
     concepts: list[ConceptEvidence] = []
     """The frozen concepts, by rank."""

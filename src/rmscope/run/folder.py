@@ -48,8 +48,8 @@ class RunFolder:
             raise InputError(f"{self.path} is not empty and no run folder (it holds no {RECORD}); name another folder.")
         return {}
 
-    def open(self, identity: dict[str, str], config: dict[str, Any]) -> None:
-        """Refuses a folder of another model or dataset; writes the identities and the resolved settings."""
+    def open(self, identity: dict[str, str], config: dict[str, Any], sites: Sequence[str]) -> None:
+        """Refuses a folder of another model or dataset; writes the identities, the resolved settings and the sites."""
         for what, value in identity.items():
             before = self.record.get("identity", {}).get(what, value)
             if before != value:
@@ -60,6 +60,7 @@ class RunFolder:
         self.record |= {
             "identity": identity,
             "config": config,
+            "sites": list(sites),
             "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         }
         self.record.setdefault("stages", {})
@@ -73,6 +74,11 @@ class RunFolder:
     def seconds(self) -> float:
         """What the stages took, all together."""
         return sum(stage["seconds"] for stage in self.record.get("stages", {}).values())
+
+    def sites_of(self, sites: Sequence[str] | None, study: str) -> list[str] | None:
+        """The sites that these settings gave before; None where they were others, or there was no run yet."""
+        before = self.record.get("config", {})
+        return self.record.get("sites") if (before.get("sites"), before.get("study")) == (sites, study) else None
 
     @property
     def keys(self) -> dict[str, str]:

@@ -10,7 +10,7 @@ import polars as pl
 
 from rmscope.io import Progress, write_table
 from rmscope.ranking.concepts import Concept, build_concepts, concept_activations, response_windows
-from rmscope.ranking.names import Name, NamedText
+from rmscope.ranking.names import Name, WordIndex
 from rmscope.run.data import RunData
 
 SHOWN = 5
@@ -67,7 +67,7 @@ def name_concepts(run: RunData, concepts: Sequence[Concept]) -> list[Name]:
     keep, _ = response_windows(run.store, site)
     token, pair, region = (run.store.column(site, name).numpy()[keep] for name in ("token", "pair", "region"))
     response = pair.astype(np.int64) * 3 + region
-    text = NamedText(token, response, lambda t: tokenizer.decode([t]), tokenizer.all_special_ids)
+    text = WordIndex(token, response, lambda t: tokenizer.decode([t]), tokenizer.all_special_ids)
     return [text.name(concept_activations(run.store, run.saes[c.site], c)[1]) for c in concepts]
 
 

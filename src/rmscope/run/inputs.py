@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rmscope.effects.written import WRITTEN_PAIRS, WrittenBefore, written_before
+from rmscope.effects.written import WRITTEN_PAIRS, WrittenShare, written_shares
 from rmscope.errors import InputError
 from rmscope.evaluation.reward_aware import RewardAwareConfig
 from rmscope.model import checks
@@ -24,7 +24,7 @@ from rmscope.run.settings import RunConfig
 from rmscope.settings import LoadSettings, ReadSettings
 
 PROPOSED = 3
-"""Sites that are studied where the settings name none and the PM's base is known."""
+"""Sites of the difference that are studied where the settings name none."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Inputs:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.read_report = ReadReport()
-        self.no_base = ""
+        self.why_no_base = ""
         """Why the base that the PM's card names could not be used."""
 
     @classmethod
@@ -129,34 +129,40 @@ class Inputs:
 
     @cached_property
     def sites(self) -> list[str]:
-        """The sites that are studied: those of the settings; else where preference training wrote most, if the PM's base is
-        known; else two of the whole stream. InputError where the PM does not have one of them.
+        """The sites that are studied: those of the settings, else those of its ``study``.
+
+        Raises:
+            InputError: the PM does not have one of them, or the difference is asked for and the PM's base is not known.
         """
-        sites = self.config.sites or self.proposed_sites or self.rm.default_sites
+        sites = self.config.sites or self._sites_of_study()
         for site in sites:
             self.rm.site_index(site)
         return sites
 
     @cached_property
-    def written(self) -> list[WrittenBefore]:
-        """What preference training wrote, block by block, on some fit pairs; empty where the PM's base is not known."""
+    def written_shares(self) -> list[WrittenShare]:
+        """How much of Δr training wrote up to each block, on some fit pairs; empty where the PM's base is not known."""
         try:
             if self.rm.base is None:
                 return []
         except InputError as error:
             if self.config.base is not None:
                 raise
-            self.no_base = str(error)
+            self.why_no_base = str(error)
             return []
         fit = self.scored.of_split("fit") or list(range(len(self.scored.pairs)))
         chosen = self.scored.one_per_prompt(fit, WRITTEN_PAIRS)
-        return written_before(self.rm, [self.scored.tokens[i] for i in chosen])
+        return written_shares(self.rm, [self.scored.tokens[i] for i in chosen])
 
-    @property
-    def proposed_sites(self) -> list[str]:
-        """Where what preference training wrote is best studied; empty without a base."""
-        best = sorted(self.written, key=lambda w: -w.worth)[:PROPOSED]
-        return [f"{DIFF}.{w.block}" for w in sorted(best, key=lambda w: w.block)]
+    def _sites_of_study(self) -> list[str]:
+        study = self.config.study
+        if study == "whole":
+            return self.rm.default_sites
+        blocks = sorted(w.block for w in sorted(self.written_shares, key=lambda w: -w.priority)[:PROPOSED])
+        if study == "difference" and not blocks:
+            reason = self.why_no_base or f"{self.rm.name} names none"
+            raise InputError(f"The difference from the PM's base cannot be studied ({reason.rstrip('.')}); give --base.")
+        return [f"{DIFF}.{block}" for block in blocks] + (self.rm.default_sites if study == "both" or not blocks else [])
 
     def plan(self) -> dict[str, Any]:
         """What a run would take: counts, minutes and bytes, estimated from one timed forward pass."""

@@ -8,7 +8,6 @@ from typing import Any
 
 from rmscope.activations.harvest import data_identity
 from rmscope.io import Display, write_text
-from rmscope.model.site_names import is_part
 from rmscope.report.page import Page, render_report
 from rmscope.run.data import RunData
 from rmscope.run.evidence import Context
@@ -44,13 +43,13 @@ class Run(RunData):
         with self.display.stage("load"):
             pairs = self.inputs.all_pairs  # bad data is told before the PM is loaded
             self.display.note(f"{c.data}: {len(pairs)} pairs, read as {self.inputs.read_report.format} (--format overrules)")
-            identity = {"model": self.rm.identity, "data": data_identity(self.inputs.scored.pairs)}
             if c.sae_dir is not None:
                 _ = self.saes  # what is wrong with them is told before anything is scored
             sites = self.sites
-            if any(is_part(site) for site in sites) and self.rm.base is not None:
-                identity["base"] = self.rm.base.identity
-        self.on_disk.open(identity, c.model_dump(mode="json"))
+            identity = {**self.rm.identities(sites), "data": data_identity(self.inputs.scored.pairs)}
+            base = self.rm.base if "base" in identity else None
+            self.display.note(f"sites: {', '.join(sites)}" + ("" if base is None else f"; base: {base.name}"))
+        self.on_disk.open(identity, c.model_dump(mode="json"), sites)
         for stage in STAGES:
             self.on_disk.stage(stage.name, stage.key(self), stage.files(sites), stage.bind(self))
         self.report()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import polars as pl
 
 from rmscope.effects import tables
+from rmscope.effects.ablation import Groups
 from rmscope.io import Progress, write_table
 from rmscope.model.rendering import PairTokens
 from rmscope.ranking.candidates import candidates, first_responses, freeze, preference_signs
@@ -37,7 +38,7 @@ def screen(run: RunData, progress: Progress, key: str) -> None:
         columns = ["pair", "side", "feature"]
         requests[site] = pl.concat([rows.select(columns), samples[site].select(columns)])
         signs[site] = preference_signs(table)
-    fit = ablations(run, "fit", key, requests, progress)
+    fit = exact_effects(run, "fit", key, requests, progress)
     for site in run.sites:
         folder = run.folder / "effects" / site
         rows = first_responses(ordered(run, fit[site]), screened[site], c.responses)
@@ -55,19 +56,24 @@ def ordered(run: RunData, table: pl.DataFrame) -> pl.DataFrame:
     return tables.with_order(table, run.prompts, run.config.seed)
 
 
-def ablations(
+def exact_effects(
     run: RunData,
     name: str,
     key: str,
     requests: Mapping[str, pl.DataFrame],
     progress: Progress,
+    endings: bool = False,
     tokens: Sequence[PairTokens] | None = None,
+    groups: Mapping[str, Groups] | None = None,
 ) -> Tables:
-    """The asked ablations (pair, side, feature) of every site, kept unit by unit under ``name``."""
+    """The requested ablations (pair, side, feature), kept unit by unit under ``name``.
+
+    ``tokens`` replaces the pairs' own texts. ``groups`` is that of :func:`rmscope.effects.tables.ablation_table`.
+    """
     wanted = tables.plan(requests, run.pair_set.index)
 
     def make(unit: list[int], within: Progress) -> Tables:
         part = {p: wanted[p] for p in unit}
-        return tables.ablation_table(run.rm, run.saes, tokens or run.tokens, run.ids, part, within)
+        return tables.ablation_table(run.rm, run.saes, tokens or run.tokens, run.ids, part, within, endings, groups)
 
     return run.on_disk.in_units(name, key, list(wanted), progress, make) or make([], progress)

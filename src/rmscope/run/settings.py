@@ -24,8 +24,10 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
     out: Path
     """The run folder."""
     sites: Names | None = None
-    """Sites such as diff.12 or resid_post.6, comma-separated; left out, three of what preference training wrote (diff) where
-    the PM's base is known, else two of the whole stream at about one and two thirds of the depth."""
+    """Sites such as diff.12 or resid_post.6, comma-separated; left out, ``study`` decides."""
+    study: Literal["both", "difference", "whole"] = "both"
+    """Which sites are taken where none are named: three of what preference training wrote (difference, needs the PM's base),
+    two of the whole stream at about one and two thirds of the depth (whole), or both. Without a base it is whole."""
     max_tokens: int | None = Field(None, gt=0)
     """Only pairs whose sides have at most this many tokens each."""
     top_share: float | None = Field(None, gt=0, le=1)
@@ -99,7 +101,8 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
 DEMO: dict[str, Any] = {
     "model": "zoo:planted",
     "data": "demo:planted",
-    # Few features and responses: with difference SAEs that is enough, and the demo shall take five minutes.
+    # What training wrote, with few features and responses: on this PM that is enough, and the demo shall take five minutes.
+    "study": "difference",
     "estimate_pairs": 252,
     "others": 20,
     "responses": 10,

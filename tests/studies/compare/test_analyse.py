@@ -43,7 +43,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"prompt": p.prompt[0]["content"], "chosen": p.chosen, "rejected": p.rejected} for p in TEXTS]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = Run.create(model=str(root / "pm"), data=str(root / "pairs.jsonl"), out=root / "run", sites=[SITE])
-    made.on_disk.open({"model": made.rm.identity, "data": data_identity(made.pairs)}, made.config.model_dump(mode="json"))
+    made.on_disk.open(
+        {"model": made.rm.identity, "data": data_identity(made.pairs)}, made.config.model_dump(mode="json"), made.sites
+    )
     small_sae().save(root / "run" / "saes" / SITE)
     harvest(made.rm, [made.pairs[i] for i in made.of_split("fit")], [SITE], root / "run" / "activations")
     ranked = pl.DataFrame({"feature": [*REPORTED, 5], "rank": [1, 2, 3, 4], "reported": [True, True, True, False]})

@@ -39,7 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"prompt": p.prompt[0]["content"], "chosen": p.chosen, "rejected": p.rejected} for p in PAIRS]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = Run.create(model=str(root / "pm"), data=str(root / "pairs.jsonl"), out=root / "run", sites=[SITE])
-    run.on_disk.open({"model": run.rm.identity, "data": data_identity(run.pairs)}, run.config.model_dump(mode="json"))
+    run.on_disk.open(
+        {"model": run.rm.identity, "data": data_identity(run.pairs)}, run.config.model_dump(mode="json"), run.sites
+    )
     pl.DataFrame({"delta": run.rm.score(run.pairs).delta.numpy()}).write_parquet(root / "run" / "scores.parquet")
     small_sae().save(root / "run" / "saes" / SITE)
     harvest(run.rm, run.pairs, [SITE], root / "run" / "activations")

@@ -34,7 +34,7 @@ def small_run(folder: Path, sites: Sequence[str] = SITES) -> Run:
     """The run, with everything but a ranking."""
     pm, data = saved_inputs(folder)
     run = Run.create(model=pm, data=data, out=folder / "run", sites=list(sites), device="cpu")
-    run.on_disk.open({"model": run.rm.identity, "data": "pairs"}, run.config.model_dump(mode="json"))
+    run.on_disk.open({"model": run.rm.identity, "data": "pairs"}, run.config.model_dump(mode="json"), run.sites)
     score(run, silent, "key")
     harvest(run, silent, "key")
     for seed, site in enumerate(sites):
