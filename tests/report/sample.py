@@ -296,7 +296,7 @@ def with_difference(data: dict[str, Any]) -> dict[str, Any]:
         one["site"] = f"diff.{block}"
         one["written"] = {
             "written": figure(share), "explained": figure(0.95), "explained_of_written": figure(0.9),
-            "by_concepts": figure(0.75), "pairs": 24,
+            "by_concepts": figure(0.75), "by_others": figure(0.05), "pairs": 24,
         }  # fmt: skip
     data["base"] = {
         "name": "zoo:smollm2",

@@ -9,10 +9,12 @@ import polars as pl
 import pytest
 import torch
 
+from rmscope.effects.splice import Span
 from rmscope.effects.written import WRITTEN_PAIRS
 from rmscope.errors import InputError
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.site_names import is_difference
+from rmscope.run import collect
 from rmscope.run.run import Run
 from rmscope.sae import Sae
 from tests.effects.naive import ablate_naively
@@ -86,6 +88,19 @@ def test_what_was_written_is_what_goes_when_the_base_takes_the_streams_place(run
         assert site.written.written.value == pytest.approx((clean * (clean - without)).sum() / (clean**2).sum(), abs=1e-3)
         assert site.ledger is not None
         assert "constant" in {s.part for s in site.ledger.shares}
+
+
+def test_concepts_and_the_other_features_share_what_is_explained(run: Run) -> None:
+    """With every feature in a concept the rest is b_dec alone, and the other way round: the two masks are complements."""
+    site = run.sites[-1]
+    sae, inside = run.saes[site], collect._features_of_concepts(run, site)
+    x = run.store.rows(site, torch.arange(40, 80))
+    mask = torch.zeros(sae.m, dtype=torch.bool)
+    mask[inside] = True
+    parts = [collect._reconstruct_from(sae, some, Span(0, "chosen", x))[0] for some in (mask, ~mask)]
+    torch.testing.assert_close(sum(parts) - sae.b_dec, sae(x), atol=1e-5, rtol=1e-5)
+    frozen = {*run.frozen(site)["feature"]}
+    assert set(inside) <= frozen
 
 
 def test_concepts_are_made_of_frozen_features_each_told_once(run: Run) -> None:

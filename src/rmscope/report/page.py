@@ -181,7 +181,8 @@ def written_view(data: dict[str, Any]) -> dict[str, Any] | None:
         "parts": list(zip(WRITTEN_PARTS, parts, strict=True)),
         "labels": WRITTEN_PARTS,
         "explained": all_,
-        "told": told,
+        "by_concepts": told,
+        "by_others": w["by_others"],
         "features": site["sae"]["d_sae"],
         "pairs": w["pairs"],
     }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rmscope.effects.ledger import FEWEST, share_rows
-from rmscope.effects.splice import Span, constant, delta_r2, run_replacements, splice
+from rmscope.effects.splice import Replacement, Span, constant, delta_r2, run_replacements, splice
 from rmscope.effects.written import WRITTEN_PAIRS
 from rmscope.io import Progress, write_json, write_table, write_text
 from rmscope.model.site_names import is_difference
@@ -246,43 +246,55 @@ def _base(run: RunData) -> BaseEvidence | None:
 
 
 def written_evidence(run: RunData) -> dict[str, WrittenEvidence]:
-    """The stream's difference from the base replaced by nothing, by its reconstruction, by that from concepts alone."""
+    """By site of the difference: what goes when it is replaced by nothing, by its reconstruction, or by parts of that."""
     places = run.pair_set.one_per_prompt(run.of_split("measure"), WRITTEN_PAIRS)
-    sites, told = [s for s in run.sites if is_difference(s)], run.concepts.filter("reported")
-    replacements = {}
+    sites = [site for site in run.sites if is_difference(site)]
+    replacements: dict[str, tuple[str, Replacement]] = {}
     for site in sites:
-        sae, here = run.saes[site], told.filter(pl.col("site") == site)["features"].explode().drop_nulls()
-        there = told.select(pl.col("elsewhere").explode()).drop_nulls().unnest("elsewhere").filter(pl.col("site") == site)
-        features = torch.tensor(sorted({*here, *there["features"].explode().drop_nulls()}), dtype=torch.long)
-        replacements[site, "base"] = (site, constant(torch.zeros(sae.d)))
-        replacements[site, "all"] = (site, splice(sae))
-        replacements[site, "concepts"] = (site, partial(_from_features, sae, features))
+        sae = run.saes[site]
+        inside = torch.zeros(sae.m, dtype=torch.bool)
+        inside[_features_of_concepts(run, site)] = True
+        kinds = {
+            "base": constant(torch.zeros(sae.d)),
+            "all": splice(sae),
+            "concepts": partial(_reconstruct_from, sae, inside),
+            "others": partial(_reconstruct_from, sae, ~inside),
+        }
+        replacements |= {f"{site}/{kind}": (site, replacement) for kind, replacement in kinds.items()}
     if not sites:
         return {}
-    named = {"/".join(key): replacement for key, replacement in replacements.items()}
-    runs = run_replacements(run.rm, run.tokens, places, named)
+    runs = run_replacements(run.rm, run.tokens, places, replacements)
     prompts = np.array([run.pairs[i].prompt_key for i in places])
     evidence = {}
     for site in sites:
-        delta = runs[f"{site}/base"].delta
-        without, reconstructed, by_concepts = (
-            runs[f"{site}/{kind}"].delta_hat[:, 0] for kind in ("base", "all", "concepts")
+        delta, without, all_, concepts, others = (
+            runs[f"{site}/base"].delta,
+            *(runs[f"{site}/{kind}"].delta_hat[:, 0] for kind in ("base", "all", "concepts", "others")),
         )
-        unexplained = (delta - without) ** 2
+        of_written = [one_minus((delta - some) ** 2, (delta - without) ** 2, prompts) for some in (all_, concepts, others)]
         evidence[site] = WrittenEvidence(
             written=ratio(delta * (delta - without), delta**2, prompts),
-            explained=delta_r2(delta, reconstructed, prompts),
-            explained_of_written=one_minus((delta - reconstructed) ** 2, unexplained, prompts),
-            by_concepts=one_minus((delta - by_concepts) ** 2, unexplained, prompts),
+            explained=delta_r2(delta, all_, prompts),
+            explained_of_written=of_written[0],
+            by_concepts=of_written[1],
+            by_others=of_written[2],
             pairs=len(places),
         )
     return evidence
 
 
-def _from_features(sae: Sae, features: Tensor, at: Span) -> Tensor:
-    """The reconstruction from some features alone."""
+def _features_of_concepts(run: RunData, site: str) -> list[int]:
+    """The features at a site of all reported concepts, those that are told at another site included."""
+    told = run.concepts.filter("reported")
+    elsewhere = told.select(pl.col("elsewhere").explode()).drop_nulls().unnest("elsewhere")
+    rows = pl.concat([table.filter(pl.col("site") == site).select("features") for table in (told, elsewhere)])
+    return sorted(set(rows["features"].explode().drop_nulls()))
+
+
+def _reconstruct_from(sae: Sae, inside: Tensor, at: Span) -> Tensor:
+    """The reconstruction from some features alone; ``inside`` [m] marks them."""
     active = sae.active(at.x)
-    kept = torch.isin(active.feature, features)
+    kept = inside[active.feature]
     return sae.decode_active(Active(active.token[kept], active.feature[kept], active.value[kept], active.n_tokens))[None]
 
 

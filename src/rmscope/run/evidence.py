@@ -152,6 +152,8 @@ class WrittenEvidence(Stored):
     """1 - Σ(Δr - Δr^)² / Σ(Δr - Δr of b)²."""
     by_concepts: Figure
     """The same with the features of reported concepts alone."""
+    by_others: Figure
+    """The same with all other features alone."""
     pairs: int
 
 
