@@ -254,7 +254,7 @@ def written_evidence(run: RunData) -> dict[str, WrittenEvidence]:
         sae = run.saes[site]
         inside = torch.zeros(sae.m, dtype=torch.bool)
         inside[_features_of_concepts(run, site)] = True
-        kinds = {
+        kinds: dict[str, Replacement] = {
             "base": constant(torch.zeros(sae.d)),
             "all": splice(sae),
             "concepts": partial(_reconstruct_from, sae, inside),
