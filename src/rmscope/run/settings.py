@@ -24,10 +24,10 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
     out: Path
     """The run folder."""
     sites: Names | None = None
-    """Sites such as diff.12 or resid_post.6, comma-separated; left out, ``study`` decides."""
+    """Sites such as diff.12 or resid_post.6, comma-separated; left out, the setting study decides."""
     study: Literal["both", "difference", "whole"] = "both"
-    """Which sites are taken where none are named: three of what preference training wrote (difference, needs the PM's base),
-    two of the whole stream at about one and two thirds of the depth (whole), or both. Without a base it is whole."""
+    """What is studied where no sites are named. difference: what preference training wrote, at three blocks. whole: the whole
+    stream, at about one and two thirds of the depth. both: all five sites. Without the PM's base, both is whole."""
     max_tokens: int | None = Field(None, gt=0)
     """Only pairs whose sides have at most this many tokens each."""
     top_share: float | None = Field(None, gt=0, le=1)
