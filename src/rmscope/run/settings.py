@@ -26,8 +26,8 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
     sites: Names | None = None
     """Sites such as diff.12 or resid_post.6, comma-separated; left out, the setting study decides."""
     study: Literal["both", "difference", "whole"] = "both"
-    """What is studied where no sites are named. difference: what preference training wrote, at three blocks. whole: the whole
-    stream, at about one and two thirds of the depth. both: all five sites. Without the PM's base, both is whole."""
+    """What is studied where no sites are named. difference: what preference training wrote, at three blocks.
+    whole: the whole stream, at about one and two thirds of the depth. both: all five sites; whole without the PM's base."""
     max_tokens: int | None = Field(None, gt=0)
     """Only pairs whose sides have at most this many tokens each."""
     top_share: float | None = Field(None, gt=0, le=1)
