@@ -10,11 +10,12 @@ from torch import Tensor
 
 from rmscope.effects.ablation import ablate_groups, at_site, clean_runs
 from rmscope.effects.gradients import streams_and_gradients
-from rmscope.effects.ledger import baseline, ledger_rows
+from rmscope.effects.ledger import baseline, joint_baseline, ledger_rows
 from rmscope.effects.tables import ledger_tables
 from rmscope.effects.written import written_shares
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
+from rmscope.sae.joint import JointSae
 from tests.effects.naive import reward_with
 from tests.model.based import KINDS, pm_with_base
 from tests.model.small import DECODERS, ENCODERS, OTHERS, PAIRS, small_sae
@@ -22,7 +23,9 @@ from tests.model.small import DECODERS, ENCODERS, OTHERS, PAIRS, small_sae
 ARCHITECTURES = [*DECODERS, *OTHERS, *ENCODERS]
 BLOCK = 2
 SD = 10.0
-GROUPS = ([3], [17, 40], [0, 1, 2, 41, 70])
+GROUPS = ([3], [17, 40], [0, 1, 2, 41, 70], [5, 60, 95])
+OF_BOTH = [*GROUPS, [3, 17, 96, 100, 120, 135]]
+"""The last set holds features of either part: the difference SAE has 96."""
 
 
 def naive_streams(rm: RewardModel, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,11 +46,12 @@ def naive_streams(rm: RewardModel, ids: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_parts_are_those_of_two_forward_passes_and_sum_to_the_stream(architecture: str, kind: str) -> None:
     rm = pm_with_base(architecture, kind)
-    sites = [f"{part}.{BLOCK}" for part in ("resid_post", "diff", "base")]
+    sites = [f"{part}.{BLOCK}" for part in ("resid_post", "diff", "base", "both")]
     tokens = rm.tokenize_all(PAIRS)
     for batch in rm.batches(tokens):
-        x, delta, b = rm.streams(batch, sites).values()
+        x, delta, b, both = rm.streams(batch, sites).values()
         assert torch.equal(x - b, delta)
+        assert torch.equal(torch.cat([delta, b], -1), both)
         for text in batch.texts:
             own_x, own_b = naive_streams(rm, tokens[text.pair].side(text.side))
             at = text.columns[: text.read + 1]
@@ -66,21 +70,26 @@ def test_with_all_that_was_written_ablated_the_stream_is_the_bases_bit_for_bit(a
         assert not torch.allclose(given, rm.rewards(batch), atol=1e-3)  # the difference matters to the reward
 
 
-@pytest.mark.parametrize("part", ["diff", "base"])
+@pytest.mark.parametrize("part", ["diff", "base", "both"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_exact_ablation_of_a_part_is_that_of_the_naive_twin(architecture: str, kind: str, part: str) -> None:
-    rm, site, sae = pm_with_base(architecture, kind), f"{part}.{BLOCK}", small_sae()
+    rm, site = pm_with_base(architecture, kind), f"{part}.{BLOCK}"
+    own, other = small_sae(), small_sae(m=40, seed=1)
+    sae = JointSae(own, other, site) if part == "both" else own
     tokens = rm.tokenize(PAIRS[0])
     runs = clean_runs(rm, tokens, [site])
     for side in SIDES:
         ids, start = runs[side].ids, tokens.divergence
-        given = ablate_groups(rm, sae, at_site(sae, runs[side], site, start), site, GROUPS)
+        groups = OF_BOTH if part == "both" else GROUPS
+        given = ablate_groups(rm, sae, at_site(sae, runs[side], site, start), site, groups)
         x, b = naive_streams(rm, ids)
-        f = sae.encode((x - b if part == "diff" else b)[start:])
+        read = {"diff": [(x - b, own)], "base": [(b, own)], "both": [(x - b, own), (b, other)]}[part]
+        f = torch.cat([one.encode(stream[start:]) for stream, one in read], 1)
+        rows = torch.cat([one.W_dec for _, one in read])
         clean = float(rm.reward_alone(ids))
-        for group, effect in zip(GROUPS, given.tolist(), strict=True):
-            change = f[:, list(group)] @ sae.W_dec[list(group)]
+        for group, effect in zip(groups, given.tolist(), strict=True):
+            change = f[:, list(group)] @ rows[list(group)]
 
             def edit(stream: Tensor, change: Tensor = change, start: int = start) -> Tensor:
                 return torch.cat([stream[:, :start], stream[:, start:] - change], 1)
@@ -93,12 +102,13 @@ def test_exact_ablation_of_a_part_is_that_of_the_naive_twin(architecture: str, k
 def test_the_gradient_of_a_part_is_that_of_the_whole_stream(kind: str) -> None:
     rm = pm_with_base("llama", kind)
     batch = next(iter(rm.batches(rm.tokenize_all(PAIRS))))
-    sites = [f"{part}.{BLOCK}" for part in ("resid_post", "diff", "base")]
+    sites = [f"{part}.{BLOCK}" for part in ("resid_post", "diff", "base", "both")]
     at = streams_and_gradients(rm, batch, sites)
     apart = {site: streams_and_gradients(rm, batch, [site])[site] for site in sites}
     for site in sites:
         torch.testing.assert_close(at[site], apart[site])
-        assert torch.equal(at[site][1], at[sites[0]][1])
+        for half in at[site][1].split(rm.d_model, -1):
+            assert torch.equal(half, at[sites[0]][1])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
@@ -122,6 +132,22 @@ def test_the_ledger_from_the_base_closes_and_its_remainder_is_inherited(architec
     np.testing.assert_allclose(parts, table["delta_r"], atol=1e-9)
     assert (table["gap"].abs() <= 0.01 * table["delta_r"].abs().clip(0.1 * SD)).all()
     assert (table["constant"] != 0).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ledger_of_both_parts_begins_at_the_mean_of_the_bases_stream_with_nothing_written(kind: str) -> None:
+    rm, site = pm_with_base("llama", kind), f"both.{BLOCK}"
+    sae, tokens = JointSae(small_sae(), small_sae(m=40, seed=1), site), rm.tokenize_all(PAIRS)
+    mean = torch.randn(rm.d_model, generator=torch.Generator().manual_seed(2))
+    start = joint_baseline(sae, torch.rand(sae.m, generator=torch.Generator().manual_seed(3)), torch.cat([mean + 5, mean]))
+    assert torch.equal(start.x[: rm.d_model], torch.zeros(rm.d_model))
+    torch.testing.assert_close(start.x[rm.d_model :], mean)
+    rows = list(ledger_rows(rm, sae, site, tokens, range(len(tokens)), start, SD, halvings=6))
+    table = ledger_tables(sorted(rows, key=lambda r: r[0]), [p.id for p in PAIRS])["ledger"]
+    torch.testing.assert_close(table["delta_r"].cast(float).to_torch(), rm.score(PAIRS).delta.double(), atol=1e-4, rtol=1e-4)
+    parts = table.select(pl.sum_horizontal("features", "error", "constant", "remainder", "gap")).to_series()
+    np.testing.assert_allclose(parts, table["delta_r"], atol=1e-9)
+    assert (table["gap"].abs() <= 0.01 * table["delta_r"].abs().clip(0.1 * SD)).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

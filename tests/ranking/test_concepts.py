@@ -10,11 +10,13 @@ import torch
 from rmscope.activations.store import ActivationStore, StoreWriter
 from rmscope.ranking.concepts import (
     WINDOW,
+    Concept,
     build_concepts,
     clusters,
     concept_activations,
     correlations,
     fire_alike,
+    join_contained,
     response_windows,
     window_sums,
 )
@@ -100,6 +102,30 @@ def test_features_of_opposite_sign_or_of_few_prompts_are_not_joined(store: Activ
     assert [(c.features, c.sign) for c in apart] == [((1,), -1), ((0,), 1), ((2,), 1)]
     assert build_concepts(store, saes, {SITES[0]: frozen([0, 1], [1, 1], [0.2, 0.3], prompts=19)}) == []
     assert len(build_concepts(store, saes, {SITES[0]: frozen([0, 1, 2], [1, -1, 1], [0.2, -0.3, 0.1])}, most=2)) == 2
+
+
+def one(feature: int, effect: float) -> Concept:
+    return Concept("both.1", (feature,), (1.0,), 1, effect)
+
+
+def test_what_fires_only_inside_a_larger_concept_joins_it() -> None:
+    active = np.zeros((100, 5))
+    active[:10, 0] = 1.0  # the largest
+    active[:7, 1], active[40:43, 1] = 0.1, 0.1  # .7 of it inside
+    active[:6, 2], active[40:44, 2] = 0.1, 0.1  # .6 of it inside
+    active[:5, 3], active[50:52, 3] = 1.0, 1.0  # .71 inside
+    joined = join_contained([(one(j, 0.5 - 0.1 * j), active[:, j]) for j in range(4)])
+    assert [concept.features for concept, _ in joined] == [(0, 1, 3), (2,)]
+    assert joined[0][0].fit_effect == pytest.approx(0.5 + 0.4 + 0.2)
+    np.testing.assert_array_equal(joined[0][1], active[:, [0, 1, 3]].sum(1))
+
+
+def test_what_fires_almost_everywhere_takes_nothing_in() -> None:
+    active = np.zeros((100, 2))
+    active[:40, 0] = 1.0  # .36 of the windows hold .9 of it, so three times as much cannot be inside
+    active[:5, 1] = 1.0
+    joined = join_contained([(one(j, 0.5 - 0.1 * j), active[:, j]) for j in range(2)])
+    assert [concept.features for concept, _ in joined] == [(0,), (1,)]
 
 
 def test_a_concepts_activation_is_the_weighted_sum_of_its_features(store: ActivationStore) -> None:

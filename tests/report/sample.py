@@ -98,16 +98,19 @@ def site(rng: random.Random, name: str, scale: float) -> dict[str, Any]:
     effects = [rng.gauss(0, 1) * 10 ** rng.uniform(-4, -0.6) for _ in range(900)]
     return {
         "site": name,
-        "sae": {
-            "architecture": "topk",
-            "d_sae": 4608,
-            "k": 32,
-            "fvu": 0.213,
-            "l0": 32.0,
-            "dead": 0.061,
-            "tokens": 1_840_000,
-            "curve": [[s, 0.2 + 0.8 * math.exp(-s / 180)] for s in range(0, 1500, 25)],
-        },
+        "saes": [
+            {
+                "site": name,
+                "architecture": "topk",
+                "d_sae": 4608,
+                "k": 32,
+                "fvu": 0.213,
+                "l0": 32.0,
+                "dead": 0.061,
+                "tokens": 1_840_000,
+                "curve": [[s, 0.2 + 0.8 * math.exp(-s / 180)] for s in range(0, 1500, 25)],
+            }
+        ],
         "quality": {
             "spearman_median": 0.934,
             "spearman_low": 0.921,

@@ -209,7 +209,7 @@ def test_a_run_without_sites_or_features() -> None:
             "reported": 0,
             "ledger": {"pairs": 0, "shares": [], "largest_gap": None},
         }
-        site["sae"]["curve"] = []
+        site["saes"][0]["curve"] = []
     assert "No feature was tested at this site." in Page(render_report(data)).text
 
 

@@ -13,10 +13,11 @@ from rmscope.effects.splice import Span
 from rmscope.effects.written import WRITTEN_PAIRS
 from rmscope.errors import InputError
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.site_names import is_difference
+from rmscope.model.site_names import is_difference, parts_of
 from rmscope.run import collect
 from rmscope.run.run import Run
 from rmscope.sae import Sae
+from rmscope.sae.joint import JointSae
 from tests.effects.naive import ablate_naively
 from tests.model.small import saved_pm, small_model, tokenizer
 from tests.run.small import settings
@@ -46,19 +47,34 @@ def pm(tmp_path_factory: pytest.TempPathFactory) -> str:
     return pm
 
 
-@pytest.fixture(scope="module")
-def run(pm: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+@pytest.fixture(scope="module", params=["difference", "both"])
+def run(request: pytest.FixtureRequest, pm: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    Run.create(settings(pm, out, study="difference", diff_features=48, diff_tokens=8192, limit=200)).go()
+    Run.create(settings(pm, out, study=request.param, diff_features=48, diff_tokens=8192, limit=200)).go()
     return Run.open(out)
 
 
 def test_the_sites_are_where_training_wrote(run: Run) -> None:
-    assert run.sites == ["diff.2", "diff.3"]
+    assert run.sites == [f"{'diff' if run.config.study == 'difference' else 'both'}.{block}" for block in (2, 3)]
     assert run.rm.base is not None
     assert run.rm.base.first == FIRST
     for site in run.sites:
-        assert (run.sae(site).m, run.sae(site).cfg["k"], run.sae(site).site) == (48, 2, site)
+        sae = run.sae(site)
+        assert sae.site == site
+        parts = sae.parts if isinstance(sae, JointSae) else (sae,)
+        assert [(part.m, part.cfg["k"], part.site) for part in parts] == [
+            (48, 2, f"diff.{site[-1]}"),
+            (96, 6, f"base.{site[-1]}"),
+        ][: len(parts)]
+        assert [figures.site for figures in run.evidence.sites[run.sites.index(site)].saes] == [p.site for p in parts]
+
+
+def test_both_parts_are_read_from_what_is_stored_of_each(run: Run) -> None:
+    rows = torch.arange(30)
+    for site in run.sites:
+        parts = [run.store.rows(part, rows) for part in parts_of(site)]
+        assert torch.equal(run.store.rows(site, rows), torch.cat(parts, 1))
+        assert run.store.d(site) == sum(part.shape[1] for part in parts) == run.saes[site].d
 
 
 def test_the_record_names_the_base_it_took(run: Run) -> None:
@@ -79,10 +95,11 @@ def test_what_was_written_is_what_goes_when_the_base_takes_the_streams_place(run
         for i, place in enumerate(places):
             tokens = run.tokens[place]
             for side, sign in (("chosen", 1), ("rejected", -1)):
-                text = run.rm.prefill(tokens.side(side), [site.site])
-                nothing = torch.zeros_like(text.streams[site.site][None, tokens.divergence :])
+                written = parts_of(site.site)[0]
+                text = run.rm.prefill(tokens.side(side), [written])
+                nothing = torch.zeros_like(text.streams[written][None, tokens.divergence :])
                 clean[i] += sign * text.reward
-                without[i] += sign * float(run.rm.resume(text, site.site, tokens.divergence, nothing)[0])
+                without[i] += sign * float(run.rm.resume(text, written, tokens.divergence, nothing)[0])
         assert site.written is not None
         assert site.written.pairs == len(places)
         assert site.written.written.value == pytest.approx((clean * (clean - without)).sum() / (clean**2).sum(), abs=1e-3)
@@ -148,11 +165,11 @@ def test_a_study_decides_the_sites_and_another_one_chooses_anew(pm: str, run: Ru
     chosen = {
         study: Run.create(settings(pm, tmp_path / study, study=study)).sites for study in ("whole", "difference", "both")
     }
-    assert chosen == {"whole": whole, "difference": written, "both": [*written, *whole]}
+    assert chosen == {"whole": whole, "difference": written, "both": ["both.2", "both.3"]}
     again = Run.create(run.config.model_copy(update={"study": "whole"}))  # in the folder of a finished run
     assert again.sites == whole
     opened = Run.open(run.folder)
-    assert opened.sites == written
+    assert opened.sites == run.sites
     assert "rm" not in vars(opened.inputs)  # no PM was loaded for it
 
 

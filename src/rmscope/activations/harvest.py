@@ -31,6 +31,7 @@ from rmscope.io import Progress, content_hash, silent
 from rmscope.model.packing import Text, units
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
+from rmscope.model.site_names import all_parts
 from rmscope.pairs.pair import SIDES, Pair
 
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
@@ -45,17 +46,19 @@ def harvest(
 ) -> ActivationStore:
     """Writes every token's stream at ``sites`` to ``out``, in bfloat16, and opens the store.
 
+    ``both.L`` is stored as ``diff.L`` and ``base.L``.
     If ``out`` already holds a store of the same model, data and sites, it is opened. An unfinished store is written again.
     Raises :class:`InputError` where a site does not exist or the disk is full.
     """
-    identity = {**rm.identities(sites), "data": data_identity(pairs), "sites": list(sites)}
+    sites = all_parts(sites)
+    identity = {**rm.identities(sites), "data": data_identity(pairs), "sites": sites}
     root = Path(out)
     if (root / sites[0] / "manifest.json").is_file():
         store = ActivationStore.open(root)
         if store.identity == identity and set(store.sites) == set(sites):
             return store
     seen: set[bytes] = set()
-    with StoreWriter(root, list(sites), rm.d_model, identity, "bfloat16") as writer:
+    with StoreWriter(root, sites, rm.d_model, identity, "bfloat16") as writer:
         for unit in units(len(pairs)):
             tokens = rm.tokenize_all([pairs[i] for i in unit])
             for streams, columns in new_rows(rm, tokens, sites, seen, unit.start):
@@ -250,4 +253,4 @@ def stream(
         rm.site_index(site)
     if not pairs or not sites:
         raise InputError("A stream needs pairs and sites; give at least one of each.")
-    return ActivationStream(rm, pairs, sites, buffer_tokens)
+    return ActivationStream(rm, pairs, all_parts(sites), buffer_tokens)

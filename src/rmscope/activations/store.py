@@ -1,8 +1,9 @@
 """Activations on disk: one folder per site with safetensors shards, and a manifest that is written last.
 
 ``<root>/<site>/shard-00000.safetensors`` holds, for n stored tokens, ``x`` [n, d_model] in the stream's own units and the
-columns of :data:`COLUMNS`. ``manifest.json`` lists the shards with their checksums, and the model and data that they come
-from. A site without a manifest is unfinished. Shards are never concatenated: rows are read from the memory-mapped files.
+columns of :data:`COLUMNS`. ``both.L`` is read from the rows of ``diff.L`` and ``base.L``. ``manifest.json`` lists the shards
+with their checksums, and the model and data that they come from. A site without a manifest is unfinished. Shards are never
+concatenated: rows are read from the memory-mapped files.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from rmscope.errors import InputError
 from rmscope.io import atomic, content_hash, sha256, write_json
+from rmscope.model.site_names import parts_of
 
 COLUMNS = {"token": torch.int32, "pair": torch.int32, "position": torch.int32, "region": torch.uint8}
 """One value per stored token: token id, number of the pair, position in the text, and region."""
@@ -178,8 +180,8 @@ class ActivationStore:
         return written if self._pairs is None else {**written, "only": content_hash(self._pairs)}
 
     def d(self, site: str) -> int:
-        """Width of the stream."""
-        return self._site(site).manifest["d"]
+        """Width of the stream; at ``both.L`` that of its two parts together."""
+        return sum(self._site(part).manifest["d"] for part in parts_of(site))
 
     def tokens(self, site: str) -> int:
         """Stored rows of the site."""
@@ -187,6 +189,8 @@ class ActivationStore:
 
     def rows(self, site: str, index: Int[Tensor, " k"]) -> Float[Tensor, "k d_model"]:
         """The rows at ``index`` (any order, repeats allowed) as float32, in the stream's own units."""
+        if len(parts := parts_of(site)) > 1:
+            return torch.cat([self.rows(part, index) for part in parts], 1)
         opened = self._site(site)
         ordered, order = torch.sort(index)
         if len(ordered) and (ordered[0] < 0 or ordered[-1] >= opened.starts[-1]):
@@ -244,6 +248,7 @@ class ActivationStore:
             yield {site: self.rows(site, index) for site in sites}
 
     def _site(self, name: str) -> _Site:
+        name = parts_of(name)[0]
         if name not in self._sites:
             raise InputError(f"{self.root} holds no site {name}; it holds {', '.join(self._sites)}.")
         return self._sites[name]

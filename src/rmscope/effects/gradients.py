@@ -28,7 +28,7 @@ from rmscope.io import Progress, silent
 from rmscope.model.packing import Batch, Text
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.site_names import whole_site
+from rmscope.model.site_names import parts_of, whole_site
 from rmscope.sae.base import Active, Sae
 
 Method = Literal["atp", "midpoint"]
@@ -90,7 +90,8 @@ def streams_and_gradients(rm: RewardModel, batch: Batch, sites: Sequence[str]) -
         rewards = rm.rewards(batch, {site: lambda x, site=site: keep(x, site) for site in kept})  # type: ignore[misc]
         gradients = dict(zip(ordered, torch.autograd.grad(rewards.sum(), [streams[s] for s in ordered]), strict=True))
     parts = rm.split(batch, sites, {site: x.detach() for site, x in streams.items()})
-    return {site: (parts[site], gradients[whole_site(site)]) for site in sites}  # dr/dδ = dr/db = dr/dx
+    copies = {site: gradients[whole_site(site)].repeat(1, 1, len(parts_of(site))) for site in sites}  # dr/dδ = dr/db = dr/dx
+    return {site: (parts[site], copies[site]) for site in sites}
 
 
 def _estimates(sae: Sae, active: Active, along: Float[Tensor, " nnz"], text: Text) -> Estimates:

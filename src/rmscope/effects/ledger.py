@@ -39,6 +39,7 @@ from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
 from rmscope.sae.base import Sae
+from rmscope.sae.joint import JointSae
 from rmscope.statistics import interval
 
 NODES = 4
@@ -110,6 +111,13 @@ def baseline(
     start = sae.decode(f[None])[0] + e
     x0 = torch.zeros_like(start) if kind == "base" else start
     return Baseline(f, e, x0, start - x0)
+
+
+def joint_baseline(sae: JointSae, f_mean: Float[Tensor, " m"], x_mean: Float[Tensor, " two_d"]) -> Baseline:
+    """The start at a site ``both.L``: nothing written, and the mean of the base's stream."""
+    m, d = sae.difference.m, sae.base.d
+    parts = baseline(sae.difference, "base"), baseline(sae.base, "mean", f_mean[m:], x_mean[d:])
+    return Baseline(*(torch.cat([getattr(part, name) for part in parts]) for name in ("f", "e", "x", "constant")))
 
 
 class Path:

@@ -1,8 +1,8 @@
 """The base of a PM: the same blocks before preference training (docs/difference.md).
 
 At a site the stream of a PM is x = b + δ, with b the stream of its base on the same tokens and δ what preference training
-wrote. ``diff.L`` is δ after block L, and ``base.L`` is b. The first blocks that training left as they were are run once for
-both, and weights that are equal are one tensor.
+wrote. ``diff.L`` is δ after block L, ``base.L`` is b, and ``both.L`` is [δ, b], of width 2 d. The first blocks that training
+left as they were are run once for both, and weights that are equal are one tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from rmscope.io import content_hash
 from rmscope.model.loading import fingerprint
 from rmscope.model.onednn import use_onednn
 from rmscope.model.packing import Batch
-from rmscope.model.sites import StopForward, Trunk, keep_stream
+from rmscope.model.site_names import BASE, BOTH, kind_of
+from rmscope.model.sites import Edit, StopForward, Trunk, keep_stream
 
 
 class Base(Trunk):
@@ -77,6 +78,25 @@ class Base(Trunk):
         with suppress(StopForward), given, self.edit_streams({s: keep_stream(kept, s) for s in sites}, stop=True):
             self.model.base_model(**batch.inputs(self.device, self.dtype), **options)
         return {block: kept[site] for block, site in zip(blocks, sites, strict=True)}
+
+
+def split_stream(site: str, x: Float[Tensor, "*tokens d"], b: Float[Tensor, "*tokens d"]) -> tuple[Tensor, Tensor]:
+    """(the part of the stream at ``diff.L``, ``base.L`` or ``both.L``, the rest that :func:`whole_stream` takes)."""
+    return (b, x - b) if kind_of(site) == BASE else (_part(site, x, b), b)
+
+
+def _part(site: str, x: Tensor, rest: Tensor) -> Tensor:
+    return torch.cat([x - rest, rest], -1) if kind_of(site) == BOTH else x - rest
+
+
+def whole_stream(site: str, part: Tensor, rest: Tensor) -> Float[Tensor, "*tokens d"]:
+    """The whole stream from a part of it."""
+    return sum(part.tensor_split(2, -1)) if kind_of(site) == BOTH else part + rest  # type: ignore[return-value]
+
+
+def edit_of_part(site: str, edit: Edit, rest: Tensor) -> Edit:
+    """An edit of the whole stream that edits a part of it."""
+    return lambda x: whole_stream(site, edit(_part(site, x, rest)), rest)
 
 
 def share_weights(pm: nn.Module, base: nn.Module, name: str) -> dict[int, float]:

@@ -24,10 +24,13 @@ def install(base: nn.Module, blocks: nn.ModuleList, edits: Mapping[int, Callable
         blocks[index].forward = _with_edit(blocks[index].forward, edit, firsts)  # type: ignore[method-assign]
 
 
-def install_on_difference(
-    base: nn.Module, blocks: nn.ModuleList, others: Mapping[int, nn.Module], edits: Mapping[int, Callable[[Tensor], Tensor]]
+def install_beside_base(
+    base: nn.Module,
+    blocks: nn.ModuleList,
+    others: Mapping[int, nn.Module],
+    edits: Mapping[int, Callable[[Tensor, Tensor], Tensor]],
 ) -> None:
-    """The same for edits of what preference training wrote: they map the stream's difference from the base's stream.
+    """The same for edits that read the base's stream too: they map the PM's stream and the base's to a new one.
 
     ``others`` holds the base's own blocks from the first that differs to the last edited one. They run beside the PM's, in
     the same pass. A pass that begins in the middle of a text, or after the first of these blocks, is refused: the base's
@@ -39,7 +42,7 @@ def install_on_difference(
     for index, other in others.items():
         forward = _with_base_block(blocks[index].forward, other, beside, index == min(others))
         if index in edits:
-            forward = _with_edit(forward, _of_difference(edits[index], beside), firsts)
+            forward = _with_edit(forward, _reading_base(edits[index], beside), firsts)
         blocks[index].forward = forward  # type: ignore[method-assign]
 
 
@@ -80,10 +83,10 @@ def _with_base_block(forward: Callable[..., Any], other: nn.Module, beside: _Bas
     return both
 
 
-def _of_difference(edit: Callable[[Tensor], Tensor], beside: _BaseStream) -> Callable[[Tensor], Tensor]:
+def _reading_base(edit: Callable[[Tensor, Tensor], Tensor], beside: _BaseStream) -> Callable[[Tensor], Tensor]:
     def edited(x: Tensor) -> Tensor:
         assert beside.stream is not None
-        return beside.stream + edit(x - beside.stream)
+        return edit(x, beside.stream)
 
     return edited
 

@@ -16,13 +16,13 @@ from rmscope.errors import InputError
 from rmscope.hardware import place
 from rmscope.io import Progress, silent
 from rmscope.model import loading
-from rmscope.model.base import Base
+from rmscope.model.base import Base, edit_of_part, split_stream, whole_stream
 from rmscope.model.capabilities import Capabilities, measure_capabilities
 from rmscope.model.onednn import use_onednn
 from rmscope.model.packing import Batch, by_budget, last_hidden_reads, pack_pairs, packed_length, pad_texts, units
 from rmscope.model.ragged import ragged_states
 from rmscope.model.rendering import PairTokens, Rendering, encode, render, tokenize_sides
-from rmscope.model.site_names import DIFF, is_difference, is_part, whole_site
+from rmscope.model.site_names import DIFF, needs_base, whole_site
 from rmscope.model.sites import CleanRun, Edit, StopForward, Trunk, keep_stream
 from rmscope.pairs.pair import SIDES, Message, Pair
 
@@ -112,7 +112,7 @@ class RewardModel(Trunk):
             InputError: the PM has no such site, or the site is a part of the stream that does not exist there.
         """
         index = super().site_index(site)
-        if not is_part(site):
+        if not needs_base(site):
             return index
         if self.base is None:
             raise InputError(
@@ -133,7 +133,7 @@ class RewardModel(Trunk):
 
     def identities(self, sites: Sequence[str]) -> dict[str, str]:
         """What the streams at ``sites`` depend on: the hash of the PM, and that of its base where a site is a part."""
-        base = self.base if any(is_part(site) for site in sites) else None
+        base = self.base if any(needs_base(site) for site in sites) else None
         return {"model": self.identity} | ({} if base is None else {"base": base.identity})
 
     @cached_property
@@ -225,8 +225,8 @@ class RewardModel(Trunk):
 
     def rewards_from(self, batch: Batch, site: str, stream: Float[Tensor, "rows width d"]) -> Float[Tensor, " texts"]:
         """r of every text with the stream at ``site`` replaced; blocks up to the site do not run. Differentiable."""
-        if is_part(site):
-            stream, site = stream + self._rest(batch, site), whole_site(site)
+        if needs_base(site):
+            stream, site = whole_stream(site, stream, self._rest(batch, site)), whole_site(site)
         if not self.causal:
             return self.rewards(batch, {site: lambda _x: stream})
         with self.replace_stream(site, stream):
@@ -244,10 +244,7 @@ class RewardModel(Trunk):
 
     def _of_part(self, batch: Batch, site: str, edit: Edit) -> Edit:
         """An edit of the whole stream that edits a part of it."""
-        if not is_part(site):
-            return edit
-        rest = self._rest(batch, site)
-        return lambda x: edit(x - rest) + rest
+        return edit_of_part(site, edit, self._rest(batch, site)) if needs_base(site) else edit
 
     def _rewards(self, batch: Batch) -> Float[Tensor, " texts"]:
         hidden = self.model.base_model(**batch.inputs(self.device, self.dtype), use_cache=False).last_hidden_state
@@ -280,7 +277,7 @@ class RewardModel(Trunk):
     def whole_sites(self, sites: Sequence[str]) -> list[str]:
         """The sites of the whole stream from which :meth:`split` gives the stream or its part at ``sites``."""
         wholes = [whole_site(site) for site in sites]
-        if any(is_part(site) for site in sites) and self.base is not None and self.base.start is not None:
+        if any(needs_base(site) for site in sites) and self.base is not None and self.base.start is not None:
             wholes.append(self.base.start)
         return list(dict.fromkeys(wholes))
 
@@ -290,17 +287,15 @@ class RewardModel(Trunk):
 
         The base's blocks run from its first own block on; the other part goes to ``batch.rest``.
         """
-        parts = [site for site in sites if is_part(site)]
+        parts = [site for site in sites if needs_base(site)]
         if not parts or self.base is None:
             return {site: streams[site] for site in sites}
         blocks = sorted({self.site_index(site) for site in parts})
         start = None if self.base.start is None else streams[self.base.start]
         bases = self.base.streams(batch, blocks, start, self._options)
-        split = {site: streams[site] for site in sites if not is_part(site)}
+        split = {site: streams[site] for site in sites if not needs_base(site)}
         for site in parts:
-            b = bases[self.site_index(site)]
-            both = (streams[whole_site(site)] - b, b)
-            split[site], batch.rest[site] = both if is_difference(site) else both[::-1]
+            split[site], batch.rest[site] = split_stream(site, streams[whole_site(site)], bases[self.site_index(site)])
         return split
 
     @torch.no_grad()
@@ -331,8 +326,8 @@ class RewardModel(Trunk):
         No block up to the site runs again, and no token before ``start``: their keys and values come from the clean run.
         """
         ids, positions = text.ids[start:].expand(len(stream), -1), torch.arange(start, text.ids.numel())
-        if is_part(site):
-            stream = stream.to(self.device) + text.rest[site][start:]
+        if needs_base(site):
+            stream = whole_stream(site, stream.to(self.device), text.rest[site][start:])
         with self.replace_stream(whole_site(site), stream.to(self.dtype)):
             hidden = self.run_cached(ids, positions, text.cache(start, len(stream)))
         return self.read_out(hidden[:, -1])
@@ -347,9 +342,9 @@ class RewardModel(Trunk):
         self, text: CleanRun, site: str, starts: Sequence[int], stream: Float[Tensor, "tokens d"]
     ) -> Float[Tensor, " continuations"]:
         """r of many continuations of a clean run in one row, float32 (:func:`rmscope.model.ragged.ragged_states`)."""
-        if is_part(site):
+        if needs_base(site):
             rest = text.rest[site]
-            stream = stream.to(rest.device) + torch.cat([rest[start:] for start in starts])
+            stream = whole_stream(site, stream.to(rest.device), torch.cat([rest[start:] for start in starts]))
         return self.read_out(ragged_states(self, text, whole_site(site), starts, stream))
 
     # Scores

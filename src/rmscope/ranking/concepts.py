@@ -4,7 +4,8 @@ Features are the wrong unit for a reader: one event, such as the end of a senten
 frozen features are grouped on the fit split, before anything is tested:
 
 1. *At a site.* Features of one sign whose activations correlate over windows of text, or whose decoder rows point in one
-   direction, are one concept (average linkage, cut at .7).
+   direction, are one concept (average linkage, cut at .7). What fires only where a concept of larger effect fires joins it:
+   at a site with both parts of the stream, what the base says about the tokens at which training wrote.
 2. *Weights.* A concept's activation is Σ_j w_j f_j, with w_j the estimated effect per unit of activation. It is in units of
    reward, and frozen.
 3. *Across sites.* Concepts of one sign whose activations correlate are told once, at the site where their effect is largest.
@@ -15,7 +16,7 @@ The same test as for features then runs on their joint ablations.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -30,6 +31,12 @@ TOGETHER = 0.7
 """The correlation of activations, or the cosine of decoder rows, from which features or concepts count as one."""
 WINDOW = 8
 """Tokens of a window. A later site may fire some tokens after an earlier one."""
+INSIDE = 0.7
+"""The share of a feature's activation in a concept's windows from which it joins the concept."""
+CORE = 0.9
+"""A concept's windows are the fewest that hold this share of its activation."""
+LIFT = 3.0
+"""The share of a feature in a concept's windows must be so many times what it would be by chance."""
 MOST = 30
 """Concepts of a run that are frozen: those of the largest effects."""
 CHUNK = 8192
@@ -50,6 +57,10 @@ class Concept:
     """The same concept at other sites: (site, its features there)."""
 
 
+WithActivation = tuple[Concept, Array]
+"""A concept and its activation in each window."""
+
+
 def build_concepts(
     store: ActivationStore, saes: Mapping[str, Sae], frozen: Mapping[str, pl.DataFrame], most: int = MOST
 ) -> list[Concept]:
@@ -60,7 +71,7 @@ def build_concepts(
         frozen: per site, columns feature, sign, fit_effect, rate (estimated reward per unit of activation), fit_prompts.
         most: at most so many concepts.
     """
-    at_sites: list[tuple[Concept, Array]] = []
+    at_sites: list[WithActivation] = []
     for site, table in frozen.items():
         listed = table.filter((pl.col("fit_prompts") >= ELIGIBLE_PROMPTS) & (pl.col("sign") != 0))
         for one in listed.partition_by("sign"):
@@ -68,21 +79,60 @@ def build_concepts(
             active = window_sums(store, saes[site], site, features)
             rows = saes[site].W_dec[features].numpy()
             alike = np.maximum(correlations(active), _cosines(rows))
+            weights = np.abs(one["rate"].to_numpy())
+            together = []
             for members in clusters(alike):
                 part = one[members]
-                weights = np.abs(part["rate"].to_numpy())
                 concept = Concept(
                     site,
                     tuple(part["feature"].to_list()),
-                    tuple(weights.tolist()),
+                    tuple(weights[members].tolist()),
                     int(part["sign"][0]),
                     float(part["fit_effect"].sum()),
                 )
-                at_sites.append((concept, active[:, members] @ weights))
+                together.append((concept, active[:, members] @ weights[members]))
+            at_sites += join_contained(together)
     return _merge_sites(at_sites)[:most]
 
 
-def _merge_sites(at_sites: Sequence[tuple[Concept, Array]]) -> list[Concept]:
+def join_contained(concepts: Sequence[WithActivation]) -> list[WithActivation]:
+    """Concepts of one site and sign, after each has joined the largest one in whose windows it fires.
+
+    It joins where at least :data:`INSIDE` of its activation is in the other's windows, and :data:`LIFT` times as much as
+    such a share of all windows would hold by chance.
+    """
+    kept: list[WithActivation] = []
+    cores: list[Bool[Array, " windows"]] = []
+    for concept, active in sorted(concepts, key=lambda c: -abs(c[0].fit_effect)):
+        total = active.sum() or 1.0
+        inside = [(float(active[core].sum() / total), float(core.mean())) for core in cores]
+        home = next((i for i, (share, chance) in enumerate(inside) if share >= max(INSIDE, LIFT * chance)), None)
+        if home is None:
+            kept.append((concept, active))
+            cores.append(_core(active))
+            continue
+        larger, own = kept[home]
+        joined = replace(
+            larger,
+            features=larger.features + concept.features,
+            weights=larger.weights + concept.weights,
+            fit_effect=larger.fit_effect + concept.fit_effect,
+        )
+        kept[home] = (joined, own + active)  # its windows stay those of what it began with
+    return kept
+
+
+def _core(active: Float[Array, " windows"]) -> Bool[Array, " windows"]:
+    """The fewest windows that hold :data:`CORE` of an activation."""
+    order = np.argsort(-active, kind="stable")
+    held = np.cumsum(active[order])
+    core = np.zeros(active.size, dtype=bool)
+    if held.size and held[-1] > 0:
+        core[order[: int(np.searchsorted(held, CORE * held[-1])) + 1]] = True
+    return core
+
+
+def _merge_sites(at_sites: Sequence[WithActivation]) -> list[Concept]:
     """Each concept at the site of its largest effect, the others named."""
     told = []
     for sign in (1, -1):

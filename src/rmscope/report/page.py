@@ -183,7 +183,7 @@ def written_view(data: dict[str, Any]) -> dict[str, Any] | None:
         "explained": all_,
         "by_concepts": told,
         "by_others": w["by_others"],
-        "features": site["sae"]["d_sae"],
+        "features": site["saes"][0]["d_sae"],
         "pairs": w["pairs"],
     }
 

@@ -19,7 +19,7 @@ from rmscope.effects.ledger import FEWEST, share_rows
 from rmscope.effects.splice import Replacement, Span, constant, delta_r2, run_replacements, splice
 from rmscope.effects.written import WRITTEN_PAIRS
 from rmscope.io import Progress, write_json, write_table, write_text
-from rmscope.model.site_names import is_difference
+from rmscope.model.site_names import is_difference, parts_of
 from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import split_of
 from rmscope.pairs.planting import twins
@@ -52,6 +52,7 @@ from rmscope.run.evidence import (
 from rmscope.run.examples import choose_examples, contexts_of
 from rmscope.sae import measure_sae
 from rmscope.sae.base import Active, Sae
+from rmscope.sae.joint import JointSae
 from rmscope.statistics import accuracy, one_minus, ratio
 
 FEATURES = 20
@@ -165,7 +166,7 @@ def site_evidence(run: RunData, site: str) -> SiteEvidence:
     sample = pl.read_parquet(folder / "quality_sample.parquet")
     return SiteEvidence(
         site=site,
-        sae=_sae(run, site),
+        saes=_saes(run, site),
         quality=json.loads((folder / "estimate_quality.json").read_text("utf-8")),
         scatter=sample.select("estimate", "effect").sample(min(POINTS, sample.height), seed=0).rows(),
         ledger=_ledger(run, site),
@@ -180,20 +181,25 @@ def site_evidence(run: RunData, site: str) -> SiteEvidence:
     )
 
 
-def _sae(run: RunData, site: str) -> SaeEvidence:
-    sae = run.saes[site]
-    figures = measure_sae(sae, (rows[site] for rows in run.store.training_batches([site], 4096, 1, seed=1)))
-    path = run.folder / "saes" / site / "training.parquet"
-    return SaeEvidence(
-        architecture=sae.architecture,
-        d_sae=sae.m,
-        k=sae.cfg.get("k"),
-        fvu=figures.fvu,
-        l0=figures.l0,
-        dead=figures.dead,
-        tokens=sae.metadata.get("rmscope", {}).get("tokens"),
-        curve=pl.read_parquet(path).select("step", "fvu").rows() if path.is_file() else [],
-    )
+def _saes(run: RunData, site: str) -> list[SaeEvidence]:
+    sae, evidence = run.saes[site], list[SaeEvidence]()
+    for part, one in zip(parts_of(site), sae.parts if isinstance(sae, JointSae) else [sae], strict=True):
+        figures = measure_sae(one, (rows[part] for rows in run.store.training_batches([part], 4096, 1, seed=1)))
+        path = run.folder / "saes" / part / "training.parquet"
+        evidence.append(
+            SaeEvidence(
+                site=part,
+                architecture=one.architecture,
+                d_sae=one.m,
+                k=one.cfg.get("k"),
+                fvu=figures.fvu,
+                l0=figures.l0,
+                dead=figures.dead,
+                tokens=one.metadata.get("rmscope", {}).get("tokens"),
+                curve=pl.read_parquet(path).select("step", "fvu").rows() if path.is_file() else [],
+            )
+        )
+    return evidence
 
 
 def _ledger(run: RunData, site: str) -> LedgerEvidence | None:
@@ -246,21 +252,22 @@ def _base(run: RunData) -> BaseEvidence | None:
 
 
 def written_evidence(run: RunData) -> dict[str, WrittenEvidence]:
-    """By site of the difference: what goes when it is replaced by nothing, by its reconstruction, or by parts of that."""
+    """By site: what goes when all that was written is replaced by nothing, by its reconstruction, or by parts of that."""
     places = run.pair_set.one_per_prompt(run.of_split("measure"), WRITTEN_PAIRS)
-    sites = [site for site in run.sites if is_difference(site)]
+    sites = [site for site in run.sites if is_difference(parts_of(site)[0])]
     replacements: dict[str, tuple[str, Replacement]] = {}
     for site in sites:
         sae = run.saes[site]
+        sae = sae.difference if isinstance(sae, JointSae) else sae
         inside = torch.zeros(sae.m, dtype=torch.bool)
-        inside[_features_of_concepts(run, site)] = True
+        inside[[j for j in _features_of_concepts(run, site) if j < sae.m]] = True
         kinds: dict[str, Replacement] = {
             "base": constant(torch.zeros(sae.d)),
             "all": splice(sae),
             "concepts": partial(_reconstruct_from, sae, inside),
             "others": partial(_reconstruct_from, sae, ~inside),
         }
-        replacements |= {f"{site}/{kind}": (site, replacement) for kind, replacement in kinds.items()}
+        replacements |= {f"{site}/{kind}": (parts_of(site)[0], replacement) for kind, replacement in kinds.items()}
     if not sites:
         return {}
     runs = run_replacements(run.rm, run.tokens, places, replacements)

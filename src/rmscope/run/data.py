@@ -10,12 +10,12 @@ from typing import Literal
 import polars as pl
 
 from rmscope.activations.store import ActivationStore
-from rmscope.effects.ledger import Baseline, baseline
+from rmscope.effects.ledger import Baseline, baseline, joint_baseline
 from rmscope.errors import InputError
 from rmscope.io import Display, NoDisplay
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.site_names import is_difference
+from rmscope.model.site_names import all_parts, is_difference
 from rmscope.pairs.pair import Pair, Split, largest_differences
 from rmscope.ranking.feature_statistics import FeatureStatistics, feature_statistics
 from rmscope.run.evidence import Evidence
@@ -23,7 +23,7 @@ from rmscope.run.folder import RunFolder
 from rmscope.run.inputs import Inputs, PairSet
 from rmscope.run.settings import RunConfig
 from rmscope.sae import Sae
-from rmscope.sae.formats import sae_source
+from rmscope.sae.joint import JointSae, load_site
 
 
 class RunData:
@@ -111,17 +111,25 @@ class RunData:
     @cached_property
     def saes(self) -> dict[str, Sae]:
         """The SAE of every site; features are encoded where the PM is."""
-        folder = self.config.sae_dir or self.folder / "saes"
-        saes = {site: Sae.load(sae_source(folder, site)) for site in self.sites}
-        for site, sae in saes.items():
+        saes = {site: self.sae(site) for site in self.sites}
+        for sae in saes.values():
             sae.check_width(self.rm.d_model, self.rm.name)
-            sae.site = sae.site or site  # bare weights do not say where they belong
             sae.encode_on(self.rm.device)
+        return saes
+
+    @cached_property
+    def brought_saes(self) -> dict[str, Sae]:
+        """The SAEs that the settings bring, of each part of each site."""
+        source = self.config.sae_dir
+        parts = [part for part in all_parts(self.sites) if source and not (is_difference(part) and "{L}" in source)]
+        saes = {part: load_site(source or "", part) for part in parts}
+        for sae in saes.values():
+            sae.check_width(self.rm.d_model, self.rm.name)
         return saes
 
     def sae(self, site: str) -> Sae:
         """The SAE of one site, from the run folder; the PM is not loaded."""
-        return Sae.load(self.folder / "saes" / self.check_site(site))
+        return load_site(self.folder / "saes", self.check_site(site))
 
     @cached_property
     def feature_statistics(self) -> dict[str, FeatureStatistics]:
@@ -154,6 +162,8 @@ class RunData:
         if is_difference(site):
             return baseline(self.saes[site], "base")
         statistics = self.feature_statistics[site]
+        if isinstance(sae := self.saes[site], JointSae):
+            return joint_baseline(sae, statistics.f_mean, statistics.x_mean)
         return baseline(self.saes[site], self.config.baseline, statistics.f_mean, statistics.x_mean)
 
     # What is studied

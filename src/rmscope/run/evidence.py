@@ -62,6 +62,7 @@ class ScoreEvidence(Stored):
 class SaeEvidence(Stored):
     """An SAE's figures on stored tokens of the fit split, and its training curve (step, FVU)."""
 
+    site: str
     architecture: str
     d_sae: int
     k: int | None
@@ -175,17 +176,18 @@ class BaseEvidence(Stored):
 
 
 class SiteEvidence(Stored):
-    """A site: its SAE, how good the estimate is, the ledger, and the features that are shown."""
+    """A site: its SAEs, how good the estimate is, the ledger, and the features that are shown."""
 
     site: str
-    sae: SaeEvidence
+    saes: list[SaeEvidence]
+    """Two where both parts of the stream are studied: the difference SAE and the base's."""
     quality: dict[str, float]
     scatter: list[tuple[float, float]]
     """(estimate, exact effect) of a sample."""
     ledger: LedgerEvidence | None
     """None where too few pairs have a ledger."""
     written: WrittenEvidence | None = None
-    """None where the site is of the whole stream."""
+    """None where the site does not hold what was written."""
     frozen: int
     eligible: int
     reported: int

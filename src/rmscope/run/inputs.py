@@ -17,7 +17,7 @@ from rmscope.evaluation.reward_aware import RewardAwareConfig
 from rmscope.model import checks
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.site_names import DIFF
+from rmscope.model.site_names import BOTH, DIFF
 from rmscope.pairs.pair import Pair, Split, check_pairs, filtered_count, one_per_prompt, split_of
 from rmscope.pairs.readers import ReadReport, load_pairs
 from rmscope.run.settings import RunConfig
@@ -162,7 +162,8 @@ class Inputs:
         if study == "difference" and not blocks:
             reason = self.why_no_base or f"{self.rm.name} names none"
             raise InputError(f"The difference from the PM's base cannot be studied ({reason.rstrip('.')}); give --base.")
-        return [f"{DIFF}.{block}" for block in blocks] + (self.rm.default_sites if study == "both" or not blocks else [])
+        kind = DIFF if study == "difference" else BOTH
+        return [f"{kind}.{block}" for block in blocks] or self.rm.default_sites
 
     def plan(self) -> dict[str, Any]:
         """What a run would take: counts, minutes and bytes, estimated from one timed forward pass."""

@@ -26,8 +26,9 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
     sites: Names | None = None
     """Sites such as diff.12 or resid_post.6, comma-separated; left out, the setting study decides."""
     study: Literal["both", "difference", "whole"] = "both"
-    """What is studied where no sites are named. difference: what preference training wrote, at three blocks.
-    whole: the whole stream, at about one and two thirds of the depth. both: all five sites; whole without the PM's base."""
+    """What is studied where no sites are named. difference: what preference training wrote, at three blocks. both: that and
+    the base's stream at the same blocks. whole: the whole stream, at about one and two thirds of the depth, as for every PM
+    without a known base."""
     max_tokens: int | None = Field(None, gt=0)
     """Only pairs whose sides have at most this many tokens each."""
     top_share: float | None = Field(None, gt=0, le=1)
@@ -37,14 +38,15 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
     sae: SaeConfig = SaeConfig()
     """How the SAEs are trained."""
     diff_features: int = Field(64, gt=0)
-    """Features of a difference SAE (sites such as diff.12). What preference training wrote takes few."""
+    """Features of a difference SAE (sites such as diff.12 and both.12). What preference training wrote takes few."""
     diff_k: int = Field(2, gt=0)
     """Features of a difference SAE that fire on a token."""
     diff_tokens: int = Field(1_000_000, gt=0)
     """Training tokens of a difference SAE."""
     sae_dir: Annotated[str | None, Flag("--sae")] = None
     """SAEs to use instead of training: a folder (or hub:owner/repo) with one subfolder per site, or a pattern with {site} or
-    {L}, the block's number, such as hub:owner/repo/ae_layer{L}.pt."""
+    {L}, the block's number, such as hub:owner/repo/ae_layer{L}.pt. A pattern with {L} brings no difference SAEs: they are
+    trained."""
     reward_aware: int = Field(0, ge=0)
     """Steps of reward-aware fine-tuning after the SAEs are trained: less of the reward then runs through their error."""
     estimate: Literal["atp", "midpoint", "ig"] = "atp"

@@ -9,7 +9,7 @@ Each stage also depends on the stage before it. One whose settings, files and pr
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune
 from rmscope.io import Progress, silent, write_json, write_table
 from rmscope.model.checks import preflight as check_pm
 from rmscope.model.reward_model import RewardModel, Scores
-from rmscope.model.site_names import is_difference
+from rmscope.model.site_names import all_parts, is_difference, parts_of
 from rmscope.ranking import flags
 from rmscope.ranking.confirm import SCHEMA, Q, confirm
 from rmscope.ranking.estimate_quality import estimate_quality
@@ -35,6 +35,7 @@ from rmscope.run.group import group
 from rmscope.run.inputs import PairSet, need_prompts
 from rmscope.run.screen import screen
 from rmscope.sae import Sae, SaeConfig, train_saes
+from rmscope.sae.joint import join
 
 Work = Callable[[RunData, Progress, str], None]
 """What a stage does; the string is its key, under which it may keep parts of its work."""
@@ -49,18 +50,18 @@ class Stage:
     settings: str = ""
     """Names of the settings that it depends on."""
     outputs: str = ""
-    """The files that it leaves; {site} stands for each site."""
+    """The files that it leaves; {site} stands for each site, {part} for each of its parts."""
     of_saes: bool = False
     """Whether it depends on the weights of the SAEs that the settings bring."""
 
     def key(self, run: RunData) -> Any:
         """What decides, beside the stages before, whether the stage is done."""
         given = run.config.model_dump(mode="json", include=set(self.settings.split()))
-        brought = self.of_saes and run.config.sae_dir is not None
-        return given, run.sites, [sae.identity() for sae in run.saes.values()] if brought else []
+        return given, run.sites, [sae.identity() for sae in run.brought_saes.values()] if self.of_saes else []
 
     def files(self, sites: Sequence[str]) -> list[str]:
-        return list(dict.fromkeys(f.format(site=site) for f in self.outputs.split() for site in sites))
+        named = [(site, part) for site in sites for part in parts_of(site)]
+        return list(dict.fromkeys(f.format(site=s, part=p) for f in self.outputs.split() for s, p in named))
 
     def bind(self, run: RunData) -> Callable[[Progress, str], None]:
         return lambda progress, key: self.work(run, progress, key)
@@ -108,38 +109,44 @@ def harvest(run: RunData, progress: Progress, _key: str) -> None:
 
 
 def train(run: RunData, progress: Progress, _key: str) -> None:
-    """The SAEs of every site, or a copy of those that were brought."""
-    if run.config.sae_dir is None:
-        train_run_saes(run, run.config.sae, run.folder / "saes", progress)
-        run.__dict__.pop("saes", None)  # opened anew from here on, as a later command opens them
-        return
-    for site, sae in run.saes.items():
-        sae.save(run.folder / "saes" / site)
+    """The SAEs of every site: trained, or a copy of those that were brought."""
+    folder = run.folder / "saes"
+    for part, sae in run.brought_saes.items():
+        sae.save(folder / part)
+    train_run_saes(run, run.config.sae, folder, progress)
+    run.__dict__.pop("saes", None)  # opened anew from here on, as a later command opens them
 
 
 def train_run_saes(run: RunData, config: SaeConfig, folder: Path, progress: Progress = silent) -> dict[str, Sae]:
-    """SAEs of every site from the run's store, in ``folder``.
+    """SAEs of every site from the run's store, in ``folder``, but for those that the settings bring.
 
     In a reward-aware run the plain SAEs are in ``folder/plain``; they are fine-tuned on the fit split, in
     ``folder/reward-aware-STEPS``, and copied to ``folder``.
     """
     steps = run.config.reward_aware
     plain, device = folder / "plain" if steps else folder, str(run.rm.device)
-    kinds = [[s for s in run.sites if is_difference(s) == different] for different in (True, False)]
-    saes: dict[str, Sae] = {}
-    for sites in filter(None, kinds):
-        trained_as = run.config.difference_config(config) if is_difference(sites[0]) else config
-        saes |= train_saes(run.store, trained_as, plain, sites, progress, device)
-    if not steps:
-        return saes
-    pairs = [run.pairs[i] for i in run.of_split("fit")]
+    saes = dict(run.brought_saes)
+    for different in (True, False):
+        parts = [p for p in all_parts(run.sites) if p not in run.brought_saes and is_difference(p) == different]
+        trained_as = run.config.difference_config(config) if different else config
+        saes |= train_saes(run.store, trained_as, plain, parts, progress, device) if parts else {}
+    if steps:
+        saes = _fine_tuned(run, saes, config, folder, progress)
+    return {site: join([saes[part] for part in parts_of(site)], site) for site in run.sites}
+
+
+def _fine_tuned(
+    run: RunData, saes: Mapping[str, Sae], config: SaeConfig, folder: Path, progress: Progress
+) -> dict[str, Sae]:
+    """The SAEs after reward-aware fine-tuning."""
+    steps, pairs = run.config.reward_aware, [run.pairs[i] for i in run.of_split("fit")]
     known = pl.DataFrame({"pair": [p.id for p in pairs]}).join(run.scores, on="pair", how="left", maintain_order="left")
     scores = Scores(known["chosen"].cast(pl.Float32).to_torch(), known["rejected"].cast(pl.Float32).to_torch())
     tuning = RewardAwareConfig(steps=steps, seed=config.seed)
     tuned, own = {}, folder / f"reward-aware-{steps}"
-    for site, sae in saes.items():
-        tuned[site] = fine_tune(run.rm, sae, pairs, tuning, config, own, progress, scores)
-        shutil.copytree(own / site, folder / site, dirs_exist_ok=True)
+    for part, sae in saes.items():
+        tuned[part] = fine_tune(run.rm, sae, pairs, tuning, config, own, progress, scores)
+        shutil.copytree(own / part, folder / part, dirs_exist_ok=True)
     return tuned
 
 
@@ -238,8 +245,8 @@ def decompose(run: RunData, progress: Progress, key: str) -> None:
 STAGES = (
     Stage("preflight", preflight, "dtype", "preflight.json"),
     Stage("score", score, "dtype", "scores.parquet"),
-    Stage("harvest", harvest, "top_share top_pairs", "activations/{site}/manifest.json"),
-    Stage("train", train, "sae diff_features diff_k diff_tokens reward_aware", "saes/{site}/cfg.json", of_saes=True),
+    Stage("harvest", harvest, "top_share top_pairs", "activations/{part}/manifest.json"),
+    Stage("train", train, "sae diff_features diff_k diff_tokens reward_aware", "saes/{part}/cfg.json", of_saes=True),
     Stage("estimate", estimate, "estimate estimate_pairs seed", "effects/{site}/estimated.parquet"),
     Stage("screen", screen, "screen others responses quality_responses frozen", "effects/{site}/frozen.parquet"),
     Stage("group", group, "concepts", "concepts/frozen.parquet"),

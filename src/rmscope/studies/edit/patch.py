@@ -19,6 +19,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -30,11 +31,13 @@ from torch import Tensor
 from rmscope.errors import InputError
 from rmscope.io import atomic_folder, content_hash, write_json, write_text
 from rmscope.model import edits as model_edits
+from rmscope.model.base import edit_of_part, split_stream
 from rmscope.model.rendering import SETTINGS_FILE
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.site_names import is_difference, is_part
+from rmscope.model.site_names import needs_base
 from rmscope.model.sites import Edit
 from rmscope.sae.base import Sae
+from rmscope.sae.joint import load_site
 from rmscope.studies.edit import modeling
 
 Operation = Literal["suppress", "clamp", "damp"]
@@ -134,7 +137,7 @@ class EditPatch:
             record = json.loads(path.read_text("utf-8"))
             edits = tuple(FeatureEdit(**{**row, "features": tuple(row["features"])}) for row in record["edits"])
             hashes, model = dict(record["saes"]), record["model"]
-            patch = cls(edits, {s: Sae.load(path.parent / "saes" / s) for s in hashes}, model["identity"], model["name"])
+            patch = cls(edits, {s: load_site(path.parent / "saes", s) for s in hashes}, model["identity"], model["name"])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} cannot be read as a patch ({error}); make it again with rmscope edit.") from error
         if changed := [site for site, identity in patch.record()["saes"].items() if identity != hashes[site]]:
@@ -167,6 +170,11 @@ def edits_by_site(saes: Mapping[str, Sae], edits: Sequence[FeatureEdit]) -> dict
     return {site: edit_at(saes[site], [e for e in edits if e.site == site]) for site in dict.fromkeys(e.site for e in edits)}
 
 
+def _edit_part(site: str, edit: Edit, x: Tensor, b: Tensor) -> Tensor:
+    """The stream x with a part of it edited; b is the base's stream."""
+    return edit_of_part(site, edit, split_stream(site, x, b)[1])(x)
+
+
 def load_edited(model: str | RewardModel, patch: EditPatch | str | Path) -> RewardModel:
     """A PM with a patch: every reward it gives is the edited one. A given :class:`RewardModel` is edited in place.
 
@@ -185,22 +193,18 @@ def load_edited(model: str | RewardModel, patch: EditPatch | str | Path) -> Rewa
         if rm.site_index(site) < 0:
             raise InputError("Edits at embed are not supported: models process it in different ways; name a resid_post.L.")
     edits = edits_by_site(patch.saes, patch.edits)
-    whole = {rm.site_index(site): edit for site, edit in edits.items() if not is_part(site)}
-    written = {rm.site_index(site): edit for site, edit in edits.items() if is_difference(site)}
-    if len(whole) + len(written) < len(edits):
-        raise InputError(
-            "A patch cannot edit features of the base's stream (base.L); name features of diff.L or resid_post.L."
-        )
+    whole = {rm.site_index(site): edit for site, edit in edits.items() if not needs_base(site)}
+    parts = {rm.site_index(site): partial(_edit_part, site, edit) for site, edit in edits.items() if needs_base(site)}
     if whole:
         model_edits.install(rm.model.base_model, rm.blocks, whole)
-    if written and (base := rm.base) is not None:
+    if parts and (base := rm.base) is not None:
         if base.embeddings_differ:
             raise InputError(
                 f"A patch cannot edit what training wrote in {rm.name}: its embeddings were trained too, so its base would "
                 "have to run beside it from the start; edit features of the whole stream (--base none)."
             )
-        others = {i: base.blocks[i] for i in range(base.first, max(written) + 1)}
-        model_edits.install_on_difference(rm.model.base_model, rm.blocks, others, written)
+        others = {i: base.blocks[i] for i in range(base.first, max(parts) + 1)}
+        model_edits.install_beside_base(rm.model.base_model, rm.blocks, others, parts)
         rm.__dict__.pop("capabilities", None)  # runs cannot be resumed any more: measured anew on first use
     rm.identity = content_hash(rm.identity, patch.identity)
     rm.name = f"{rm.name}, edited"
@@ -214,7 +218,7 @@ def export_patch(rm: RewardModel, patch: EditPatch, folder: Path | str) -> None:
     config_class, model_class = type(rm.model.config).__name__, type(rm.model).__name__
     if not (hasattr(transformers, config_class) and hasattr(transformers, model_class)):
         raise InputError(f"{rm.name} is a {model_class}, no class of transformers; only its classes can be exported.")
-    if parts := [site for site in patch.saes if is_part(site)]:
+    if parts := [site for site in patch.saes if needs_base(site)]:
         raise InputError(
             f"A patch of {parts[0]} cannot be exported: the folder would have to hold the PM's base too; load the patch "
             "with rs.load_edited, or make a run with --base none and edit features of the whole stream."
