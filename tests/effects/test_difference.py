@@ -99,6 +99,17 @@ def test_exact_ablation_of_a_part_is_that_of_the_naive_twin(architecture: str, k
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_splice_of_both_parts_is_the_sum_of_their_reconstructions(kind: str) -> None:
+    rm, own, other = pm_with_base("llama", kind), small_sae(), small_sae(m=40, seed=1)
+    sae, both, whole = JointSae(own, other, f"both.{BLOCK}"), f"both.{BLOCK}", f"resid_post.{BLOCK}"
+    for batch in rm.batches(rm.tokenize_all(PAIRS)):
+        delta, b = rm.streams(batch, [f"diff.{BLOCK}", f"base.{BLOCK}"]).values()
+        given = rm.rewards(batch, {both: sae})
+        torch.testing.assert_close(given, rm.rewards_from(batch, whole, own(delta) + other(b)), atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(given, rm.rewards_from(batch, both, torch.cat([own(delta), other(b)], -1)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_of_a_part_is_that_of_the_whole_stream(kind: str) -> None:
     rm = pm_with_base("llama", kind)
     batch = next(iter(rm.batches(rm.tokenize_all(PAIRS))))

@@ -18,6 +18,8 @@ from rmscope.run import collect
 from rmscope.run.run import Run
 from rmscope.sae import Sae
 from rmscope.sae.joint import JointSae
+from rmscope.studies.evaluate.analyse import analyse
+from rmscope.studies.evaluate.settings import EvaluateConfig
 from tests.effects.naive import ablate_naively
 from tests.model.small import saved_pm, small_model, tokenizer
 from tests.run.small import settings
@@ -148,6 +150,13 @@ def test_the_effect_of_a_concept_is_the_joint_ablation_of_its_features(run: Run)
             sae, ids, start = run.saes[row["site"]], tokens.side(side), tokens.divergence
             [naive] = ablate_naively(run.rm, sae, ids, row["site"], start, [row["features"]]).tolist()
             assert effect == pytest.approx(naive, abs=1e-5)
+
+
+def test_what_a_run_on_parts_explains_is_measured_as_for_the_whole_stream(run: Run) -> None:
+    result = analyse(EvaluateConfig(run=run.folder, curves=True, limit=12))
+    assert [e.site for e in result.explained] == run.sites
+    for explained in result.explained:
+        assert explained.curves["keep"][-1].k == run.saes[explained.site].m
 
 
 def test_both_parts_and_the_whole_can_be_studied_together(pm: str, run: Run, tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ class FrozenSelection:
         3. Contributions on select pairs put the units of each dictionary in order.
         4. Donors and means become the baselines.
         """
-        self.rm, self.site, self.sae, tokens, d = rm, site, sae, select.tokens, rm.d_model
+        self.rm, self.site, self.sae, tokens, d = rm, site, sae, select.tokens, sae.d
         responses = Responses(select.store, site, set(select.pairs))
 
         def ending(pair: int, side: str) -> int:

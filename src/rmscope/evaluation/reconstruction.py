@@ -23,6 +23,7 @@ from rmscope.effects.splice import Span, agreement, constant, cross_scaled, delt
 from rmscope.io import Progress, silent
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
+from rmscope.model.site_names import parts_of
 from rmscope.pairs.pair import SIDES
 from rmscope.sae.base import Sae
 from rmscope.statistics import Array, Figure, ratio
@@ -92,7 +93,7 @@ def first_counted(rm: RewardModel, t: PairTokens, side: str) -> int:
 
 def _means(rm: RewardModel, tokens: Sequence[PairTokens], sites: Sequence[str]) -> dict[str, Float[Tensor, "2 d"]]:
     """Per site the means of x over all tokens but position 0, and over the spans."""
-    totals = {site: torch.zeros(2, rm.d_model, dtype=torch.float64) for site in sites}
+    totals = {site: torch.zeros(2, rm.d_model * len(parts_of(site)), dtype=torch.float64) for site in sites}
     counts = torch.zeros(2, 1, dtype=torch.float64)
     for batch in rm.batches(tokens):
         streams = rm.streams(batch, sites)

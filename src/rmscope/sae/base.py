@@ -189,12 +189,17 @@ class Sae(nn.Module, ABC):
         sae: Sae = sae_class(stored.architecture)(d, m, stored.site, stored.metadata, **stored.settings)
         return sae.fill({name: w.float() for name, w in stored.weights.items()})
 
+    @property
+    def width(self) -> int:
+        """The width of the PM's stream: d, or half of it where both of its parts are read."""
+        return self.d
+
     def check_width(self, d_model: int, model: str) -> None:
         """Raises InputError where the SAE reads a stream of another width than that of the PM, ``model``."""
-        if self.d != d_model:
+        if self.width != d_model:
             raise InputError(
-                f"This SAE reads a stream of width {self.d}, but {model} has d_model {d_model}; it was trained on another "
-                f"model ({self.metadata.get('model_name') or 'which it does not name'})."
+                f"This SAE reads a stream of width {self.width}, but {model} has d_model {d_model}; it was trained on "
+                f"another model ({self.metadata.get('model_name') or 'which it does not name'})."
             )
 
     def fill(self, weights: dict[str, Tensor]) -> Self:

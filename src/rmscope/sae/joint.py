@@ -61,9 +61,9 @@ class JointSae(Sae):
     def identity(self) -> str:
         return content_hash(self.architecture, *(sae.identity() for sae in self.parts))
 
-    def check_width(self, d_model: int, model: str) -> None:
-        for sae in self.parts:
-            sae.check_width(d_model, model)
+    @property
+    def width(self) -> int:
+        return self.d // 2
 
     def save(self, folder: Path | str) -> None:
         """Writes each part to a folder of its own site, such as diff.6 and base.6, beside ``folder``."""

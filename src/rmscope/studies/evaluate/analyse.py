@@ -48,8 +48,8 @@ def analyse(config: EvaluateConfig, display: Display | None = None, run: Run | N
         raise InputError("There is no SAE to evaluate; name a run folder, or --sae DIR (several times to compare).")
     for name, sae in saes.items():
         inputs.rm.site_index(sae.site)
-        if sae.d != inputs.rm.d_model:
-            told = f"The SAE at {name} reads {sae.d} dimensions, the PM's stream has {inputs.rm.d_model}"
+        if sae.width != inputs.rm.d_model:
+            told = f"The SAE at {name} reads {sae.width} dimensions, the PM's stream has {inputs.rm.d_model}"
             raise InputError(f"{told}; name an SAE that was trained on this PM.")
 
     pairs = run.pair_set.only(run.of_split("measure")) if run is not None else inputs.scored
