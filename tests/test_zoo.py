@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from rmscope.errors import InputError
-from rmscope.io import atomic_folder
 from rmscope.model import zoo
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.demo import demo_pairs, plain_demo_pairs, zoo_plants
@@ -106,21 +104,6 @@ def test_a_conversion_that_was_cut_short_is_done_again(tmp_path: Path, monkeypat
     assert len(started) == 2
     zoo.base_folder()
     assert len(started) == 2
-
-
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    (tmp_path / "kept").mkdir()
-    (tmp_path / "kept" / "old").write_text("old")
-
-    def fill() -> None:
-        with atomic_folder(tmp_path / "kept") as folder:
-            (folder / "new").write_text("new")
-            raise RuntimeError("cut short")
-
-    with pytest.raises(RuntimeError):
-        fill()
-    assert [p.name for p in (tmp_path / "kept").iterdir()] == ["old"]
-    shutil.rmtree(tmp_path / "kept")
 
 
 def test_the_demo_text_is_as_promised() -> None:

@@ -49,22 +49,52 @@ def _umask() -> int:
     return mask
 
 
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder: it is filled under a temporary name and appears at ``path`` whole or not at all."""
+def check_replaceable(path: Path, mark: str) -> None:
+    """InputError where writing a folder to ``path`` would destroy something else than a folder of the same kind.
+
+    A folder of the kind holds the file ``mark``. Call it before any work.
+    """
     path = Path(path)
+    if not path.exists() and not path.is_symlink():
+        return
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise InputError(f"{path} is the current folder or holds it, so it cannot be replaced; name a folder of its own.")
+    if path.is_symlink() or not path.is_dir():
+        raise InputError(f"{path} is no folder, and it is not overwritten; name another one.")
+    if any(path.iterdir()) and not (path / mark).is_file():
+        raise InputError(
+            f"{path} holds files of another kind (there is no {mark} among them), and they are not overwritten; name "
+            "another folder, or an empty one."
+        )
+
+
+@contextmanager
+def atomic_folder(path: Path, mark: str) -> Iterator[Path]:
+    """The same for a folder: it is filled under a temporary name and appears at ``path`` whole or not at all.
+
+    It replaces only what :func:`check_replaceable` allows. The old folder is moved aside before the new one takes its place.
+    """
+    path = Path(path)
+    check_replaceable(path, mark)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    temporary, old = (Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")) for _ in range(2))
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
+        check_replaceable(path, mark)  # it may have been filled while this took its time
         if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+            os.replace(path, old)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if any(old.iterdir()):
+                os.replace(old, path)
+            raise
     except OSError as error:
         raise _readable(error, path) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in (temporary, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _readable(error: OSError, path: Path) -> Exception:

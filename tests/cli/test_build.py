@@ -13,7 +13,7 @@ from pydantic import Field
 from typer.main import get_command
 
 from rmscope.cli import commands, step_settings
-from rmscope.cli.build import OutputSettings, add_command, app, parameters
+from rmscope.cli.build import OutputSettings, TrustSettings, add_command, app, parameters
 from rmscope.errors import InputError
 from rmscope.run.settings import RunConfig
 from rmscope.sae.config import SaeConfig
@@ -42,7 +42,8 @@ def test_the_help_lists_the_commands_in_their_order() -> None:
 @pytest.mark.parametrize("name", ORDER)
 def test_every_setting_of_a_command_has_a_flag_and_every_flag_a_setting(name: str) -> None:
     given = {p.name for p in get_command(app).commands[name].params}  # type: ignore[attr-defined]
-    listed = {p.name for p in (*parameters(SETTINGS[name]), *parameters(OutputSettings))}
+    trust = parameters(TrustSettings) if "run_folder" in given else []
+    listed = {p.name for p in (*parameters(SETTINGS[name]), *trust, *parameters(OutputSettings))}
     assert given - {"run_folder", "config"} == listed
     assert len(parameters(SETTINGS[name])) == len({p.path for p in parameters(SETTINGS[name])}) == fields(SETTINGS[name])
     assert len({p.flag_name for p in parameters(SETTINGS[name])}) == len(parameters(SETTINGS[name]))

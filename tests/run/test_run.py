@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+import yaml
 
 from rmscope.cli.build import read_command
 from rmscope.effects import tables as effect_tables
@@ -377,3 +378,14 @@ def test_a_run_folder_stands_for_its_own_settings(done: Path) -> None:
     config = read_command(RunConfig, done, {"ledger_pairs": 9}, {})
     assert (config.out, config.ledger_pairs) == (done, 9)
     assert config.model_copy(update={"ledger_pairs": 8}) == Run.open(done).config
+
+
+def test_whether_a_pms_code_may_run_is_never_read_from_a_folder(done: Path, tmp_path: Path) -> None:
+    assert "trust_remote_code" not in yaml.safe_load((done / "run.yaml").read_text())["config"]
+    theirs = yaml.safe_load((done / "run.yaml").read_text())
+    theirs["config"]["trust_remote_code"] = True
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(theirs))
+    assert not Run.open(tmp_path).config.trust_remote_code
+    assert not read_command(RunConfig, tmp_path, {}, {}).trust_remote_code
+    assert Run.open(tmp_path, trust_remote_code=True).config.trust_remote_code
+    assert read_command(RunConfig, tmp_path, {"trust_remote_code": True}, {}).trust_remote_code

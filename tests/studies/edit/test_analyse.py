@@ -140,6 +140,21 @@ def test_bad_settings_are_one_sentence_and_write_nothing(
     assert not (tmp_path / "patch").exists()
 
 
+def test_a_folder_of_something_else_is_not_replaced(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    given = {"site": SITE, "features": "1"}
+    record = (folder / "run.yaml").read_bytes()
+    for out in (tmp_path / "thesis", folder):
+        with pytest.raises(InputError, match="not overwritten"):
+            edit(folder, **given, out=out)
+        with pytest.raises(InputError, match="not overwritten"):
+            edit(folder, **given, out=tmp_path / "patch", export=out)
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
+    assert (folder / "run.yaml").read_bytes() == record
+    assert not (tmp_path / "patch").exists()
+
+
 def width(rows: Rows) -> int:
     """Columns that a table takes in the terminal when no cell is wrapped."""
     columns = [[name, *(cell(row[name]) for row in rows)] for name in rows[0]]

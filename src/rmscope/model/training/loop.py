@@ -161,7 +161,7 @@ def _save(wrapped: Any, recipe: Recipe, out: Path) -> None:
     for p in wrapped.parameters():
         if p.requires_grad:
             p.data = p.data.half()
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, SETTINGS_FILE) as folder:
         wrapped.save_pretrained(str(folder))
         (folder / "README.md").unlink(missing_ok=True)
         adapter = read_json(folder / "adapter_config.json")

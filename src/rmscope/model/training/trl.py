@@ -106,10 +106,15 @@ def _base(recipe: TrlRecipe) -> tuple[Any, Any, list[str]]:
     torch.manual_seed(recipe.seed)
     with as_input_error(f"The base {recipe.base}"), quiet_transformers():
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=1, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            name,
+            num_labels=1,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
     with as_input_error(f"The tokenizer of {recipe.base}"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise InputError(
             f"The tokenizer of {recipe.base} has no pad and no eos token, so texts cannot be batched; give it a pad token."
@@ -195,7 +200,7 @@ def _recent(state: Any) -> dict[str, float]:
 
 def _save(trainer: Any, recipe: TrlRecipe, rendering: Rendering, out: Path) -> None:
     """Saves adapter and head, or the whole model, and the tokenizer, in float32: the loaded PM is the trained one."""
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, SETTINGS_FILE) as folder:
         trainer.save_model(str(folder))
         for extra in ("training_args.bin", "README.md"):
             (folder / extra).unlink(missing_ok=True)

@@ -158,7 +158,7 @@ def make_random_pm(recipe: Recipe) -> Path:
     folder = _folder(recipe, "random")
     if not (folder / SETTINGS_FILE).is_file():
         model, tokenizer = base_of(recipe)
-        with torch.no_grad(), atomic_folder(folder) as target:
+        with torch.no_grad(), atomic_folder(folder, SETTINGS_FILE) as target:
             for p in model.parameters():
                 if p.dim() > 1:
                     p.normal_(std=RANDOM_STD)

@@ -87,7 +87,7 @@ class Comparison:
 def open_other(run: Run, other: str) -> ComparedModel:
     """B as it is named: a run folder, a base, a patch of the PM of ``run``, or a PM."""
     if (Path(other) / RECORD).is_file():
-        return ComparedModel.of_run(Run.open(other, run.display))
+        return ComparedModel.of_run(Run.open(other, run.display, run.config.trust_remote_code))
     if is_base(other):  # it reads texts as the run's PM renders them
         model, tokenizer = load_base(base=other)
         rm = RewardModel(model.to(run.rm.device, run.rm.dtype), tokenizer, run.rm.rendering, other)

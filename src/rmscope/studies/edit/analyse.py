@@ -27,7 +27,7 @@ import torch
 
 from rmscope.effects.ablation import Entries, ablate_entries
 from rmscope.errors import InputError
-from rmscope.io import Progress, silent
+from rmscope.io import Progress, check_replaceable, silent
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.demo import plain_demo_pairs
 from rmscope.pairs.pair import SIDES, split_of
@@ -39,7 +39,7 @@ from rmscope.run.run import Run
 from rmscope.sae.base import Active, Sae
 from rmscope.studies.edit.check import Fitted, before_after
 from rmscope.studies.edit.gate import read_concepts
-from rmscope.studies.edit.patch import EditPatch, FeatureEdit, export_patch
+from rmscope.studies.edit.patch import EDIT_FILE, EXPORT_FILE, EditPatch, FeatureEdit, export_patch
 from rmscope.studies.edit.result import CueChoice, EditResult
 from rmscope.studies.edit.settings import EditConfig
 
@@ -77,6 +77,9 @@ def analyse(run: Run, config: EditConfig) -> EditResult:
 
 
 def _check_settings(config: EditConfig) -> None:
+    check_replaceable(config.out, EDIT_FILE)
+    if config.export is not None:
+        check_replaceable(config.export, EXPORT_FILE)
     operations = config.suppress + (config.clamp is not None) + (config.damp is not None)
     if (config.pairs or config.rm_bench) and not config.check:
         raise InputError("--pairs and --rm-bench are measured with --check; add it.")

@@ -43,6 +43,8 @@ from rmscope.studies.edit import modeling
 Operation = Literal["suppress", "clamp", "damp"]
 EDIT_FILE, FORMAT = "edit.json", 1
 REMOTE = "modeling_rmscope"
+EXPORT_FILE = f"{REMOTE}.py"
+"""The file that marks an exported folder."""
 CARD = """# {name}
 
 {model}, with features edited by rmscope: {edits}.
@@ -122,7 +124,7 @@ class EditPatch:
 
     def save(self, folder: Path | str) -> None:
         """Writes the patch, ``edit.json`` and ``saes/SITE``. The write is atomic: a kill leaves no half folder."""
-        with atomic_folder(Path(folder)) as target:
+        with atomic_folder(Path(folder), EDIT_FILE) as target:
             for site, sae in self.saes.items():
                 sae.save(target / "saes" / site)
             write_json(target / EDIT_FILE, self.record())
@@ -240,14 +242,14 @@ def export_patch(rm: RewardModel, patch: EditPatch, folder: Path | str) -> None:
     told = "; ".join(f"{e.action} features {', '.join(map(str, e.features))} at {e.site}" for e in patch.edits)
     rendering = f"{rm.rendering.style}{', eos appended' if rm.rendering.append_eos else ''}"
     card = CARD.format(name=Path(folder).name, model=rm.name, edits=told, remote=REMOTE, rendering=rendering)
-    with atomic_folder(Path(folder)) as target:
+    with atomic_folder(Path(folder), EXPORT_FILE) as target:
         rm.model.save_pretrained(target, max_shard_size="1000GB")
         rm.tokenizer.save_pretrained(target)
         held = load_file(target / "model.safetensors")
         save_file({**held, **weights}, target / "model.safetensors", {"format": "pt"})
         write_json(target / "config.json", rm.model.config.to_dict() | config)
         write_json(target / SETTINGS_FILE, {"rendering": rm.rendering.as_dict()})
-        write_text(target / f"{REMOTE}.py", code)
+        write_text(target / EXPORT_FILE, code)
         write_text(target / "edits.py", Path(model_edits.__file__).read_text("utf-8"))
         write_text(target / "README.md", card)
 

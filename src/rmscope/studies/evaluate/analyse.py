@@ -30,7 +30,7 @@ def analyse(config: EvaluateConfig, display: Display | None = None, run: Run | N
     """
     display = display or (run.display if run is not None else NoDisplay())
     if run is None and config.run is not None:
-        run = Run.open(config.run, display)
+        run = Run.open(config.run, display, config.trust_remote_code)
     if config.curves and run is None:
         raise InputError("Curves need a run folder, whose fit split chooses the features; name one.")
     saes: dict[str, Sae] = {}

@@ -78,7 +78,7 @@ def analyse(config: ExperimentConfig, display: Display | None = None, run: Run |
     """
     started, experiment, sites = time.time(), read_experiment(config.file), dict[str, tuple[Sae, pl.DataFrame]]()  # 1
     if run is None and config.run is not None:  # 2
-        run = Run.open(config.run, display)
+        run = Run.open(config.run, display, config.trust_remote_code)
     if run is not None:
         inputs, shown, pairs, sd = run.inputs, display or run.display, run.pair_set, run.sd
         if rule := experiment.ablate:  # 3
