@@ -24,7 +24,7 @@ from rmscope.io import Display, Progress, content_hash, join_tables, write_json,
 from rmscope.model.packing import units
 from rmscope.run.settings import RECORD, read_record
 
-FORMAT = 5
+FORMAT = 6
 """Raised when a stage computes something else from the same settings."""
 
 Make = Callable[[list[int], Progress], dict[str, pl.DataFrame]]
