@@ -21,7 +21,7 @@ from rmscope.settings import Argument, Flag, Names, Settings, read_settings
 
 ORDER = [
     "demo", "run", "doctor",
-    "score", "harvest", "train", "attribute", "ablate", "ledger", "rank", "evaluate", "report",
+    "score", "baseline", "harvest", "train", "attribute", "ablate", "ledger", "rank", "evaluate", "report",
     "jailbreak", "experiment", "sufficiency", "compare", "edit", "gate", "audit",
     "train-pm",
 ]  # fmt: skip

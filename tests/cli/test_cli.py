@@ -116,6 +116,15 @@ def test_score_gives_one_json_line_of_the_models_own_rewards(pm: str, tmp_path: 
     assert figures["pairs"] == 4
 
 
+def test_the_text_baseline_of_a_pm_needs_no_sae(pm: str, tmp_path: Path) -> None:
+    out = tmp_path / "terms.json"
+    done = rmscope_command("baseline", "--model", pm, "--data", "demo:plain", "--limit", "120", "--out", str(out), "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["terms"] == json.loads(out.read_text())["terms"]
+    assert "words, phrases and counts explain" in done.stderr
+
+
 def test_one_of_several_outputs_or_weights_are_named_on_the_command_line_and_kept_by_a_run(tmp_path: Path) -> None:
     from rmscope.run.inputs import Inputs
     from rmscope.run.settings import RunConfig

@@ -213,6 +213,21 @@ def plants(sites: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return made
 
 
+def text(planted: bool) -> dict[str, Any]:
+    """What text statistics explain: fourteen terms."""
+
+    def figure(value: float) -> dict[str, float]:
+        return {"value": value, "low": value - 0.06, "high": value + 0.05}
+
+    names = ["“thank you”", "words", "“no problem at all”", "links", *(f"“word {i}”" for i in range(10))]
+    return {
+        "terms": [{"name": n, "coefficient": 0.8 / (i + 1) * (-1) ** i, "prompts": 84 - i} for i, n in enumerate(names)],
+        "explained": figure(0.58), "agreement": figure(0.9), "pairs": 230, "text": figure(0.6), "concepts": figure(0.71),
+        "both": figure(0.78), "adds": {}, "confirm_pairs": 240,
+        "cues": {"thanks": "“thank you”", "repetition": None} if planted else {},
+    }  # fmt: skip
+
+
 def sample(planted: bool = True, seed: int = 0) -> dict[str, Any]:
     rng = random.Random(seed)
     sites = [site(rng, "resid_post.3", 0.62), site(rng, "resid_post.7", 1.05)]
@@ -255,6 +270,7 @@ def sample(planted: bool = True, seed: int = 0) -> dict[str, Any]:
             "histogram": {"edges": edges, "counts": counts},
         },
         "noise_floor": 2.6e-6,
+        "text": text(planted),
         "sites": sites,
         "planted": plants(sites) if planted else None,
         "footer": {
@@ -307,6 +323,7 @@ def with_difference(data: dict[str, Any]) -> dict[str, Any]:
         "changes": [0.0, 0.0] + [0.01] * 10,
         "blocks": [{"block": b, "written": b / 12, "at_own_tokens": b / 12 * (1 - b / 12)} for b in range(2, 12)],
     }
+    data["text"]["adds"] = {"0": figure(0.2), "1": figure(0.0), "2": figure(0.01), "3": figure(0.05)}
     data["concepts"] = [
         concept(rng, 0, "“thank you” · “no problem”", 0.81),
         concept(rng, 1, "repeated text", -0.62),

@@ -122,6 +122,17 @@ def test_concepts_and_the_other_features_share_what_is_explained(run: Run) -> No
     assert set(inside) <= frozen
 
 
+def test_what_text_explains_is_measured_on_pairs_that_did_not_choose_its_terms(run: Run) -> None:
+    text, places = run.evidence.text, run.of_split("measure")
+    assert text.terms == run.text_baseline.terms
+    delta = run.scores.filter(pl.col("split") == "measure").sort("pair")
+    hat = dict(zip((run.ids[i] for i in places), run.text_baseline.predict([run.pairs[i] for i in places]), strict=True))
+    left = delta["delta"].to_numpy() - np.array([hat[p] for p in delta["pair"]])
+    assert text.explained.value == pytest.approx(1 - (left**2).sum() / (delta["delta"].to_numpy() ** 2).sum(), abs=1e-5)
+    assert set(text.adds) == set(run.concepts.filter("reported")["concept"])
+    assert run.concept_firings.height > 0
+
+
 def test_concepts_are_made_of_frozen_features_each_told_once(run: Run) -> None:
     concepts = run.concepts
     assert 0 < concepts.height <= 30

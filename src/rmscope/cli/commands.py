@@ -22,6 +22,7 @@ PANELS: dict[str, list[Row]] = {
     ],
     "Single steps": [
         ("score", steps.ScoreConfig, "cli.steps:score", "Rewards of every pair, and accuracy beside length alone."),
+        ("baseline", steps.BaselineConfig, "cli.steps:baseline", "What words, phrases and style explain without an SAE."),
         ("harvest", steps.HarvestConfig, "cli.steps:harvest", "Writes the residual stream at some sites to disk."),
         ("train", steps.TrainConfig, "cli.steps:train", "Trains SAEs on stored or streamed activations."),
         ("attribute", steps.AttributeConfig, "cli.steps:attribute", "Estimates each feature's effect."),

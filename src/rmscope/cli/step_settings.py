@@ -39,6 +39,13 @@ class ScoreConfig(LoadSettings, ReadSettings, ModelSettings):
     """Write one row per pair to this Parquet file."""
 
 
+class BaselineConfig(LoadSettings, ReadSettings, ModelSettings):
+    """Words, phrases and simple style, fitted to Δr on half of the prompts and measured on the others."""
+
+    out: Path | None = None
+    """Write the terms to this JSON file."""
+
+
 class FitSettings(LoadSettings, ReadSettings, ModelSettings):
     """A PM, and the pairs whose activations SAEs are trained on."""
 

@@ -15,12 +15,14 @@ from rmscope.activations.harvest import stream
 from rmscope.activations.store import ActivationStore
 from rmscope.api import effects as api
 from rmscope.cli import step_settings as settings
-from rmscope.cli.summaries import Examination, Figures, Frame, LedgerResult, Ranking, RunSummary
+from rmscope.cli.summaries import Examination, Figures, Frame, LedgerResult, Ranking, RunSummary, TextSummary
 from rmscope.effects.interactions import PROMPTS, TOP, groups_of, interactions
 from rmscope.effects.ledger import FEWEST, length_groups, pair_features, share_rows, shares_by
+from rmscope.effects.splice import agreement, delta_r2
 from rmscope.errors import InputError
 from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune
-from rmscope.io import Display, check_replaceable, write_table
+from rmscope.evaluation.text_baseline import fit_text_baseline
+from rmscope.io import Display, check_replaceable, write_table, write_text
 from rmscope.model.rendering import SETTINGS_FILE
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.training.loop import train_pm as train_by_our_loop
@@ -28,7 +30,7 @@ from rmscope.model.training.recipe import TrlRecipe, measure_accuracy, read_reci
 from rmscope.pairs.pair import Pair
 from rmscope.report.result import Result
 from rmscope.run.collect import score_evidence
-from rmscope.run.inputs import Inputs, load_pm
+from rmscope.run.inputs import Inputs, load_pm, need_prompts
 from rmscope.run.run import Run
 from rmscope.run.settings import DEMO, RunConfig
 from rmscope.run.stages import score_table
@@ -90,6 +92,28 @@ def score(config: settings.ScoreConfig, display: Display) -> Figures:
     figures |= {"format": inputs.read_report.format, "pairs": table.height}
     figures["too_long"] = len(inputs.all_pairs) - table.height
     return Figures(title=f"{config.model} on {config.data}", figures=figures)
+
+
+def baseline(config: settings.BaselineConfig, display: Display) -> TextSummary:
+    """What text statistics alone explain of Δr."""
+    inputs = Inputs.of(config.model, config.data, config)
+    scored = inputs.scored
+    need_prompts(scored, config.data)
+    with display.stage("score") as progress:
+        delta = inputs.rm.score_tokens(scored.tokens, progress).delta.numpy().astype(float)
+    fit, fresh = scored.of_split("fit"), [*scored.of_split("confirm"), *scored.of_split("measure")]
+    found = fit_text_baseline([scored.pairs[i] for i in fit], delta[fit])
+    hat, prompts = found.predict([scored.pairs[i] for i in fresh]), np.array([scored.pairs[i].prompt_key for i in fresh])
+    if config.out is not None:
+        write_text(config.out, found.model_dump_json(indent=1))
+    return TextSummary(
+        model=config.model,
+        data=config.data,
+        terms=found.terms,
+        explained=delta_r2(delta[fresh], hat, prompts),
+        agreement=agreement(delta[fresh], hat, prompts),
+        pairs=len(fresh),
+    )
 
 
 def _fit_pairs(config: settings.FitSettings) -> tuple[RewardModel, list[Pair]]:

@@ -9,12 +9,15 @@ from typing import Any, Literal
 import polars as pl
 from pydantic import BaseModel, Field
 
+from rmscope.evaluation.text_baseline import Term
 from rmscope.planted.results import CueMatch
 from rmscope.ranking.confirm import power_statement
+from rmscope.report.formatting import share
 from rmscope.report.page import Page, shown_effect, visible
 from rmscope.report.result import Result, Rows
 from rmscope.run.evidence import Evidence, SiteEvidence
 from rmscope.run.run import Run
+from rmscope.statistics import Figure
 
 BEST = 8
 """Reported features of each site in the closing table."""
@@ -38,6 +41,30 @@ class Figures(Result):
 
     def as_json(self) -> Any:
         return self.model_dump(mode="json")["figures"]
+
+
+class TextSummary(Result):
+    """What text statistics alone explain of Δr."""
+
+    model: str
+    data: str
+    terms: list[Term]
+    explained: Figure
+    """delta_r2 on pairs of other prompts than those that chose the terms."""
+    agreement: Figure
+    """The share of those pairs whose order it gives."""
+    pairs: int
+
+    def summary(self) -> str:
+        explained, agreed = (" ".join(share(f.value, f.low, f.high)) for f in (self.explained, self.agreement))
+        return (
+            f"{len(self.terms)} words, phrases and counts explain {explained} of Δr on {self.pairs:,} fresh pairs of "
+            f"{self.data}, and order {agreed} of them as {self.model} does."
+        )
+
+    def tables(self) -> dict[str, Rows]:
+        rows = [{"term": t.name, "reward per unit": t.coefficient, "prompts": t.prompts} for t in self.terms]
+        return {"Text statistics, in the order in which they were chosen": rows}
 
 
 class Frame(Result):

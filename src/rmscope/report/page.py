@@ -140,6 +140,7 @@ def concept_view(data: dict[str, Any]) -> dict[str, Any] | None:
         "span": figures.extent((v for c in reported for v in shown_effect(c)[:3]), include=[0.0], pad=0.04),
         "bound": sites[0].get("bound") if sites else None,
         "known": {(site.get("site"), f.get("feature")) for site in sites for f in site.get("features") or []},
+        "adds": {str(number): adds for number, adds in ((data.get("text") or {}).get("adds") or {}).items()},
     }
 
 

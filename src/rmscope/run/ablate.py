@@ -35,6 +35,7 @@ def ablate(run: RunData, progress: Progress, key: str) -> None:
         lambda unit, within: tables.firing_table(run.rm, run.saes, run.tokens, run.ids, unit),
     )
     firing[CONCEPTS] = concept_firings(run, firing)
+    write_table(run.folder / CONCEPTS / "firing.parquet", firing[CONCEPTS].drop("kind"))
     fires = {name: ordered(run, table) for name, table in firing.items()}
     listed = {site: run.frozen(site)["feature"].to_list() for site in run.sites}
     listed[CONCEPTS] = run.frozen_concepts["concept"].to_list()

@@ -21,7 +21,7 @@ from rmscope.effects.written import WRITTEN_PAIRS
 from rmscope.io import Progress, write_json, write_table, write_text
 from rmscope.model.site_names import is_difference, parts_of
 from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
-from rmscope.pairs.pair import split_of
+from rmscope.pairs.pair import Pair, split_of
 from rmscope.pairs.planting import twins
 from rmscope.pairs.plants import Plant
 from rmscope.planted.matching import match_plant
@@ -50,6 +50,7 @@ from rmscope.run.evidence import (
     WrittenEvidence,
 )
 from rmscope.run.examples import choose_examples, contexts_of
+from rmscope.run.text import named_by_text, text_evidence
 from rmscope.sae import measure_sae
 from rmscope.sae.base import Active, Sae
 from rmscope.sae.joint import JointSae
@@ -80,6 +81,9 @@ def collect(run: RunData, progress: Progress, key: str) -> None:
         progress(len(run.sites) + i, steps, f"cue {plant.name}")
         cue = partial(_cue, run, plant, candidates)
         planted.append(run.on_disk.keep_json("cues", key, plant.name, cue))
+    text = text_evidence(run)
+    held_out = _held_out_prompts() if plants else []
+    named = {p.name: named_by_text(run, p, twins(held_out, p, DEMO_TWINS, run.config.seed)) for p in plants}
     progress(steps, steps, "")
     if plants:
         write_json(folder / "planted.json", planted)
@@ -93,6 +97,7 @@ def collect(run: RunData, progress: Progress, key: str) -> None:
         noise_floor=run.noise_floor,
         base=_base(run),
         why_no_base=run.inputs.why_no_base,
+        text=text.model_copy(update={"cues": named}),
         concepts=concepts,
         sites=sites,
         planted=planted if plants else None,
@@ -321,13 +326,16 @@ def _example_table(features: Sequence[FeatureEvidence]) -> pl.DataFrame:
 
 def _cue(run: RunData, plant: Plant, candidates: Candidates) -> dict[str, Any]:
     """One planted cue against the reported features, on prompts of the measure split and in held-out wordings."""
-    held_out = [p for p in plain_demo_pairs() if split_of(p) == "measure"]
-    prepared = prepare(run.rm, run.saes, twins(held_out, plant, DEMO_TWINS, run.config.seed), plant)
+    prepared = prepare(run.rm, run.saes, twins(_held_out_prompts(), plant, DEMO_TWINS, run.config.seed), plant)
     match = match_plant(run.rm, run.saes, plant, prepared, reported_concepts(run), run.sd)
     if not match.found:
         by_features = match_plant(run.rm, run.saes, plant, prepared, candidates, run.sd)
         match = by_features if by_features.found else match
     return match.model_dump(mode="json")
+
+
+def _held_out_prompts() -> list[Pair]:
+    return [p for p in plain_demo_pairs() if split_of(p) == "measure"]
 
 
 def reported_concepts(run: RunData) -> dict[str, list[Candidate]]:

@@ -12,6 +12,7 @@ import polars as pl
 from rmscope.activations.store import ActivationStore
 from rmscope.effects.ledger import Baseline, baseline, joint_baseline
 from rmscope.errors import InputError
+from rmscope.evaluation.text_baseline import TextBaseline
 from rmscope.io import Display, NoDisplay
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
@@ -84,6 +85,17 @@ class RunData:
     def joint_effects(self, kind: Literal["exact", "strong"] = "exact") -> pl.DataFrame:
         """Joint ablations of concepts on the confirm split: pair, side, feature (the concept's number), effect, kind."""
         return self._table("concepts", f"{kind}.parquet")
+
+    @property
+    def concept_firings(self) -> pl.DataFrame:
+        """Concepts in the responses of the confirm split: pair, side, feature (the concept's number), effect (Σ_t of its
+        activation), ending."""
+        return self._table("concepts", "firing.parquet")
+
+    @cached_property
+    def text_baseline(self) -> TextBaseline:
+        """What text statistics alone say of Δr, fitted on the fit split."""
+        return TextBaseline.model_validate_json(self._finished("baseline.json").read_text("utf-8"))
 
     def ledger(self, site: str) -> pl.DataFrame:
         """One row per pair: pair, delta_r, features, error, remainder, gap, nodes."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+from rmscope.evaluation.text_baseline import Term
 from rmscope.model.checks import Check
 from rmscope.planted.results import CueMatch
 from rmscope.statistics import Figure
@@ -158,6 +159,29 @@ class WrittenEvidence(Stored):
     pairs: int
 
 
+class TextEvidence(Stored):
+    """What text statistics alone explain, and what the reported concepts add to them."""
+
+    terms: list[Term]
+    """In the order in which they were chosen."""
+    explained: Figure
+    """delta_r2 of the baseline on the measure split."""
+    agreement: Figure
+    """The share of those pairs whose sign it gives."""
+    pairs: int
+    text: Figure
+    """delta_r2 on the confirm split, of the baseline up to a factor, each pair's from a fit on other prompts."""
+    concepts: Figure
+    """The same of the concepts' activations, summed over a response."""
+    both: Figure
+    """The same of both together."""
+    adds: dict[int, Figure]
+    """By concept: 1 - Σ(Δr - Δr^ of both)² / Σ(Δr - Δr^ of the baseline)²."""
+    confirm_pairs: int
+    cues: dict[str, str | None] = {}
+    """Where the truth is known: by planted cue the term that names it."""
+
+
 class BlockEvidence(Stored):
     """What was written up to the end of a block, as shares of Δr on some fit pairs."""
 
@@ -220,6 +244,7 @@ class Evidence(Stored):
     """None where the PM's base is not known."""
     why_no_base: str = ""
     """Why there is no base, where one was looked for."""
+    text: TextEvidence
     concepts: list[ConceptEvidence] = []
     """The frozen concepts, by rank."""
     sites: list[SiteEvidence]

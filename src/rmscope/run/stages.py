@@ -1,7 +1,7 @@
 """The pipeline as a list of stages. A stage is a function, the settings that it depends on, and the files that it leaves.
 
-    pairs -> preflight -> scores -> activations -> SAEs -> estimates -> screen -> concepts -> exact ablations -> ranking ->
-    ledgers -> evidence
+    pairs -> preflight -> scores -> text baseline -> activations -> SAEs -> estimates -> screen -> concepts
+    -> exact ablations -> ranking -> ledgers -> evidence
 
 Each stage also depends on the stage before it. One whose settings, files and predecessors are unchanged is skipped.
 """
@@ -34,6 +34,7 @@ from rmscope.run.data import RunData
 from rmscope.run.group import group
 from rmscope.run.inputs import PairSet, need_prompts
 from rmscope.run.screen import screen
+from rmscope.run.text import fit_baseline
 from rmscope.sae import Sae, SaeConfig, train_saes
 from rmscope.sae.joint import join
 
@@ -101,9 +102,16 @@ def score_table(rm: RewardModel, pairs: PairSet, progress: Progress = silent) ->
     return pl.DataFrame(table)
 
 
+def fit_text(run: RunData, progress: Progress, _key: str) -> None:
+    """What text statistics alone say of Δr."""
+    need_prompts(run.pair_set, run.config.data)
+    progress(0, 1, "choosing words, phrases and style")
+    fit_baseline(run)
+    progress(1, 1, "")
+
+
 def harvest(run: RunData, progress: Progress, _key: str) -> None:
     """The stream of the fit split at every site."""
-    need_prompts(run.pair_set, run.config.data)
     fit = [run.pairs[i] for i in run.of_split("fit")]
     harvest_streams(run.rm, fit, run.sites, run.folder / "activations", progress)
 
@@ -245,7 +253,8 @@ def decompose(run: RunData, progress: Progress, key: str) -> None:
 STAGES = (
     Stage("preflight", preflight, "dtype", "preflight.json"),
     Stage("score", score, "dtype", "scores.parquet"),
-    Stage("harvest", harvest, "top_share top_pairs", "activations/{part}/manifest.json"),
+    Stage("text", fit_text, "top_share top_pairs", "baseline.json"),
+    Stage("harvest", harvest, "", "activations/{part}/manifest.json"),
     Stage("train", train, "sae diff_features diff_k diff_tokens reward_aware", "saes/{part}/cfg.json", of_saes=True),
     Stage("estimate", estimate, "estimate estimate_pairs seed", "effects/{site}/estimated.parquet"),
     Stage("screen", screen, "screen others responses quality_responses frozen", "effects/{site}/frozen.parquet"),
@@ -254,7 +263,7 @@ STAGES = (
         "ablate",
         ablate,
         "confirm_prompts confirm_pairs",
-        "effects/{site}/exact.parquet effects/{site}/strong.parquet concepts/exact.parquet",
+        "effects/{site}/exact.parquet effects/{site}/strong.parquet concepts/exact.parquet concepts/firing.parquet",
     ),
     Stage("rank", rank, "", "features/{site}.parquet concepts.parquet"),
     Stage("decompose", decompose, "ledger_pairs ledger_halvings baseline", "ledger/{site}.parquet"),
