@@ -301,6 +301,8 @@ def concept(
         "weights": [0.5, 0.25],
         "elsewhere": [{"site": "diff.3", "features": [number]}] if number % 2 else [],
         "fire_pairs": 0.4,
+        "null_random": abs(effect) / 4,
+        "null_real": abs(effect) / 3,
     }
 
 
@@ -330,5 +332,6 @@ def with_difference(data: dict[str, Any]) -> dict[str, Any]:
         concept(rng, 2, "the end of the text", 0.33, form=True),
         concept(rng, 3, "links", -0.21),
         concept(rng, 4, "“paper”", 0.04, reported=False),
+        concept(rng, 5, "“so”", 0.11, reported=False) | {"flags": ["direction"], "null_random": 0.13, "null_real": 0.2},
     ]
     return data

@@ -24,19 +24,20 @@ def text_of(page: str) -> str:
 def test_content_is_told_by_sign_and_form_and_the_rest_apart(data: dict[str, Any]) -> None:
     view = concept_view(data)
     assert view is not None
-    names = {key: [c["name"] for c in view[key]] for key in ("up", "down", "form", "others")}
+    names = {key: [c["name"] for c in view[key]] for key in ("up", "down", "form", "pushed", "others")}
     assert names == {
         "up": ["“thank you” · “no problem”"],
         "down": ["repeated text", "links"],
         "form": ["the end of the text"],
+        "pushed": ["“so”"],
         "others": ["“paper”"],
     }
-    assert (view["frozen"], view["reported"]) == (5, 4)
+    assert (view["frozen"], view["reported"]) == (6, 4)
 
 
 def test_the_headline_names_concepts_and_not_features(data: dict[str, Any]) -> None:
     told = text_of(render_report(data))
-    assert "4 concepts are reported of 5" in told
+    assert "4 concepts are reported of 6" in told
     assert "1 more is of form" in told
     assert "are reported at q" not in told.split("What it rewards")[0]
 

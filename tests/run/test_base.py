@@ -163,6 +163,15 @@ def test_the_effect_of_a_concept_is_the_joint_ablation_of_its_features(run: Run)
             assert effect == pytest.approx(naive, abs=1e-5)
 
 
+def test_a_reported_concept_beats_moves_of_its_size_in_other_directions(run: Run) -> None:
+    nulls = run.concepts.filter(pl.col("null_random").is_not_null())
+    assert set(nulls["concept"]) == set(run.ranked_concepts.filter("reported")["concept"])
+    own = pl.read_parquet(run.folder / "concepts" / "directions.parquet").sort("concept")["own"].abs()
+    beats = (own > nulls.sort("concept").select(pl.max_horizontal("null_random", "null_real")).to_series()).to_list()
+    assert nulls.sort("concept")["reported"].to_list() == beats
+    assert nulls.sort("concept")["flags"].list.contains("direction").to_list() == [not b for b in beats]
+
+
 def test_what_a_run_on_parts_explains_is_measured_as_for_the_whole_stream(run: Run) -> None:
     result = analyse(EvaluateConfig(run=run.folder, curves=True, limit=12))
     assert [e.site for e in result.explained] == run.sites

@@ -70,7 +70,21 @@ class RunData:
 
     @cached_property
     def concepts(self) -> pl.DataFrame:
-        """One row per frozen concept, by rank: name, site, features, joint effect, interval, q, flags, where else it is."""
+        """One row per frozen concept, by rank: name, site, features, joint effect, interval, q, flags, where else it is.
+
+        A reported concept has q < .05 and beats its direction null (``null_random``, ``null_real``); what has q < .05 and
+        does not beat it has the flag ``direction``.
+        """
+        table = self.ranked_concepts.join(
+            self._table("concepts", "directions.parquet"), on="concept", how="left", maintain_order="left"
+        )
+        lost = (pl.col("own").abs() <= pl.max_horizontal("null_random", "null_real")).fill_null(False)
+        flags = pl.when(lost).then(pl.concat_list("flags", pl.lit("direction"))).otherwise("flags")
+        return table.with_columns(flags=flags, reported=pl.col("reported") & ~lost).drop("own")
+
+    @property
+    def ranked_concepts(self) -> pl.DataFrame:
+        """The same as they were tested, before the direction null."""
         return self._table("concepts.parquet")
 
     def frozen(self, site: str) -> pl.DataFrame:

@@ -70,6 +70,8 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
     """Confirm prompts on which a frozen feature or concept is ablated."""
     confirm_pairs: int = Field(1, gt=0)
     """Pairs of each of those prompts on which it is ablated, if it fires on so many; their mean counts once."""
+    null_prompts: int = Field(16, gt=0)
+    """Confirm prompts on which a reported concept is held against moves of the same size in 32 other directions."""
     ledger_pairs: int = Field(24, ge=0)
     """Pairs of the measure split that get a ledger, one per prompt while prompts last; each takes many gradients, 0 none."""
     baseline: Literal["mean", "zero"] = "mean"

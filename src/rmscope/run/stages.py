@@ -1,7 +1,7 @@
 """The pipeline as a list of stages. A stage is a function, the settings that it depends on, and the files that it leaves.
 
     pairs -> preflight -> scores -> text baseline -> activations -> SAEs -> estimates -> screen -> concepts
-    -> exact ablations -> ranking -> ledgers -> evidence
+    -> exact ablations -> ranking -> direction null -> ledgers -> evidence
 
 Each stage also depends on the stage before it. One whose settings, files and predecessors are unchanged is skipped.
 """
@@ -31,6 +31,7 @@ from rmscope.ranking.estimate_quality import estimate_quality
 from rmscope.run.ablate import CONCEPTS, ablate
 from rmscope.run.collect import collect
 from rmscope.run.data import RunData
+from rmscope.run.directions import directions
 from rmscope.run.group import group
 from rmscope.run.inputs import PairSet, need_prompts
 from rmscope.run.screen import screen
@@ -266,6 +267,7 @@ STAGES = (
         "effects/{site}/exact.parquet effects/{site}/strong.parquet concepts/exact.parquet concepts/firing.parquet",
     ),
     Stage("rank", rank, "", "features/{site}.parquet concepts.parquet"),
+    Stage("directions", directions, "null_prompts seed", "concepts/directions.parquet"),
     Stage("decompose", decompose, "ledger_pairs ledger_halvings baseline", "ledger/{site}.parquet"),
     Stage("evidence", collect, "", "evidence/evidence.json"),
 )
