@@ -332,6 +332,7 @@ def with_difference(data: dict[str, Any]) -> dict[str, Any]:
         concept(rng, 2, "the end of the text", 0.33, form=True),
         concept(rng, 3, "links", -0.21),
         concept(rng, 4, "“paper”", 0.04, reported=False),
+        concept(rng, 6, "“the”", 0.5) | {"flags": ["nonspecific"]},
         concept(rng, 5, "“so”", 0.11, reported=False) | {"flags": ["direction"], "null_random": 0.13, "null_real": 0.2},
     ]
     return data

@@ -24,21 +24,23 @@ def text_of(page: str) -> str:
 def test_content_is_told_by_sign_and_form_and_the_rest_apart(data: dict[str, Any]) -> None:
     view = concept_view(data)
     assert view is not None
-    names = {key: [c["name"] for c in view[key]] for key in ("up", "down", "form", "pushed", "others")}
+    names = {key: [c["name"] for c in view[key]] for key in ("up", "down", "unspecific", "form", "pushed", "others")}
     assert names == {
         "up": ["“thank you” · “no problem”"],
         "down": ["repeated text", "links"],
+        "unspecific": ["“the”"],
         "form": ["the end of the text"],
         "pushed": ["“so”"],
         "others": ["“paper”"],
     }
-    assert (view["frozen"], view["reported"]) == (6, 4)
+    assert (view["frozen"], view["reported"]) == (7, 3)
 
 
 def test_the_headline_names_concepts_and_not_features(data: dict[str, Any]) -> None:
     told = text_of(render_report(data))
-    assert "4 concepts are reported of 6" in told
+    assert "3 concepts are reported of 7" in told
     assert "1 more is of form" in told
+    assert "1 more moves unrelated completions too" in told
     assert "are reported at q" not in told.split("What it rewards")[0]
 
 
@@ -48,7 +50,7 @@ def test_the_parts_of_the_reward_difference_sum_to_one_and_the_sentence_is_made_
     assert written["site"] == "diff.7"  # where most was written
     assert sum(value for _, value in written["parts"]) == pytest.approx(1)
     assert "81 % [77, 84] was written by preference training up to block 7" in written["sentence"]
-    assert "61 of those 81 points are in 4 concepts; 19 % is read off" in written["sentence"]
+    assert "61 of those 81 points are in 5 concepts; 19 % is read off" in written["sentence"]
     assert written["sentence"] in text_of(render_report(data))
 
 

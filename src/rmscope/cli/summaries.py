@@ -13,7 +13,7 @@ from rmscope.evaluation.text_baseline import Term
 from rmscope.planted.results import CueMatch
 from rmscope.ranking.confirm import power_statement
 from rmscope.report.formatting import share
-from rmscope.report.page import Page, shown_effect, visible
+from rmscope.report.page import Page, concept_group, shown_effect, visible
 from rmscope.report.result import Result, Rows
 from rmscope.run.evidence import Evidence, SiteEvidence
 from rmscope.run.run import Run
@@ -135,6 +135,13 @@ class LedgerResult(Result):
         return {name: value for name, value in self.model_dump(mode="json").items() if value or not self.ledger}
 
 
+GROUPS = {
+    "content": "what it rewards",
+    "unspecific": "not specific: moves unrelated completions too",
+    "form": "form: endings, punctuation, position",
+}
+
+
 class RunSummary(Result):
     """The best reported features up and down, the planted biases, where the report is."""
 
@@ -151,7 +158,7 @@ class RunSummary(Result):
     def summary(self) -> str:
         s, e = self.evidence.scores, self.evidence
         a, reported = s.accuracy, sum(site.reported for site in e.sites)
-        concepts = [c for c in e.concepts if c.reported]
+        concepts = [c for c in e.concepts if c.reported and concept_group(c.model_dump()) == "content"]
         text = f"{e.title}: accuracy {a.value:.3f} [{a.low:.3f}, {a.high:.3f}] (length alone {s.length_only:.3f}), "
         text += f"SD(Δr) {s.sd_delta:.3g}; {len(concepts)} concepts and {reported} features reported"
         if e.planted:
@@ -162,8 +169,8 @@ class RunSummary(Result):
     def tables(self) -> dict[str, Rows]:
         listed: dict[str, Rows] = {}
         told = [c for c in self.evidence.concepts if c.reported]
-        for title, form in (("what it rewards", False), ("form: endings, punctuation, position", True)):
-            if rows := [_concept_row(c.model_dump()) for c in told if c.form == form]:
+        for group, title in GROUPS.items():
+            if rows := [_concept_row(c.model_dump()) for c in told if concept_group(c.model_dump()) == group]:
                 listed[f"{title}: {len(rows)} concepts"] = rows
         for site in self.evidence.sites if not told else ():
             rows = [_feature_row(f.model_dump()) for f in site.features if f.reported][:BEST]

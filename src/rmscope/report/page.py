@@ -118,22 +118,32 @@ def headline(data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def concept_group(concept: dict[str, Any]) -> str:
+    """The group in which a reported concept is told: ``form``; ``unspecific``, where it moves unrelated completions of the
+    same prompts too; else ``content``, which alone is counted in a headline."""
+    if concept["form"]:
+        return "form"
+    return "unspecific" if "nonspecific" in concept["flags"] else "content"
+
+
 def concept_view(data: dict[str, Any]) -> dict[str, Any] | None:
-    """Reported concepts of content by sign, those of form, and the rest; None where there are none."""
+    """Reported concepts of content by sign, the other groups, and what is not reported; None where there are none."""
     concepts = data.get("concepts") or []
     if not concepts:
         return None
     ordered = sorted(concepts, key=lambda c: -abs(real(shown_effect(c)[0]) or 0.0))
     reported = [c for c in ordered if is_reported(c)]
-    content = [c for c in reported if not c["form"]]
+    groups = {group: [c for c in reported if concept_group(c) == group] for group in ("content", "unspecific", "form")}
+    content = groups["content"]
     sites, sd = data.get("sites") or [], real((data.get("scores") or {}).get("sd_delta"))
     up, down = ([c for c in content if (c["mean_effect"] >= 0) == raises] for raises in (True, False))
     return {
         "frozen": len(concepts),
-        "reported": len(reported),
+        "reported": len(content),
         "up": up,
         "down": down,
-        "form": [c for c in reported if c["form"]],
+        "unspecific": groups["unspecific"],
+        "form": groups["form"],
         "pushed": [c for c in ordered if not is_reported(c) and "direction" in c["flags"]],
         "others": [c for c in ordered if not is_reported(c) and "direction" not in c["flags"]],
         "leaders": {name: [c["name"] for c in listed[:LEADERS]] for name, listed in (("up", up), ("down", down))},
