@@ -9,13 +9,16 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from rmscope.statistics import (
+    FEW,
     FLIPS,
     benjamini_hochberg,
     bootstrap,
     correlation,
     flip_matrix,
     mean_interval,
+    q_values_of,
     sign_flip_p,
+    studentised_p,
     weighted_spearman,
 )  # fmt: skip
 
@@ -71,6 +74,42 @@ def test_sign_flip_p_is_exact_on_few_values() -> None:
     assert sign_flip_p(np.full(5, 0.3), signs) == pytest.approx(1 / 32, rel=0.2)
     assert sign_flip_p(np.zeros(5), signs) == 1.0
     assert sign_flip_p(np.full(40, 1.0), flip_matrix(40, 0)) == pytest.approx(1 / (1 + FLIPS))
+
+
+@pytest.mark.parametrize("n", [24, 64])
+def test_the_studentised_p_holds_under_skew_where_flips_reject_too_often(n: int) -> None:
+    """Of skewed values whose mean is 0, one in twenty may be told to be above it: exponential with its tail to the left."""
+    rng = np.random.default_rng(0)
+    signs, drawn = flip_matrix(n, 1), 1 - rng.exponential(size=(400, n))
+    flips, studentised = (np.array([p(v) for v in drawn]) for p in (lambda v: sign_flip_p(v, signs), studentised_p))
+    assert (studentised < 0.05).mean() < 0.085
+    assert (studentised < 0.05).mean() < 0.75 * (flips < 0.05).mean()
+
+
+def test_the_studentised_p_is_uniform_under_the_null_and_small_under_an_effect() -> None:
+    rng = np.random.default_rng(0)
+    null = np.array([studentised_p(rng.normal(size=24)) for _ in range(400)])
+    assert stats.kstest(null, "uniform").pvalue > 0.01
+    assert (np.array([studentised_p(rng.normal(1.0, 1.0, size=24)) for _ in range(50)]) < 0.01).mean() > 0.9
+    assert studentised_p(np.ones(24)) == pytest.approx(1 / (1 + FLIPS))
+    assert studentised_p(np.zeros(24)) == 1.0
+    assert studentised_p(np.ones(FEW - 1)) == 1.0
+
+
+def test_a_studentised_interval_covers_a_skewed_mean_better_than_percentiles() -> None:
+    rng = np.random.default_rng(0)
+    drawn = rng.exponential(size=(400, 20))
+    ends = np.array([mean_interval(v) for v in drawn])
+    percentiles = np.percentile(drawn[:, rng.integers(0, 20, (1000, 20))].mean(2), [2.5, 97.5], axis=1).T
+    covered, before = (((e[:, 0] < 1) & (e[:, 1] > 1)).mean() for e in (ends, percentiles))
+    assert covered > 0.92 > before
+
+
+def test_q_values_of_a_family_are_those_of_benjamini_and_hochberg() -> None:
+    p = np.random.default_rng(0).random(50) ** 2
+    np.testing.assert_allclose(q_values_of(p, p), benjamini_hochberg(p))
+    assert q_values_of(np.array([p.max() + 1e-9]), p)[0] == 1.0
+    assert q_values_of(np.array([0.5]), p[:0]).tolist() == [1.0]
 
 
 def test_flips_are_signs_and_the_same_for_the_same_seed() -> None:

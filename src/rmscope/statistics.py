@@ -1,15 +1,19 @@
-"""Statistics: figures with their 95 % interval, bootstrap by prompt, weighted rank correlation, sign-flip tests, FDR."""
+"""Statistics: figures with their 95 % interval, bootstrap by prompt, weighted rank correlation, tests of means, FDR."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 FLIPS = 10_000
 RESAMPLES = 1_000
+FEW = 8
+"""Fewer values than this have no studentised bootstrap."""
 Array = np.ndarray
 
 
@@ -139,11 +143,51 @@ def ratio_interval(part: Array, whole: Array, groups: Array, seed: int = 0) -> t
 
 
 def mean_interval(values: Array, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of a mean, one value a prompt."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, values.size, (RESAMPLES, values.size))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    """95 % interval of a mean, one value a prompt, by the studentised bootstrap (Efron and Tibshirani 1993, section 12.5).
+
+    Of skewed effects on 24 prompts a percentile interval covers the mean less often. With fewer than :data:`FEW` values
+    it is a percentile interval: their resampled standard errors can be 0.
+    """
+    mean, error = float(values.mean()), standard_error(values)
+    if values.size < FEW or error == 0:
+        means = values[np.random.default_rng(seed).integers(0, values.size, (RESAMPLES, values.size))].mean(1)
+        low, high = np.percentile(means, [2.5, 97.5])
+        return float(low), float(high)
+    low, high = np.percentile(studentised_draws(values, seed), [2.5, 97.5])
+    return mean - float(high) * error, mean - float(low) * error
+
+
+def standard_error(values: Array) -> float:
+    """That of the mean; 0 for values that are all the same."""
+    return float(values.std(ddof=1)) / values.size**0.5 if values.size > 1 and np.ptp(values) > 0 else 0.0
+
+
+def studentised_draws(values: Array, seed: int = 0) -> Float[Array, " resamples"]:
+    """(mean of a resample - mean) / the resample's standard error. Resamples of one repeated value are left out."""
+    n, weights = values.size, _resamples(values.size, seed)
+    means = weights @ values / n
+    variances = weights @ values**2 / n - means**2
+    spread = variances > 1e-12 * values.var()
+    return (means[spread] - values.mean()) / np.sqrt(variances[spread] / (n - 1))
+
+
+@lru_cache(maxsize=32)
+def _resamples(n: int, seed: int) -> Float[Array, "resamples n"]:
+    """How often each of n values is drawn in each resample."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), FLIPS).astype(np.float64)
+
+
+def studentised_p(values: Array, seed: int = 0) -> float:
+    """One-sided p of mean(values) > 0 by the studentised bootstrap, one value a prompt.
+
+    It holds for skewed values, of which sign flips assume that they are symmetric. 1 for fewer than :data:`FEW` values.
+    """
+    if values.size < FEW:
+        return 1.0
+    if not (error := standard_error(values)):
+        return 1.0 if values.mean() <= 0 else 1 / (1 + FLIPS)
+    draws = studentised_draws(values, seed)
+    return float((1 + (draws >= values.mean() / error).sum()) / (1 + len(draws)))
 
 
 def share_interval(hits: int, n: int) -> tuple[float, float]:
@@ -180,6 +224,14 @@ def benjamini_hochberg(p: Array) -> Array:
     from scipy import stats
 
     return np.asarray(stats.false_discovery_control(p)) if p.size else p
+
+
+def q_values_of(p: Array, family: Array) -> Array:
+    """The q at which each p would just be rejected, in a family of p-values that Benjamini and Hochberg's rule controls."""
+    ordered = np.sort(family)
+    adjusted = np.minimum.accumulate((ordered * family.size / np.arange(1, family.size + 1))[::-1])[::-1]
+    place = np.searchsorted(ordered, p, side="left")
+    return np.where(place < family.size, np.r_[np.minimum(adjusted, 1.0), 1.0][place], 1.0)
 
 
 def correlation(a: Array, b: Array) -> float:

@@ -24,7 +24,7 @@ from rmscope.ranking.candidates import (
     preference_signs,
 )
 from rmscope.ranking.confirm import BOUND, confirm, power, power_statement
-from rmscope.statistics import flip_matrix, sign_flip_p
+from rmscope.statistics import FEW, studentised_p
 from tests.ranking.ranked import frozen, measured, ranked
 
 
@@ -150,7 +150,7 @@ def test_what_is_reported_and_what_is_not() -> None:
     assert {f for f, r in rows.items() if r["reported"]} == {0, 1}
     assert rows[2]["q"] > 0.9  # the sign it was frozen with is the other one
     assert rows[3]["q"] > 0.9  # surely not 0, and surely below the bound
-    assert rows[4]["q"] < 0.05  # too few prompts where it fires
+    assert rows[4]["q"] == 1.0  # too few prompts where it fires: it is not tested
     assert not rows[4]["eligible"]
     assert rows[5]["q"] > 0.05
     assert (rows[6]["n"], rows[6]["q"]) == (0, 1.0)  # never measured
@@ -271,11 +271,11 @@ def test_nothing_frozen_gives_an_empty_ranking() -> None:
 def test_an_effect_as_large_as_the_power_says_is_reported_four_times_in_five(prompts: int, tests: int, hits: int) -> None:
     """The smallest p that passes is .05 hits / tests, ``hits`` counting the feature itself: the others are left out."""
     spread, rng = 0.4, np.random.default_rng(0)
-    least, signs = power(spread, prompts, 1.0, tests, hits), flip_matrix(prompts, 3)
+    least = power(spread, prompts, 1.0, tests, hits)
     seen = {}
     for size in (least, BOUND + (least - BOUND) / 2):
         drawn = size + spread * rng.normal(size=(150, prompts))
-        seen[size] = np.mean([sign_flip_p(values - BOUND, signs) <= 0.05 * hits / tests for values in drawn])
+        seen[size] = np.mean([studentised_p(values - BOUND) <= 0.05 * hits / tests for values in drawn])
     large, half = seen.values()
     assert 0.7 < large < 0.9
     assert half < 0.45
@@ -284,7 +284,7 @@ def test_an_effect_as_large_as_the_power_says_is_reported_four_times_in_five(pro
 def test_with_more_prompts_smaller_effects_become_visible_and_with_too_few_none() -> None:
     assert power(1.0, 400, 2.0, 100) < power(1.0, 100, 2.0, 100) < power(1.0, 24, 2.0, 100)
     assert power(1.0, 100, 2.0, 200) > power(1.0, 100, 2.0, 200, hits=50)
-    assert power(1.0, 10, 2.0, 200) == float("inf")
+    assert power(1.0, FEW - 1, 2.0, 200) == float("inf")
 
 
 def test_the_power_statement_names_prompts_and_effect() -> None:

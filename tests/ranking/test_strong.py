@@ -65,7 +65,7 @@ def test_what_does_much_where_it_fires_hardest_alone_is_reported_for_that() -> N
     assert rows[0]["strong_effect"] == pytest.approx(hard[0].mean())
     assert rows[0]["strong_low"] < hard[0].mean() < rows[0]["strong_high"]
     assert (rows[0]["n_strong"], rows[0]["strong_consistency"]) == (30, 1.0)
-    assert rows[2]["q_strong"] < 0.05  # but in general it raises the reward
+    assert rows[2]["q_strong"] is None  # in general it raises the reward, so its strong firings are not asked
     assert rows[3]["strong_effect"] is None
     assert rows[3]["q_strong"] is None
     assert rows[4]["q_strong"] > 0.9
@@ -87,16 +87,23 @@ def test_strong_noise_is_seldom_reported() -> None:
     assert sum(runs) <= 2
 
 
-def test_q_runs_over_both_tests() -> None:
-    """Sixty strong tests of nothing beside sixty-one others make twice the q of the one effect."""
+def test_a_feature_has_one_p_of_which_the_smaller_test_counts_doubled() -> None:
     rng = np.random.default_rng(0)
-    large, noise = 0.5 + 0.1 * rng.normal(size=30), {f: 0.3 * rng.normal(size=30) for f in range(1, 61)}
+    large, noise = 0.2 + 0.3 * rng.normal(size=30), {f: 0.3 * rng.normal(size=30) for f in range(1, 61)}
     list_ = frozen(dict.fromkeys(range(61), 1))
-    strong = measured(noise).with_columns(pl.lit(True).alias("strong"))
-    alone = confirm({"s": list_}, {"s": measured({0: large})}, 1.0, 0)["s"]
-    both = confirm({"s": list_}, {"s": measured({0: large})}, 1.0, 0, strong={"s": strong})["s"]
-    q = [table.filter(pl.col("feature") == 0)["q"].item() for table in (alone, both)]
-    assert q[1] == pytest.approx(q[0] * 121 / 61)
+
+    def q_of(values: np.ndarray | None = None) -> tuple[float, float | None]:
+        strong = {} if values is None else {"s": measured({0: values}).with_columns(pl.lit(True).alias("strong"))}
+        table = confirm({"s": list_}, {"s": measured({0: large} | noise)}, 1.0, 0, strong=strong)["s"]
+        return table.filter(pl.col("feature") == 0).select("q", "q_strong").row(0)
+
+    alone, by_mean = q_of()[0], q_of(0.01 + 0.3 * rng.normal(size=30))
+    assert by_mean[0] == pytest.approx(2 * alone)
+    assert by_mean[1] is not None
+    assert by_mean[1] > by_mean[0]
+    by_strong = q_of(5 + 0.3 * rng.normal(size=30))
+    assert by_strong[1] is not None
+    assert by_strong[1] < alone < by_strong[0]
 
 
 def test_on_fresh_pairs_a_feature_is_held_to_what_it_was_reported_for() -> None:

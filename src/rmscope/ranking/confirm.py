@@ -1,9 +1,12 @@
 """Which frozen features drive reward and which drive preference, on prompts that had no part in choosing them.
 
-docs/method.md, Ranking, defines both questions. Both have the same test: one-sided against .05 SD(Δr) in the frozen sign,
-since exact ablation has nearly no noise and zero is the wrong null. p is from sign flips per prompt (the same flips for all
-features), q from Benjamini and Hochberg (1995) over the frozen lists of all sites. No label enters *drives reward*. With
-labels drawn by coin the sign of every D_j is a coin's, and nothing may be found to *drive preference*.
+docs/method.md, Ranking, defines both questions. Both are tested one-sided against .05 SD(Δr) in the frozen sign: exact
+ablation has nearly no noise, so zero is the wrong null. q is from Benjamini and Hochberg (1995) over the eligible features
+of all sites, with one p each.
+
+*Drives reward*: p is from the studentised bootstrap over prompts, since effects are skewed. It is asked twice, of the mean
+and of the strongest firings; the smaller p counts, doubled. *Drives preference*: p is from sign flips per prompt, the same
+for all features. With labels drawn by coin the sign of every D_j is a coin's, so flips are exact.
 """
 
 from __future__ import annotations
@@ -16,7 +19,16 @@ import numpy as np
 import polars as pl
 
 from rmscope.ranking.candidates import ELIGIBLE_PROMPTS
-from rmscope.statistics import Array, benjamini_hochberg, flip_matrix, mean_interval, partial_correlation, sign_flip_p
+from rmscope.statistics import (
+    FEW,
+    Array,
+    flip_matrix,
+    mean_interval,
+    partial_correlation,
+    q_values_of,
+    sign_flip_p,
+    studentised_p,
+)
 
 BOUND = 0.05
 """The effect a reported feature must exceed, in SD(Δr)."""
@@ -52,18 +64,19 @@ def confirm(
             :func:`~rmscope.ranking.candidates.strongest`.
 
     Returns:
-        Per site one row per frozen feature, with the columns of ``SCHEMA``; rank by |mean effect|, reported first. q and
-        q_strong run together, q_diff by itself. Features without enough strong firings have null there. ``length_corr`` is
-        the correlation of D_j with the length difference given Δr: whether the feature goes with length among pairs that
-        the PM holds equally far apart.
+        Per site one row per frozen feature, with the columns of ``SCHEMA``; rank by |mean effect|, reported first. A
+        feature is reported where the smaller of q (of the mean) and q_strong is below .05. Features that are not eligible
+        are not tested: their q is 1. Features without enough strong firings of the mean's sign have no q_strong.
+        ``length_corr`` is the correlation of D_j with the length difference given Δr: whether the feature goes with length
+        among pairs that the PM holds equally far apart.
     """
     strong = strong or {}
     prompts = sorted({p for table in (*exact.values(), *strong.values()) for p in table["prompt"].unique()})
     place = {p: i for i, p in enumerate(prompts)}
     signs = flip_matrix(len(prompts), seed)
 
-    def test(values: pl.Series, sign: int, of: pl.Series) -> float:
-        return sign_flip_p(sign * values.cast(pl.Float64).to_numpy() - bound * sd, signs[:, [place[p] for p in of]])
+    def beyond(values: pl.Series, sign: int) -> Array:
+        return sign * values.cast(pl.Float64).to_numpy() - bound * sd
 
     rows: list[dict[str, Any]] = []
     for site, listed in frozen.items():
@@ -74,11 +87,13 @@ def confirm(
             row = {"site": site, **one}
             if (part := measured.get((one["feature"],))) is not None:
                 row |= _confirmed(part, one)
-                row["p"] = test(part["ablation"], one["sign"], part["prompt"])
-                row["p_diff"] = test(part["d"], one["sign_diff"], part["prompt"])
+                row["p"] = studentised_p(beyond(part["ablation"], one["sign"]), seed)
+                row["p_diff"] = sign_flip_p(
+                    beyond(part["d"], one["sign_diff"]), signs[:, [place[p] for p in part["prompt"]]]
+                )
             if (part := firings.get((one["feature"],))) is not None:
                 row |= _strong(part, one["sign"])
-                row["p_strong"] = test(part["effect"], one["sign"], part["prompt"])
+                row["p_strong"] = studentised_p(beyond(part["effect"], one["sign"]), seed)
             rows.append(row)
     ranked = _ranked(pl.DataFrame(rows, schema=SCHEMA | {"site": pl.String} | dict.fromkeys(P_VALUES, pl.Float64)))
     return {site: ranked.filter(pl.col("site") == site).select(*SCHEMA) for site in frozen}
@@ -92,22 +107,22 @@ def _ranked(table: pl.DataFrame) -> pl.DataFrame:
         pl.col("p", "p_diff").fill_null(1.0),
         pl.col("length_bound").fill_null(False),
     )
-    p, p_diff, q_strong = (table[name].to_numpy(writable=True) for name in P_VALUES)
-    asked = ~np.isnan(q_strong)
-    q = benjamini_hochberg(np.r_[p, q_strong[asked]])
-    q_strong[asked] = q[p.size :]
-    by_strong = (pl.col("q_strong") < Q) & (pl.col("strong_effect") * pl.col("mean_effect") > 0)
-    eligible = pl.col("prompts") >= ELIGIBLE_PROMPTS
+    p, p_diff, p_strong = (table[name].to_numpy() for name in P_VALUES)
+    eligible = (table["prompts"] >= ELIGIBLE_PROMPTS).fill_null(False).to_numpy()
+    asked = ~np.isnan(p_strong) & (table["strong_effect"] * table["mean_effect"] > 0).fill_null(False).to_numpy()
+    twice, strong = np.where(asked, 2 * p, p), np.where(asked, 2 * p_strong, 1.0)
+    family = np.minimum(1.0, np.minimum(twice, strong)[eligible])
+    q, q_strong = (np.where(eligible, q_values_of(np.minimum(1.0, of), family), 1.0) for of in (twice, strong))
     return (
         table.with_columns(
-            pl.Series("q", q[: p.size]),
-            pl.Series("q_strong", q_strong).fill_nan(None),
-            pl.Series("q_diff", benjamini_hochberg(p_diff)),
-            eligible.alias("eligible"),
+            pl.Series("q", q),
+            pl.Series("q_strong", np.where(asked, q_strong, np.nan)).fill_nan(None),
+            pl.Series("q_diff", np.where(eligible, q_values_of(p_diff, p_diff[eligible]), 1.0)),
+            pl.Series("eligible", eligible),
         )
         .with_columns(
-            (eligible & ((pl.col("q") < Q) | by_strong.fill_null(False))).alias("reported"),
-            (eligible & (pl.col("q_diff") < Q)).alias("prefers"),
+            ((pl.col("q") < Q) | (pl.col("q_strong") < Q).fill_null(False)).alias("reported"),
+            (pl.col("q_diff") < Q).alias("prefers"),
         )
         .sort(pl.col("reported"), pl.col("mean_effect").abs(), "feature", descending=[True, True, False])
         .with_columns(pl.int_range(1, pl.len() + 1, dtype=pl.Int32).over("site").alias("rank"))
@@ -176,14 +191,14 @@ def power(spread: float, prompts: int, sd: float, tests: int, hits: int = 1) -> 
     """The mean effect that is reported four times in five, in units of reward: smaller effects mostly stay invisible.
 
     ``spread`` is the SD of a feature's effect over prompts, ``prompts`` the number it is measured on, ``hits`` the number
-    reported of ``tests`` frozen: the last one of them passes at p = .05 hits / tests. Sign flips keep Σ v², so their normal
-    deviate z is t / sqrt(1 + t² / n); inf where no effect can pass with so few prompts.
+    reported of ``tests`` frozen: the last one of them passes at p = .05 hits / tests. Student's quantile stands for that of
+    the studentised bootstrap; inf where there are too few prompts for it.
     """
-    normal = NormalDist()  # scipy.stats takes half a second to import
-    z = -normal.inv_cdf(Q * max(min(hits, tests), 1) / max(tests, 1))
-    if z * z >= prompts:
+    if prompts < FEW:
         return float("inf")
-    t = z / (1 - z * z / prompts) ** 0.5
+    normal = NormalDist()  # scipy.stats takes half a second to import
+    z, free = -normal.inv_cdf(Q * max(min(hits, tests), 1) / max(tests, 1)), prompts - 1
+    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)  # Abramowitz and Stegun 26.7.5
     return BOUND * sd + (t + normal.inv_cdf(0.8)) * spread / prompts**0.5
 
 
