@@ -162,8 +162,14 @@ class Inputs:
         if study == "difference" and not blocks:
             reason = self.why_no_base or f"{self.rm.name} names none"
             raise InputError(f"The difference from the PM's base cannot be studied ({reason.rstrip('.')}); give --base.")
-        kind = DIFF if study == "difference" else BOTH
-        return [f"{kind}.{block}" for block in blocks] or self.rm.default_sites
+        if study == "difference":
+            return [f"{DIFF}.{block}" for block in blocks]
+        if not blocks or (base := self.rm.base) is None:
+            return self.rm.default_sites
+        return [
+            *([base.start] if base.start else []),
+            *(f"{BOTH}.{block}" for block in dict.fromkeys((blocks[0], blocks[-1]))),
+        ]
 
     def plan(self) -> dict[str, Any]:
         """What a run would take: counts, minutes and bytes, estimated from one timed forward pass."""

@@ -27,8 +27,8 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
     """Sites such as diff.12 or resid_post.6, comma-separated; left out, the setting study decides."""
     study: Literal["both", "difference", "whole"] = "both"
     """What is studied where no sites are named. difference: what preference training wrote, at three blocks. both: that and
-    the base's stream at the same blocks. whole: the whole stream, at about one and two thirds of the depth, as for every PM
-    without a known base."""
+    the base's stream at the first and the last of them, and the stream before the first trained block. whole: the whole
+    stream, at about one and two thirds of the depth, as for every PM without a known base."""
     max_tokens: int | None = Field(None, gt=0)
     """Only pairs whose sides have at most this many tokens each."""
     top_share: float | None = Field(None, gt=0, le=1)
