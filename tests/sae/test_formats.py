@@ -6,6 +6,7 @@ import json
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -65,6 +66,128 @@ def test_sites_and_hooks_name_each_other() -> None:
     assert site_of("blocks.4.hook_resid_pre") == "resid_post.3"
     assert site_of("blocks.0.hook_resid_pre") == "embed"
     assert site_of("blocks.3.hook_mlp_out") == "blocks.3.hook_mlp_out"
+    hooks = ("model.layers.4", "transformer.h.4", "gpt_neox.layers.4", "model.layers.4.output.0", "layers.4.output[0]")
+    assert [site_of(hook) for hook in hooks] == ["resid_post.4"] * 5
+    for other in ("model.layers.4.mlp", "model.layers.4.self_attn.output", "blocks.4.attn.hook_z"):
+        assert site_of(other) == other
+
+
+def test_an_sae_of_another_hook_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    sae = random_sae("topk")
+    sae.save(tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    for hook in ("blocks.4.hook_mlp_out", "model.layers.4.mlp"):
+        cfg["metadata"]["hook_name"] = hook
+        (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+        with pytest.raises(InputError, match=f"reads {hook}, and only the residual stream"):
+            Sae.load(tmp_path)
+
+
+def jumprelu(x: torch.Tensor, weights: dict[str, torch.Tensor], threshold: torch.Tensor) -> torch.Tensor:
+    """Features of a JumpReLU SAE that reads x itself."""
+    pre = x @ weights["W_enc"] + weights["b_enc"]
+    return pre * (pre > threshold)
+
+
+def scope_weights() -> dict[str, torch.Tensor]:
+    return {
+        "W_enc": draw(D, M), "W_dec": draw(M, D, seed=1), "b_enc": draw(M, seed=2), "b_dec": draw(D, seed=3),
+        "threshold": 0.5 + draw(M, seed=4).abs(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_gemma_scope(second: bool, tmp_path: Path) -> None:
+    w = scope_weights()
+    if second:
+        named = {key.replace("W_", "w_"): value for key, value in w.items()}
+        save_file(named, tmp_path / "params.safetensors")
+    else:
+        np.savez(tmp_path / "params.npz", **{key: value.numpy() for key, value in w.items()})
+    sae, f = Sae.load(tmp_path), jumprelu(X, w, w["threshold"])
+    assert (f > 0).any()
+    assert (sae.architecture, sae.site) == ("jumprelu", "")
+    torch.testing.assert_close(sae.encode(X), f * w["W_dec"].norm(dim=1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sae(X), f @ w["W_dec"] + w["b_dec"], atol=1e-4, rtol=1e-4)
+    if second:
+        save_file({**named, "affine_skip_connection": draw(D, D)}, tmp_path / "params.safetensors")
+        with pytest.raises(InputError, match=r"holds affine_skip_connection, so it is not a Gemma Scope SAE"):
+            Sae.load(tmp_path)
+
+
+LLAMA_SCOPE = {
+    "act_fn": "jumprelu", "jump_relu_threshold": 0.7, "norm_activation": "dataset-wise",
+    "dataset_average_activation_norm": {"in": 2.5, "out": 2.5}, "apply_decoder_bias_to_pre_encoder": False,
+    "hook_point_in": "blocks.3.hook_resid_post", "hook_point_out": "blocks.3.hook_resid_post",
+}  # fmt: skip
+
+
+def llama_scope(folder: Path, **changes: object) -> dict[str, torch.Tensor]:
+    w = scope_weights()
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (folder / "hyperparams.json").write_text(json.dumps({**LLAMA_SCOPE, **changes}))
+    tensors = {
+        "encoder.weight": w["W_enc"].t(), "encoder.bias": w["b_enc"],
+        "decoder.weight": w["W_dec"].t(), "decoder.bias": w["b_dec"],
+    }  # fmt: skip
+    save_file({key: t.contiguous() for key, t in tensors.items()}, folder / "checkpoints" / "final.safetensors")
+    return w
+
+
+def test_llama_scope_reads_x_at_the_scale_of_its_dataset(tmp_path: Path) -> None:
+    w = llama_scope(tmp_path)
+    scale = D**0.5 / 2.5
+    f = jumprelu(scale * X, w, torch.tensor(0.7))
+    assert (f > 0).any()
+    for given in (tmp_path, tmp_path / "hyperparams.json", tmp_path / "checkpoints" / "final.safetensors"):
+        sae = Sae.load(given)
+        assert (sae.architecture, sae.site) == ("jumprelu", "resid_post.3")
+        torch.testing.assert_close(sae(X), (f @ w["W_dec"] + w["b_dec"]) / scale, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(sae.encode(X), f / scale * w["W_dec"].norm(dim=1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"jump_relu_threshold": None}, {"act_fn": "topk"}, {"norm_activation": "token-wise"},
+        {"hook_point_out": "blocks.3.hook_mlp_out"}, {"apply_decoder_bias_to_pre_encoder": True},
+        {"dataset_average_activation_norm": {}},
+    ],
+)  # fmt: skip
+def test_what_llama_scope_does_not_say_is_not_guessed(changes: dict[str, object], tmp_path: Path) -> None:
+    llama_scope(tmp_path, **changes)
+    with pytest.raises(InputError, match="not read by guess"):
+        Sae.load(tmp_path)
+
+
+def test_an_encoder_and_a_decoder_alone_are_not_taken_for_a_standard_sae(tmp_path: Path) -> None:
+    llama_scope(tmp_path)
+    alone = tmp_path / "elsewhere.safetensors"
+    (tmp_path / "checkpoints" / "final.safetensors").rename(alone)
+    with pytest.raises(InputError, match="not what belongs between them"):
+        Sae.load(alone)
+
+
+def test_matryoshka_batch_topk_of_dictionary_learning(tmp_path: Path) -> None:
+    """Its own equations: relu((x - b_dec) W_enc + b_enc), kept above one threshold."""
+    w = scope_weights()
+    stored = {**w, "threshold": torch.tensor(0.7), "k": torch.tensor(6), "group_sizes": torch.tensor([8, M - 8])}
+    torch.save(stored, tmp_path / "ae.pt")
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "MatryoshkaBatchTopKSAE", "k": 6}}))
+    sae, f = Sae.load(tmp_path), jumprelu(X - w["b_dec"], w, torch.tensor(0.7))
+    torch.testing.assert_close(sae(X), f @ w["W_dec"] + w["b_dec"], atol=1e-4, rtol=1e-4)
+    torch.save({**stored, "threshold": torch.tensor(-1.0)}, tmp_path / "ae.pt")
+    with pytest.raises(InputError, match="never set its threshold"):
+        Sae.load(tmp_path)
+
+
+def test_a_dead_feature_whose_row_is_zero_stays_a_number(tmp_path: Path) -> None:
+    w = scope_weights()
+    w["W_dec"][4] = 0
+    np.savez(tmp_path / "params.npz", **{key: value.numpy() for key, value in w.items()})
+    sae = Sae.load(tmp_path)
+    assert torch.isfinite(sae(X)).all()
+    torch.testing.assert_close(sae(X), jumprelu(X, w, w["threshold"]) @ w["W_dec"] + w["b_dec"], atol=1e-4, rtol=1e-4)
 
 
 def test_saelens_conventions_are_folded(tmp_path: Path) -> None:

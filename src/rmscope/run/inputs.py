@@ -166,10 +166,8 @@ class Inputs:
             return [f"{DIFF}.{block}" for block in blocks]
         if not blocks or (base := self.rm.base) is None:
             return self.rm.default_sites
-        return [
-            *([base.start] if base.start else []),
-            *(f"{BOTH}.{block}" for block in dict.fromkeys((blocks[0], blocks[-1]))),
-        ]
+        read = [base.start] if base.start not in (None, "embed") else []
+        return [*read, *(f"{BOTH}.{block}" for block in dict.fromkeys((blocks[0], blocks[-1])))]
 
     def plan(self) -> dict[str, Any]:
         """What a run would take: counts, minutes and bytes, estimated from one timed forward pass."""

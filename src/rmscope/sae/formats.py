@@ -1,7 +1,8 @@
-"""Files of SAEs: SAELens (the format of our own SAEs too), dictionary_learning, sparsify.
+"""Files of SAEs: SAELens (the format of our own SAEs too), dictionary_learning, sparsify, Gemma Scope, Llama Scope.
 
-Conventions differ in where b_dec is subtracted and in the norm of the decoder rows. Reading folds both into the weights,
-exactly, so that every SAE encodes x - b_dec in the features' own units. Nothing is ever unpickled.
+Conventions differ in where b_dec is subtracted, in the norm of the decoder rows, and in the scale of x. Reading folds all of
+it into the weights, exactly, so that every SAE encodes x - b_dec in the features' own units. A layout that is known by half
+is refused, with the name of what is not known. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -24,8 +26,13 @@ from rmscope.io import atomic, write_json
 SAELENS_VERSION = "6.54.12"
 """The release whose layout is written. From 6 on, SAELens reads all settings from cfg.json and its metadata."""
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-FILES = (CFG, WEIGHTS, "ae.pt", "config.json", "sae.safetensors")
-"""Files in the folders of the three tools. The name of one of them may be given in place of its folder."""
+LLAMA_SCOPE = ("hyperparams.json", "checkpoints/final.safetensors")
+GEMMA_SCOPE = ("params.npz", "params.safetensors")
+FILES = (CFG, WEIGHTS, "ae.pt", "config.json", "sae.safetensors", *LLAMA_SCOPE, *GEMMA_SCOPE)
+"""Files in the folders of the tools. The name of one of them may be given in place of its folder."""
+BLOCK = re.compile(r"(?:[\w.]+\.)?(?:layers|layer|h|blocks)\.(\d+)(?:\.output(?:\.0|\[0\])?)?")
+"""A block as transformers and nnsight name it: model.layers.4, transformer.h.4, gpt_neox.layers.4.output."""
+SITE = re.compile(r"embed|(resid_post|diff|base)\.\d+")
 HUB = "hub:"
 Weights = dict[str, Tensor]
 
@@ -52,11 +59,16 @@ def hook_name(site: str) -> str:
 
 
 def site_of(hook: str | None) -> str:
-    """The inverse, with ``resid_pre.L`` as ``resid_post.L-1``. A hook that is not one of our sites keeps its name."""
+    """The site that a hook of TransformerLens, transformers or nnsight names, with ``resid_pre.L`` as ``resid_post.L-1``.
+
+    A hook that is no site keeps its name; an SAE with it is refused when it is read.
+    """
     if hook == "hook_embed" or hook == "blocks.0.hook_resid_pre":
         return "embed"
     if part := re.fullmatch(r"blocks\.(\d+)\.hook_(diff|base)", hook or ""):
         return f"{part[2]}.{part[1]}"
+    if block := BLOCK.fullmatch(hook or ""):
+        return f"resid_post.{block[1]}"
     found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook or "")
     return f"resid_post.{int(found[1]) - (found[2] == 'pre')}" if found else hook or ""
 
@@ -90,12 +102,24 @@ def write_sae(stored: StoredSae, folder: Path) -> None:
 def read_sae(source: Path | str) -> StoredSae:
     """Reads a folder or file in any known format; ``hub:owner/repo/path`` is fetched from the Hugging Face hub first.
 
-    Raises InputError: nothing there, an unknown format, an unsupported convention, contradicting shapes, or a pickle that
-    holds more than tensors.
+    Raises InputError: nothing there, an unknown format, an unsupported convention, contradicting shapes, a hook that is no
+    site, or a pickle that holds more than tensors.
     """
     source = _from_hub(source) if isinstance(source, str) and source.startswith(HUB) else Path(source).expanduser()
-    if source.name in FILES and not source.is_dir():
-        source = source.parent
+    stored = _read(source)
+    if stored.site and not SITE.fullmatch(stored.site):
+        raise InputError(
+            f"The SAE at {source} reads {stored.site}, and only the residual stream after a block (or before block 0) is "
+            "studied; name an SAE of that stream, such as blocks.4.hook_resid_post or model.layers.4."
+        )
+    return stored
+
+
+def _read(source: Path) -> StoredSae:
+    for name in FILES:
+        if source.parts[-len(Path(name).parts) :] == Path(name).parts and not source.is_dir():
+            source = source.parents[len(Path(name).parts) - 1]
+            break
     if (source / WEIGHTS).exists():
         return _from_saelens(_json(source / CFG), _tensors(source / WEIGHTS))
     if (source / "sae.safetensors").exists():
@@ -104,11 +128,25 @@ def read_sae(source: Path | str) -> StoredSae:
         config = source / "config.json"
         trainer = _json(config).get("trainer", {}) if config.exists() else {}
         return _from_dictionary_learning(_tensors(source / "ae.pt"), trainer)
+    for name in GEMMA_SCOPE:
+        if (source / name).exists():
+            return _from_gemma_scope(_tensors(source / name))
+    settings, weights = (source / name for name in LLAMA_SCOPE)
+    if weights.exists():
+        return _from_llama_scope(_json(settings), _tensors(weights), settings)
+    if source.suffix == ".npz" and source.is_file():
+        return _from_gemma_scope(_tensors(source))
     if source.is_file():
-        return _from_dictionary_learning(_tensors(source), {})
+        weights_alone = _tensors(source)
+        if source.suffix == ".safetensors" and "encoder.weight" in weights_alone:
+            raise InputError(
+                f"{source} holds an encoder and a decoder, and not what belongs between them (ReLU, TopK, a threshold); "
+                "give the folder with its settings file."
+            )
+        return _from_dictionary_learning(weights_alone, {})
     raise InputError(
-        f"There is no SAE at {source}; expected a folder with {CFG} and {WEIGHTS}, ae.pt and config.json, or "
-        "sae.safetensors, or a file of weights (from the hub: hub:owner/repo/path)."
+        f"There is no SAE at {source}; expected a folder with {CFG} and {WEIGHTS}, ae.pt and config.json, sae.safetensors, "
+        "params.npz, or hyperparams.json and checkpoints/, or a file of weights (from the hub: hub:owner/repo/path)."
     )
 
 
@@ -188,6 +226,13 @@ def _from_dictionary_learning(weights: Weights, trainer: dict[str, Any]) -> Stor
     if "r_mag" in weights:
         architecture = "gated"
         names = {"decoder_bias": "b_dec", "gate_bias": "b_gate", "mag_bias": "b_mag"}
+    elif "threshold" in weights and "W_enc" in weights and weights["threshold"].numel() == 1:
+        # Matryoshka BatchTopK: one threshold, and b_dec is subtracted
+        architecture, names, subtracted = "jumprelu", {}, True
+        if (least := float(weights["threshold"])) < 0:
+            raise InputError("This Matryoshka BatchTopK SAE never set its threshold; train it past threshold_start_step.")
+        weights = {key: w for key, w in weights.items() if key not in ("k", "group_sizes")}
+        weights["threshold"] = torch.full((weights["W_enc"].shape[1],), least)
     elif "threshold" in weights and "W_enc" in weights:
         architecture, names, subtracted = "jumprelu", {}, False
     elif "b_dec" in weights and linear:
@@ -213,6 +258,58 @@ def _from_dictionary_learning(weights: Weights, trainer: dict[str, Any]) -> Stor
     layer, hook = trainer.get("layer"), str(trainer.get("submodule_name", ""))
     site = f"resid_post.{layer}" if isinstance(layer, int) and "resid" in hook else ""
     return StoredSae(architecture, weights, site, {"model_name": trainer.get("lm_name")}, _settings(architecture, k))
+
+
+def _from_gemma_scope(weights: Weights) -> StoredSae:
+    """Gemma Scope (Lieberum et al. 2024): JumpReLU on x itself, one threshold per feature. The file names no site."""
+    names = {"w_enc": "W_enc", "w_dec": "W_dec"}
+    weights = {names.get(key, key): w.float() for key, w in weights.items()}
+    expected = {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"}
+    _check_names(weights, expected, "a Gemma Scope SAE (transcoders and affine skips are not read)")
+    _check_shapes(weights)
+    _unsubtract(weights)
+    _unit_decoder(weights)
+    return StoredSae("jumprelu", weights, "", {}, {})
+
+
+def _from_llama_scope(cfg: dict[str, Any], weights: Weights, path: Path) -> StoredSae:
+    """Llama Scope (He et al. 2024): JumpReLU with one threshold, on x scaled to mean norm sqrt(d) over its dataset."""
+    norms = cfg.get("dataset_average_activation_norm") or {}
+    needed = {
+        "act_fn": cfg.get("act_fn") == "jumprelu",
+        "jump_relu_threshold": isinstance(cfg.get("jump_relu_threshold"), int | float),
+        "norm_activation": cfg.get("norm_activation") == "dataset-wise" and isinstance(norms.get("in"), int | float),
+        "hook_point_out": cfg.get("hook_point_in") is not None and cfg.get("hook_point_out") == cfg.get("hook_point_in"),
+        "apply_decoder_bias_to_pre_encoder": not cfg.get("apply_decoder_bias_to_pre_encoder", False),
+    }
+    if wrong := [name for name, fits in needed.items() if not fits]:
+        raise InputError(
+            f"{path} does not describe a JumpReLU SAE of one stream as Llama Scope has them ({wrong[0]} is "
+            f"{cfg.get(wrong[0])!r}); it is not read by guess."
+        )
+    names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec", "decoder.bias": "b_dec"}
+    weights = {names.get(key, key): w.float().t() if key.endswith(".weight") else w.float() for key, w in weights.items()}
+    _check_names(weights, set(names.values()), "a Llama Scope SAE")
+    _check_shapes(weights)
+    m, d = weights["W_dec"].shape
+    if cfg.get("sparsity_include_decoder_norm") and not torch.allclose(
+        weights["W_dec"].norm(dim=1), torch.ones(m), atol=1e-2
+    ):
+        raise InputError(f"{path} counts decoder norms into its activations, and they are not 1; fold them in first.")
+    scale = d**0.5 / float(norms["in"])
+    weights["threshold"] = torch.full((m,), float(cfg["jump_relu_threshold"]))
+    for name in ("b_enc", "b_dec", "threshold"):
+        weights[name] = weights[name] / scale
+    _unsubtract(weights)
+    _unit_decoder(weights)
+    return StoredSae("jumprelu", weights, site_of(cfg["hook_point_in"]), {"llama_scope": cfg}, {})
+
+
+def _check_names(weights: Weights, expected: set[str], what: str) -> None:
+    """InputError that names a missing or an unknown tensor."""
+    if wrong := sorted(expected.symmetric_difference(weights)):
+        kind = "holds no" if wrong[0] in expected else "holds"
+        raise InputError(f"This file {kind} {wrong[0]}, so it is not {what}; it is not read by guess.")
 
 
 def _settings(architecture: str, k: Any) -> dict[str, Any]:
@@ -246,8 +343,12 @@ def _unsubtract(weights: Weights) -> None:
 
 
 def _unit_decoder(weights: Weights) -> None:
-    """Makes the decoder rows d_j unit and measures features as f_j |d_j|; the reconstruction stays the same."""
+    """Makes the decoder rows d_j unit and measures features as f_j |d_j|; the reconstruction stays the same.
+
+    A row of zeros stays as it is: its feature does nothing.
+    """
     norms = weights["W_dec"].norm(dim=1)
+    norms = torch.where(norms > 0, norms, 1.0)
     weights["W_dec"] = weights["W_dec"] / norms[:, None]
     if "r_mag" in weights:  # only the magnitude is scaled: of the gate, only the sign counts
         weights["r_mag"] = weights["r_mag"] + norms.log()
@@ -270,6 +371,9 @@ def _tensors(path: Path) -> Weights:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays}
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
