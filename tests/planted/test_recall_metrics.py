@@ -113,6 +113,12 @@ def test_all_figures_together_are_each_by_itself() -> None:
     assert metrics.lowest_dose == lowest_dose(ROWS)
 
 
+def test_cues_that_text_alone_names_are_counted_among_the_learned() -> None:
+    rows = [row.model_copy(update={"text": "links"}) for row in (hit(1), cue(), hit(2, learned=False))] + [hit(3)]
+    figure = recall_metrics(rows, {}).named_by_text
+    assert (figure.value, figure.n) == (pytest.approx(2 / 3), 3)
+
+
 def test_the_lowest_dose_is_that_of_a_learned_cue_that_was_hit() -> None:
     rows = [hit(1, dose=0.8), hit(2, dose=0.7, learned=False), cue(dose=0.6), hit(3, dose=0.9)]
     assert lowest_dose(rows) == 0.8

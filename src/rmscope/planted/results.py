@@ -148,6 +148,8 @@ class CueResult(CueMatch):
     """Reported features that match it, where it is a null."""
     detail: str = ""
     """What the best attempt lacked."""
+    text: str | None = None
+    """The term of the run's text baseline that names it: planted sign, and it detects the cue on twins."""
     planted: PlantedCounts | None = None
 
 
@@ -181,6 +183,8 @@ class RecallMetrics(BaseModel):
     false_discoveries: FalseDiscoveries
     mediated_share: MediatedShare
     lowest_dose: float | None
+    named_by_text: Figure = NOTHING
+    """The share of learned cues that a term of the text baseline names, without any SAE."""
 
 
 def recall_metrics(rows: Sequence[CueResult], replicated: Mapping[str, pl.DataFrame]) -> RecallMetrics:
@@ -193,6 +197,7 @@ def recall_metrics(rows: Sequence[CueResult], replicated: Mapping[str, pl.DataFr
         false_discoveries=false_discoveries(rows, replicated),
         mediated_share=mean_mediated_share(rows),
         lowest_dose=lowest_dose(rows),
+        named_by_text=share(sum(bool(row.text) for row in rows if row.learned), sum(row.learned for row in rows)),
     )
 
 

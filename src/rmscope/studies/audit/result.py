@@ -97,7 +97,7 @@ def _outcome(row: CueResult) -> dict[str, object]:
     kind, effect = row.kind.replace("_", " "), f"{row.ate_sd:+.2f}"
     learned = "learned" if row.learned else "clean null" if row.null else "neither"
     about: dict[str, object] = {"bias": row.name, "kind": kind, "dose": f"{row.dose:.2f}", "effect": effect}
-    return about | {"the PM": learned, "outcome": outcome}
+    return about | {"the PM": learned, "outcome": outcome, "text alone": row.text or ""}
 
 
 def _match(row: CueResult) -> dict[str, object]:

@@ -29,6 +29,7 @@ from rmscope.ranking.confirm import BOUND
 from rmscope.run.collect import TWINS, best_reported, reported_concepts
 from rmscope.run.run import Run
 from rmscope.run.stages import train_run_saes
+from rmscope.run.text import named_by_text
 from rmscope.statistics import Figure, share
 from rmscope.studies.audit.result import DecoyShare
 
@@ -82,7 +83,9 @@ class Scoring:
         prepared = prepare(run.rm, run.saes, pairs, plant)
         given = (run.rm, run.saes, plant, prepared)
         effect = cue_effect(plant, next(iter(prepared.values())), run.sd)
-        row = CueResult(**dict(effect), dose=plant.dose, rate=plant.rate, ate_sd=(effect.ate.value or 0.0) / run.sd)
+        text = named_by_text(run, plant, pairs)
+        size = (effect.ate.value or 0.0) / run.sd
+        row = CueResult(**dict(effect), dose=plant.dose, rate=plant.rate, ate_sd=size, text=text)
         if effect.null or plant.dose == 0.5:  # matches of a null that is not clean are told and not counted
             row = row.model_copy(update={"matched_by": match_null(*given, self.best(KS[-1]), run.sd)})
         if not effect.learned:
