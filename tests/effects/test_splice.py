@@ -20,12 +20,12 @@ from rmscope.effects.splice import (
     splice,
 )
 from rmscope.model.reward_model import RewardModel
-from rmscope.pairs.pair import SIDES
+from rmscope.pairs.pair import SIDES, Pair
 from rmscope.sae.base import Sae
 from rmscope.sae.standard import StandardSae
 from rmscope.statistics import ratio_interval
 from tests.effects.naive import reward_with
-from tests.model.small import ENCODER, EOS, PAIRS, D, shared_pm, small_pm, small_sae
+from tests.model.small import ENCODER, ENCODERS, EOS, PAIRS, D, shared_pm, small_pm, small_sae, user
 
 SITES = ["embed", "resid_post.0", "resid_post.2", "resid_post.3"]
 
@@ -160,3 +160,19 @@ def test_a_ratios_interval_resamples_prompts_not_pairs() -> None:
     assert alone[0] < part.mean() < alone[1]
     expected = 1.96 * part.std() / 40**0.5
     assert alone[1] - alone[0] == pytest.approx(2 * expected, rel=0.15)
+
+
+@pytest.mark.parametrize("architecture", ENCODERS)
+def test_zeroing_an_encoders_span_leaves_nothing_of_the_text(architecture: str) -> None:
+    """In an encoder the prompt's tokens and the token that is read carry the response: all of them are in the span."""
+    rm = shared_pm(architecture)
+    pairs = [
+        Pair(str(i), user("What is it?"), a, b) for i, (a, b) in enumerate([("It is tea.", "No one knows."), ("A", "B")])
+    ]
+    tokens = [t for t in rm.tokenize_all(pairs) if t.chosen.numel() == t.rejected.numel()]
+    assert tokens
+    assert {t.divergence for t in tokens} == {0}
+    zero = ("resid_post.0", constant(torch.zeros(rm.d_model)))
+    replaced = run_replacements(rm, tokens, range(len(tokens)), {"zero": zero})["zero"]
+    assert np.abs(replaced.delta).max() > 1e-3
+    np.testing.assert_allclose(replaced.delta_hat, 0, atol=1e-5)  # texts of equal length score the same

@@ -122,10 +122,10 @@ class ActivationStream:
         """Rows of each unit: all spans, and the prefixes, without first tokens, that no earlier unit has."""
         for number, unit in enumerate(self.units):
             for t in rm.tokenize_all(unit):
-                self.counts[number] += sum(max(0, rm.read_position(t.side(s)) + 1 - t.divergence) for s in SIDES)
+                self.counts[number] += sum(max(0, rm.read_position(t.side(s)) + 1 - max(1, t.divergence)) for s in SIDES)
                 if (prefix := prefix_of(t)) not in self.prefixes:
                     self.prefixes[prefix] = number
-                    self.counts[number] += t.divergence - 1
+                    self.counts[number] += max(0, t.divergence - 1)
         self.identity: dict[str, Any] = {**rm.identities(sites), "data": data_identity(pairs), "sites": self.sites}
         self.identity["buffer_tokens"] = buffer_tokens
         self._kept: tuple[int, dict[str, Tensor]] | None = None

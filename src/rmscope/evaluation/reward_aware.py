@@ -190,7 +190,7 @@ def training_rows(batch: Batch, stream: Stream) -> Float[Tensor, "tokens d"]:
     """The tokens on which SAEs are trained, float32: both spans and, once per pair, the prefix without its first token."""
     parts = []
     for text in batch.texts:
-        start = 1 if text.side == "chosen" else text.divergence
+        start = 1 if text.side == "chosen" else max(1, text.divergence)
         parts.append(stream[text.row, text.columns[start : text.read + 1].to(stream.device)])
     rows = torch.cat(parts)
     return rows.to(torch.promote_types(rows.dtype, torch.float32))

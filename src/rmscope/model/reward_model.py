@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -148,7 +148,9 @@ class RewardModel(Trunk):
         return self.tokenize_all([pair])[0]
 
     def tokenize_all(self, pairs: Sequence[Pair]) -> list[PairTokens]:
-        return tokenize_sides(self.rendering, self.tokenizer, pairs)
+        """The tokens of many pairs. In an encoder every token sees the responses, so no prefix is shared: P = 0."""
+        tokens = tokenize_sides(self.rendering, self.tokenizer, pairs)
+        return tokens if self.causal else [replace(t, divergence=0) for t in tokens]
 
     def text_ids(self, prompt: Sequence[Message], response: str) -> Tensor:
         """Token ids [T] of one rendered text."""
