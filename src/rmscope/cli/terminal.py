@@ -60,7 +60,7 @@ class Bars:
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),  # names come from data: they are no markup
         )
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(name, total=None, note="", rate="")
@@ -84,13 +84,15 @@ class Bars:
             rate = pace(done, total)
             if time.monotonic() - shown > 15 and rate:
                 shown = time.monotonic()
-                console.print(f"  {name}: {done}/{total}, {rate:.3g}/s, ETA {(total - done) / rate:.0f} s  {note}")
+                console.print(
+                    f"  {name}: {done}/{total}, {rate:.3g}/s, ETA {(total - done) / rate:.0f} s  {note}", markup=False
+                )
 
         yield report
         console.print(f"{name}: {time.monotonic() - started:.1f} s")
 
     def note(self, text: str) -> None:
-        console.print(f"[dim]{text}")
+        console.print(Text(text, style="dim"), soft_wrap=True)
 
 
 def print_rows(title: str, rows: Rows) -> None:
