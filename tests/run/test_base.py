@@ -57,7 +57,7 @@ def run(request: pytest.FixtureRequest, pm: str, tmp_path_factory: pytest.TempPa
 
 
 def test_the_sites_are_where_training_wrote(run: Run) -> None:
-    sites = {"difference": ["diff.2", "diff.3"], "both": ["resid_post.1", "both.2", "both.3"]}
+    sites = {"difference": ["diff.2", "diff.3"], "both": ["both.2", "both.3"]}
     assert run.sites == sites[run.config.study]
     assert run.rm.base is not None
     assert run.rm.base.first == FIRST
@@ -92,8 +92,7 @@ def test_the_record_names_the_base_it_took(run: Run) -> None:
 
 def test_what_was_written_is_what_goes_when_the_base_takes_the_streams_place(run: Run) -> None:
     places = run.pair_set.one_per_prompt(run.of_split("measure"), WRITTEN_PAIRS)
-    assert [site.written is None for site in run.evidence.sites] == [site.startswith("resid") for site in run.sites]
-    for site in (site for site in run.evidence.sites if site.written):
+    for site in run.evidence.sites:
         clean, without = np.zeros(len(places)), np.zeros(len(places))
         for i, place in enumerate(places):
             tokens = run.tokens[place]
@@ -195,7 +194,7 @@ def test_a_study_decides_the_sites_and_another_one_chooses_anew(pm: str, run: Ru
     chosen = {
         study: Run.create(settings(pm, tmp_path / study, study=study)).sites for study in ("whole", "difference", "both")
     }
-    assert chosen == {"whole": whole, "difference": written, "both": ["resid_post.1", "both.2", "both.3"]}
+    assert chosen == {"whole": whole, "difference": written, "both": ["both.2", "both.3"]}
     again = Run.create(run.config.model_copy(update={"study": "whole"}))  # in the folder of a finished run
     assert again.sites == whole
     opened = Run.open(run.folder)

@@ -164,10 +164,8 @@ class Inputs:
             raise InputError(f"The difference from the PM's base cannot be studied ({reason.rstrip('.')}); give --base.")
         if study == "difference":
             return [f"{DIFF}.{block}" for block in blocks]
-        if not blocks or (base := self.rm.base) is None:
-            return self.rm.default_sites
-        read = [base.start] if base.start not in (None, "embed") else []
-        return [*read, *(f"{BOTH}.{block}" for block in dict.fromkeys((blocks[0], blocks[-1])))]
+        ends = dict.fromkeys([*blocks[:1], *blocks[-1:]])
+        return [f"{BOTH}.{block}" for block in ends] or self.rm.default_sites
 
     def plan(self) -> dict[str, Any]:
         """What a run would take: counts, minutes and bytes, estimated from one timed forward pass."""
