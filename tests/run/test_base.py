@@ -12,16 +12,20 @@ import torch
 from rmscope.effects.splice import Span
 from rmscope.effects.written import WRITTEN_PAIRS
 from rmscope.errors import InputError
+from rmscope.evaluation.text_baseline import Term, TextBaseline
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.site_names import is_difference, parts_of
+from rmscope.pairs.pair import Pair
+from rmscope.pairs.plants import Plant
 from rmscope.run import collect
 from rmscope.run.run import Run
+from rmscope.run.text import named_by_text
 from rmscope.sae import Sae
 from rmscope.sae.joint import JointSae
 from rmscope.studies.evaluate.analyse import analyse
 from rmscope.studies.evaluate.settings import EvaluateConfig
 from tests.effects.naive import ablate_naively
-from tests.model.small import saved_pm, small_model, tokenizer
+from tests.model.small import saved_pm, small_model, small_sae, tokenizer
 from tests.run.small import settings
 
 FIRST = 2
@@ -131,6 +135,36 @@ def test_what_text_explains_is_measured_on_pairs_that_did_not_choose_its_terms(r
     assert text.explained.value == pytest.approx(1 - (left**2).sum() / (delta["delta"].to_numpy() ** 2).sum(), abs=1e-5)
     assert set(text.adds) == set(run.concepts.filter("reported")["concept"])
     assert run.concept_firings.height > 0
+
+
+def test_a_term_names_a_cue_only_with_the_planted_sign(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    twins = [Pair(str(i), run.pairs[0].prompt, "See https://a.b now.", "See the page now.") for i in range(4)]
+    plant = Plant(name="link", kind="url", sign=-1, texts=("https://a.b",) * 3)
+    for coefficient, told in ((-1.0, "links"), (1.0, None)):
+        terms = [Term(name="commas", coefficient=-1.0, prompts=20), Term(name="links", coefficient=coefficient, prompts=20)]
+        monkeypatch.setitem(vars(run), "text_baseline", TextBaseline(terms=terms))
+        assert named_by_text(run, plant, twins) == told
+
+
+def test_the_concepts_beside_text_statistics_are_those_of_content(run: Run) -> None:
+    """Without one of content, both explain what text statistics alone do; concepts of form never help."""
+    content = run.concepts.filter("reported", ~pl.col("form"), ~pl.col("flags").list.contains("nonspecific"))
+    text = run.evidence.text
+    if content.is_empty():
+        assert (text.concepts.value, text.both.value) == (0.0, pytest.approx(text.text.value))
+    else:
+        assert text.concepts.value != 0.0
+
+
+def test_a_pattern_brings_the_bases_sae_and_the_difference_sae_is_trained(pm: str, run: Run, tmp_path: Path) -> None:
+    published = small_sae(d=run.rm.d_model)
+    published.save(tmp_path / "published" / "layer3")
+    changes = {"sites": ["both.3"], "sae_dir": str(tmp_path / "published" / "layer{L}"), "diff_features": 48}
+    other = Run.create(settings(pm, tmp_path / "run", **changes, diff_tokens=4096, limit=120, ledger_pairs=0)).go()
+    joint = other.sae("both.3")
+    assert isinstance(joint, JointSae)
+    assert joint.base.identity() == published.identity()
+    assert (joint.difference.m, joint.difference.site) == (48, "diff.3")
 
 
 def test_concepts_are_made_of_frozen_features_each_told_once(run: Run) -> None:

@@ -172,7 +172,7 @@ class TextEvidence(Stored):
     text: Figure
     """delta_r2 on the confirm split, of the baseline up to a factor, each pair's from a fit on other prompts."""
     concepts: Figure
-    """The same of the concepts' activations, summed over a response."""
+    """The same of the activations of reported concepts of content, summed over a response."""
     both: Figure
     """The same of both together."""
     adds: dict[int, Figure]

@@ -34,8 +34,9 @@ def _delta(run: RunData, places: list[int]) -> Array:
 def text_evidence(run: RunData) -> TextEvidence:
     """What the baseline explains of the measure split, and, on the confirm split, what concepts' activations add to it.
 
-    The concepts' activations are summed over each response. On the confirm split the fits of one prompt's pairs are made
-    on the pairs of other prompts.
+    Activations are summed over each response. Concepts of form are left out of the sums of all concepts: late in the model
+    they carry the whole reward to the token that is read. On the confirm split the fits for one prompt's pairs are made on
+    the pairs of other prompts.
     """
     baseline, measure, confirm = run.text_baseline, run.of_split("measure"), run.of_split("confirm")
     delta = _delta(run, measure)
@@ -43,8 +44,10 @@ def text_evidence(run: RunData) -> TextEvidence:
     told, known = _delta(run, confirm), baseline.predict([run.pairs[i] for i in confirm])[:, None]
     numbers, active = _activation_differences(run, confirm)
     groups = _prompts(run, confirm)
-    text, both = added_by(told, known, active, groups)
-    concepts, _ = added_by(told, active, known, groups)
+    content = run.concepts.filter("reported", ~pl.col("form"), ~pl.col("flags").list.contains("nonspecific"))["concept"]
+    of_content = active[:, [i for i, number in enumerate(numbers) if number in set(content)]]
+    text, both = added_by(told, known, of_content, groups)
+    concepts, _ = added_by(told, of_content, known, groups)
     adds = {}
     for column, number in enumerate(numbers):
         _, with_one = added_by(told, known, active[:, [column]], groups)

@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from rmscope.errors import InputError
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.training import loop
 from rmscope.model.training.loop import base_of, train_pm
@@ -54,6 +55,21 @@ def test_the_command_trains_measures_and_writes_the_card(recipe: Recipe, tmp_pat
     assert accuracy["low"] <= accuracy["value"]
     assert json.loads((tmp_path / "pm" / "measured.json").read_text())["held_out_accuracy"] == accuracy
     assert f"{accuracy['value']:.3f} [{accuracy['low']:.3f}" in (tmp_path / "pm" / "README.md").read_text()
+
+
+def test_a_folder_of_something_else_is_refused_before_any_training(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rmscope.cli import app, steps
+
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump()))
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    monkeypatch.setattr(steps, "train_by_our_loop", lambda *_: pytest.fail("it trained"))
+    done = CliRunner().invoke(app, ["train-pm", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "thesis")])
+    assert isinstance(done.exception, InputError)
+    assert "not overwritten" in str(done.exception)
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
 
 
 def test_training_moves_the_head_and_what_is_loaded_is_what_was_saved(recipe: Recipe, tmp_path: Path) -> None:
