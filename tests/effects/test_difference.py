@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rmscope.api.effects import ledger
 from rmscope.effects.ablation import ablate_groups, at_site, clean_runs
 from rmscope.effects.gradients import streams_and_gradients
 from rmscope.effects.ledger import baseline, joint_baseline, ledger_rows
@@ -177,3 +178,21 @@ def test_what_was_written_shares_a_block_is_what_goes_with_the_bases_stream_in_i
                 without[kind_of, i] += sign * reward_with(rm, ids, f"resid_post.{BLOCK}", lambda _x, mixed=mixed: mixed)
     expected = (clean - without) @ clean / (clean @ clean)
     assert [found.written, found.at_own_tokens] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_a_ledger_from_python_begins_where_that_of_a_run_does() -> None:
+    """At both parts: nothing written, and the mean of the base's stream over the spans."""
+    rm, site = pm_with_base("llama"), f"both.{BLOCK}"
+    sae = JointSae(small_sae(), small_sae(m=40, seed=1), site)
+    table = ledger(rm, sae, PAIRS[:2])
+    rows = []
+    for t in rm.tokenize_all(PAIRS[:2]):
+        for side, text in clean_runs(rm, t, [site]).items():
+            rows.append(text.streams[site][t.divergence : rm.read_position(t.side(side)) + 1])
+    mean = torch.cat(rows)[:, rm.d_model :].mean(0)
+    for row, t in zip(table.iter_rows(named=True), rm.tokenize_all(PAIRS[:2]), strict=True):
+        ends = {}
+        for side, text in clean_runs(rm, t, [site]).items():
+            start = torch.cat([torch.zeros(rm.d_model), mean]).expand(text.ids.numel() - t.divergence, -1)
+            ends[side] = float(rm.resume(text, site, t.divergence, start[None])[0])
+        assert row["remainder"] == pytest.approx(ends["chosen"] - ends["rejected"], abs=1e-4)

@@ -164,6 +164,8 @@ def test_the_first_token_is_not_trained_on(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path) -> None:
     x, _ = planted_activations(1000, D, DIRECTIONS, 3)
     store = store_of(tmp_path / "acts", {"embed": x})
+    with pytest.raises(InputError, match=r"both\.2 is two sites side by side; train diff\.2 and base\.2"):
+        train_saes(store, config(), sites=["both.2"])
     with pytest.raises(InputError, match="holds embed"):
         train_saes(store, config(), sites=["resid_post.8"])
     with pytest.raises(InputError, match="choose one of batchtopk, gated"):

@@ -10,7 +10,7 @@ import torch
 
 from rmscope.effects import tables
 from rmscope.effects.gradients import METHODS
-from rmscope.effects.ledger import Baseline, baseline, ledger_rows
+from rmscope.effects.ledger import Baseline, baseline, joint_baseline, ledger_rows
 from rmscope.errors import InputError
 from rmscope.io import Progress, silent
 from rmscope.model.checks import Preflight, examine
@@ -22,6 +22,7 @@ from rmscope.pairs.pair import SIDES, Pair, one_per_prompt, split_of
 from rmscope.ranking.candidates import firing_counts, freeze, preference_signs
 from rmscope.ranking.confirm import confirm
 from rmscope.sae.base import Sae
+from rmscope.sae.joint import JointSae
 
 Features = Sequence[int] | Literal["active"]
 """Which features: by number, or all that fire."""
@@ -115,7 +116,8 @@ def ledger(
     """One row per pair: pair, delta_r, features, error, constant, remainder, gap, nodes; the parts sum to delta_r.
 
     The ``mean`` baseline is taken over the spans of the given pairs. The ledger of a difference SAE begins at the base's
-    stream, whatever ``start`` says: its remainder is what the reward inherits from the base.
+    stream, whatever ``start`` says: its remainder is what the reward inherits from the base. At ``both.L`` the mean is that
+    of the base's stream, and nothing is written.
     """
     at = _site(rm, sae, site)
     if is_difference(at):
@@ -131,7 +133,9 @@ def ledger(
             total_f.index_add_(0, active.feature, active.value)
             total_x += x.sum(0)
             n += x.shape[0]
-    return _ledger(rm, sae, at, pairs, baseline(sae, "mean", total_f / n, total_x / n), progress)["ledger"]
+    means = total_f / n, total_x / n
+    begin = joint_baseline(sae, *means) if isinstance(sae, JointSae) else baseline(sae, "mean", *means)
+    return _ledger(rm, sae, at, pairs, begin, progress)["ledger"]
 
 
 def _ledger(

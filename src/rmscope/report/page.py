@@ -144,7 +144,7 @@ def concept_view(data: dict[str, Any]) -> dict[str, Any] | None:
         "down": down,
         "unspecific": groups["unspecific"],
         "form": groups["form"],
-        "pushed": [c for c in ordered if not is_reported(c) and "direction" in c["flags"]],
+        "any_direction": [c for c in ordered if not is_reported(c) and "direction" in c["flags"]],
         "others": [c for c in ordered if not is_reported(c) and "direction" not in c["flags"]],
         "leaders": {name: [c["name"] for c in listed[:LEADERS]] for name, listed in (("up", up), ("down", down))},
         "largest": {name: _largest(listed[0], sd) for name, listed in (("up", up), ("down", down)) if listed},

@@ -10,6 +10,7 @@ from rmscope.evaluation.text_baseline import added_by, detects, fit_text_baselin
 from rmscope.io import write_text
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.plants import Plant
+from rmscope.report.page import concept_group
 from rmscope.run.data import RunData
 from rmscope.run.evidence import TextEvidence
 from rmscope.statistics import Array, one_minus
@@ -44,8 +45,8 @@ def text_evidence(run: RunData) -> TextEvidence:
     told, known = _delta(run, confirm), baseline.predict([run.pairs[i] for i in confirm])[:, None]
     numbers, active = _activation_differences(run, confirm)
     groups = _prompts(run, confirm)
-    content = run.concepts.filter("reported", ~pl.col("form"), ~pl.col("flags").list.contains("nonspecific"))["concept"]
-    of_content = active[:, [i for i, number in enumerate(numbers) if number in set(content)]]
+    groups_of = {row["concept"]: concept_group(row) for row in run.concepts.iter_rows(named=True)}
+    of_content = active[:, [i for i, number in enumerate(numbers) if groups_of[number] == "content"]]
     text, both = added_by(told, known, of_content, groups)
     concepts, _ = added_by(told, of_content, known, groups)
     adds = {}

@@ -29,6 +29,7 @@ from rmscope.activations.harvest import ActivationStream
 from rmscope.activations.store import ActivationStore
 from rmscope.errors import InputError
 from rmscope.io import Progress, atomic, content_hash, silent, write_table
+from rmscope.model.site_names import parts_of
 from rmscope.sae.base import Sae, training_class
 from rmscope.sae.config import SaeConfig
 from rmscope.sae.formats import CFG
@@ -70,9 +71,11 @@ def train_saes(
         The SAEs by site; those of a sweep by (site, name).
 
     Raises:
-        InputError: unknown site or family, no tokens, sites of different length, a sweep without a common order of tokens,
-            a checkpoint of another training, or a loss that is no longer finite.
+        InputError: unknown site or family, a site of two parts, no tokens, sites of different length, a sweep without a
+            common order of tokens, a checkpoint of another training, or a loss that is no longer finite.
     """
+    if joint := [site for site in sites or store.sites if len(parts_of(site)) > 1]:
+        raise InputError(f"{joint[0]} is two sites side by side; train {' and '.join(parts_of(joint[0]))}.")
     configs = {"": config} if isinstance(config, SaeConfig) else dict(config)
     orders = {(c.batch_size, c.seed) for c in configs.values()}
     if len(orders) != 1:
