@@ -37,7 +37,7 @@ from rmscope.run.inputs import PairSet, need_prompts
 from rmscope.run.screen import screen
 from rmscope.run.text import fit_baseline
 from rmscope.sae import Sae, SaeConfig, train_saes
-from rmscope.sae.joint import join
+from rmscope.sae.joint import join_parts
 
 Work = Callable[[RunData, Progress, str], None]
 """What a stage does; the string is its key, under which it may keep parts of its work."""
@@ -141,7 +141,7 @@ def train_run_saes(run: RunData, config: SaeConfig, folder: Path, progress: Prog
         saes |= train_saes(run.store, trained_as, plain, parts, progress, device) if parts else {}
     if steps:
         saes = _fine_tuned(run, saes, config, folder, progress)
-    return {site: join([saes[part] for part in parts_of(site)], site) for site in run.sites}
+    return {site: join_parts([saes[part] for part in parts_of(site)], site) for site in run.sites}
 
 
 def _fine_tuned(

@@ -79,9 +79,9 @@ def load_site(saes: Path | str, site: str) -> Sae:
     loaded = [Sae.load(sae_source(saes, part)) for part in parts_of(site)]
     for sae, part in zip(loaded, parts_of(site), strict=True):
         sae.site = sae.site or part  # bare weights do not say where they belong
-    return join(loaded, site)
+    return join_parts(loaded, site)
 
 
-def join(parts: list[Sae], site: str) -> Sae:
+def join_parts(parts: list[Sae], site: str) -> Sae:
     """The SAE of a site from those of its parts: itself, or a joint one."""
     return parts[0] if len(parts) == 1 else JointSae(parts[0], parts[1], site)

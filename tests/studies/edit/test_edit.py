@@ -16,7 +16,7 @@ from rmscope.model.reward_model import RewardModel
 from rmscope.model.site_names import parts_of
 from rmscope.pairs.pair import SIDES
 from rmscope.sae.base import Sae
-from rmscope.sae.joint import join
+from rmscope.sae.joint import join_parts
 from rmscope.sae.jumprelu import JumpReluSae
 from rmscope.studies.edit.check import deltas, rewards_under
 from rmscope.studies.edit.patch import EditPatch, FeatureEdit, edit_at, edits_by_site, export_patch, load_edited
@@ -228,7 +228,7 @@ def test_an_edit_of_a_part_gives_what_the_part_edited_by_hand_gives(sites: tuple
         parts = [small_sae(seed=2 * i + k) for k in range(len(parts_of(site)))]
         for sae, part in zip(parts, parts_of(site), strict=True):
             sae.site = part
-        saes[site] = join(parts, site)
+        saes[site] = join_parts(parts, site)
     edits = (FeatureEdit(sites[0], FEATURES), FeatureEdit(sites[1], (5, 9), "damp", -0.5))
     tokens = rm.tokenize_all(PAIRS)
     by_hand = rewards_under(rm, {"edit": edits_by_site(saes, edits)}, tokens)["edit"]
