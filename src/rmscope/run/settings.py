@@ -26,9 +26,9 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
     sites: Names | None = None
     """Sites such as diff.12 or resid_post.6, comma-separated; left out, the setting study decides."""
     study: Literal["both", "difference", "whole"] = "both"
-    """What is studied where no sites are named. difference: what preference training wrote, at three blocks. both: that and
-    the base's stream, at the first and the last of them. whole: the whole stream, at about one and two thirds of the depth,
-    as for every PM without a known base."""
+    """What is studied where no sites are named. difference: what preference training wrote, at three blocks. both: at the
+    first and the last of these blocks, with the base's stream beside it. whole: the whole stream, at about one and two thirds
+    of the depth; so is a PM without a known base."""
     max_tokens: int | None = Field(None, gt=0)
     """Only pairs whose sides have at most this many tokens each."""
     top_share: float | None = Field(None, gt=0, le=1)
@@ -71,7 +71,7 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
     confirm_pairs: int = Field(1, gt=0)
     """Pairs of each of those prompts on which it is ablated, if it fires on so many; their mean counts once."""
     null_prompts: int = Field(12, gt=0)
-    """Confirm prompts on which a reported concept is held against moves of the same size in 32 other directions."""
+    """Confirm prompts on which a reported concept is compared with moves of the same size in 32 other directions."""
     ledger_pairs: int = Field(24, ge=0)
     """Pairs of the measure split that get a ledger, one per prompt while prompts last; each takes many gradients, 0 none."""
     baseline: Literal["mean", "zero"] = "mean"
