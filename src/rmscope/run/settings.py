@@ -27,8 +27,8 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
     """Sites such as diff.12 or resid_post.6, comma-separated; left out, the setting study decides."""
     study: Literal["both", "difference", "whole"] = "both"
     """What is studied where no sites are named. difference: what preference training wrote, at three blocks. both: at the
-    first and the last of these blocks, with the base's stream beside it. whole: the whole stream, at about one and two thirds
-    of the depth; so is a PM without a known base."""
+    first and the last of these blocks, with the base's stream beside it. whole: the whole stream, at about one and two
+    thirds of the depth; so is a PM without a known base."""
     max_tokens: int | None = Field(None, gt=0)
     """Only pairs whose sides have at most this many tokens each."""
     top_share: float | None = Field(None, gt=0, le=1)
@@ -105,7 +105,7 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
 DEMO: dict[str, Any] = {
     "model": "zoo:planted",
     "data": "demo:planted",
-    # What training wrote, with few features and responses: on this PM that is enough, and the demo shall take five minutes.
+    # What training wrote, with few features and responses: on this PM that is enough, and the demo shall be quick.
     "study": "difference",
     "estimate_pairs": 252,
     "others": 20,
