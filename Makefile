@@ -11,7 +11,7 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # Two test processes with one thread each are faster than one process with two.
 PARALLEL := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-all lint types docs clean
+.PHONY: demo test test-all lint types docs faults clean
 
 demo: $(INSTALLED)  ## what zoo:planted rewards, beside the ground truth: demo/report.html
 	$(BIN)/rmscope demo --out demo
@@ -21,6 +21,9 @@ test: $(DEV)  ## the test suite, without what is marked slow
 
 test-all: $(DEV)  ## all tests, as a nightly job runs them
 	$(PARALLEL) $(BIN)/python -m pytest -n 2 --dist loadfile -m ""
+
+faults: $(DEV)  ## kills, flipped bits, malformed inputs, broken checkpoints, two processes: hours; nothing may be lost
+	$(BIN)/python -m benchmarks.faults
 
 lint: $(DEV)
 	$(BIN)/ruff format --check src tests benchmarks

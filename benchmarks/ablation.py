@@ -25,7 +25,8 @@ from pms import arguments, emit, load_studied_pm
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from rmscope.effects.ablation import ablate_groups, ablations, at_site, clean_runs
+from rmscope.effects.ablation import ablate_groups, at_site, clean_runs
+from rmscope.effects.requests import ablations
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES

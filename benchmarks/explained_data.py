@@ -19,7 +19,8 @@ from rmscope.activations.harvest import harvest
 from rmscope.activations.store import ActivationStore
 from rmscope.evaluation.explained import GRID
 from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune
-from rmscope.model.reward_model import RewardModel, Scores
+from rmscope.model.reward_model import RewardModel
+from rmscope.model.scores import Scores
 from rmscope.model.training.recipe import human_pairs, read_recipe
 from rmscope.pairs.pair import Pair, split_of
 from rmscope.sae import Sae, SaeConfig, train_saes

@@ -74,7 +74,7 @@ def match_detectors(rm: RewardModel, sae: Sae, plant: Plant, prepared: dict[str,
     best = detectors(fitting, sae.m)
     candidates = [Candidate(j, rank, float(plant.sign), 1.0) for rank, j in enumerate(best, 1)]
     match = match_plant(rm, {sae.site: sae}, plant, prepared, {sae.site: candidates}, sd)
-    left = mediation(rm, sae, sae.site, measuring, [range(sae.m), best]).mean(1)
+    left = mediation(rm, {sae.site: sae}, {sae.site: measuring}, [{sae.site: range(sae.m)}, {sae.site: best}]).mean(1)
     in_all, in_detectors = (1 - left[:, 1] / left[:, 0]).tolist()
     return Row(
         plant=plant.name,

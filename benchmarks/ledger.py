@@ -29,7 +29,7 @@ def rows_of(s: StudiedPm, site: str, tokens: list[PairTokens], sd: float) -> tup
         finer = [half for p in panels for half in p.halved()]
         for parts, used in zip(sides, (panels, finer), strict=True):
             parts |= {(p.pair, p.side): p for p in parts_along(path, used, sae, start)}
-    coarse, fine = ([pair_ledger(*(parts[i, side] for side in SIDES)) for i in range(len(tokens))] for parts in sides)
+    coarse, fine = ([pair_ledger(*(parts[i, side] for side in SIDES), sd) for i in range(len(tokens))] for parts in sides)
     return coarse, fine
 
 

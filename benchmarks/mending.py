@@ -25,7 +25,7 @@ from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import Pair, split_of
 from rmscope.pairs.planting import twins
 from rmscope.run.run import Run
-from rmscope.studies.edit.analyse import choose, entries_of, fitting_twins, join_edits
+from rmscope.studies.edit.analyse import fitting_twins
 from rmscope.studies.edit.check import (
     TWINS,
     Variant,
@@ -37,8 +37,8 @@ from rmscope.studies.edit.check import (
     pair_figures,
     rewards_under,
 )
-from rmscope.studies.edit.patch import FeatureEdit
-from rmscope.studies.edit.result import Figures
+from rmscope.studies.edit.choice import choose, entries_of, join_edits
+from rmscope.studies.edit.result import CueChoice, Figures
 
 CUES = ("thanks", "youre_right", "dont_know", "url")
 JOINT = "all four"
@@ -61,7 +61,7 @@ def main(folder: str, out: str, human: int) -> None:
     job = Run.open(folder)
     rm, saes, result = job.rm, job.saes, dict[str, Any]()
     plants = {p.name: p for p in zoo_plants() if p.name in CUES}
-    edits, fitted, started = dict[str, FeatureEdit](), dict[str, Any](), time.time()
+    edits, fitted, started = dict[str, CueChoice](), dict[str, Any](), time.time()
     for name, plant in plants.items():
         fitted[name] = fitting_twins(rm, saes, plant, job.config.seed)
         choices = choose(rm, saes, fitted[name], say)
@@ -70,11 +70,12 @@ def main(folder: str, out: str, human: int) -> None:
         result[f"choice of {name}"] = [{key: getattr(c, key) for key in keys} for c in choices]
         print(name, result[f"choice of {name}"], file=sys.stderr)
     result["seconds to choose"] = time.time() - started
-    variants = {name: edit_variants(job, [edit], [fitted[name]]) for name, edit in edits.items()}
+    variants = {name: edit_variants(job, [edit], [edit], [fitted[name]]) for name, edit in edits.items()}
     four = join_edits(list(edits.values()))
     sites = dict.fromkeys(e.site for e in edits.values())
     projections = {s: mean_difference([fitted[n][s] for n in CUES if edits[n].site == s]) for s in sites}
-    variants[JOINT] = edit_variants(job, four, [fitted[n] for n in CUES]) | {"mean difference": projections}
+    variants[JOINT] = edit_variants(job, four, list(edits.values()), [fitted[n] for n in CUES])
+    variants[JOINT]["mean difference"] = projections
     write_json(Path(out), result)
     measured(job, variants, plants, result, human)
     write_json(Path(out), result)
@@ -113,7 +114,7 @@ def _short(t: Any) -> bool:
     return max(t.chosen.numel(), t.rejected.numel()) <= LONGEST and not torch.equal(t.chosen, t.rejected)
 
 
-def where(job: Run, edit: FeatureEdit, plant: Any) -> dict[str, Any]:
+def where(job: Run, edit: CueChoice, plant: Any) -> dict[str, Any]:
     """The edit at every token but the first, and at the response's tokens alone: rewards on twins with the cue."""
     rm, sae = job.rm, job.saes[edit.site]
     measuring = [p for p in plain_demo_pairs() if split_of(p) == "measure"]

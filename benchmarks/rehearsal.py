@@ -25,9 +25,9 @@ from pms import emit
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
 from rmscope.activations.harvest import harvest
-from rmscope.effects.ablation import ablations
 from rmscope.effects.gradients import estimate
 from rmscope.effects.ledger import baseline, ledger_rows
+from rmscope.effects.requests import ablations
 from rmscope.model.rendering import PairTokens, Rendering
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES

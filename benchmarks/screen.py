@@ -19,9 +19,9 @@ import polars as pl
 from pms import StudiedPm, arguments, emit, load_studied_pm
 from scipy.stats import spearmanr
 
-from rmscope.effects.ablation import ablations
 from rmscope.effects.gradients import METHODS, estimate
 from rmscope.effects.ledger import Path as StraightPath
+from rmscope.effects.requests import ablations
 from rmscope.model.rendering import PairTokens
 from rmscope.pairs.pair import SIDES
 from rmscope.ranking.estimate_quality import PER_RESPONSE, estimate_quality, sample

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rmscope.errors import InputError
-from rmscope.io import atomic_folder, check_replaceable
+from rmscope.io import atomic_folder, check_replaceable, check_writable, local_path
 
 MARK = "kind.json"
 
@@ -99,3 +99,26 @@ def test_an_empty_folder_is_taken_and_the_current_one_is_not(tmp_path: Path, mon
     for here in (Path("."), Path(".."), tmp_path / "inside"):
         with pytest.raises(InputError, match="current folder"):
             write(here)
+
+
+@pytest.mark.parametrize("above", ["file", "/dev/null"])
+def test_what_lies_under_a_file_cannot_be_written(tmp_path: Path, above: str) -> None:
+    (tmp_path / "file").write_text("x")
+    for below in ("x", "x/y"):
+        with pytest.raises(InputError, match="is no folder; name another place"):
+            check_writable(tmp_path / above / below)
+    check_writable(tmp_path / "new" / "newer")
+    check_writable(tmp_path / "file")
+    with pytest.raises(InputError, match="is no path that can be written"):
+        check_writable(tmp_path / ("a" * 5000))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_name_stands_for_a_path_or_is_refused(tmp_path: Path) -> None:
+    assert local_path(str(tmp_path)) == tmp_path
+    assert local_path("~/x") == Path.home() / "x"
+    assert local_path("someone/model") == Path("someone/model")
+    for name in ("", " ", Path("a" * 5000), "~no_such_user_here/x"):
+        with pytest.raises(InputError, match=r"is empty|is no path that can be opened") as raised:
+            local_path(name)
+        assert len(str(raised.value)) < 200

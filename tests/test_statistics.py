@@ -112,6 +112,12 @@ def test_q_values_of_a_family_are_those_of_benjamini_and_hochberg() -> None:
     assert q_values_of(np.array([0.5]), p[:0]).tolist() == [1.0]
 
 
+def test_an_interval_of_values_that_are_nearly_equal_but_for_one_stays_within_their_range() -> None:
+    values = np.r_[np.linspace(-1e-6, 1e-6, 8), -0.3]
+    low, high = mean_interval(values)
+    assert values.min() <= low < values.mean() < high <= values.max()
+
+
 def test_flips_are_signs_and_the_same_for_the_same_seed() -> None:
     signs = flip_matrix(30, 5)
     assert set(np.unique(signs)) == {-1, 1}

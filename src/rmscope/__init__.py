@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rmscope.activations.harvest import harvest, stream
     from rmscope.api.effects import ablate, attribute, doctor, ledger, rank
-    from rmscope.api.studies import audit, compare, edit, evaluate, experiment, gate, jailbreak, sufficiency
+    from rmscope.api.studies import audit, compare, edit, evaluate, experiment, export, gate, jailbreak, label, sufficiency
     from rmscope.model.reward_model import RewardModel
     from rmscope.pairs.pair import Pair
     from rmscope.pairs.readers import load_pairs
@@ -30,15 +30,15 @@ _MODULES = {
     "rmscope.statistics": ("Figure",),
     "rmscope.studies.edit.patch": ("load_edited",),
     "rmscope.api.studies": (
-        "audit", "compare", "edit", "evaluate", "experiment", "gate", "jailbreak", "sufficiency",
+        "audit", "compare", "edit", "evaluate", "experiment", "export", "gate", "jailbreak", "label", "sufficiency",
     ),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Figure", "Pair", "RewardModel", "Run", "RunConfig", "Sae", "SaeConfig", "ablate", "attribute", "audit", "compare",
-    "doctor", "edit", "evaluate", "experiment", "gate", "harvest", "jailbreak", "ledger", "load_edited", "load_pairs",
-    "rank", "stream", "sufficiency", "train_saes",
+    "doctor", "edit", "evaluate", "experiment", "export", "gate", "harvest", "jailbreak", "label", "ledger", "load_edited",
+    "load_pairs", "rank", "stream", "sufficiency", "train_saes",
 ]  # fmt: skip
 
 

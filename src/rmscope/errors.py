@@ -1,4 +1,4 @@
-"""The one error that a person can act on."""
+"""The one error that a person can act on, and other errors as part of its sentence."""
 
 
 class InputError(Exception):
@@ -6,3 +6,8 @@ class InputError(Exception):
 
     The command line prints the sentence and exits with code 2; a traceback appears only with ``--debug``.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error, for use in a sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip(" .:")

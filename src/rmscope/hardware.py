@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from rmscope.errors import InputError
 
 
 @cache
@@ -35,6 +38,32 @@ def place(device: str) -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str) -> None:
+    """InputError where a device is none, is of a kind that is not supported, or is not in this machine."""
+    try:
+        named = torch.device(place(device))
+    except RuntimeError as error:
+        raise InputError(
+            f"--device {device} is not a device: a PM is studied on one (cpu, cuda, cuda:1), not spread over several; "
+            "name a device that is large enough, or halve the PM with --dtype bfloat16."
+        ) from error
+    if named.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {device} is not supported: rmscope runs on a CPU or a GPU of CUDA; name cpu or cuda.")
+    if named.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {device} needs a GPU, and torch sees none; leave it out, or name cpu.")
+    if named.type == "cuda" and (named.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"There is no --device {device}: this machine has {torch.cuda.device_count()} GPUs, from cuda:0 on."
+        )
+
+
+def memory(device: str) -> int:
+    """Bytes of memory that a device has in all."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def fast_products(device: torch.device, wanted: bool = True) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import polars as pl
 import pyarrow.parquet as pq
 
-from rmscope.errors import InputError
+from rmscope.errors import InputError, one_line
 
 
 @contextmanager
@@ -47,6 +47,40 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def local_path(name: str | Path) -> Path:
+    """The path that a name stands for here, whether or not something is there; ``~`` is the home folder.
+
+    Raises:
+        InputError: the name is empty, or the system takes no such path.
+    """
+    shown = str(name) if len(str(name)) <= 80 else f"{str(name)[:60]}…"
+    if not str(name).strip():
+        raise InputError("A name is empty where a file, a folder or a hub id is asked for; give one.")
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # too long, or the home of nobody
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise InputError(f"{shown} is no path that can be opened ({reason}); check the path.") from error
+    return path
+
+
+def check_writable(path: Path) -> None:
+    """InputError where nothing can be written at ``path``: a folder above it is a file, or may not be written.
+
+    Call it before any work.
+    """
+    path = Path(path)
+    try:
+        nearest = next((p for p in (path, *path.parents) if p.exists() or p.is_symlink()), Path())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path!s:.60} is no path that can be written ({error.args[-1]}); name another place.") from error
+    if nearest != path and not nearest.is_dir():
+        raise InputError(f"{path} cannot be written, because {nearest} is no folder; name another place.")
+    if not os.access(nearest, os.W_OK):
+        raise InputError(f"{path} cannot be written, because {nearest} may not be changed; name another place.")
 
 
 def check_replaceable(path: Path, mark: str) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from rmscope.errors import InputError
+from rmscope.errors import InputError, one_line
 
 
 class Settings(BaseModel):
@@ -37,7 +37,7 @@ class Flag:
 Argument = Flag(positional=True)
 
 
-def _comma_separated(given: Any) -> Any:
+def comma_separated(given: Any) -> Any:
     """A list from the command line: "a,b" or ["a", "b,c"]."""
     parts = [given] if isinstance(given, str) else given
     if not isinstance(parts, list) or not all(isinstance(p, str) for p in parts):
@@ -64,9 +64,11 @@ def _output(given: Any) -> Any:
         raise ValueError("it is neither the number of an output nor weights; write 2, or 0.5,0,1") from None
 
 
-Names = Annotated[list[str], BeforeValidator(_comma_separated)]
+Names = Annotated[list[str], BeforeValidator(comma_separated)]
 """A list of names; on the command line comma-separated, or the flag several times."""
-Numbers = Annotated[list[int], BeforeValidator(_comma_separated)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""A seed of random draws; some are drawn by 2^20 times it, which must fit 64 bits."""
+Numbers = Annotated[list[int], BeforeValidator(comma_separated)]
 """A list of whole numbers, given in the same way."""
 
 
@@ -88,6 +90,8 @@ class LoadSettings(DeviceSettings):
 
     adapter: str | None = None
     """A PEFT adapter to put on the PM."""
+    revision: str | None = None
+    """The branch, tag or commit of a PM on the hub; left out, its newest."""
     base: str | None = None
     """The model that the PM was trained from; left out, that of the adapter or of the model card; none: without a base."""
     output: Annotated[int | list[float] | None, BeforeValidator(_output)] = None
@@ -104,11 +108,13 @@ class ReadSettings(Settings):
     limit: int | None = Field(None, gt=0)
     """At most this many pairs, from the start of the data."""
     split: str = "train"
-    """Split of a hub dataset."""
+    """Split of a hub dataset, or of a folder of shards."""
+    data_revision: str | None = None
+    """The branch, tag or commit of a hub dataset; left out, its newest."""
     columns: Annotated[dict[str, str] | None, BeforeValidator(_named_columns)] = None
-    """Own column names: prompt=question,chosen=a,rejected=b."""
+    """Own column names: prompt=question,chosen=a,rejected=b; also response, score and system."""
     format: str | None = None
-    """The shape of the data, such as "best of n"; left out, the columns tell."""
+    """The format of the data, such as "best of n"; left out, the columns tell."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What a row that gives no pair does: error ends the command; skip counts, lists and leaves it out."""
 
@@ -121,26 +127,39 @@ class ModelSettings(Settings):
     model: str
     """The PM: a hub id, a folder, or zoo:hh / zoo:planted."""
     data: str
-    """The pairs: a file, a hub id, or demo:planted."""
+    """The pairs: a file, a folder or pattern of shards, a hub id, or demo:planted."""
 
 
 S = TypeVar("S", bound=Settings)
 
 
-def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """The ``key: value`` lines of a YAML file; ``what`` names the file in errors.
+def parse_yaml(path: Path, what: str) -> Any:
+    """The content of a YAML file; ``what`` names the file in errors.
 
     Raises:
-        InputError: the file is missing, is no YAML, or holds no settings.
+        InputError: the file is missing, cannot be read, is no text in UTF-8, or is no YAML.
     """
-    if not path.is_file():
-        raise InputError(f"The {what} {path} is not there; name a YAML file.")
     try:
-        values = yaml.safe_load(path.read_text("utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"The {what} {path} is no YAML: {str(error).splitlines()[0]}.") from error
+        if not path.is_file():
+            raise InputError(f"The {what} {path} is not there; name a YAML file.")
+        return yaml.safe_load(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"The {what} {path!s:.80} cannot be read ({error.strerror}); check the path.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"The {what} {path} is no text in UTF-8; save it as UTF-8.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"The {what} {path} is no YAML: {one_line(error)}; write it again.") from error
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The ``key: value`` lines of a YAML file. InputError as in :func:`parse_yaml`, or where it holds no settings."""
+    values = parse_yaml(path, what) or {}
     if not isinstance(values, dict):
-        raise InputError(f"The {what} {path} holds no settings (key: value lines).")
+        raise InputError(f"The {what} {path} holds no settings (key: value lines); write some.")
+    if others := [key for key in values if not isinstance(key, str)]:
+        raise InputError(
+            f"The {what} {path} has a setting called {others[0]!r}, which is no name; write names before the colons."
+        )
     return values
 
 
@@ -183,6 +202,12 @@ def validation_sentence(
     if first["type"] == "missing":
         mend = "give it, or a YAML file of settings" if flag else "give it"
         return f"{flag or 'Setting ' + '.'.join(path)} is missing{where}; {mend}."
+    if first["type"] == "model_type":
+        held = "nothing" if first["input"] is None else f"{first['input']!r:.40}"
+        known = f"key: value lines ({', '.join(list(holder.model_fields)[:4])}, ...)"
+        return f"Setting {'.'.join(path)}{where} holds {held} instead of {known}; write some, or leave it out."
+    if first["type"] == "invalid_key":
+        return f"Setting {'.'.join(path)}{where} has a key that is no name ({first['loc'][-1]!r}); write a name."
     told = f"{told[:1].lower()}{told[1:]}"
     if not path:
         return f"These settings{where} do not go together: {told}."

@@ -146,7 +146,8 @@ def mean_interval(values: Array, seed: int = 0) -> tuple[float, float]:
     """95 % interval of a mean, one value a prompt, by the studentised bootstrap (Efron and Tibshirani 1993, section 12.5).
 
     Of skewed effects on 24 prompts a percentile interval covers the mean less often. With fewer than :data:`FEW` values
-    it is a percentile interval: their resampled standard errors can be 0.
+    it is a percentile interval: their resampled standard errors can be 0. The interval stays within the range of the values:
+    where all but one are nearly equal, resampled errors are nearly 0, and its ends would be anywhere.
     """
     mean, error = float(values.mean()), standard_error(values)
     if values.size < FEW or error == 0:
@@ -154,7 +155,7 @@ def mean_interval(values: Array, seed: int = 0) -> tuple[float, float]:
         low, high = np.percentile(means, [2.5, 97.5])
         return float(low), float(high)
     low, high = np.percentile(studentised_draws(values, seed), [2.5, 97.5])
-    return mean - float(high) * error, mean - float(low) * error
+    return max(mean - float(high) * error, float(values.min())), min(mean - float(low) * error, float(values.max()))
 
 
 def standard_error(values: Array) -> float:

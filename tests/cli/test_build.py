@@ -20,9 +20,9 @@ from rmscope.sae.config import SaeConfig
 from rmscope.settings import Argument, Flag, Names, Settings, read_settings
 
 ORDER = [
-    "demo", "run", "doctor",
+    "demo", "run", "serve", "doctor",
     "score", "baseline", "harvest", "train", "attribute", "ablate", "ledger", "rank", "evaluate", "report",
-    "jailbreak", "experiment", "sufficiency", "compare", "edit", "gate", "audit",
+    "jailbreak", "experiment", "sufficiency", "compare", "edit", "gate", "label", "export", "audit",
     "train-pm",
 ]  # fmt: skip
 SETTINGS = commands.SETTINGS

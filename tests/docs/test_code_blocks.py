@@ -20,9 +20,11 @@ from rmscope.sae import SaeConfig
 from rmscope.settings import read_settings
 from tests.docs.pages import BLOCK, PAGES, ROOT, blocks, commands, named, run
 from tests.model.small import SENTENCES, saved_pm
+from tests.run.small import forget_checksums
 
-ELSEWHERE = {"docs/howto/heads.md", "docs/difference.md"}
-"""Pages whose blocks another test runs: tests/model/test_heads.py, and one below that needs a PM with a base."""
+ELSEWHERE = {"docs/howto/heads.md", "docs/howto/names.md", "docs/howto/export.md", "docs/difference.md"}
+"""Pages whose blocks another test runs: in tests/model/test_heads.py, tests/studies/label and tests/studies/export, and one
+below that needs a PM with a base."""
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python") and named(page) not in ELSEWHERE]
 OF_A_RUN = [page for page in WITH_PYTHON if re.search(r"Run\.(open|create)\(", "".join(blocks(page, "python")))]
 SMALL = {"zoo:hh": "my-pm", "zoo:planted": "my-pm", "resid_post.7": "resid_post.2"}
@@ -60,6 +62,7 @@ def with_run(folder: Path) -> Path:
         path, table = run.folder / "features" / f"{site}.parquet", run.features(site)
         flags = pl.Series("flags", [[]] * table.height, dtype=pl.List(pl.String))
         write_table(path, table.with_columns(pl.lit(True).alias("reported"), flags))
+    forget_checksums(run.folder)
     return folder
 
 

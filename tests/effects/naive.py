@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -53,3 +54,28 @@ def ablate_naively(rm: RewardModel, sae: Sae, ids: Tensor, site: str, start: int
 
         effects.append((clean - rm.rewards(batch, {site: edit}))[0].float().cpu())
     return torch.stack(effects)
+
+
+def reward_without(
+    rm: RewardModel, ids: Tensor, start: int, taken: Mapping[int, Tensor], clean: Mapping[int, Tensor]
+) -> float:
+    """r of one text without c [span, d], which ``taken`` holds by block: at the first block the stream is the clean one less
+    c, at later ones its coordinate along c is set to that. ``clean`` holds the clean stream of the span by block."""
+    blocks = max((m for m in rm.model.modules() if isinstance(m, nn.ModuleList)), key=len)
+    with ExitStack() as stack:
+        for block, c in taken.items():
+
+            def hook(_m: nn.Module, _a: tuple, out: Tensor | tuple, block: int = block, c: Tensor = c) -> Tensor | tuple:
+                x = (out[0] if isinstance(out, tuple) else out).clone()
+                for t in range(len(c)):
+                    if (size := float(c[t].norm())) > 0:
+                        if block == min(taken):
+                            x[0, start + t] = clean[block][t] - c[t]
+                        else:
+                            u = c[t] / size
+                            x[0, start + t] += ((clean[block][t] - c[t]) @ u - x[0, start + t] @ u) * u
+                return (x, *out[1:]) if isinstance(out, tuple) else x
+
+            stack.callback(blocks[block].register_forward_hook(hook).remove)
+        with torch.no_grad():
+            return float(rm.model(ids[None]).logits[0, 0])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rmscope.effects import ablation
-from rmscope.effects.ablation import ablate_groups, ablations, at_site, clean_runs
+from rmscope.effects.ablation import ablate_groups, at_site, clean_runs
+from rmscope.effects.requests import ablations
 from rmscope.model import ragged
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES, Pair

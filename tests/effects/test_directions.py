@@ -17,7 +17,7 @@ from rmscope.run.directions import DRAWS, direction_null
 from rmscope.sae.base import Sae
 from rmscope.sae.joint import JointSae
 from rmscope.sae.standard import StandardSae
-from tests.effects.naive import reward_with
+from tests.effects.naive import reward_with, reward_without
 from tests.model.based import pm_with_base
 from tests.model.small import BLOCKS, PAIRS, D, shared_pm, small_sae
 
@@ -34,7 +34,7 @@ def test_a_move_is_as_long_as_the_ablation_at_every_token_and_goes_where_it_is_t
     runs = clean_runs(rm, tokens, [site, whole_site(site)])
     for side in SIDES:
         response = at_site(sae, runs[side], site, tokens.divergence)
-        given = effects_along(rm, sae, response, site, features, DIRECTIONS)
+        given = effects_along(rm, {site: sae}, {site: response}, {site: features}, {whole_site(site): DIRECTIONS})
         x = runs[side].streams[site][tokens.divergence :]
         ablation = sae.encode(x)[:, features] @ sae.W_dec[features]
         size = sum(ablation.split(D, -1)).norm(dim=1) if len(parts_of(site)) > 1 else ablation.norm(dim=1)
@@ -48,12 +48,32 @@ def test_a_move_is_as_long_as_the_ablation_at_every_token_and_goes_where_it_is_t
             assert effect == pytest.approx(naive, abs=3e-5)
 
 
+def test_moves_at_several_sites_are_made_in_one_run() -> None:
+    rm, sites = shared_pm("llama"), ("resid_post.0", "resid_post.2")
+    saes = {site: small_sae(seed=i) for i, site in enumerate(sites)}
+    tokens = rm.tokenize(PAIRS[0])
+    text = clean_runs(rm, tokens, sites)["chosen"]
+    responses = {site: at_site(saes[site], text, site, tokens.divergence) for site in sites}
+    given = effects_along(rm, saes, responses, dict.fromkeys(sites, FEATURES[:24]), dict.fromkeys(sites, DIRECTIONS))
+    clean = {int(site[-1]): responses[site].x for site in sites}
+    for direction, effect in zip(DIRECTIONS, given.tolist(), strict=True):
+        taken = {}
+        for site in sites:
+            ablation = saes[site].encode(responses[site].x)[:, FEATURES[:24]] @ saes[site].W_dec[FEATURES[:24]]
+            taken[int(site[-1])] = -ablation.norm(dim=1, keepdim=True) * direction
+        assert all((c != 0).any() for c in taken.values())
+        naive = text.reward - reward_without(rm, text.ids, tokens.divergence, taken, clean)
+        assert effect == pytest.approx(naive, abs=3e-5)
+
+
 def test_where_nothing_fires_nothing_moves() -> None:
     rm, sae = shared_pm("llama"), small_sae()
     tokens = rm.tokenize(PAIRS[0])
-    response = at_site(sae, clean_runs(rm, tokens, ["resid_post.2"])["chosen"], "resid_post.2", tokens.divergence)
+    site = "resid_post.2"
+    response = at_site(sae, clean_runs(rm, tokens, [site])["chosen"], site, tokens.divergence)
     silent = sorted(set(range(sae.m)) - set(response.features().tolist()))[:2]
-    assert effects_along(rm, sae, response, "resid_post.2", silent, DIRECTIONS).tolist() == [0, 0, 0]
+    given = effects_along(rm, {site: sae}, {site: response}, {site: silent}, {site: DIRECTIONS})
+    assert given.tolist() == [0, 0, 0]
 
 
 def along(rm: RewardModel, direction: Tensor) -> Sae:
@@ -76,7 +96,8 @@ def test_a_direction_that_the_head_reads_beats_its_null_and_one_that_only_pushes
         for i, tokens in enumerate(rm.tokenize_all(PAIRS)):
             response = at_site(sae, clean_runs(rm, tokens, [site])["chosen"], site, tokens.divergence)
             [own] = ablate_groups(rm, sae, response, site, [[0]]).tolist()
-            rows.append((0, str(i), "chosen", own, effects_along(rm, sae, response, site, [0], directions).tolist()))
+            moved = effects_along(rm, {site: sae}, {site: response}, {site: [0]}, {site: directions})
+            rows.append((0, str(i), "chosen", own, moved.tolist()))
         [null] = direction_null(pl.DataFrame(rows, ["concept", "pair", "side", "effect", "along"], orient="row")).to_dicts()
         beats[name] = abs(null["own"]) > max(null["null_random"], null["null_real"])
     assert beats == {"read": True, "pushes": False}

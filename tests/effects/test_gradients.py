@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rmscope.effects import gradients
-from rmscope.effects.ablation import ablations
 from rmscope.effects.gradients import Estimates, estimate, probe_groups, streams_and_gradients
+from rmscope.effects.requests import ablations
 from rmscope.model.packing import pad_texts
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel

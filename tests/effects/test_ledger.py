@@ -140,7 +140,7 @@ def dense(
     return contribution, float(error), float(reward(at(0.0))), float(reward(at(1.0)))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "bloom", ENCODER])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow), "bloom", ENCODER])
 @pytest.mark.parametrize("kind", ["mean", "zero"])
 def test_every_part_is_that_of_a_dense_integration_of_the_text_alone(architecture: str, kind: str) -> None:
     rm, sae = shared_pm(architecture, torch.float64, TAME), small_sae(bias=0.5)
@@ -187,7 +187,21 @@ def test_a_pairs_ledger_is_an_identity_and_its_difference_the_scores(architectur
         assert row["delta_r"] == pytest.approx(total, abs=1e-9)
         assert abs(row["gap"]) <= 0.01 * max(abs(row["delta_r"]), 0.1 * sd)
         assert row["nodes"] >= 8
+        assert row["closed"]
         assert row["remainder"] == pytest.approx(sides["chosen"].start - sides["rejected"].start)
+
+
+def test_a_ledger_that_does_not_close_says_so() -> None:
+    """Without halvings the two first panels are too coarse, and some gaps stay open."""
+    rm, sae = shared_pm("llama", gain=TAME), small_sae(bias=0.5)
+    tokens = rm.tokenize_all(PAIRS)
+    sd, start, closed = float(rm.score_tokens(tokens).delta.std()), baseline(sae, "zero"), []
+    for halvings in (0, 6):
+        rows = [row for _, row, _ in ledger_rows(rm, sae, SITE, tokens, range(len(PAIRS)), start, sd, halvings=halvings)]
+        for row in rows:
+            assert row["closed"] == (abs(row["gap"]) <= 0.01 * max(abs(row["delta_r"]), 0.1 * sd))
+        closed.append(sum(row["closed"] for row in rows))
+    assert closed[0] < closed[1] == len(PAIRS)
 
 
 def test_sides_that_differ_only_in_length_differ_by_the_remainder_alone_at_the_baseline() -> None:

@@ -12,7 +12,8 @@ from rmscope.errors import InputError
 from rmscope.evaluation.reward_aware import Damage, RewardAwareConfig, by_pair, fine_tune, splice_gradients, training_rows
 from rmscope.hardware import has_fast_bfloat16
 from rmscope.model.packing import pad_texts
-from rmscope.model.reward_model import RewardModel, Scores
+from rmscope.model.reward_model import RewardModel
+from rmscope.model.scores import Scores
 from rmscope.pairs.pair import SIDES
 from rmscope.sae import Sae, SaeConfig
 from rmscope.sae.base import training_class

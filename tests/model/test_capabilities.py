@@ -39,7 +39,7 @@ def shifted(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
-        ("rewards", Capabilities(packing=False, resume=True, ragged=True)),
+        ("rewards", Capabilities(packing=False, resume=True, ragged=True, mixing=0)),
         ("resume", Capabilities(packing=True, resume=False, ragged=False)),
         ("resume_ragged", Capabilities(packing=True, resume=True, ragged=False)),
     ],

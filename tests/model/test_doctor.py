@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from rmscope.errors import InputError
-from rmscope.model import checks
-from rmscope.model.checks import Check, context, examine, padding, precisions, price, rewards_alone, training
+from rmscope.model import checks, doctor
+from rmscope.model.checks import Check, rewards_alone
+from rmscope.model.doctor import context, examine, padding, precisions, price, training
 from rmscope.model.rendering import Rendering
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import Pair
@@ -141,7 +142,7 @@ def test_the_cost_grows_with_the_pairs_and_an_encoders_holds_its_ablations() -> 
 def test_a_pm_that_is_larger_than_the_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     rm = shared_pm("llama")
     assert price(rm, rm.tokenize_all(PAIRS)).status == "ok"
-    monkeypatch.setattr(checks, "machine_bytes", lambda _device: 1e9)
+    monkeypatch.setattr(doctor, "machine_bytes", lambda _device: 1e9)
     told = price(rm, rm.tokenize_all(PAIRS))
     assert told.status == "warn"
     assert "2.0 GB of 1 GB" in told.detail

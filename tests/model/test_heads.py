@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rmscope.effects.ablation import ablations
 from rmscope.effects.gradients import estimate
+from rmscope.effects.requests import ablations
 from rmscope.errors import InputError
 from rmscope.model.heads import TokenDifference
 from rmscope.model.rendering import Rendering

@@ -162,6 +162,7 @@ def test_unknown_names_list_the_known_ones(folder: Path) -> None:
     assert "zoo:hh, zoo:planted" in refusal("zoo:nothing")
     assert "base without a scalar head" in refusal("zoo:smollm2")
     assert "own adapter" in refusal("zoo:hh", adapter="somewhere")
+    assert "only PMs on the hub have revisions" in refusal("zoo:hh", revision="v2")
 
 
 def test_a_sharded_checkpoint_is_loaded_whole(tmp_path: Path) -> None:

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from rmscope.model import shared_prefix
-from rmscope.model.shared_prefix import response_start, rewards_from_prefix, run_from_prefix, shared_prefix_length
+from rmscope.model.shared_prefix import (
+    response_start,
+    rewards_from_prefix,
+    rewards_of_cuts,
+    run_from_prefix,
+    shared_prefix_length,
+)
 from tests.model.small import PAD, WINDOW, shared_pm, user
 
 PROMPT = user("How do I bake bread without an oven?")
@@ -73,3 +79,14 @@ def test_the_response_starts_with_its_own_first_token() -> None:
         start = response_start(rm, ids, empty)
         assert rm.tokenizer.decode(ids[start:]).strip() == text
     assert shared_prefix_length(torch.tensor([1, 2, 3]), torch.tensor([1, 2])) == 2
+
+
+@pytest.mark.parametrize("most", [1, 100, 8192])
+def test_a_text_cut_anywhere_has_the_reward_of_its_beginning_alone(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut by cut, in a few batches, and in one."""
+    monkeypatch.setattr(shared_prefix, "CUT_TOKENS", most)
+    rm = shared_pm("llama")
+    ids, ending = rm.text_ids(PROMPT, TEXTS[3]), rm.text_ids(user("So?"), "No.")[-3:]
+    cuts = range(5, ids.numel() + 1, 4)
+    alone = torch.stack([rm.reward_alone(torch.cat([ids[:cut], ending])) for cut in cuts])
+    assert torch.allclose(rewards_of_cuts(rm, rm.prefill(ids, []), cuts, ending), alone, atol=1e-4)

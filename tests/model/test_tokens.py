@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from rmscope.errors import InputError
 from rmscope.model.packing import pack_pairs
-from rmscope.model.rendering import Rendering, divergence, encode, pair_tokens, render
-from rmscope.pairs.pair import Pair
+from rmscope.model.rendering import LONG_TEXT, NO_LIMIT, Rendering, divergence, encode, encode_within, pair_tokens, render
+from rmscope.pairs.pair import Message, Pair
 from tests.model.small import EOS, shared_pm, small_pm, tokenizer, user
 
 IDS = st.lists(st.integers(0, 4), min_size=1, max_size=12)
@@ -192,6 +195,60 @@ def test_a_rendering_that_cannot_be_read_is_an_input_error(tmp_path: Path, text:
     (tmp_path / "rmscope.json").write_text(text)
     with pytest.raises(InputError, match=r"rmscope\.json"):
         Rendering.find(tmp_path, tokenizer())
+
+
+def own_tokenizer(**tokens: str) -> Any:
+    """A tokenizer that may be changed: the shared one stays as it is."""
+    own = Tokenizer.from_str(tokenizer().backend_tokenizer.to_str())
+    return type(tokenizer())(tokenizer_object=own, eos_token="<eos>", pad_token="<pad>", **tokens)
+
+
+def test_a_rendering_without_bos_drops_the_one_that_the_tokenizer_puts_first(tmp_path: Path) -> None:
+    with_bos = own_tokenizer(bos_token="<eos>")  # any token that is there
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", EOS)])
+    plain, without = Rendering("plain"), Rendering("plain", bos=False)
+    (ids,), (rest,) = encode(plain, with_bos, ["Is water wet?"]), encode(without, with_bos, ["Is water wet?"])
+    assert ids == [EOS, *rest]
+    assert encode(without, tokenizer(), ["Is water wet?"]) == encode(plain, tokenizer(), ["Is water wet?"]) == [rest]
+    (tmp_path / "rmscope.json").write_text(json.dumps({"rendering": without.as_dict()}))
+    assert Rendering.find(tmp_path, tokenizer()) == without
+    assert str(without).endswith("no bos")
+
+
+@pytest.mark.parametrize("context", [1, 300])
+@pytest.mark.parametrize("part", ["yes ", " ", "é"])
+def test_of_a_text_of_megabytes_enough_is_read_to_know_that_it_is_too_long(context: int, part: str) -> None:
+    made, long = tokenizer(), part * (3 * LONG_TEXT // len(part))
+    (whole,), (read,) = encode(Rendering(), made, [long]), encode_within(Rendering(), made, [long], context)
+    assert (len(read) > context) == (len(whole) > context)
+    assert len(read) < 0.4 * len(whole)
+    assert encode_within(Rendering(), made, ["short", long], NO_LIMIT)[1] == whole
+
+
+def test_a_call_of_a_tool_is_rendered_or_refused() -> None:
+    """A template that passes over calls would show the PM another conversation."""
+    call = {"type": "function", "function": {"name": "tide_table", "arguments": {}}}
+    prompt: list[Message] = [
+        *user("When is high tide? Ask tide_table."),
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "06:10"},
+    ]
+    made = own_tokenizer()
+    made.chat_template = CHAT
+    with pytest.raises(InputError, match="chat template drops the call of tide_table"):
+        render(Rendering("chat"), made, prompt, "At six.")
+    made.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}|{% endfor %}"
+    )
+    whole = "When is high tide? Ask tide_table.|tide_table|06:10|At six.|"
+    assert render(Rendering("chat"), made, prompt, "At six.") == whole
+    made.chat_template = made.chat_template.replace("m.tool_calls", "(m.tool_calls or [])[:1]")
+    assert render(Rendering("chat"), made, prompt, "At six.") == whole
+    twice: Message = {**prompt[1], "tool_calls": [call, {"type": "function", "function": {"name": "tide"}}]}
+    with pytest.raises(InputError, match="chat template drops the call of tide from the prompt"):
+        render(Rendering("chat"), made, [prompt[0], twice, prompt[2]], "At six.")
+    with pytest.raises(InputError, match="rendering hh has no place for the call of tide_table"):
+        render(Rendering("hh"), made, prompt, "At six.")
 
 
 def test_spans_run_from_the_divergence_to_the_read_position() -> None:

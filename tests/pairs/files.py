@@ -28,6 +28,7 @@ def turn(role: str, content: str) -> Message:
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     """The rows in the format that the name's ending asks for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if kind == "parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rmscope.errors import InputError
@@ -123,10 +126,10 @@ BROKEN: list[tuple[str, bytes, str, str]] = [
         "do not differ in their last assistant message alone",
     ),
     (
-        "ends_with_assistant.jsonl",
-        lines({**PLAIN, "prompt": two_answers}),
+        "ends_with_system.jsonl",
+        lines({**PLAIN, "prompt": [*two_answers[:1], turn("system", "s")]}),
         "line 1",
-        "the prompt does not end with a user turn",
+        "the prompt ends with a system turn instead of a user turn",
     ),
     (
         "no_content.jsonl",
@@ -239,7 +242,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
         load_pairs(tmp_path / "missing.jsonl")
     with pytest.raises(InputError, match="no/such/place does not exist"):
         load_pairs("no/such/place")
-    with pytest.raises(InputError, match="is a folder"):
+    with pytest.raises(InputError, match="is a folder without a file of rows"):
         load_pairs(tmp_path)
 
 
@@ -247,7 +250,56 @@ def test_if_no_pair_is_left_the_first_reason_is_told(read: Read) -> None:
     with pytest.raises(InputError, match=r"no usable pair: 2 were left out, the first at line 1 \(chosen is empty"):
         read({**PLAIN, "chosen": ""}, {**PLAIN, "rejected": None}, on_bad_row="skip")
     rows = [{"prompt": "p", "response": text, "score": 2} for text in ("a", "b")]
-    with pytest.raises(InputError, match="no prompt has two responses with different scores"):
+    with pytest.raises(InputError, match=r"the first at line 1 \(all responses of its prompt have the same score\)"):
         read(*rows)
     with pytest.raises(InputError, match="on_bad_row is 'ignore'"):
         read(PLAIN, on_bad_row="ignore")
+
+
+def test_what_is_no_file_is_told_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(InputError, match=r"pipe\.jsonl is a pipe or a device"):
+        load_pairs(tmp_path / "pipe.jsonl")
+    for name in ("a" * 5000 + ".jsonl", "~no_such_user_here/x.jsonl"):
+        with pytest.raises(InputError, match="is no path that can be opened") as raised:
+            load_pairs(name)
+        assert len(str(raised.value)) < 200
+    for name in ("", "  "):
+        with pytest.raises(InputError, match="A name is empty where a file, a folder or a hub id is asked for"):
+            load_pairs(name)
+    with pytest.raises(InputError, match="demo:nosuch is not one of the demo's data; use demo:planted or demo:plain"):
+        load_pairs("demo:nosuch")
+
+
+def test_a_field_that_is_nested_deep_does_no_harm(tmp_path: Path) -> None:
+    """Where JSON itself gives up, the line is named."""
+    path, row = tmp_path / "data.jsonl", json.dumps(PLAIN)
+    path.write_text(f'{row[:-1]}, "x": {"[" * 900}{"]" * 900}}}\n')
+    assert load_pairs(path)[0].chosen == "Yes."
+    path.write_text(f'{row}\n{row[:-1]}, "x": {"[" * 9000}{"]" * 9000}}}\n')
+    with pytest.raises(InputError, match=r"line 2: malformed JSON \(nested too deep\)"):
+        load_pairs(path)
+
+
+def test_a_date_out_of_range_is_not_read_where_no_pair_needs_it(tmp_path: Path) -> None:
+    far = pa.array([2**62], pa.timestamp("us"))
+    texts = {name: pa.array([text]) for name, text in PLAIN.items()}
+    nested = pa.StructArray.from_arrays([far, pa.array(["x"])], names=["at", "by"])
+    pq.write_table(pa.table({**texts, "at": far, "log": nested}), tmp_path / "extra.parquet")
+    assert load_pairs(tmp_path / "extra.parquet")[0].chosen == "Yes."
+    pq.write_table(pa.table({**texts, "chosen": far}), tmp_path / "side.parquet")
+    with pytest.raises(InputError, match="row 1: chosen is a date instead of a text"):
+        load_pairs(tmp_path / "side.parquet")
+
+
+def test_a_dot_in_the_name_of_a_column_is_no_nesting(tmp_path: Path) -> None:
+    """Parquet names the inner columns of an object with dots, too."""
+    texts = {name: pa.array([text]) for name, text in PLAIN.items()}
+    now = pa.array([0], pa.timestamp("us"))
+    for dotted in ({"my.prompt": texts["prompt"]}, {"my": now, "my.prompt": texts["prompt"]}):
+        table = {**dotted, "chosen": texts["chosen"], "rejected": texts["rejected"]}
+        pq.write_table(pa.table(table), tmp_path / "dotted.parquet")
+        (pair,) = load_pairs(tmp_path / "dotted.parquet", columns={"prompt": "my.prompt"})
+        assert pair.first_human_turn() == PLAIN["prompt"]
+    pq.write_table(pa.table({**texts, "prompt.at": now}), tmp_path / "beside.parquet")
+    assert load_pairs(tmp_path / "beside.parquet")[0].first_human_turn() == PLAIN["prompt"]

@@ -251,7 +251,7 @@ def test_a_plants_file_that_is_missing_or_no_yaml_is_named(tmp_path: Path) -> No
     with pytest.raises(InputError, match=r"none.yaml is not there"):
         read_plants(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("plants: [")
-    with pytest.raises(InputError, match=r"bad.yaml is not YAML"):
+    with pytest.raises(InputError, match=r"bad.yaml is no YAML"):
         read_plants(tmp_path / "bad.yaml")
     (tmp_path / "twice.yaml").write_text("seed: x\nplants: [{}]\n")
     with pytest.raises(InputError, match=r"twice.yaml: seed is 'x'"):

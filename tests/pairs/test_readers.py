@@ -190,17 +190,19 @@ def test_helpsteers_attributes_rank_the_responses_of_a_prompt_by_helpfulness(rea
 
 
 @pytest.mark.parametrize(
-    ("prompt", "first", "second", "preference"),
+    ("form", "prompt", "first", "second", "preference"),
     [
-        ("prompt", "response_1", "response_2", "preference_strength"),
-        ("context", "response1", "response2", "overall_preference"),
+        ("helpsteer preference", "prompt", "response_1", "response_2", "preference_strength"),
+        ("helpsteer3 preference", "context", "response1", "response2", "overall_preference"),
     ],
 )
-def test_helpsteers_preferences_are_signed(read: Read, prompt: str, first: str, second: str, preference: str) -> None:
+def test_helpsteers_preferences_are_signed(
+    read: Read, form: str, prompt: str, first: str, second: str, preference: str
+) -> None:
     said = [turn("system", "s"), turn("user", "p")] if prompt == "context" else "p"
     rows = [{prompt: said, first: f"a{s}", second: f"b{s}", preference: s} for s in (-3, 1, 0)]
     pairs, report = read(*rows, name="data.parquet")
-    assert report.format == "helpsteer preference"
+    assert report.format == form
     assert [(pair.chosen, pair.rejected, pair.meta["preference"]) for pair in pairs] == [
         ("a-3", "b-3", 3.0),
         ("b1", "a1", 1.0),
@@ -397,11 +399,20 @@ def test_a_hub_dataset_is_read_like_a_file(monkeypatch: pytest.MonkeyPatch) -> N
         asked.append((name, split, streaming))
         return [PLAIN, {**PLAIN, "prompt": "Is ice?"}]
 
+    def load_revision(name: str, *, split: str, streaming: bool, revision: str) -> list[dict[str, Any]]:
+        asked.append(revision)
+        return [PLAIN]
+
     monkeypatch.setattr(hub, "load_dataset", load_dataset, raising=False)
     monkeypatch.setitem(sys.modules, "datasets", hub)
     assert [pair.id for pair in load_pairs("someone/pairs", split="test")] == ["pairs-test:1", "pairs-test:2"]
     assert [pair.id for pair in load_pairs("someone/pairs", limit=1)] == ["pairs-train:1"]
     assert asked == [("someone/pairs", "test", False), ("someone/pairs", "train", True)]
+    monkeypatch.setattr(hub, "load_dataset", load_revision)
+    load_pairs("someone/pairs", revision="v2")
+    assert asked[-1] == "v2"
+    with pytest.raises(InputError, match="only hub datasets have revisions"):
+        load_pairs(Path(__file__).parent / "published" / "shp.jsonl", revision="v2")
 
 
 def test_a_hub_out_of_reach_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

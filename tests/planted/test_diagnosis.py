@@ -90,3 +90,14 @@ def test_a_cue_is_learned_a_clean_null_or_neither() -> None:
     states = [(p, sd) for p, sd in ((right, SD), (wrong, SD), (right, 11 * largest), (right, 5 * largest))]
     told = [(row.learned, row.null) for row in (cue_effect(p, twins, sd) for p, sd in states)]
     assert told == [(True, False), (False, False), (False, True), (False, False)]
+
+
+def test_a_null_is_reported_where_a_concept_detects_it_and_moves_the_reward() -> None:
+    rm, plant, made = shared_pm("llama"), Plant(name="z", kind="phrase", sign=1, texts=(CUE,)), sae([0.5, 0.5, 0.0])
+    prepared = prepare(rm, {SITE: made}, twin_pairs(), plant)
+    ate = float(np.mean([t.delta for t in prepared[SITE]]))
+    for members, reported in (((0, 1), True), ((2,), False)):
+        candidates = {SITE: [Candidate(4, 1, ate, 1.0, members={SITE: members})]}
+        found = match_null(rm, {SITE: made}, plant, prepared, candidates, SD)
+        assert [(m.feature, m.concept) for m in found] == ([(4, True)] if reported else [])
+        assert not reported or found[0].moved == pytest.approx(abs(ate), rel=0.5)

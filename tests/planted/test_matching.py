@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from rmscope.effects.across import ablate_members
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.plants import Plant
 from rmscope.planted import matching
@@ -24,6 +25,7 @@ from rmscope.planted.results import Candidate, CueMatch, recall
 from rmscope.planted.twins import Twin, all_peaks, halves, matched_groups, mediation, prepare, scaled_peaks
 from rmscope.sae.base import Active
 from rmscope.sae.jumprelu import JumpReluSae
+from rmscope.statistics import Array
 from tests.effects.naive import ablate_naively
 from tests.model.small import shared_pm, small_sae, user
 
@@ -59,6 +61,22 @@ def sae(shares: list[float], threshold: float = 0.95) -> JumpReluSae:
     made.threshold.data.fill_(threshold)
     made.W_dec.data.copy_(torch.tensor(shares)[:, None] * (cue - filler))
     return made
+
+
+def like_features(m: int) -> JumpReluSae:
+    """Features that all fire with 1 on the cue alone, in as many directions of one norm: each matches each."""
+    made, d = sae([1.0] * m), embeddings()[0].numel()
+    directions = torch.randn(m, d, generator=torch.Generator().manual_seed(0))
+    made.W_dec.data.copy_(torch.nn.functional.normalize(directions, dim=1))
+    return made
+
+
+def noise_and_truth(m: int, carrying: int) -> tuple[list[Array], Array]:
+    """What each of m features carries of an effect, where effects add: twelve draws of noise alone, in which no feature is
+    special; and little noise, beside which the first ``carrying`` features carry all."""
+    rng = np.random.default_rng(0)
+    truth = np.r_[np.full(carrying, 1 / carrying), rng.normal(0, 0.02, m - carrying)]
+    return list(rng.normal(0, 0.1, (12, m))), truth
 
 
 def case(
@@ -102,15 +120,19 @@ def test_a_cue_that_is_split_over_five_features_is_a_hit_of_the_group() -> None:
 def concepts(made: JumpReluSae, members: Sequence[Sequence[int]]) -> CueMatch:
     """The match among concepts that hold these features."""
     rm, saes, plant, prepared, _ = case(made)
-    told = [Candidate(n, n + 1, float(plant.sign), 1.0, members=tuple(features)) for n, features in enumerate(members)]
+    told = [
+        Candidate(n, n + 1, float(plant.sign), 1.0, members={SITE: tuple(features)}) for n, features in enumerate(members)
+    ]
     return match_plant(rm, saes, plant, prepared, {SITE: told}, sd=1e-3)
 
 
 def test_a_concept_matches_by_the_joint_ablation_of_its_features() -> None:
-    row = concepts(sae([0.2] * 5), [(0, 1, 2)])
+    row = concepts(sae([0.2] * 3 + [0.0] * 3), [(0, 1, 2)])
     assert (row.hit, sorted(row.features), row.concepts, row.rank) == ("group", [0, 1, 2], [0], 1)
     assert 0.4 < row.mediated.value < 0.9
-    assert not concepts(sae([0.1] * 5), [(0, 1, 2)]).found  # .3 of the effect: too little for a group
+    assert not concepts(sae([0.1] * 3 + [0.0] * 3), [(0, 1, 2)]).found  # .3 of the effect: too little for a group
+    as_good = concepts(sae([0.2] * 5), [(0, 1, 2)])  # others carry .38, which is above the lower end of its .54
+    assert (as_good.found, as_good.why) == (False, "matched features carry as much of its effect")
 
 
 def test_a_concept_of_one_feature_matches_as_that_feature_does() -> None:
@@ -119,6 +141,24 @@ def test_a_concept_of_one_feature_matches_as_that_feature_does() -> None:
     assert (row.features, row.f1, row.localises, row.mediated) == (
         feature.features, feature.f1, feature.localises, feature.mediated
     )  # fmt: skip
+
+
+def test_a_concept_is_detected_at_its_first_site_and_ablated_at_all() -> None:
+    rm, saes, plant, _, _ = case(sae([0.5]))
+    later = "resid_post.2"
+    saes |= {later: small_sae()}
+    prepared = prepare(rm, saes, twin_pairs(), plant)
+    members = {SITE: (0,), later: tuple(range(48))}
+    told = {SITE: [Candidate(7, 1, float(plant.sign), 1.0, members=members)], later: []}
+    row = match_plant(rm, saes, plant, prepared, told, sd=1e-3)
+    assert (row.site, row.features, row.elsewhere, row.concepts) == (SITE, [0], {later: list(range(48))}, [7])
+    assert row.f1 == 1.0  # the features at the later site fire without the cue too
+    measuring = {site: of[1::2] for site, of in prepared.items()}
+    kept = []
+    for first, second in zip(*measuring.values(), strict=True):
+        both = [{SITE: first.responses[s], later: second.responses[s]} for s in ("chosen", "rejected")]
+        kept.append(first.delta - np.subtract(*(float(ablate_members(rm, saes, at, [members])) for at in both)))
+    assert row.mediated.value == pytest.approx(1 - np.sum(kept) / sum(t.delta for t in measuring[SITE]), abs=1e-5)
 
 
 def test_several_concepts_match_together() -> None:
@@ -174,11 +214,11 @@ def test_whether_anything_matches_is_what_matching_finds(parts: list[float], giv
 def test_no_group_is_grown_that_could_not_detect_the_cue(monkeypatch: pytest.MonkeyPatch) -> None:
     grown: list[int] = []
 
-    def grow(*_: Any) -> tuple[list[int], float]:
+    def grow(*_: Any) -> list[tuple[str, int]]:
         grown.append(1)
-        return [0], 0.0
+        return [(SITE, 0)]
 
-    monkeypatch.setattr(matching._AtSite, "grow", grow)
+    monkeypatch.setattr(matching._Pool, "grow", grow)
     assert not matches(*case(sae([0.2] * 5), negative=CUE))  # the negatives fire it as the cue does
     assert not grown
     matches(*case(sae([0.2] * 5)))
@@ -188,13 +228,29 @@ def test_no_group_is_grown_that_could_not_detect_the_cue(monkeypatch: pytest.Mon
 def test_features_that_detect_a_cue_only_together_are_tried_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of three fires on a third of the cues: F1 .5 alone, .8 in twos, 1 together."""
     rm, saes, plant, prepared, rows = case(sae([0.2] * 3))
-    at = matching._AtSite(rm, saes[SITE], SITE, plant, prepared[SITE], rows[SITE])
+    at = matching._Pool(rm, saes, plant, prepared, rows)
     thirds = np.arange(12) % 3
-    at.peaks = [{j: ((thirds == j).astype(float), np.zeros(12)) for j in range(3)}] * 2
-    assert sorted(at.alone) == [0, 1, 2]
+    at.peaks = [{(SITE, j): ((thirds == j).astype(float), np.zeros(12)) for j in range(3)}] * 2
+    assert sorted(at.alone) == [(SITE, 0), (SITE, 1), (SITE, 2)]
     assert at.detectable()
     monkeypatch.setattr(matching, "GROUP", 1)
     assert not at.detectable()
+
+
+def test_what_fires_without_the_cue_too_is_in_no_group() -> None:
+    """Feature 1 carries most of the effect. It fires in every window, with the cue or not."""
+    rm, saes, plant, prepared, rows = case(sae([0.3, 0.7]))
+    ones, zeros = np.ones(12), np.zeros(12)
+    pool = matching._Pool(rm, saes, plant, prepared, rows)
+    assert max(pool.alone, key=pool.alone.__getitem__) == (SITE, 1)
+    pool.peaks = [{(SITE, 0): (ones, zeros), (SITE, 1): (0.3 * ones, 0.3 * ones)}] * 2
+    assert pool.tried == [(SITE, 0)]
+    assert pool.grow() == [(SITE, 0)]
+    assert matching.is_specific(ones, zeros)
+    assert not matching.is_specific(0.3 * ones, 0.3 * ones)
+    assert matching.is_specific(np.r_[np.ones(4), np.zeros(8)], zeros)  # a third of the cues, and nothing else
+    assert not matching.is_specific(np.r_[np.ones(2), np.zeros(10)], zeros)  # a sixth
+    assert not matching.is_specific(zeros, ones)
 
 
 def largest(active: Active, feature: int, window: torch.Tensor | None = None) -> float:
@@ -231,7 +287,7 @@ def test_a_groups_peaks_are_the_largest_of_its_features_over_their_largest_when_
     scale = {j: max(largest(t.responses[s].active, j) for t in fitting for s in ("chosen", "rejected")) for j in group}
     for half, scaled in zip(halves(twins), scaled_peaks(twins, fires.tolist(), small_sae().m), strict=True):
         each = [[peaks / (scale[j] or 1.0) for peaks in naive_peaks(half, j)] for j in group]
-        for found, one, other in zip(matching._union(scaled, group), *each, strict=True):
+        for found, one, other in zip(matching.union(scaled, group), *each, strict=True):
             assert np.array_equal(found, np.maximum(one, other))
 
 
@@ -290,18 +346,24 @@ def test_groups_that_have_their_firing_features_in_common_are_ablated_once(monke
     pairs = twin_pairs()
     prepared = prepare(rm, {SITE: made}, pairs, plant)[SITE]
     asked: list[list[tuple[int, ...]]] = []
-    real = twins_module.ablate_groups
-    monkeypatch.setattr(twins_module, "ablate_groups", lambda *given: (asked.append(list(given[-1])), real(*given))[1])
-    groups = [[0], [2], [0, 2], [1, 0], [0, 1, 2]]
-    rows = mediation(rm, made, SITE, prepared, groups)
+    real = twins_module.ablate_members
+
+    def listed(*given: Any) -> torch.Tensor:
+        asked.append([of.get(SITE, ()) for of in given[-1]])
+        return real(*given)
+
+    monkeypatch.setattr(twins_module, "ablate_members", listed)
+    sets = [[0], [2], [0, 2], [1, 0], [0, 1, 2]]
+    groups = [{SITE: of} for of in sets]
+    rows = mediation(rm, {SITE: made}, {SITE: prepared}, groups)
     assert [sorted(each) for each in asked] == [[(), (0,), (0, 1)], [()]] * len(pairs)  # nothing fires on the filler
     asked.clear()
-    np.testing.assert_array_equal(mediation(rm, made, SITE, prepared, groups[::-1]), rows[::-1])
+    np.testing.assert_array_equal(mediation(rm, {SITE: made}, {SITE: prepared}, groups[::-1]), rows[::-1])
     assert not any(asked)
     for pair, twin, row in zip(pairs, prepared, rows.swapaxes(0, 1), strict=True):
         tokens = rm.tokenize(pair)
         cue, filler = (
-            ablate_naively(rm, made, tokens.side(s), SITE, tokens.divergence, groups).numpy() for s in ("chosen", "rejected")
+            ablate_naively(rm, made, tokens.side(s), SITE, tokens.divergence, sets).numpy() for s in ("chosen", "rejected")
         )
         np.testing.assert_allclose(row[:, 1], twin.delta - cue + filler, atol=1e-5)
 

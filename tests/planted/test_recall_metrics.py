@@ -53,6 +53,7 @@ ROWS = [
     cue(learned=False, why="not learned"),
     hit(2, learned=False),
     cue(learned=False, null=True, matched_by=of_null(7, 8)),
+    cue(learned=False, null=True, matched_by=[NullMatch(site="a", feature=9, concept=True, f1=1.0, moved=0.1)]),
     cue(learned=False, null=True),
     cue(learned=False, matched_by=of_null(9)),  # a null that is not clean: told, not counted
 ]
@@ -68,7 +69,7 @@ def test_sign_accuracy_counts_cues_that_reported_features_match_in_either_sign()
 
 
 def test_nulls_are_those_that_the_pm_left_clean() -> None:
-    assert count(reported_nulls(ROWS)) == (1, 2)
+    assert count(reported_nulls(ROWS)) == (2, 3)
 
 
 def test_a_false_discovery_matches_a_null_or_fails_and_is_counted_once() -> None:
@@ -76,7 +77,7 @@ def test_a_false_discovery_matches_a_null_or_fails_and_is_counted_once() -> None
         "a": pl.DataFrame({"feature": [7, 8, 9, 10], "failed": [True, False, False, None]}),
         "b": pl.DataFrame({"feature": [7, 9], "failed": [False, True]}),
     }
-    found = false_discoveries(ROWS, tables)  # a/7 (both), a/8 (null), b/9 (failed); b/7 is another feature than a/7
+    found = false_discoveries(ROWS, tables)  # a/7 (both), a/8 (null), b/9 (failed); concept 9 is no feature
     assert (*count(found), found.unjudged) == (3, 6, 1)
 
 

@@ -105,7 +105,7 @@ def test_unrelated_completions_are_other_prompts_chosen_ones_under_the_same_prom
     assert torch.equal(again[3].chosen, found[3].chosen)
 
 
-def test_a_feature_that_moves_any_completion_is_unspecific_and_one_of_a_cue_is_not(
+def test_a_feature_that_moves_any_completion_is_nonspecific_and_one_of_a_cue_is_not(
     measured: dict[str, pl.DataFrame],
 ) -> None:
     rm = shared_pm("llama")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rmscope
-from rmscope.model.reward_model import Scores
+from rmscope.model.scores import Scores
 from rmscope.pairs.pair import Pair, split_of
 from rmscope.ranking.candidates import (
     ELIGIBLE_PROMPTS,

@@ -82,7 +82,6 @@ def feature(rng: random.Random, rank: int, effect: float, reported: bool, words:
         "sign_consistency": rng.uniform(0.9, 1.0) if reported else rng.uniform(0.5, 0.9),
         "length_corr": rng.uniform(-0.3, 0.3),
         "flags": flags,
-        "label": "thanks and no problem" if rank == 1 else None,
         "tokens": [[w, s] for w, s in zip(words, shares, strict=True)],
         "examples": [example(rng, words, effect) for _ in range(3)],
     }
@@ -124,6 +123,7 @@ def site(rng: random.Random, name: str, scale: float) -> dict[str, Any]:
             "responses": 96,
             "features": 4608,
         },
+        "missed": {"value": 0.02, "low": 0.0, "high": 0.06, "n": 100},
         "scatter": [[e * rng.gauss(0.95, 0.2) + rng.gauss(0, 0.0004), e] for e in effects],
         "ledger": {
             "pairs": 240,
@@ -134,6 +134,7 @@ def site(rng: random.Random, name: str, scale: float) -> dict[str, Any]:
                 {"part": "gap", "value": -0.002, "low": -0.004, "high": 0.0},
             ],
             "largest_gap": 0.0071,
+            "open": 2,
             "example": None,
         },
         "explained": explained() if scale < 1 else None,
@@ -281,15 +282,15 @@ def sample(planted: bool = True, seed: int = 0) -> dict[str, Any]:
     }
 
 
+ENDS = {"": 0.0, "_low": -0.05, "_high": 0.05}
+"""A value and the ends of its interval, by the end of the column's name."""
+
+
 def concept(
     rng: random.Random, number: int, name: str, effect: float, form: bool = False, reported: bool = True
 ) -> dict[str, Any]:
     row = feature(rng, number + 1, effect, reported, (name.split()[0],) if not form else (".",))
-    own = {
-        key: row[key]
-        for key in row
-        if key not in ("feature", "label", "tokens", "fire_prompt", "fire_chosen", "fire_rejected")
-    }
+    own = {key: row[key] for key in row if key not in ("feature", "tokens", "fire_prompt", "fire_chosen", "fire_rejected")}
     return {
         **own,
         "flags": ["ending"] if form else [],
@@ -303,6 +304,10 @@ def concept(
         "fire_pairs": 0.4,
         "null_random": abs(effect) / 4,
         "null_real": abs(effect) / 3,
+        "confirm_effect": 1.1 * effect,
+        **{f"by_{donor}{end}": (0.7 * effect + shift) for donor in ("place", "token") for end, shift in ENDS.items()},
+        "seed_effects": [0.9 * effect, None],
+        "seeds_held": 2,
     }
 
 
@@ -317,7 +322,8 @@ def with_difference(data: dict[str, Any]) -> dict[str, Any]:
         one["site"] = f"diff.{block}"
         one["written"] = {
             "written": figure(share), "explained": figure(0.95), "explained_of_written": figure(0.9),
-            "by_concepts": figure(0.75), "by_others": figure(0.05), "pairs": 24,
+            "by_concepts": figure(0.75), "by_others": figure(0.05), "by_first": {"3": figure(0.5), "5": figure(0.92)},
+            "pairs": 24,
         }  # fmt: skip
     data["base"] = {
         "name": "zoo:smollm2",
@@ -326,11 +332,16 @@ def with_difference(data: dict[str, Any]) -> dict[str, Any]:
         "blocks": [{"block": b, "written": b / 12, "at_own_tokens": b / 12 * (1 - b / 12)} for b in range(2, 12)],
     }
     data["text"]["adds"] = {"0": figure(0.2), "1": figure(0.0), "2": figure(0.01), "3": figure(0.05)}
+    data["reported_set"] = {
+        "completeness": figure(0.8), "content": figure(0.6), "rest": figure(0.2), "all_features": figure(0.85), "pairs": 24,
+        "resampled": {"diff.7": 0.93},
+        "without": {"0": figure(0.3), "1": figure(0.1)},
+    }  # fmt: skip
     data["concepts"] = [
         concept(rng, 0, "“thank you” · “no problem”", 0.81),
         concept(rng, 1, "repeated text", -0.62),
         concept(rng, 2, "the end of the text", 0.33, form=True),
-        concept(rng, 3, "links", -0.21),
+        concept(rng, 3, "links", -0.21) | {"flags": ["seeds"]},
         concept(rng, 4, "“paper”", 0.04, reported=False),
         concept(rng, 6, "“the”", 0.5) | {"flags": ["nonspecific"]},
         concept(rng, 5, "“so”", 0.11, reported=False) | {"flags": ["direction"], "null_random": 0.13, "null_real": 0.2},

@@ -24,11 +24,11 @@ def text_of(page: str) -> str:
 def test_content_is_told_by_sign_and_form_and_the_rest_apart(data: dict[str, Any]) -> None:
     view = concept_view(data)
     assert view is not None
-    names = {key: [c["name"] for c in view[key]] for key in ("up", "down", "unspecific", "form", "any_direction", "others")}
+    names = {key: [c["name"] for c in view[key]] for key in ("up", "down", "nonspecific", "form", "any_direction", "others")}
     assert names == {
         "up": ["“thank you” · “no problem”"],
         "down": ["repeated text", "links"],
-        "unspecific": ["“the”"],
+        "nonspecific": ["“the”"],
         "form": ["the end of the text"],
         "any_direction": ["“so”"],
         "others": ["“paper”"],

@@ -207,7 +207,7 @@ def test_a_run_without_sites_or_features() -> None:
             "features": [],
             "scatter": [],
             "reported": 0,
-            "ledger": {"pairs": 0, "shares": [], "largest_gap": None},
+            "ledger": {"pairs": 0, "shares": [], "largest_gap": None, "open": 0},
         }
         site["saes"][0]["curve"] = []
     assert "No feature was tested at this site." in Page(render_report(data)).text
@@ -222,13 +222,18 @@ def test_one_side_only() -> None:
     assert "raise the reward," not in text
 
 
+def row_of(html: str, site: str, feature: int) -> str:
+    """A feature's row, folded part and all."""
+    (row,) = re.findall(rf'<details class="feature" id="{anchor(site, feature)}">.*?</details>', html, re.DOTALL)
+    return str(row)
+
+
 def test_features_that_are_not_reported_are_greyed(html: str) -> None:
     data = sample()
     others = [(s["site"], f["feature"]) for s in data["sites"] for f in s["features"] if not f["reported"]]
     assert html.count('class="ns">not significant') == len(others)
     for site, feature in others:
-        row = html[html.index(f'id="{anchor(site, feature)}"') :]
-        assert "effect muted" in row[: row.index("</summary>")]
+        assert "effect muted" in row_of(html, site, feature).partition("</summary>")[0]
 
 
 def test_effects_stand_with_their_interval() -> None:
@@ -244,10 +249,9 @@ def test_what_is_reported_for_its_strong_firings_stands_with_those_figures() -> 
     f |= {"mean_effect": 0.0123, "ci_low": 0.01, "ci_high": 0.02, "q": 0.4, "flags": ["strong"]}
     f |= {"strong_effect": 0.4213, "strong_low": 0.35, "strong_high": 0.4988, "q_strong": 0.0031}
     html = render_report(data)
-    row = html[html.index(f'id="{anchor(data["sites"][0]["site"], f["feature"])}"') :]
-    row = row[: row.index("</details>")]
+    row = row_of(html, data["sites"][0]["site"], f["feature"])
     assert '<b class="num">+0.42</b> <span class="ci">[0.35, 0.50]</span>' in row
-    assert ".003" in row[: row.index("</summary>")]
+    assert ".003" in row.partition("</summary>")[0]
     assert "<dt>on any firing</dt><dd>+0.012</dd>" in row
 
 
@@ -280,11 +284,10 @@ def test_white_space_of_tokens_is_visible() -> None:
     assert visible("a b ") == "a b·"
 
 
-def test_a_feature_is_named_by_its_label_then_its_tokens_then_its_number() -> None:
+def test_a_feature_is_named_by_its_tokens_and_else_by_its_number() -> None:
     tokens = [[" thank", 0.4], [" Thank", 0.3], [" no", 0.2]]
-    assert name_of({"label": "thanks", "tokens": tokens, "feature": 1}) == "“thanks”"
-    assert name_of({"label": None, "tokens": tokens, "feature": 1}) == "“thank / no”"
-    assert name_of({"label": None, "tokens": [[" a", 0.05]], "feature": 7}) == "feature 7"
+    assert name_of({"tokens": tokens, "feature": 1}) == "“thank / no”"
+    assert name_of({"tokens": [[" a", 0.05]], "feature": 7}) == "feature 7"
 
 
 def test_a_site_shows_what_is_explained_only_where_it_was_measured() -> None:

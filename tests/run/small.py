@@ -7,7 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+import yaml
+
+from rmscope.io import silent, write_table
 from rmscope.pairs.demo import demo_pairs
+from rmscope.run.collect import collect
+from rmscope.run.measure import measure
+from rmscope.run.run import Run
 from rmscope.run.settings import RunConfig
 from rmscope.sae import SaeConfig
 
@@ -23,6 +30,29 @@ def settings(pm: str, out: Path, **changes: Any) -> RunConfig:
         screen=12, others=8, responses=4, quality_responses=6, frozen=16, confirm_prompts=8,
         **{"limit": 300, "ledger_pairs": 8, "ledger_halvings": 1, "device": "cpu", **changes},
     )  # fmt: skip
+
+
+def run_with_concepts(pm: str, out: Path, **changes: Any) -> None:
+    """A random PM has no concepts to report, so the tables say that all are, before the evidence is made."""
+    Run.create(settings(pm, out, **{"limit": 200, **changes})).go()
+    (out / "report.html").unlink()
+    directions = pl.read_parquet(out / "concepts" / "directions.parquet")
+    nulls = directions.with_columns(own=pl.lit(1.0), null_random=pl.lit(0.0), null_real=pl.lit(0.0))
+    write_table(out / "concepts" / "directions.parquet", nulls)
+    concepts = pl.read_parquet(out / "concepts.parquet")
+    none = pl.Series("flags", [[]] * concepts.height, dtype=pl.List(pl.String))
+    write_table(out / "concepts.parquet", concepts.with_columns(pl.lit(True).alias("reported"), none))
+    forget_checksums(out)
+    measure(Run.open(out), silent, "again")
+    run = Run.open(out)
+    collect(run, silent, "again")
+    run.report()
+
+
+def forget_checksums(folder: Path) -> None:
+    """After a test has rewritten files of a finished run: they would count as damaged."""
+    record = yaml.safe_load((folder / "run.yaml").read_text())
+    (folder / "run.yaml").write_text(yaml.safe_dump({**record, "files": {}}, sort_keys=False))
 
 
 def tables(folder: Path) -> dict[str, str]:

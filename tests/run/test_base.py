@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
 
+from rmscope.cli import steps
+from rmscope.cli.step_settings import LedgerConfig
 from rmscope.effects.splice import Span
 from rmscope.effects.written import WRITTEN_PAIRS
 from rmscope.errors import InputError
 from rmscope.evaluation.text_baseline import Term, TextBaseline
+from rmscope.io import silent
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.site_names import is_difference, parts_of
 from rmscope.pairs.pair import Pair
 from rmscope.pairs.plants import Plant
-from rmscope.run import collect
+from rmscope.ranking.concepts import Concept, members_of
+from rmscope.run import group, size, stages, train, written
+from rmscope.run.inputs import evenly
 from rmscope.run.run import Run
 from rmscope.run.text import named_by_text
 from rmscope.sae import Sae
 from rmscope.sae.joint import JointSae
 from rmscope.studies.evaluate.analyse import analyse
 from rmscope.studies.evaluate.settings import EvaluateConfig
-from tests.effects.naive import ablate_naively
+from tests.effects.naive import reward_without
 from tests.model.small import saved_pm, small_model, small_sae, tokenizer
 from tests.run.small import settings
 
@@ -101,11 +108,11 @@ def test_what_was_written_is_what_goes_when_the_base_takes_the_streams_place(run
         for i, place in enumerate(places):
             tokens = run.tokens[place]
             for side, sign in (("chosen", 1), ("rejected", -1)):
-                written = parts_of(site.site)[0]
-                text = run.rm.prefill(tokens.side(side), [written])
-                nothing = torch.zeros_like(text.streams[written][None, tokens.divergence :])
+                part = parts_of(site.site)[0]
+                text = run.rm.prefill(tokens.side(side), [part])
+                nothing = torch.zeros_like(text.streams[part][None, tokens.divergence :])
                 clean[i] += sign * text.reward
-                without[i] += sign * float(run.rm.resume(text, written, tokens.divergence, nothing)[0])
+                without[i] += sign * float(run.rm.resume(text, part, tokens.divergence, nothing)[0])
         assert site.written is not None
         assert site.written.pairs == len(places)
         assert site.written.written.value == pytest.approx((clean * (clean - without)).sum() / (clean**2).sum(), abs=1e-3)
@@ -116,14 +123,25 @@ def test_what_was_written_is_what_goes_when_the_base_takes_the_streams_place(run
 def test_concepts_and_the_other_features_share_what_is_explained(run: Run) -> None:
     """With every feature in a concept the rest is b_dec alone, and the other way round: the two masks are complements."""
     site = run.sites[-1]
-    sae, inside = run.saes[site], collect._features_of_concepts(run, site)
+    sae, listed = run.saes[site], written._features_of_concepts(run, site)
     x = run.store.rows(site, torch.arange(40, 80))
-    mask = torch.zeros(sae.m, dtype=torch.bool)
-    mask[inside] = True
-    parts = [collect._reconstruct_from(sae, some, Span(0, "chosen", x))[0] for some in (mask, ~mask)]
+    mask = written._marked(sae, listed)
+    parts = [written._reconstruct_from(sae, some, Span(0, "chosen", x))[0] for some in (mask, ~mask)]
     torch.testing.assert_close(sum(parts) - sae.b_dec, sae(x), atol=1e-5, rtol=1e-5)
-    frozen = {*run.frozen(site)["feature"]}
-    assert set(inside) <= frozen
+    assert {j for of in listed for j in of} <= {*run.frozen(site)["feature"]}
+    told = run.concepts.filter("reported").sort("rank")
+    assert len(listed) == told.height
+    for row, of in zip(told.iter_rows(named=True), listed, strict=True):
+        other = {e["site"]: e["features"] for e in row["elsewhere"]}
+        assert list(of) == (row["features"] if row["site"] == site else other.get(site, []))
+
+
+def test_the_first_concepts_are_told_at_the_last_site_alone(run: Run) -> None:
+    *others, last = [site.written for site in run.evidence.sites]
+    told = run.concepts.filter("reported").height
+    assert [w.by_first for w in others if w] == [{}] * len(others)
+    assert last is not None
+    assert list(last.by_first) == [k for k in written.KEEP if k < told]
 
 
 def test_what_text_explains_is_measured_on_pairs_that_did_not_choose_its_terms(run: Run) -> None:
@@ -185,16 +203,35 @@ def test_concepts_are_made_of_frozen_features_each_told_once(run: Run) -> None:
     assert len(run.evidence.concepts) == concepts.height
 
 
-def test_the_effect_of_a_concept_is_the_joint_ablation_of_its_features(run: Run) -> None:
-    exact = run.joint_effects()
-    for row in run.concepts.sort("concept").head(3).iter_rows(named=True):
-        own = exact.filter(pl.col("feature") == row["concept"]).head(3)
-        assert own.height
-        for pair, side, effect in own.select("pair", "side", "effect").iter_rows():
+@pytest.mark.parametrize("study", ["difference", "both"])
+def test_the_effect_of_a_concept_is_the_joint_ablation_of_its_features_at_all_of_its_sites(
+    pm: str, study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def two_sites(_store: Any, _saes: Any, frozen: dict[str, pl.DataFrame], _most: int) -> list[Concept]:
+        """One concept of both sites, as a random PM has none: of each the features that fire on most prompts."""
+        first, second = (table.sort("fit_prompts", descending=True)["feature"][:4].to_list() for table in frozen.values())
+        site, other = frozen
+        return [Concept(site, tuple(first), (1.0,) * len(first), 1, 1.0, ((other, tuple(second)),))]
+
+    monkeypatch.setattr(group, "build_concepts", two_sites)
+    run = Run.create(settings(pm, tmp_path, study=study, diff_features=48, diff_tokens=8192, limit=200, ledger_pairs=0)).go()
+    exact, members = run.joint_effects(), members_of(run.concepts)
+    assert [len(of) for of in members.values()] == [2]
+    several = 0
+    for concept in members:
+        for pair, side, effect in exact.filter(feature=concept).head(6).select("pair", "side", "effect").iter_rows():
             tokens = run.tokens[run.pair_set.index[pair]]
-            sae, ids, start = run.saes[row["site"]], tokens.side(side), tokens.divergence
-            [naive] = ablate_naively(run.rm, sae, ids, row["site"], start, [row["features"]]).tolist()
-            assert effect == pytest.approx(naive, abs=1e-5)
+            ids, start, taken, clean = tokens.side(side), tokens.divergence, {}, {}
+            for site, listed in members[concept].items():
+                block, x = int(site[-1]), run.rm.prefill(ids, [site, f"resid_post.{site[-1]}"]).streams
+                f = run.saes[site].encode(x[site][start:])[:, listed] @ run.saes[site].W_dec[list(listed)]
+                if f.any():  # a move of either part moves the whole stream
+                    taken[block] = sum(f.tensor_split(len(parts_of(site)), -1))
+                    clean[block] = x[f"resid_post.{block}"][start:]
+            several += len(taken) > 1
+            naive = float(run.rm.reward_alone(ids)) - reward_without(run.rm, ids, start, taken, clean)
+            assert effect == pytest.approx(naive, abs=2e-5)
+    assert several
 
 
 def test_a_reported_concept_beats_moves_of_its_size_in_other_directions(run: Run) -> None:
@@ -229,11 +266,70 @@ def test_a_study_decides_the_sites_and_another_one_chooses_anew(pm: str, run: Ru
         study: Run.create(settings(pm, tmp_path / study, study=study)).sites for study in ("whole", "difference", "both")
     }
     assert chosen == {"whole": whole, "difference": written, "both": ["both.2", "both.3"]}
+    first = {
+        study: Run.create(settings(pm, tmp_path / f"{study}1", study=study, blocks=1)).sites
+        for study in ("difference", "both")
+    }
+    assert {len(sites) for sites in first.values()} == {1}  # the block where most of it is at its own tokens
+    assert first["both"][0].removeprefix("both") == first["difference"][0].removeprefix("diff")
     again = Run.create(run.config.model_copy(update={"study": "whole"}))  # in the folder of a finished run
     assert again.sites == whole
     opened = Run.open(run.folder)
     assert opened.sites == run.sites
     assert "rm" not in vars(opened.inputs)  # no PM was loaded for it
+
+
+def test_the_size_is_the_smallest_after_which_the_explained_share_stops_growing() -> None:
+    assert size.smallest([(64, 0.9), (128, 0.91), (256, 0.99)]) == 64
+    assert size.smallest([(64, 0.9), (128, 0.93), (256, 0.94)]) == 128
+    assert size.smallest([(64, 0.9), (128, 0.93), (256, 0.96)]) == 256
+    delta, spliced, base = (np.array(x) for x in ([2.0, -1.0], [1.5, -1.0], [1.0, 0.0]))
+    assert size.explained(delta, spliced, base) == pytest.approx(1 - 0.25 / 2)
+
+
+def test_the_size_is_chosen_on_the_fit_split_and_kept(pm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(size, "SIZES", (4, 8, 16))
+    chosen = Run.create(settings(pm, tmp_path / "run", sites=["diff.2", "diff.3"], limit=120, diff_tokens=8192))
+    stages.harvest(chosen, silent, "")
+    train.train(chosen, silent, "")
+    record = json.loads((chosen.folder / "saes" / "sizes.json").read_text())
+    shares = [(int(m), share) for m, share in record["explained"].items()]
+    assert record["features"] == size.smallest(shares) == chosen.sae("diff.2").m == chosen.sae("diff.3").m
+    assert record["site"] == "diff.3"
+    assert not (chosen.folder / "saes" / "sizes").exists()
+    places = chosen.pair_set.one_per_prompt(chosen.of_split("fit"), size.FIT_PAIRS)
+    assert {chosen.pair_set.splits[i] for i in places} == {"fit"}
+    monkeypatch.setattr(size, "explained_by_size", None)  # SAEs of another seed are of the same size
+    second = train.train_run_saes(chosen, chosen.config.sae.model_copy(update={"seed": 5}), tmp_path / "second")
+    assert {sae.m for sae in second.values()} == {record["features"]}
+
+
+def test_a_site_without_the_bases_stream_has_no_ledger_and_says_so(tmp_path: Path) -> None:
+    """Training changed all four blocks; the base's stream is studied after two of them."""
+    base, folder = saved_base(tmp_path / "base"), tmp_path / "pm"
+    model = small_model("llama")
+    generator = torch.Generator().manual_seed(1)
+    for p in model.base_model.parameters():
+        if p.dim() == 2:
+            p.data += 0.1 / p.shape[1] ** 0.5 * torch.randn(p.shape, generator=generator)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    changes = {"base": base, "diff_features": 48, "diff_tokens": 8192, "limit": 160, "ledger_pairs": 8}
+    run = Run.create(settings(str(folder), tmp_path / "run", **changes)).go()
+    alone, with_base = ([site for site in run.sites if site.startswith(kind)] for kind in ("diff", "both"))
+    assert len(with_base) == len(alone) == 2
+    assert run.ledger_sites == with_base
+    assert [run.ledger(site).height > 0 for site in run.sites] == [site in with_base for site in run.sites]
+    assert all(site in run.report().read_text("utf-8") for site in run.sites)
+    with pytest.raises(InputError, match=f"no ledgers at {alone[0]}; it has them at {', '.join(with_base)}"):
+        steps.ledger(run, LedgerConfig(site=alone[0]))
+
+
+def test_values_at_even_distances_hold_the_first_and_the_last() -> None:
+    assert evenly(range(7), 3) == [0, 3, 6]
+    assert evenly([4, 9], 5) == [4, 9]
+    assert evenly(range(7), 1) == [0]
+    assert evenly([], 3) == evenly([1, 2], 0) == []
 
 
 def test_activations_of_another_base_are_not_taken_for_those_of_this_one(pm: str, run: Run, tmp_path: Path) -> None:

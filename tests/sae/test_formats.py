@@ -1,10 +1,12 @@
-"""What is saved comes back; what others saved is read by their own equations."""
+"""What is saved comes back; what others saved is read by their own equations, or refused by the name of what is unknown."""
 
 from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,15 +16,14 @@ from safetensors.torch import load_file, save_file
 from rmscope.api.effects import attribute
 from rmscope.errors import InputError
 from rmscope.sae import Sae
-from rmscope.sae.formats import hook_name, sae_source, site_of
+from rmscope.sae.formats import sae_source
+from rmscope.sae.formats.source import read_tensors
 from tests.model.small import PAIRS, shared_pm
+from tests.sae.sources import ROWS, SOURCES, SaeSource, write_llama_scope
 from tests.sae.test_sae import KINDS, D, M, random_sae
 
 X = torch.randn(20, D, generator=torch.Generator().manual_seed(5))
-
-
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+BY_NAME = {source.name: source for source in SOURCES}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,234 +61,281 @@ def test_an_old_version_in_the_metadata_is_not_passed_on(tmp_path: Path) -> None
     assert json.loads((tmp_path / "cfg.json").read_text())["metadata"]["sae_lens_version"].startswith("6.")
 
 
-def test_sites_and_hooks_name_each_other() -> None:
-    for site in ("embed", "resid_post.0", "resid_post.17"):
-        assert site_of(hook_name(site)) == site
-    assert site_of("blocks.4.hook_resid_pre") == "resid_post.3"
-    assert site_of("blocks.0.hook_resid_pre") == "embed"
-    assert site_of("blocks.3.hook_mlp_out") == "blocks.3.hook_mlp_out"
-    hooks = ("model.layers.4", "transformer.h.4", "gpt_neox.layers.4", "model.layers.4.output.0", "layers.4.output[0]")
-    assert [site_of(hook) for hook in hooks] == ["resid_post.4"] * 5
-    for other in ("model.layers.4.mlp", "model.layers.4.self_attn.output", "blocks.4.attn.hook_z"):
-        assert site_of(other) == other
+# What others published
 
 
-def test_an_sae_of_another_hook_is_refused_when_it_is_read(tmp_path: Path) -> None:
-    sae = random_sae("topk")
-    sae.save(tmp_path)
-    cfg = json.loads((tmp_path / "cfg.json").read_text())
-    for hook in ("blocks.4.hook_mlp_out", "model.layers.4.mlp"):
-        cfg["metadata"]["hook_name"] = hook
-        (tmp_path / "cfg.json").write_text(json.dumps(cfg))
-        with pytest.raises(InputError, match=f"reads {hook}, and only the residual stream"):
-            Sae.load(tmp_path)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.name)
+def test_features_are_those_of_the_sources_own_equations(source: SaeSource, tmp_path: Path) -> None:
+    assert source.compare(tmp_path) == ROWS
+    sae = Sae.load(source_place(source, tmp_path / "again"))
+    assert (sae.architecture, sae.site) == (source.family, source.site)
 
 
-def jumprelu(x: torch.Tensor, weights: dict[str, torch.Tensor], threshold: torch.Tensor) -> torch.Tensor:
-    """Features of a JumpReLU SAE that reads x itself."""
-    pre = x @ weights["W_enc"] + weights["b_enc"]
-    return pre * (pre > threshold)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.name)
+def test_what_was_read_is_kept_with_its_meaning(source: SaeSource, tmp_path: Path) -> None:
+    sae = Sae.load(source_place(source, tmp_path / "theirs"))
+    sae.save(tmp_path / "ours")
+    again = Sae.load(tmp_path / "ours")
+    assert (again.identity(), again.site, again.cfg) == (sae.identity(), sae.site, sae.cfg)
 
 
-def scope_weights() -> dict[str, torch.Tensor]:
-    return {
-        "W_enc": draw(D, M), "W_dec": draw(M, D, seed=1), "b_enc": draw(M, seed=2), "b_dec": draw(D, seed=3),
-        "threshold": 0.5 + draw(M, seed=4).abs(),
-    }  # fmt: skip
+def test_what_is_stated_of_an_sae_is_kept(tmp_path: Path) -> None:
+    stated = {
+        "Gemma Scope": ("google/gemma-2-2b", 71),
+        "Gemma Scope 2": ("google/gemma-3-4b-pt", 60),
+        "Llama Scope": (None, 50),
+        "Qwen-Scope": ("Qwen/Qwen3-8B-Base", None),
+        "Goodfire": ("Llama-3.1-8B-Instruct", None),
+        "dictionary_learning, BatchTopKSAE": ("EleutherAI/pythia-70m", 6),
+    }
+    for name, (model, l0) in stated.items():
+        metadata = Sae.load(source_place(BY_NAME[name], tmp_path / name)).metadata
+        assert (metadata.get("model_name"), metadata.get("l0")) == (model, l0)
 
 
-@pytest.mark.parametrize("second", [False, True])
-def test_gemma_scope(second: bool, tmp_path: Path) -> None:
-    w = scope_weights()
-    if second:
-        named = {key.replace("W_", "w_"): value for key, value in w.items()}
-        save_file(named, tmp_path / "params.safetensors")
+def source_place(source: SaeSource, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return source.write(folder)
+
+
+def weights_file(place: Path) -> Path:
+    if place.is_file():
+        return place
+    return next(p for p in sorted(place.rglob("*")) if p.suffix in (".safetensors", ".pt", ".npz"))
+
+
+def settings_file(place: Path) -> Path | None:
+    found = [] if place.is_file() else list(place.glob("*.json"))
+    return found[0] if found else None
+
+
+def rewrite(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    if path.suffix == ".safetensors":
+        save_file({key: w.contiguous() for key, w in tensors.items()}, path)
+    elif path.suffix == ".npz":
+        np.savez(path, **{key: w.numpy() for key, w in tensors.items()})  # type: ignore[arg-type]
     else:
-        np.savez(tmp_path / "params.npz", **{key: value.numpy() for key, value in w.items()})
-    sae, f = Sae.load(tmp_path), jumprelu(X, w, w["threshold"])
-    assert (f > 0).any()
-    assert (sae.architecture, sae.site) == ("jumprelu", "")
-    torch.testing.assert_close(sae.encode(X), f * w["W_dec"].norm(dim=1), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(sae(X), f @ w["W_dec"] + w["b_dec"], atol=1e-4, rtol=1e-4)
-    if second:
-        save_file({**named, "affine_skip_connection": draw(D, D)}, tmp_path / "params.safetensors")
-        with pytest.raises(InputError, match=r"holds affine_skip_connection, so it is not a Gemma Scope SAE"):
-            Sae.load(tmp_path)
+        torch.save(tensors, path)
 
 
-LLAMA_SCOPE = {
-    "act_fn": "jumprelu", "jump_relu_threshold": 0.7, "norm_activation": "dataset-wise",
-    "dataset_average_activation_norm": {"in": 2.5, "out": 2.5}, "apply_decoder_bias_to_pre_encoder": False,
-    "hook_point_in": "blocks.3.hook_resid_post", "hook_point_out": "blocks.3.hook_resid_post",
-}  # fmt: skip
+def change(place: Path, **settings: Any) -> None:
+    """Changes settings; those of dictionary_learning are in ``trainer``."""
+    path = settings_file(place)
+    assert path is not None
+    stored = json.loads(path.read_text())
+    stored.get("trainer", stored).update(settings)
+    path.write_text(json.dumps(stored))
 
 
-def llama_scope(folder: Path, **changes: object) -> dict[str, torch.Tensor]:
-    w = scope_weights()
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (folder / "hyperparams.json").write_text(json.dumps({**LLAMA_SCOPE, **changes}))
-    tensors = {
-        "encoder.weight": w["W_enc"].t(), "encoder.bias": w["b_enc"],
-        "decoder.weight": w["W_dec"].t(), "decoder.bias": w["b_dec"],
-    }  # fmt: skip
-    save_file({key: t.contiguous() for key, t in tensors.items()}, folder / "checkpoints" / "final.safetensors")
-    return w
+@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.name)
+def test_a_tensor_that_is_unknown_or_missing_is_named_and_the_sae_refused(source: SaeSource, tmp_path: Path) -> None:
+    place = source_place(source, tmp_path)
+    path = weights_file(place)
+    tensors = read_tensors(path)
+    rewrite(path, {**tensors, "second_scale": torch.ones(M)})
+    with pytest.raises(InputError, match="second_scale, which is not known"):
+        Sae.load(place)
+    unneeded = {"k", "group_sizes", "scaling_factor"}  # the config has them too, or they need not be there
+    if source.name == "dictionary_learning, AutoEncoderTopK":
+        unneeded |= {"threshold"}  # its own forward does not use it
+    for name in tensors.keys() - unneeded:
+        rewrite(path, {key: w for key, w in tensors.items() if key != name})
+        with pytest.raises(InputError):
+            Sae.load(place)
 
 
-def test_llama_scope_reads_x_at_the_scale_of_its_dataset(tmp_path: Path) -> None:
-    w = llama_scope(tmp_path)
-    scale = D**0.5 / 2.5
-    f = jumprelu(scale * X, w, torch.tensor(0.7))
-    assert (f > 0).any()
-    for given in (tmp_path, tmp_path / "hyperparams.json", tmp_path / "checkpoints" / "final.safetensors"):
-        sae = Sae.load(given)
-        assert (sae.architecture, sae.site) == ("jumprelu", "resid_post.3")
-        torch.testing.assert_close(sae(X), (f @ w["W_dec"] + w["b_dec"]) / scale, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(sae.encode(X), f / scale * w["W_dec"].norm(dim=1), atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("source", [s for s in SOURCES if "json" in s.files], ids=lambda s: s.name)
+def test_a_setting_that_is_unknown_is_named_and_the_sae_refused(source: SaeSource, tmp_path: Path) -> None:
+    place = source_place(source, tmp_path)
+    change(place, input_rotation=3, lr_end=0.1, wandb_notes="x", another=None)
+    with pytest.raises(InputError, match="holds input_rotation, which is not known"):
+        Sae.load(place)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"jump_relu_threshold": None}, {"act_fn": "topk"}, {"norm_activation": "token-wise"},
-        {"hook_point_out": "blocks.3.hook_mlp_out"}, {"apply_decoder_bias_to_pre_encoder": True},
-        {"dataset_average_activation_norm": {}},
-    ],
-)  # fmt: skip
-def test_what_llama_scope_does_not_say_is_not_guessed(changes: dict[str, object], tmp_path: Path) -> None:
-    llama_scope(tmp_path, **changes)
-    with pytest.raises(InputError, match="not read by guess"):
-        Sae.load(tmp_path)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.name)
+def test_weights_that_contradict_each_other_or_are_not_finite_are_refused(source: SaeSource, tmp_path: Path) -> None:
+    place = source_place(source, tmp_path)
+    path = weights_file(place)
+    tensors = read_tensors(path)
+    name = next(key for key, w in tensors.items() if w.is_floating_point() and w.dim() == 2)
+    rewrite(path, {**tensors, name: tensors[name][:-1]})
+    with pytest.raises(InputError):
+        Sae.load(place)
+    rewrite(path, {**tensors, name: torch.where(torch.eye(*tensors[name].shape) > 0, torch.nan, tensors[name])})
+    with pytest.raises(InputError, match="not finite"):
+        Sae.load(place)
+
+
+ODD_VALUES = (3, -1.5, "x", [1], {"a": 1}, True, None)
+ODD_TENSORS = (torch.ones(()), torch.ones(3), torch.ones(2, 3, 4), torch.ones(M, D, dtype=torch.int64), torch.ones(0))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.name)
+def test_odd_settings_and_tensors_give_an_sae_or_a_sentence(source: SaeSource, tmp_path: Path) -> None:
+    place = source_place(source, tmp_path)
+    opened = refused = 0
+
+    def try_it() -> None:
+        nonlocal opened, refused
+        try:
+            Sae.load(place)
+            opened += 1
+        except InputError:
+            refused += 1
+
+    if path := settings_file(place):
+        stored = json.loads(path.read_text())
+        for section in [stored, *(v for v in stored.values() if isinstance(v, dict))]:
+            for key, value in list(section.items()):
+                for odd in ODD_VALUES:
+                    section[key] = odd
+                    path.write_text(json.dumps(stored))
+                    try_it()
+                section[key] = value
+        path.write_text(json.dumps(stored))
+    tensors = read_tensors(weights_file(place))
+    for name in tensors:
+        for odd_tensor in ODD_TENSORS:
+            rewrite(weights_file(place), {**tensors, name: odd_tensor})
+            try_it()
+    assert refused > 5 * len(tensors) / 2
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("SAELens, standard", {"architecture": "transcoder"}, "is a transcoder: it computes one stream from another"),
+    ("SAELens, standard", {"architecture": "jumprelu_skip_transcoder"}, "is a jumprelu_skip_transcoder"),
+    ("SAELens, standard", {"architecture": "temporal"}, "depend on the tokens before"),
+    ("SAELens, standard", {"architecture": "odd"}, "no SAE family odd"),
+    ("SAELens, standard", {"activation_fn_str": "tanh-relu"}, "tanh-relu"),
+    ("SAELens, standard", {"normalize_activations": "layer_norm"}, "normalize_activations = 'layer_norm'"),
+    ("SAELens, standard", {"normalize_activations": "expected_average_only_in"}, "expected_average_only_in"),
+    ("SAELens, standard", {"reshape_activations": "hook_z"}, "hook_z"),
+    ("SAELens, standard", {"d_in": 11}, "d_in = 11, but the weights have 10"),
+    ("SAELens, standard", {"metadata": {"hook_name": "blocks.4.hook_mlp_out"}}, "reads blocks.4.hook_mlp_out"),
+    ("SAELens, standard", {"metadata": {"hook_name": "model.layers.4.mlp"}}, "only the residual stream"),
+    ("SAELens, standard", {"metadata": {"hook_name": "hook_embed", "hook_head_index": 2}}, "head 2 alone"),
+    (
+        "SAELens, standard",
+        {"metadata": {"hook_name": "hook_embed", "model_from_pretrained_kwargs": {"center_writing_weights": True}}},
+        "centred weights",
+    ),
+    ("SAELens before 6, scaling factor", {"finetuning_scaling_factor": False}, "scaling_factor that is not 1"),
+    ("SAELens, TopK, norms counted", {"k": None}, "does not name its k"),
+    ("dictionary_learning, AutoEncoder", {"dict_class": "CrossCoder"}, "names the class CrossCoder"),
+    ("dictionary_learning, AutoEncoder", {"submodule_name": "mlp_layer_3"}, "reads mlp_layer_3"),
+    ("dictionary_learning, AutoEncoder", {"submodule_name": "model.layers.3.mlp"}, r"reads model\.layers\.3\.mlp"),
+    ("dictionary_learning, BatchTopKSAE", {"k": 7}, "k = 7, but the weights have 6"),
+    ("dictionary_learning, BatchTopKSAE", {"dict_class": None}, "which names the class"),
+    ("dictionary_learning, AutoEncoderNew", {"dict_class": None}, "which names the class"),
+    ("dictionary_learning, JumpReluAutoEncoder", {"dict_class": None}, "which names the class"),
+    ("sparsify, TopK", {"signed": True}, "keeps negative activations"),
+    ("sparsify, TopK", {"transcode": True}, "is a transcoder"),
+    ("sparsify, TopK", {"skip_connection": True}, "linear skip connection"),
+    ("sparsify, TopK", {"activation": "groupmax"}, "groupmax"),
+    ("sparsify, TopK", {"gram_lookup": True}, "table of n-grams"),
+    ("Gemma Scope 2", {"affine_connection": True}, "affine skip connection"),
+    ("Gemma Scope 2", {"type": "transcoder"}, "is a transcoder"),
+    ("Gemma Scope 2", {"hf_hook_point_in": "model.layers.5.self_attn.o_proj.input"}, "reconstructs model.layers.17.output"),
+    ("Llama Scope", {"jump_relu_threshold": None}, "holds no jump_relu_threshold"),
+    ("Llama Scope", {"act_fn": "topk"}, "act_fn = 'topk'"),
+    ("Llama Scope", {"act_fn": None}, "holds no act_fn"),
+    ("Llama Scope", {"norm_activation": "token-wise"}, "token-wise"),
+    ("Llama Scope", {"dataset_average_activation_norm": {}}, "not name one norm"),
+    ("Llama Scope", {"dataset_average_activation_norm": {"in": 64.0, "out": 3.4}}, "not name one norm"),
+    ("Llama Scope", {"hook_point_out": "blocks.24.hook_mlp_out"}, "it is a transcoder"),
+    ("Llama Scope", {"apply_decoder_bias_to_pre_encoder": True}, "apply_decoder_bias_to_pre_encoder = True"),
+    ("Llama Scope", {"use_glu_encoder": True}, "use_glu_encoder = True"),
+    ("Llamascopium, JumpReLU", {"act_fn": "batchtopk"}, "act_fn = 'batchtopk'"),
+    ("Llamascopium, JumpReLU", {"sae_type": "lorsa"}, "is a lorsa"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "told"), REFUSED)
+def test_a_convention_that_cannot_be_followed_is_refused(
+    name: str, settings: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    place = source_place(BY_NAME[name], tmp_path)
+    change(place, **settings)
+    with pytest.raises(InputError, match=told):
+        Sae.load(place)
+
+
+def test_a_gemma_scope_repository_of_another_stream_is_refused(tmp_path: Path) -> None:
+    place = BY_NAME["Gemma Scope"].write(tmp_path)
+    for folder in (
+        "gemma-scope-2b-pt-mlp/layer_20/width_16k/average_l0_71",
+        "models--google--gemma-scope-9b-pt-transcoders/snapshots/ab12/layer_1",
+        "gemma-scope-2-1b-pt/attn_out_all/layer_11_width_16k_l0_small",
+    ):
+        other = tmp_path / folder / "params.npz"
+        other.parent.mkdir(parents=True)
+        shutil.copy(place, other)
+        with pytest.raises(InputError, match="only the residual stream"):
+            Sae.load(other)
+
+
+def test_a_gemma_scope_file_with_an_affine_skip_is_refused(tmp_path: Path) -> None:
+    place = BY_NAME["Gemma Scope 2"].write(tmp_path)
+    path = weights_file(place)
+    rewrite(path, {**read_tensors(path), "affine_skip_connection": torch.eye(D)})
+    with pytest.raises(InputError, match="affine skip connection"):
+        Sae.load(place)
+
+
+def test_a_qwen_scope_file_without_its_repository_does_not_name_its_k_unless_the_card_does(tmp_path: Path) -> None:
+    place = BY_NAME["Qwen-Scope"].write(tmp_path)
+    alone = tmp_path / "elsewhere" / place.name
+    alone.parent.mkdir()
+    shutil.copy(place, alone)
+    with pytest.raises(InputError, match="does not name its k"):
+        Sae.load(alone)
+    (alone.parent / "README.md").write_text("| SAE width | 65536 |\n| Top-K | 6 |\n")
+    assert Sae.load(alone).identity() == Sae.load(place).identity()
+
+
+def test_a_threshold_that_was_never_set_is_refused(tmp_path: Path) -> None:
+    for name in ("dictionary_learning, BatchTopKSAE", "dictionary_learning, MatryoshkaBatchTopKSAE"):
+        place = source_place(BY_NAME[name], tmp_path / name)
+        path = weights_file(place)
+        tensors = read_tensors(path)
+        rewrite(path, {**tensors, "threshold": torch.tensor(-1.0)})
+        with pytest.raises(InputError, match="never set its threshold"):
+            Sae.load(place)
+        rewrite(path, {**tensors, "threshold": torch.full((M,), 0.7)})
+        with pytest.raises(InputError, match="holds 32 values as threshold"):
+            Sae.load(place)
 
 
 def test_an_encoder_and_a_decoder_alone_are_not_taken_for_a_standard_sae(tmp_path: Path) -> None:
-    llama_scope(tmp_path)
-    alone = tmp_path / "elsewhere.safetensors"
-    (tmp_path / "checkpoints" / "final.safetensors").rename(alone)
-    with pytest.raises(InputError, match="not what belongs between them"):
-        Sae.load(alone)
+    write_llama_scope(tmp_path)
+    for name in ("elsewhere.safetensors", "ae.pt"):
+        rewrite(tmp_path / name, read_tensors(tmp_path / "checkpoints" / "final.safetensors"))
+        with pytest.raises(InputError, match="what belongs between encoder and decoder"):
+            Sae.load(tmp_path / name)
 
 
-def test_matryoshka_batch_topk_of_dictionary_learning(tmp_path: Path) -> None:
-    """Its own equations: relu((x - b_dec) W_enc + b_enc), kept above one threshold."""
-    w = scope_weights()
-    stored = {**w, "threshold": torch.tensor(0.7), "k": torch.tensor(6), "group_sizes": torch.tensor([8, M - 8])}
-    torch.save(stored, tmp_path / "ae.pt")
-    (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "MatryoshkaBatchTopKSAE", "k": 6}}))
-    sae, f = Sae.load(tmp_path), jumprelu(X - w["b_dec"], w, torch.tensor(0.7))
-    torch.testing.assert_close(sae(X), f @ w["W_dec"] + w["b_dec"], atol=1e-4, rtol=1e-4)
-    torch.save({**stored, "threshold": torch.tensor(-1.0)}, tmp_path / "ae.pt")
-    with pytest.raises(InputError, match="never set its threshold"):
+def test_llama_scope_opens_by_each_of_its_files_and_rows_that_are_not_unit_are_refused(tmp_path: Path) -> None:
+    write_llama_scope(tmp_path)
+    weights = tmp_path / "checkpoints" / "final.safetensors"
+    for given in (tmp_path, tmp_path / "hyperparams.json", weights):
+        assert Sae.load(given).site == "resid_post.24"
+    tensors = read_tensors(weights)
+    rewrite(weights, {**tensors, "decoder.weight": 2 * tensors["decoder.weight"]})
+    with pytest.raises(InputError, match="counts decoder norms"):
         Sae.load(tmp_path)
 
 
-def test_a_dead_feature_whose_row_is_zero_stays_a_number(tmp_path: Path) -> None:
-    w = scope_weights()
-    w["W_dec"][4] = 0
-    np.savez(tmp_path / "params.npz", **{key: value.numpy() for key, value in w.items()})
-    sae = Sae.load(tmp_path)
-    assert torch.isfinite(sae(X)).all()
-    torch.testing.assert_close(sae(X), jumprelu(X, w, w["threshold"]) @ w["W_dec"] + w["b_dec"], atol=1e-4, rtol=1e-4)
+def test_a_dead_feature_whose_row_is_zero_never_fires(tmp_path: Path) -> None:
+    for name in ("Gemma Scope", "dictionary_learning, GatedAutoEncoder", "SAELens, TopK, norms counted"):
+        sae = Sae.load(source_place(BY_NAME[name], tmp_path / name))
+        assert sae.W_dec[4].abs().max() == 0
+        assert all(torch.isfinite(p).all() for p in sae.parameters())
+        assert (sae.encode(10 * X)[:, 4] == 0).all()
 
 
-def test_saelens_conventions_are_folded(tmp_path: Path) -> None:
-    """No b_dec on the input, and activations counted with the decoder's norm, as SAELens computes them."""
-    w = {"W_enc": draw(D, M), "b_enc": draw(M), "W_dec": draw(M, D, seed=1), "b_dec": draw(D, seed=2)}
-    cfg = {"architecture": "topk", "d_in": D, "d_sae": M, "k": 4, "normalize_activations": "none"}
-    save_file(w, tmp_path / "sae_weights.safetensors")
-    cfg |= {"apply_b_dec_to_input": False, "rescale_acts_by_decoder_norm": True}
-    (tmp_path / "cfg.json").write_text(json.dumps(cfg | {"metadata": {"hook_name": "hook_embed"}}))
-    norms = w["W_dec"].norm(dim=1)
-    h = (X @ w["W_enc"] + w["b_enc"]) * norms
-    top = h.topk(4)
-    f = torch.zeros_like(h).scatter(1, top.indices, top.values.relu())
-    sae = Sae.load(tmp_path)
-    assert sae.site == "embed"
-    torch.testing.assert_close(sae.encode(X), f, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(sae(X), (f / norms) @ w["W_dec"] + w["b_dec"], rtol=1e-4, atol=1e-4)
-    (tmp_path / "cfg.json").write_text(json.dumps(cfg | {"normalize_activations": "layer_norm"}))
-    with pytest.raises(InputError, match="layer_norm"):
-        Sae.load(tmp_path)
-
-
-def test_the_reference_study(tmp_path: Path) -> None:
-    """``ae_layer12.pt``: a bare state dict of dictionary_learning's GatedAutoEncoder."""
-    w = {
-        "encoder.weight": draw(M, D),
-        "decoder.weight": draw(D, M, seed=1),
-        "decoder_bias": draw(D, seed=2),
-        "r_mag": draw(M, seed=3),
-        "gate_bias": draw(M, seed=4),
-        "mag_bias": draw(M, seed=5),
-    }
-    torch.save(w, tmp_path / "ae_layer12.pt")
-    u = (X - w["decoder_bias"]) @ w["encoder.weight"].t()
-    f = (u + w["gate_bias"] > 0) * (w["r_mag"].exp() * u + w["mag_bias"]).relu()
-    norms = w["decoder.weight"].norm(dim=0)
-    sae = Sae.load(tmp_path / "ae_layer12.pt")
-    assert sae.architecture == "gated"
-    torch.testing.assert_close(sae.encode(X), f * norms, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(sae(X), f @ w["decoder.weight"].t() + w["decoder_bias"], rtol=1e-4, atol=1e-4)
-    torch.save({**w, "r_mag": draw(M + 1)}, tmp_path / "odd.pt")
-    with pytest.raises(InputError, match=r"r_mag is \[33\] beside W_dec \[32, 10\]"):
-        Sae.load(tmp_path / "odd.pt")
-
-
-def dictionary(folder: Path, weights: dict[str, torch.Tensor], **trainer: object) -> Sae:
-    folder.mkdir(exist_ok=True)
-    torch.save(weights, folder / "ae.pt")
-    (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
-    return Sae.load(folder)
-
-
-def test_dictionary_learning(tmp_path: Path) -> None:
-    w = {"encoder.weight": draw(M, D), "encoder.bias": draw(M), "decoder.weight": draw(D, M, seed=1)}
-    b, threshold = draw(D, seed=2), torch.tensor(0.7)
-    h = (X - b) @ w["encoder.weight"].t() + w["encoder.bias"]
-
-    standard = dictionary(tmp_path / "s", {**w, "bias": b}, dict_class="AutoEncoder")
-    torch.testing.assert_close(standard.encode(X), h.relu(), rtol=1e-4, atol=1e-4)
-    new = dictionary(tmp_path / "n", {**w, "decoder.bias": b}, dict_class="AutoEncoderNew")
-    expected = (X @ w["encoder.weight"].t() + w["encoder.bias"]).relu()
-    torch.testing.assert_close(new.encode(X), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(new(X), expected @ w["decoder.weight"].t() + b, rtol=1e-4, atol=1e-4)
-
-    extra = {"b_dec": b, "k": torch.tensor(5), "threshold": threshold}
-    topk = dictionary(tmp_path / "t", w | extra, dict_class="AutoEncoderTopK", layer=3, submodule_name="resid_post_layer_3")
-    assert (topk.cfg, topk.site) == ({"k": 5}, "resid_post.3")
-    assert ((topk.encode(X) > 0) <= (h > 0)).all()
-    batch = dictionary(tmp_path / "b", w | extra, dict_class="BatchTopKSAE")
-    f, norms = h * (h > threshold), w["decoder.weight"].norm(dim=0)
-    assert batch.architecture == "jumprelu"
-    assert Sae.load(tmp_path / "b" / "ae.pt").identity() == batch.identity()  # its config beside it counts
-    torch.testing.assert_close(batch.encode(X), f * norms, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(batch(X), f @ w["decoder.weight"].t() + b, rtol=1e-4, atol=1e-4)
-
-    jump = {
-        "W_enc": draw(D, M),
-        "b_enc": draw(M),
-        "W_dec": draw(M, D),
-        "b_dec": b,
-        "threshold": draw(M).abs(),
-    }
-    loaded = dictionary(tmp_path / "j", jump, dict_class="JumpReluAutoEncoder")
-    pre = X @ jump["W_enc"] + jump["b_enc"]
-    expected = (pre * (pre > jump["threshold"])).relu()
-    torch.testing.assert_close(loaded(X), expected @ jump["W_dec"] + b, rtol=1e-3, atol=1e-3)
-
-
-def test_sparsify(tmp_path: Path) -> None:
-    folder = tmp_path / "layers.4"
-    folder.mkdir()
-    w = {"encoder.weight": draw(M, D), "encoder.bias": draw(M), "W_dec": draw(M, D, seed=1), "b_dec": draw(D)}
-    save_file(w, folder / "sae.safetensors")
-    (folder / "cfg.json").write_text(json.dumps({"k": 7, "d_in": D, "num_latents": M}))
-    sae = Sae.load(folder)
-    assert (sae.site, sae.cfg) == ("resid_post.4", {"k": 7})
-    h = (X - w["b_dec"]) @ w["encoder.weight"].t() + w["encoder.bias"]
-    top = h.topk(7)
-    f = torch.zeros_like(h).scatter(1, top.indices, top.values.relu())
-    torch.testing.assert_close(sae(X), f @ w["W_dec"] + w["b_dec"], rtol=1e-4, atol=1e-4)
+def test_a_folder_with_one_file_of_weights_is_that_file(tmp_path: Path) -> None:
+    place = BY_NAME["Goodfire"].write(tmp_path)
+    assert Sae.load(tmp_path).identity() == Sae.load(place).identity()
 
 
 def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,12 +388,12 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"short\.safetensors cannot be read"):
         Sae.load(tmp_path / "short.safetensors")
     save_file({"weird": torch.ones(2)}, tmp_path / "weird.safetensors")
-    with pytest.raises(InputError, match="no known SAE: weird"):
+    with pytest.raises(InputError, match="weird: that is of no known SAE"):
         Sae.load(tmp_path / "weird.safetensors")
     random_sae("topk").save(tmp_path / "sae")
     cfg = json.loads((tmp_path / "sae" / "cfg.json").read_text())
     (tmp_path / "sae" / "cfg.json").write_text(json.dumps({**cfg, "architecture": "transcoder"}))
-    with pytest.raises(InputError, match="no SAE family transcoder"):
+    with pytest.raises(InputError, match="is a transcoder"):
         Sae.load(tmp_path / "sae")
     (tmp_path / "sae" / "cfg.json").unlink()
     with pytest.raises(InputError, match=r"cfg\.json is missing"):

@@ -108,7 +108,7 @@ def test_registry_refuses_duplicates_and_names_the_known() -> None:
         register_sae(type("Again", (TopKSae,), {}))
     with pytest.raises(ValueError, match="already a training"):
         register_training("topk")(TopKTraining)
-    with pytest.raises(InputError, match="no SAE family topkk; known: gated, jumprelu, standard, topk"):
+    with pytest.raises(InputError, match="no SAE family topkk; known: gated, jumprelu, matching_pursuit, standard, topk"):
         sae_class("topkk")
     with pytest.raises(InputError, match="choose one of batchtopk, gated, jumprelu, matryoshka, standard, topk"):
         training_class("topkk")

@@ -48,7 +48,7 @@ def harvest(
 
     ``both.L`` is stored as ``diff.L`` and ``base.L``.
     If ``out`` already holds a store of the same model, data and sites, it is opened. An unfinished store is written again.
-    Raises :class:`InputError` where a site does not exist or the disk is full.
+    Raises :class:`InputError` where a site does not exist, a pair is longer than the PM's context, or the disk is full.
     """
     sites = all_parts(sites)
     identity = {**rm.identities(sites), "data": data_identity(pairs), "sites": sites}
@@ -60,7 +60,7 @@ def harvest(
     seen: set[bytes] = set()
     with StoreWriter(root, sites, rm.d_model, identity, "bfloat16") as writer:
         for unit in units(len(pairs)):
-            tokens = rm.tokenize_all([pairs[i] for i in unit])
+            tokens = rm.tokenize_within([pairs[i] for i in unit])
             for streams, columns in new_rows(rm, tokens, sites, seen, unit.start):
                 for site, x in streams.items():
                     writer.add(site, x, **columns)
@@ -77,7 +77,8 @@ def new_rows(
     the first pair.
     """
     for batch in rm.unit_batches(tokens, range(len(tokens))):
-        with fast_products(rm.device, wanted=rm.device.type == "cpu" and rm.dtype == torch.float32):
+        on_cpu = rm.device.type == "cpu" and rm.dtype == torch.float32
+        with fast_products(rm.device, wanted=on_cpu and rm.capabilities.bfloat16):
             streams = rm.streams(batch, sites)
         parts: list[tuple[Text, int, Tensor]] = []
         for text in batch.texts:
@@ -121,7 +122,7 @@ class ActivationStream:
         self.counts = torch.zeros(len(self.units), dtype=torch.int64)
         """Rows of each unit: all spans, and the prefixes, without first tokens, that no earlier unit has."""
         for number, unit in enumerate(self.units):
-            for t in rm.tokenize_all(unit):
+            for t in rm.tokenize_within(unit):
                 self.counts[number] += sum(max(0, rm.read_position(t.side(s)) + 1 - max(1, t.divergence)) for s in SIDES)
                 if (prefix := prefix_of(t)) not in self.prefixes:
                     self.prefixes[prefix] = number
@@ -207,7 +208,7 @@ class ActivationStream:
         if self._kept is None or self._kept[0] != unit:
             self._kept = None
             parts, seen = [], {prefix for prefix, owner in self.prefixes.items() if owner != unit}
-            for streams, columns in new_rows(self.rm, self.rm.tokenize_all(self.units[unit]), self.sites, seen, 0):
+            for streams, columns in new_rows(self.rm, self.rm.tokenize_within(self.units[unit]), self.sites, seen, 0):
                 kept = columns["position"] > 0
                 parts.append({site: x[kept.to(x.device)].to(torch.bfloat16) for site, x in streams.items()})
             self._kept = unit, _join(parts)

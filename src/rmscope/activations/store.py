@@ -2,8 +2,8 @@
 
 ``<root>/<site>/shard-00000.safetensors`` holds, for n stored tokens, ``x`` [n, d_model] in the stream's own units and the
 columns of :data:`COLUMNS`. ``both.L`` is read from the rows of ``diff.L`` and ``base.L``. ``manifest.json`` lists the shards
-with their checksums, and the model and data that they come from. A site without a manifest is unfinished. Shards are never
-concatenated: rows are read from the memory-mapped files.
+with their checksums, and the model and data that they come from. A checksum is compared when a shard is first read. A
+site without a manifest is unfinished. Shards are never concatenated: rows are read from the memory-mapped files.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
@@ -115,10 +116,15 @@ class _Site:
         self.starts = list(accumulate((shard["n"] for shard in manifest["shards"]), initial=0))
         self._x: dict[int, Tensor] = {}
         self._columns: dict[str, Column] = {}
+        self._sound: set[int] = set()
 
     def tensor(self, shard: int, name: str) -> Tensor:
+        """A tensor of a shard. InputError where the shard cannot be read, or is not what the harvest wrote."""
         path = self.folder / self.manifest["shards"][shard]["file"]
         try:
+            if shard not in self._sound and sha256(path) != self.manifest["shards"][shard]["sha256"]:
+                raise InputError(f"Shard {path} is damaged (its checksum differs); delete {self.folder} and harvest again.")
+            self._sound.add(shard)
             with safe_open(path, framework="pt") as opened:
                 return opened.get_tensor(name)
         except (OSError, SafetensorError) as error:
@@ -207,6 +213,15 @@ class ActivationStore:
         if name not in COLUMNS:
             raise InputError(f"{site} has no column {name}; it has {', '.join(COLUMNS)}.")
         return self._site(site).column(name)
+
+    def response_rows(self, site: str) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        """(the rows of the site that belong to responses, the place of each in its response, from 0 on)."""
+        pair, region = (self.column(site, name).numpy() for name in ("pair", "region"))
+        rows = np.flatnonzero(region > 0)
+        response = pair[rows].astype(np.int64) * len(REGIONS) + region[rows]
+        begins = np.r_[True, response[1:] != response[:-1]][: rows.size]
+        start = np.maximum.accumulate(np.where(begins, np.arange(rows.size), 0))
+        return rows, np.arange(rows.size) - start
 
     def training_mask(self, site: str) -> Bool[Tensor, " n"]:
         """Position > 0: the first token is an attention sink of huge norm and stays out of SAE training."""

@@ -13,9 +13,12 @@ from rmscope.effects.gradients import METHODS
 from rmscope.effects.ledger import Baseline, baseline, joint_baseline, ledger_rows
 from rmscope.errors import InputError
 from rmscope.io import Progress, silent
-from rmscope.model.checks import Preflight, examine
+from rmscope.model.checks import Preflight
+from rmscope.model.doctor import examine
 from rmscope.model.packing import units
-from rmscope.model.reward_model import RewardModel, Scores
+from rmscope.model.rendering import PairTokens
+from rmscope.model.reward_model import RewardModel
+from rmscope.model.scores import Scores
 from rmscope.model.site_names import is_difference
 from rmscope.pairs.demo import plain_demo_pairs
 from rmscope.pairs.pair import SIDES, Pair, one_per_prompt, split_of
@@ -58,9 +61,17 @@ def _site(rm: RewardModel, sae: Sae, site: str | None) -> str:
     if not at:
         raise InputError("The SAE does not say which site it was trained on; pass site='resid_post.6' or the like.")
     rm.site_index(at)
+    sae.check_site(at)
     sae.check_width(rm.d_model, rm.name)
     sae.encode_on(rm.device)
     return at
+
+
+def _tokens(rm: RewardModel, pairs: Sequence[Pair]) -> list[PairTokens]:
+    """The tokens of the pairs. InputError where there are none, or one is longer than the PM's context."""
+    if not pairs:
+        raise InputError("There are no pairs; give some.")
+    return rm.tokenize_within(pairs)
 
 
 def attribute(
@@ -78,7 +89,7 @@ def attribute(
     ``ig`` gives contributions from a zero baseline (kind contribution; feature -1 stands for all silent ones).
     """
     at = _site(rm, sae, site)
-    tokens, ids = rm.tokenize_all(pairs), [p.id for p in pairs]
+    tokens, ids = _tokens(rm, pairs), [p.id for p in pairs]
     if method == "ig":
         return _ledger(rm, sae, at, pairs, baseline(sae, "zero"), progress)["contribution"]
     if method not in METHODS:
@@ -102,7 +113,7 @@ def ablate(
     at = _site(rm, sae, site)
     chosen = None if isinstance(features, str) else list(features)
     wanted: tables.Wanted = {i: {side: {at: chosen} for side in SIDES} for i in range(len(pairs))}
-    return tables.ablation_table(rm, {at: sae}, rm.tokenize_all(pairs), [p.id for p in pairs], wanted, progress)[at]
+    return tables.ablation_table(rm, {at: sae}, _tokens(rm, pairs), [p.id for p in pairs], wanted, progress)[at]
 
 
 def ledger(
@@ -113,7 +124,7 @@ def ledger(
     site: str | None = None,
     progress: Progress = silent,
 ) -> pl.DataFrame:
-    """One row per pair: pair, delta_r, features, error, constant, remainder, gap, nodes; the parts sum to delta_r.
+    """One row per pair: pair, delta_r, features, error, constant, remainder, gap, nodes, closed; the parts sum to delta_r.
 
     The ``mean`` baseline is taken over the spans of the given pairs. The ledger of a difference SAE begins at the base's
     stream, whatever ``start`` says: its remainder is what the reward inherits from the base. At ``both.L`` the mean is that
@@ -125,7 +136,7 @@ def ledger(
     if start == "zero":
         return _ledger(rm, sae, at, pairs, baseline(sae, "zero"), progress)["ledger"]
     total_f, total_x, n = torch.zeros(sae.m), torch.zeros(sae.d), 0
-    for batch in rm.batches(rm.tokenize_all(pairs)):
+    for batch in rm.batches(_tokens(rm, pairs)):
         stream = rm.streams(batch, [at])[at]
         for text in batch.texts:
             x = stream[text.row, text.span.to(stream.device)].float().cpu()
@@ -146,7 +157,7 @@ def _ledger(
     start: Baseline,
     progress: Progress,
 ) -> dict[str, pl.DataFrame]:
-    tokens, ids = rm.tokenize_all(pairs), [p.id for p in pairs]
+    tokens, ids = _tokens(rm, pairs), [p.id for p in pairs]
     delta = rm.score_tokens(tokens).delta
     sd = float(delta.std() if len(pairs) > 1 else delta.abs().sum())
     rows = [row for unit in units(len(pairs)) for row in ledger_rows(rm, sae, site, tokens, unit, start, sd, progress)]

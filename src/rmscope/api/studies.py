@@ -27,9 +27,15 @@ from rmscope.studies.evaluate.settings import EvaluateConfig
 from rmscope.studies.experiment import analyse as experiment_study
 from rmscope.studies.experiment.result import ExperimentResult
 from rmscope.studies.experiment.settings import ExperimentConfig
+from rmscope.studies.export import analyse as export_study
+from rmscope.studies.export.result import ExportResult
+from rmscope.studies.export.settings import ExportConfig
 from rmscope.studies.jailbreak import analyse as jailbreak_study
 from rmscope.studies.jailbreak.result import JailbreakResult
 from rmscope.studies.jailbreak.settings import JailbreakConfig
+from rmscope.studies.label import analyse as label_study
+from rmscope.studies.label.result import LabelResult
+from rmscope.studies.label.settings import LabelConfig
 from rmscope.studies.sufficiency import analyse as sufficiency_study
 from rmscope.studies.sufficiency.result import SufficiencyResult
 from rmscope.studies.sufficiency.settings import SufficiencyConfig
@@ -43,6 +49,16 @@ def jailbreak(run: Run, **settings: Any) -> JailbreakResult:
 def sufficiency(run: Run, **settings: Any) -> SufficiencyResult:
     """What each reported feature does when it is put in. Settings: :class:`SufficiencyConfig`."""
     return sufficiency_study.analyse(run, read_settings(SufficiencyConfig, None, settings))
+
+
+def label(run: Run, **settings: Any) -> LabelResult:
+    """Names of a run's concepts by a language model, and tests of them. Settings: :class:`LabelConfig`."""
+    return label_study.analyse(run, read_settings(LabelConfig, None, settings))
+
+
+def export(run: Run, **settings: Any) -> ExportResult:
+    """What a run found, for Neuronpedia, as tables, pages, or a hub repo. Settings: :class:`ExportConfig`."""
+    return export_study.analyse(run, read_settings(ExportConfig, None, settings))
 
 
 def experiment(run: Run | None, file: str, **settings: Any) -> ExperimentResult:

@@ -14,8 +14,9 @@ import typer
 from pydantic.fields import FieldInfo
 
 from rmscope.cli.terminal import Bars, console, print_rows
+from rmscope.io import check_writable, local_path
 from rmscope.run.settings import recorded_settings
-from rmscope.settings import Flag, FlagNames, Settings, read_settings
+from rmscope.settings import DeviceSettings, Flag, FlagNames, Settings, read_settings
 
 app = typer.Typer(
     name="rmscope",
@@ -24,6 +25,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+OUTPUTS = ("out", "export")
+"""Settings that name what a command writes."""
 
 
 class OutputSettings(Settings):
@@ -122,6 +127,7 @@ def add_command(
         folder, config = given.pop("run_folder", None), given.pop("config", None)
         values = _values(listed, given)
         chosen = read_command(settings, config, values, {p.path: p.flag_name for p in listed})
+        check_before_work(chosen)
         module, _, name = work.partition(":")
         function = getattr(import_module(module), name)
         if on_run:
@@ -143,6 +149,17 @@ def add_command(
     app.command(name, help=told, short_help=text, rich_help_panel=panel)(command)
 
 
+def check_before_work(chosen: Settings) -> None:
+    """InputError where the device is not there, or nothing can be written at an output."""
+    if isinstance(chosen, DeviceSettings):
+        from rmscope.hardware import check_device  # brings torch, which the help does not need
+
+        check_device(chosen.device)
+    for name in OUTPUTS:
+        if (path := getattr(chosen, name, None)) is not None:
+            check_writable(path)
+
+
 def _argument(name: str, kind: Any, text: str, required: bool, metavar: str | None = None) -> inspect.Parameter:
     argument = typer.Argument(help=text, show_default=False, metavar=metavar or name.upper())
     annotation = Annotated[kind if required else kind | None, argument]  # type: ignore[valid-type]
@@ -152,7 +169,7 @@ def _argument(name: str, kind: Any, text: str, required: bool, metavar: str | No
 
 def read_command(settings: type[Settings], config: Path | None, values: dict[str, Any], flags: FlagNames) -> Settings:
     """The settings of a command. A run folder in the place of a YAML file stands for that run's own settings."""
-    if config is not None and config.is_dir():
+    if config is not None and local_path(config).is_dir():
         return read_settings(settings, None, {**recorded_settings(config), **values}, flags)
     return read_settings(settings, config, values, flags)
 

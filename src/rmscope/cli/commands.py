@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rmscope.app.settings import ServeConfig
 from rmscope.cli import step_settings as steps
 from rmscope.cli.build import add_command
 from rmscope.settings import Settings
@@ -10,7 +11,9 @@ from rmscope.studies.compare.settings import CompareConfig
 from rmscope.studies.edit.settings import EditConfig, GateConfig
 from rmscope.studies.evaluate.settings import EvaluateConfig
 from rmscope.studies.experiment.settings import ExperimentConfig
+from rmscope.studies.export.settings import ExportConfig
 from rmscope.studies.jailbreak.settings import JailbreakConfig
+from rmscope.studies.label.settings import LabelConfig
 from rmscope.studies.sufficiency.settings import SufficiencyConfig
 
 Row = tuple[str, type[Settings], str, str]
@@ -18,6 +21,7 @@ PANELS: dict[str, list[Row]] = {
     "Start here": [
         ("demo", steps.DemoConfig, "cli.steps:demo", "What the embedded, biased PM rewards, beside the truth."),
         ("run", steps.RunCommandConfig, "cli.steps:run", "The pipeline on your own PM and pairs; run it again to resume."),
+        ("serve", ServeConfig, "app.serve:serve", "A local web app: browse runs, name concepts, try texts on the PM."),
         ("doctor", steps.DoctorConfig, "cli.steps:doctor", "Checks a PM before it is studied, and says how to mend it."),
     ],
     "Single steps": [
@@ -39,11 +43,13 @@ PANELS: dict[str, list[Row]] = {
         ("compare", CompareConfig, "studies.compare.analyse:analyse", "Compares what two PMs reward."),
         ("edit", EditConfig, "studies.edit.analyse:analyse", "Damps features of a PM and saves the patch."),
         ("gate", GateConfig, "studies.edit.gate:analyse_gate", "Fails (exit code 1) where the reward of a concept moved."),
+        ("label", LabelConfig, "studies.label.analyse:analyse", "Has a language model name concepts, and tests the names."),
+        ("export", ExportConfig, "studies.export.analyse:analyse", "Writes a run as tables, pages, for Neuronpedia, a hub."),
         ("audit", AuditConfig, "studies.audit.analyse:analyse", "Plants biases, trains a PM, counts what a run finds."),
     ],
     "Training": [("train-pm", steps.TrainPmConfig, "cli.steps:train_pm", "Trains a PM by a recipe.")],
 }  # fmt: skip
-ON_RUN = {"ablate", "ledger", "rank", "report", "jailbreak", "sufficiency", "compare", "edit"}
+ON_RUN = {"ablate", "ledger", "rank", "report", "jailbreak", "sufficiency", "compare", "edit", "label", "export"}
 """Commands that take a run folder first."""
 CONFIG_FILE = {"run": "A YAML file of settings that flags override, or a run folder to resume."}
 SETTINGS = {name: settings for rows in PANELS.values() for name, settings, _, _ in rows}

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from rmscope.run.settings import RunConfig
 from rmscope.sae.config import SaeConfig
-from rmscope.settings import Argument, DeviceSettings, LoadSettings, ModelSettings, Names, ReadSettings, Settings
+from rmscope.settings import Argument, DeviceSettings, LoadSettings, ModelSettings, Names, ReadSettings, Seed, Settings
 
 
 class DemoConfig(DeviceSettings):
@@ -17,7 +17,7 @@ class DemoConfig(DeviceSettings):
 
     out: Path = Path("demo")
     """The run folder."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Fixes every draw."""
 
 

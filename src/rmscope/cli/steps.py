@@ -30,7 +30,7 @@ from rmscope.model.training.recipe import TrlRecipe, measure_accuracy, read_reci
 from rmscope.pairs.pair import Pair
 from rmscope.report.result import Result
 from rmscope.run.collect import score_evidence
-from rmscope.run.inputs import Inputs, load_pm, need_prompts
+from rmscope.run.inputs import TIED, Inputs, load_pm, need_prompts
 from rmscope.run.run import Run
 from rmscope.run.settings import DEMO, RunConfig
 from rmscope.run.stages import score_table
@@ -70,7 +70,11 @@ def doctor(config: settings.DoctorConfig, display: Display) -> Examination:
     """The preflight and the further checks."""
     inputs = Inputs.of(config.model, config.data, config)
     pairs, rm = inputs.all_pairs, inputs.rm
-    other = load_pm(config.model, config.model_copy(update={"dtype": OTHER[config.dtype]}))
+    other = None
+    try:
+        other = load_pm(config.model, config.model_copy(update={"dtype": OTHER[config.dtype]}))
+    except InputError as error:
+        display.note(f"not compared with {OTHER[config.dtype]}: {error}")
     with display.stage("doctor") as progress:
         result = api.doctor(rm, pairs, other, progress)
     return Examination(model=config.model, identity=rm.identity, noise_floor=result.noise_floor, checks=result.rows())
@@ -84,13 +88,16 @@ def score(config: settings.ScoreConfig, display: Display) -> Figures:
     inputs = Inputs.of(config.model, config.data, config)
     scored = inputs.scored
     with display.stage("score") as progress:
+        for note in inputs.notes:
+            display.note(note)
         table = score_table(inputs.rm, scored, progress)
     if config.out is not None:
         write_table(config.out, table)
     evidence = score_evidence(table, scored.prompts)
     figures = {name: getattr(evidence, name) for name in type(evidence).model_fields if name != "histogram"}
     figures |= {"format": inputs.read_report.format, "pairs": table.height}
-    figures["too_long"] = len(inputs.all_pairs) - table.height
+    figures["too_long"] = inputs.left_out[f"longer than {inputs.longest}"]
+    figures |= {"ties": inputs.left_out[TIED], "changed_by_template": inputs.changed}
     return Figures(title=f"{config.model} on {config.data}", figures=figures)
 
 
@@ -243,9 +250,9 @@ def ablate(job: Run, config: settings.AblateConfig) -> Frame:
 def _named_features(text: str, job: Run, site: str) -> api.Features:
     if text == "active":
         return "active"
-    if text.startswith("top:") and text[4:].isdigit():
+    if text.startswith("top:") and text[4:].isdecimal():
         return job.features(site)["feature"].head(int(text[4:])).to_list()
-    if all(part.strip().isdigit() for part in text.split(",")):
+    if all(part.strip().isdecimal() for part in text.split(",")):
         return [int(part) for part in text.split(",")]
     raise InputError(f"--features {text} is not known; write active, top:K, or a list such as 12,405,77.")
 
@@ -256,6 +263,8 @@ def ledger(job: Run, config: settings.LedgerConfig) -> LedgerResult:
     if table.is_empty():
         raise InputError(
             f"The run in {job.folder} has no ledgers (ledger_pairs: 0); rmscope run {job.folder} --ledger-pairs 24 makes 24."
+            if job.config.ledger_pairs == 0
+            else f"This run has no ledgers at {site}; it has them at {', '.join(job.ledger_sites)}."
         )
     if config.pair is not None:
         return _pair_ledger(job, site, table, config.pair, config.top)

@@ -137,7 +137,7 @@ class LedgerResult(Result):
 
 GROUPS = {
     "content": "what it rewards",
-    "unspecific": "not specific: moves unrelated completions too",
+    "nonspecific": "not specific: moves unrelated completions too",
     "form": "form: endings, punctuation, position",
 }
 
@@ -220,7 +220,7 @@ def _concept_row(concept: dict[str, Any]) -> dict[str, Any]:
         "concept": concept["name"] + (" (where it fires hardest)" if "strong" in concept["flags"] else ""),
         "joint effect": f"{value:+.2f} [{low:+.2f}, {high:+.2f}]",
         "q": f"{q:.1g}",
-        "site": concept["site"],
+        "sites": concept["site"] + (f" +{len(concept['elsewhere'])}" if concept["elsewhere"] else ""),
     }
 
 
@@ -238,7 +238,10 @@ def _site_row(site: SiteEvidence) -> dict[str, Any]:
 
 
 def _planted_row(p: CueMatch, names: Mapping[int, str]) -> dict[str, Any]:
-    by = " + ".join(names[c] for c in p.concepts) or f"features {', '.join(map(str, p.features))} at {p.site}"
+    by = (
+        " + ".join(names[c] for c in p.concepts)
+        or f"{'feature' if p.size == 1 else 'features'} {', '.join(map(str, p.features))} at {p.site}"
+    )
     return {
         "": "found" if p.found else "missed",
         "bias": p.name,

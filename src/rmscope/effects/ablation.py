@@ -9,7 +9,7 @@ on. PMs that cannot be resumed at a site (encoders) need a full forward pass per
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,20 +33,6 @@ RUN_COST = 32
 
 Entries = tuple[Tensor, Tensor, Tensor]
 """Tokens in the span, features and values of active entries, sorted by token."""
-Groups = Mapping[int, tuple[str, Sequence[int]]]
-"""Sets of features by number: the site and the features of each."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ablations:
-    """One response at one site: features and what ablating each does to the reward."""
-
-    pair: int
-    side: str
-    feature: Int[Tensor, " ablated"]
-    effect: Float[Tensor, " ablated"]
-    ending: Float[Tensor, " ablated"]
-    """The effect of ablating the feature from the response's ending alone (final punctuation, template tokens)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +106,10 @@ def ablate_groups(
     rm: RewardModel, sae: Sae, response: Response, site: str, groups: Sequence[Sequence[int]]
 ) -> Float[Tensor, " groups"]:
     """R_G of each group of features, ablated together; exactly 0 where none of a group fires."""
-    return ablate_entries(rm, sae, response, site, [_entries_of(response.active, group) for group in groups])
+    return ablate_entries(rm, sae, response, site, [entries_of(response.active, group) for group in groups])
 
 
-def _entries_of(active: Active, features: Sequence[int]) -> Entries:
+def entries_of(active: Active, features: Sequence[int]) -> Entries:
     """The active entries of a set of features, by token."""
     mask = torch.isin(active.feature, torch.as_tensor(list(features)))
     return active.token[mask], active.feature[mask], active.value[mask]
@@ -137,16 +123,23 @@ def ablate_entries(
     first = {i: int(token[0]) for i, (token, _, _) in enumerate(entries) if token.numel()}
     fires = sorted(first, key=lambda i: first[i])
     cut = (fires, [first[i] for i in fires], response.x.shape[0])
-    if not text.keys:
-        run, batches = _in_rectangles, [[i] for i in fires]
-    elif rm.capabilities.ragged and text.ids.numel() <= rm.attention_window:
-        run, batches = _in_one_row, _rows(*cut)
-    else:
-        run, batches = _in_rectangles, _batches(*cut)
-    for batch in batches:
+    run = _in_one_row if runs_ragged(rm, text) else _in_rectangles
+    for batch in cut_batches(rm, text, *cut):
         rewards = run(rm, sae, response, site, [entries[i] for i in batch])
         effects[torch.tensor(batch)] = (text.reward - rewards).float().cpu()
     return effects
+
+
+def runs_ragged(rm: RewardModel, text: CleanRun) -> bool:
+    """Whether many continuations of a text run in one row without padding."""
+    return bool(text.keys) and rm.capabilities.ragged and text.ids.numel() <= rm.attention_window
+
+
+def cut_batches(rm: RewardModel, text: CleanRun, ids: Sequence[int], firsts: Sequence[int], length: int) -> list[list[int]]:
+    """Ablations of one response, in order of their first token of ``length``, in batches that run at once."""
+    if not text.keys:
+        return [[i] for i in ids]
+    return (_rows if runs_ragged(rm, text) else _batches)(ids, firsts, length)
 
 
 def _in_one_row(rm: RewardModel, sae: Sae, response: Response, site: str, entries: Sequence[Entries]) -> Tensor:
@@ -170,7 +163,7 @@ def _in_rectangles(rm: RewardModel, sae: Sae, response: Response, site: str, ent
     return rewards_on_span(rm, response.text, site, response.start + first, streams)
 
 
-def _entries_of_each(active: Active, features: Int[Tensor, " n"]) -> list[Entries]:
+def entries_of_each(active: Active, features: Int[Tensor, " n"]) -> list[Entries]:
     """The active entries of each of ``features`` (ascending, all firing), from one sort."""
     mask = torch.isin(active.feature, features)
     feature, order = active.feature[mask].sort(stable=True)
@@ -210,54 +203,3 @@ def _batches(ids: Sequence[int], firsts: Sequence[int], length: int) -> list[lis
         batches.append(list(ids[cut[n] : n]))
         n = int(cut[n])
     return batches[::-1]
-
-
-def ablations(
-    rm: RewardModel,
-    saes: Mapping[str, Sae],
-    tokens: Sequence[PairTokens],
-    wanted: Mapping[int, Mapping[str, Mapping[str, Sequence[int] | None]]],
-    endings: bool = False,
-    groups: Mapping[str, Groups] | None = None,
-) -> Iterator[tuple[str, Ablations]]:
-    """(site, ablations) for ``wanted[pair][side][site]`` = features, or None for all active ones.
-
-    Features that do not fire in a response are left out: their effect is exactly 0. With ``endings`` each feature is also
-    ablated from the response's ending alone (0 without it, and for PMs that cannot be resumed at a site). What is wanted
-    under a name of ``groups`` are numbers of its sets of features.
-    """
-    groups = groups or {}
-    for pair, sides in wanted.items():
-        texts = clean_runs(rm, tokens[pair], list(saes), list(sides))
-        for side, by_name in sides.items():
-            responses: dict[str, Response] = {}
-            for name, numbers in by_name.items():
-                for site in {groups[name][number][0] for number in numbers or ()} if name in groups else {name}:
-                    if site not in responses:
-                        responses[site] = at_site(saes[site], texts[side], site, tokens[pair].divergence)
-                for site, run, entries in _requested(responses, name, numbers, groups):
-                    response = responses[site]
-                    effect = ablate_entries(rm, saes[site], response, site, entries)
-                    ending = torch.zeros_like(effect)
-                    if endings and response.text.keys:
-                        end = rm.ending(response.text.ids) - response.start
-                        last = [(token[token >= end], j[token >= end], f[token >= end]) for token, j, f in entries]
-                        ending = ablate_entries(rm, saes[site], response, site, last)
-                    yield name, Ablations(pair, side, run, effect, ending)
-
-
-def _requested(
-    responses: Mapping[str, Response], name: str, numbers: Sequence[int] | None, groups: Mapping[str, Groups]
-) -> Iterator[tuple[str, Int[Tensor, " n"], list[Entries]]]:
-    """(site, numbers, the entries of each): the wanted features of the site ``name``, or the wanted sets of its groups."""
-    if name not in groups:
-        run = responses[name].features()
-        if numbers is not None:
-            run = run[torch.isin(run, torch.as_tensor(list(numbers)))]
-        yield name, run, _entries_of_each(responses[name].active, run)
-        return
-    by_site: dict[str, list[int]] = {}
-    for number in numbers or ():
-        by_site.setdefault(groups[name][number][0], []).append(number)
-    for site, listed in by_site.items():
-        yield site, torch.tensor(listed), [_entries_of(responses[site].active, groups[name][n][1]) for n in listed]

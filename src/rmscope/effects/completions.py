@@ -9,12 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from rmscope.effects.ablation import BATCH_TOKENS, Response, ablate_groups, at_site, run_whole
 from rmscope.errors import InputError
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.shared_prefix import response_start, run_from_prefix, shared_prefix_length
+from rmscope.model.shared_prefix import (
+    response_start,
+    rewards_from_prefix,
+    rewards_of_cuts,
+    run_from_prefix,
+    shared_prefix_length,
+)
 from rmscope.model.sites import CleanRun
 from rmscope.pairs.pair import Message
 from rmscope.sae.base import Active, Sae
@@ -58,6 +65,35 @@ def complete(rm: RewardModel, prompt: Sequence[Message], responses: Sequence[str
     return done
 
 
+def ending_ids(rm: RewardModel, prompt: Sequence[Message]) -> Int[Tensor, " n"]:
+    """The tokens after any response to a prompt: those of a chat template or of a suffix, and eos where it is appended."""
+    a, b = (rm.text_ids(prompt, response) for response in ("a", "1"))
+    return a[a.numel() - shared_prefix_length(a.flip(0), b.flip(0)) :]
+
+
+@torch.no_grad()
+def prefix_rewards(
+    rm: RewardModel, prompt: Sequence[Message], response: str, completion: Completion
+) -> tuple[Int[Tensor, " tokens"], Float[Tensor, " prefixes"]]:
+    """The tokens of a response, and r of the text cut before the first of them, after the first, ..., after the last.
+
+    What follows every response (a chat template's tokens, eos) follows the cut ones too, and only it is run for each cut.
+    Where nothing after the cut is read, one pass over the response gives all: no token of a decoder sees a later one.
+    """
+    ids, ending = rm.text_ids(prompt, response), ending_ids(rm, prompt)
+    ending = ending[ending.numel() - shared_prefix_length(ids.flip(0), ending.flip(0)) :]
+    start, end = completion.start, max(completion.start, ids.numel() - ending.numel())
+    texts = [torch.cat([ids[:cut], ending]) for cut in range(start, end + 1)]
+    if not completion.keys:
+        rewards = rewards_from_prefix(rm, None, texts)
+    elif all(rm.read_position(text) == cut - 1 for cut, text in enumerate(texts, start)):
+        hidden = rm.run_cached(ids[None, start - 1 : end], torch.arange(start - 1, end), completion.cache(start - 1))
+        rewards = rm.read_out(hidden[0]).float().cpu()
+    else:
+        rewards = rewards_of_cuts(rm, completion, range(start, end + 1), ending)
+    return ids[start:end], rewards
+
+
 def active_on(sae: Sae, site: str, completion: Completion) -> Active:
     """The features that fire on the span."""
     return completion.at(sae, site).active
@@ -65,14 +101,14 @@ def active_on(sae: Sae, site: str, completion: Completion) -> Active:
 
 def ablation_effects(
     rm: RewardModel, sae: Sae, site: str, completion: Completion, groups: Sequence[Sequence[int]]
-) -> Float[torch.Tensor, " groups"]:
+) -> Float[Tensor, " groups"]:
     """R_G of each group of features, ablated together from the whole span."""
     return ablate_groups(rm, sae, completion.at(sae, site), site, groups)
 
 
 def steering_effects(
-    rm: RewardModel, site: str, completion: Completion, directions: Float[torch.Tensor, "n d"]
-) -> Float[torch.Tensor, " n"]:
+    rm: RewardModel, site: str, completion: Completion, directions: Float[Tensor, "n d"]
+) -> Float[Tensor, " n"]:
     """Activation steering: r with a direction added to the stream at every token of the span, minus r. Decoder PMs only."""
     x = completion.streams[site][completion.start :].float()
     rewards = [

@@ -7,16 +7,15 @@ responses, so that its mean effect over prompts is compared with that of the fea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rmscope.effects.ablation import Response, rewards_on_span
-from rmscope.model.base import whole_stream
+from rmscope.effects.ablation import Response, entries_of
+from rmscope.effects.across import Members, contributions, take_out
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.site_names import BOTH, kind_of
 from rmscope.sae.base import Sae
 
 DRAWS = 16
@@ -37,26 +36,21 @@ def real_directions(x: Float[Tensor, "tokens d"], n: int, seed: int) -> Float[Te
     return torch.nn.functional.normalize(moves[moves.norm(dim=1) > 0][:n], dim=1)
 
 
-def whole_moves(moves: Float[Tensor, "n site_d"], site: str) -> Float[Tensor, "n d"]:
-    """How far the whole stream moves where a part of it, or both, move."""
-    return whole_stream(site, moves, torch.zeros_like(moves)) if kind_of(site) == BOTH else moves
-
-
 def effects_along(
-    rm: RewardModel, sae: Sae, response: Response, site: str, features: Sequence[int], directions: Float[Tensor, "n d"]
+    rm: RewardModel,
+    saes: Mapping[str, Sae],
+    responses: Mapping[str, Response],
+    members: Members,
+    directions: Mapping[str, Float[Tensor, "n d"]],
 ) -> Float[Tensor, " n"]:
-    """r minus r with the stream moved along each direction, by the norm of the features' ablation at each token."""
-    active = response.active
-    inside = torch.isin(active.feature, torch.as_tensor(list(features)))
-    token, feature, value = active.token[inside], active.feature[inside], active.value[inside]
-    if not token.numel():
-        return torch.zeros(len(directions))
-    first = int(token.min())
-    ablation = torch.zeros_like(response.x[first:])
-    ablation.index_add_(0, token - first, value[:, None] * sae.W_dec[feature])
-    size = whole_moves(ablation, site).norm(dim=1)
-    moves = size[None, :, None] * directions[:, None]
-    if kind_of(site) == BOTH:
-        moves = torch.cat([moves, torch.zeros_like(moves)], -1)  # a move of either part moves the whole stream alike
-    streams = response.x[first:] + moves
-    return response.text.reward - rewards_on_span(rm, response.text, site, response.start + first, streams).float().cpu()
+    """r minus r with the stream moved along each direction, by the norm of the joint ablation of ``members`` at each token.
+
+    ``directions`` holds as many at each site of the whole stream; the moves are made at all sites of the members at once
+    (:mod:`rmscope.effects.across`).
+    """
+    entries = {site: entries_of(responses[site].active, features) for site, features in members.items()}
+    own = contributions(saes, {site: e for site, e in entries.items() if e[0].numel()})
+    sizes = {site: (token, moves.norm(dim=1, keepdim=True)) for site, (token, moves) in own.items()}
+    n = len(next(iter(directions.values())))
+    changes = [{site: (token, -size * directions[site][i]) for site, (token, size) in sizes.items()} for i in range(n)]
+    return take_out(rm, {site: responses[site] for site in members}, changes)

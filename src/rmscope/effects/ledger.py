@@ -285,17 +285,21 @@ def ledger_rows(
             sides = waiting.setdefault(parts.pair, {})
             sides[parts.side] = parts
             if len(sides) == 2:
-                yield parts.pair, pair_ledger(sides["chosen"], sides["rejected"]), sides
+                yield parts.pair, pair_ledger(sides["chosen"], sides["rejected"], sd), sides
                 done += 1
         progress(done, len(unit), "ledgers")
 
 
-def pair_ledger(chosen: SideParts, rejected: SideParts) -> dict[str, float]:
-    """Δr and its parts, which sum to it, and the number of gradients along the longer of the two paths."""
+def pair_ledger(chosen: SideParts, rejected: SideParts, sd: float) -> dict[str, float]:
+    """Δr and its parts, which sum to it, the gradients along the longer of the two paths, and whether the ledger is closed.
+
+    One whose halvings were used up may stay open: its gap is larger than the bound.
+    """
     delta, remainder = chosen.end - rejected.end, chosen.start - rejected.start
     parts = {name: getattr(chosen, name) - getattr(rejected, name) for name in ("features", "error", "constant")}
     gap, nodes = delta - sum(parts.values()) - remainder, max(chosen.nodes, rejected.nodes)
-    return {"delta_r": delta, **parts, "remainder": remainder, "gap": gap, "nodes": nodes}
+    closed = abs(gap) <= BOUND * max(abs(delta), FLOOR * sd)
+    return {"delta_r": delta, **parts, "remainder": remainder, "gap": gap, "nodes": nodes, "closed": closed}
 
 
 def shares(parts: Float[np.ndarray, "pairs parts"], delta: Float[np.ndarray, " pairs"]) -> Float[np.ndarray, " parts"]:

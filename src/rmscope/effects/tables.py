@@ -13,9 +13,9 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from rmscope.effects.ablation import Groups, ablations
 from rmscope.effects.gradients import Method, estimate, on_span, sum_by_feature
 from rmscope.effects.ledger import PARTS, SILENT, SideParts, estimate_along_path
+from rmscope.effects.requests import Groups, ablations
 from rmscope.io import Progress, silent
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
@@ -27,7 +27,7 @@ Wanted = dict[int, dict[str, dict[str, list[int] | None]]]
 FeatureValues = tuple[int, str, Tensor, dict[str, Tensor]]
 """A response's pair, side and features, and the table's columns with one value per feature."""
 
-LEDGER = {"pair": pl.String, **dict.fromkeys(("delta_r", *PARTS), pl.Float64), "nodes": pl.Int32}
+LEDGER = {"pair": pl.String, **dict.fromkeys(("delta_r", *PARTS), pl.Float64), "nodes": pl.Int32, "closed": pl.Boolean}
 SCHEMA = {"pair": pl.String, "side": pl.String, "feature": pl.Int32, "effect": pl.Float32, "kind": pl.String}
 
 

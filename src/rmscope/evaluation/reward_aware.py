@@ -35,12 +35,13 @@ from rmscope.hardware import fast_products
 from rmscope.io import Progress, content_hash, silent
 from rmscope.model.packing import UNIT, Batch, by_budget, packed_length
 from rmscope.model.rendering import PairTokens
-from rmscope.model.reward_model import TOKEN_BUDGET, RewardModel, Scores
+from rmscope.model.reward_model import TOKEN_BUDGET, RewardModel
+from rmscope.model.scores import Scores
 from rmscope.pairs.pair import SIDES, Pair
 from rmscope.sae.base import Sae, training_class
 from rmscope.sae.config import SaeConfig
 from rmscope.sae.trainer import ExtraLoss, TrainingRun, finish, load_checkpoint, load_finished, save_checkpoint, train_step
-from rmscope.settings import Settings
+from rmscope.settings import Seed, Settings
 
 LR_SHARE = 0.25
 """The default learning rate, as a share of the one with which the family trains from random weights."""
@@ -67,7 +68,7 @@ class RewardAwareConfig(Settings):
     figure is taken from these rewards."""
     checkpoint_steps: int = Field(50, gt=0)
     """Steps between two checkpoints."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Fixes the order of the pairs."""
 
 
@@ -152,6 +153,11 @@ def fine_tune(
 def _check(rm: RewardModel, sae: Sae, tokens: Sequence[PairTokens]) -> None:
     if too_long := sum(not rm.fits(t) for t in tokens):
         raise InputError(f"{too_long} pairs are longer than the PM's context of {rm.context} tokens; leave them out.")
+    if alone := sum(t.longest > rm.capabilities.mixing for t in tokens):
+        raise InputError(
+            f"Fine-tuning runs both sides of a pair together, and in this PM that changes the rewards of {alone} pairs "
+            "(rmscope doctor: company); leave them out, or use another PM."
+        )
     if not sae.site:
         raise InputError("The SAE does not say which site it was trained on; set sae.site to resid_post.6 or the like.")
     rm.site_index(sae.site)
@@ -163,7 +169,7 @@ def _check(rm: RewardModel, sae: Sae, tokens: Sequence[PairTokens]) -> None:
 
 def _family_config(sae: Sae, own: SaeConfig | None, config: RewardAwareConfig) -> SaeConfig:
     """The settings of the family's own loss in the second phase: no warm-up, a lower learning rate, this phase's seed."""
-    if own is None:
+    if own is None or own.init is not None:  # then the initial weights decided the family
         plain = {"architecture": sae.architecture, "d_sae": sae.m, **{k: v for k, v in sae.cfg.items() if k == "k"}}
         own = SaeConfig(**((sae.metadata.get("rmscope") or {}).get("config") or plain))
     rate = config.lr or LR_SHARE * own.rate(sae.m)

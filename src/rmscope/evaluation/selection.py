@@ -231,3 +231,8 @@ def match_by_traits(
         free[pick] = False
         out.append(pick)
     return np.array(out, dtype=np.int64)
+
+
+def distinct_sets(groups: Iterable[Sequence[int]]) -> list[list[int]]:
+    """The groups that hold something, each set of features once: where free features are few, draws repeat."""
+    return [list(group) for group in {frozenset(group): group for group in groups if group}.values()]

@@ -33,7 +33,7 @@ class Base(Trunk):
 
     def __init__(self, model: Any, name: str, pm: Trunk) -> None:
         super().__init__(model.eval().requires_grad_(False))
-        self.name = name
+        self.name, self._pm = name, pm
         if len(self.blocks) < len(pm.blocks):
             raise InputError(
                 f"The base {name} has {len(self.blocks)} blocks, the PM {len(pm.blocks)}; name the base that the PM was "
@@ -61,6 +61,10 @@ class Base(Trunk):
             use_onednn(block)
         self.identity = content_hash(fingerprint(self.model.base_model))
 
+    @property
+    def segment_end(self) -> int | None:
+        return self._pm.segment_end
+
     def _after_blocks(self) -> list[nn.Module]:
         """The modules that come after the list of blocks, such as the final norm: they do not touch a site."""
         modules = list(self.model.base_model.children())
@@ -76,7 +80,7 @@ class Base(Trunk):
         sites = [f"resid_post.{block}" for block in blocks]
         given = nullcontext() if self.start is None or start is None else self.replace_stream(self.start, start)
         with suppress(StopForward), given, self.edit_streams({s: keep_stream(kept, s) for s in sites}, stop=True):
-            self.model.base_model(**batch.inputs(self.device, self.dtype), **options)
+            self.model.base_model(**self.inputs(batch), **options)
         return {block: kept[site] for block, site in zip(blocks, sites, strict=True)}
 
 

@@ -1,34 +1,32 @@
-"""Checks of a PM: the preflight of every run, the further checks of ``rmscope doctor``, and the cost of a run."""
+"""Checks of a PM: the preflight of every run, and the cost of a run."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Literal
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from rmscope.errors import InputError
 from rmscope.io import Progress, silent
-from rmscope.model.capabilities import PROBE, REFUSALS
+from rmscope.model.blocks import REFUSALS
+from rmscope.model.capabilities import PROBE
 from rmscope.model.packing import packed_length, pad_texts
-from rmscope.model.rendering import SETTINGS_FILE, STYLES, PairTokens, Rendering, render
+from rmscope.model.rendering import SETTINGS_FILE, PairTokens, render
 from rmscope.model.reward_model import RewardModel
-from rmscope.pairs.pair import SIDES, Pair
+from rmscope.model.scores import Scores
+from rmscope.pairs.pair import SIDES
 
 Status = Literal["ok", "warn", "fail"]
 PROBES = 8
 """The number of pairs that are scored alone and in a batch."""
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
 """Spread over batches, in SD of the rewards, above which scores count as batch-dependent."""
-LEVEL = 0.01
-"""Family-wise error rate at which another rendering counts as better."""
 FORWARDS = 5
 """A run costs about as much as scoring its pairs this many times."""
 ABLATIONS = 20_000
@@ -66,12 +64,28 @@ class Preflight:
 
 def preflight(rm: RewardModel, tokens: Sequence[PairTokens], progress: Progress = silent) -> Preflight:
     """Checks a PM on the tokens of some pairs, which must fit into its context."""
-    probes = tokens[:PROBES]
+    probes = spread(tokens)
     alone = rewards_alone(rm, probes, progress)
-    together = rm.score_tokens(probes)
-    apart = float((alone - torch.stack([together.chosen, together.rejected], dim=1)).abs().max())
-    checks = [head(rm), rendering(rm), read_position(rm, tokens), attention(rm), forward(rm), *packing(rm), precision(rm)]
+    finite = bool(alone.isfinite().all())
+    scores = rm.score_tokens(probes) if finite else Scores(*alone.T)
+    apart = float((alone - torch.stack([scores.chosen, scores.rejected], dim=1)).abs().max())
+    checks = [head(rm), rendering(rm), read_position(rm, tokens), attention(rm), forward(rm)]
+    checks += [*packing(rm), *company(rm), precision(rm)]
     return Preflight([*checks, sites(rm, probes[0].chosen), rewards(alone), batches(rm, alone, apart)], apart)
+
+
+def spread(tokens: Sequence[PairTokens]) -> list[PairTokens]:
+    """Some of the pairs, in their order: the shortest, the longest, and others between them."""
+    by_length = sorted(range(len(tokens)), key=lambda i: tokens[i].longest)
+    places = {by_length[round(i * (len(tokens) - 1) / (PROBES - 1))] for i in range(PROBES)}
+    return [tokens[i] for i in sorted(places)]
+
+
+def notes(rm: RewardModel) -> list[str]:
+    """What one should know of a PM before its rewards are read: how it is run, its head, and its date."""
+    told = [f"{c.check}: {c.detail}" for c in (forward(rm), *company(rm)) if c.status != "ok"]
+    told += [f"head: {description}"] if (description := getattr(rm.own_head, "description", "")) else []
+    return told + ([f"rendering: {rm.rendering}"] if rm.rendering.date else [])
 
 
 def rewards_alone(rm: RewardModel, tokens: Sequence[PairTokens], progress: Progress = silent) -> Float[Tensor, "pairs 2"]:
@@ -94,8 +108,9 @@ def head(rm: RewardModel) -> Check:
     if weights and not any(bool(w.any()) for w in weights):
         return Check("head", "fail", "is all zeros, as before any training", "name the checkpoint that was trained")
     outputs = f"{len(rm.output)} outputs, weighted {rm.output}" if len(rm.output) > 1 else "1 output"
-    own = rm.own_head is not None
-    return Check("head", "ok", "a head from outside the checkpoint" if own else f"{outputs}, loaded from the checkpoint")
+    if rm.own_head is not None:
+        return Check("head", "ok", getattr(rm.own_head, "description", "a head from outside the checkpoint"))
+    return Check("head", "ok", f"{outputs}, loaded from the checkpoint")
 
 
 def rendering(rm: RewardModel) -> Check:
@@ -108,6 +123,9 @@ def rendering(rm: RewardModel) -> Check:
         render(rm.rendering, rm.tokenizer, [{"role": "system", "content": "Be brief."}, *PROBE.prompt], PROBE.chosen)
     except InputError:
         return Check(name, "warn", f"{detail}; the template refuses system prompts", "leave out pairs with a system prompt")
+    if rm.rendering.date:
+        told = f"{detail}: the chat template writes the date of the day, which would change rewards from day to day"
+        return Check(name, "warn", told, f'write "date": the day of its training, into the rendering of {SETTINGS_FILE}')
     return Check(name, "ok", detail)
 
 
@@ -146,8 +164,25 @@ def forward(rm: RewardModel) -> Check:
     if rm.capabilities.resume:
         way = "in one row" if rm.capabilities.ragged else "in rectangles, because its attention is custom"
         return Check("forward", "ok", f"can be resumed at any site; ablations run {way}")
-    detail = f"{'cannot be resumed' if rm.causal else 'an encoder'}: hooks, and a full forward pass per ablation"
+    if rm.causal:
+        why = "no split forward: it takes no cache of keys and values"
+    elif isinstance(getattr(rm.model, "score", None), torch.nn.Linear):
+        why = "its own forward does more than read its score at the last token, so it is run whole"
+    else:
+        why = "an encoder, or a head of its own: its own forward is run whole"
+    detail = f"{why}; a full forward pass per ablation"
     return Check("forward", "warn", detail, "plan for the time (see the cost in rmscope doctor), or lower --limit")
+
+
+def company(rm: RewardModel) -> list[Check]:
+    """Which texts run alone because the other texts of a batch would change their rewards."""
+    longest = rm.capabilities.mixing
+    if longest >= rm.context:
+        return []
+    detail = f"texts of more than {longest} tokens run alone: rotary frequencies depend on the longest text of a forward"
+    if longest == 0:
+        detail = "each text runs alone: in a padded batch its reward is another"
+    return [Check("company", "warn", detail, "plan for the time; elsewhere, score each text of this PM alone")]
 
 
 def packing(rm: RewardModel) -> list[Check]:
@@ -171,6 +206,9 @@ def precision(rm: RewardModel) -> Check:
 
 def sites(rm: RewardModel, ids: Tensor) -> Check:
     """Whether the stream at each site but the last (before the final norm) is transformers' hidden state there."""
+    if not rm.sites:
+        detail = f"no residual stream that can be studied ({rm.why_no_blocks})"
+        return Check("sites", "warn", detail, "score pairs with it, or study another PM")
     told = f"embed, resid_post.0 .. resid_post.{len(rm.blocks) - 1}; default {', '.join(rm.default_sites)}"
     try:
         with torch.no_grad():
@@ -212,139 +250,6 @@ def in_sd(difference: float, alone: Tensor) -> float:
     """A difference of rewards in SD of the rewards."""
     spread = float(alone.std())
     return difference / spread if spread > 0 else 0.0
-
-
-# The doctor
-
-
-def examine(
-    rm: RewardModel, pairs: Sequence[Pair], other: RewardModel | None = None, progress: Progress = silent
-) -> Preflight:
-    """All checks; ``other`` is the same PM in the other precision. Raises :class:`InputError` if every pair is too long."""
-    tokens = rm.tokenize_all(pairs)
-    fitting = [t for t in tokens if rm.fits(t)]
-    if not fitting:
-        raise InputError(
-            f"Each of the {len(pairs)} pairs is longer than the PM's context of {rm.context} tokens (the longest text has "
-            f"{max(t.longest for t in tokens)}); give shorter texts with --data."
-        )
-    result = preflight(rm, fitting, progress)
-    result.checks += [base(rm), context(rm, tokens), *padding(rm, fitting[:PROBES])]
-    if other is not None:
-        result.checks.append(precisions(rm, other, fitting[:PROBES]))
-    result.checks += [training(rm, [p for p, t in zip(pairs, tokens, strict=True) if rm.fits(t)]), price(rm, fitting)]
-    return result
-
-
-def base(rm: RewardModel) -> Check:
-    """The PM's base: which blocks preference training changed, and how far."""
-    try:
-        found = rm.base
-    except InputError as error:
-        return Check("base", "warn", str(error).rstrip("."), "name another --base, or study the whole stream")
-    if found is None:
-        return Check("base", "ok", "not known, so only the whole stream can be studied; --base names it")
-    moved = [change for change in found.changes if change > 0]
-    where = f"blocks {found.first} to {len(rm.blocks) - 1}" + (" and the embeddings" if found.embeddings_differ else "")
-    far = f"by {min(moved):.1%} to {max(moved):.1%} of their weights' norm" if moved else ""
-    return Check("base", "ok", f"{found.name}; preference training changed {where} {far}".rstrip())
-
-
-def context(rm: RewardModel, tokens: Sequence[PairTokens]) -> Check:
-    """Whether every pair fits into the PM's context."""
-    long = sum(not rm.fits(t) for t in tokens)
-    limit = f"{rm.context} tokens" if rm.context < 1 << 30 else "no limit stated"
-    detail = f"{limit}; the longest text has {max(t.longest for t in tokens)}; {long} of {len(tokens)} pairs are too long"
-    return verdict("context", not long, detail, "a run leaves out pairs that are too long: shorten the texts to keep them")
-
-
-def padding(rm: RewardModel, tokens: Sequence[PairTokens]) -> list[Check]:
-    """transformers' own forward on a batch of 8, padded on the right and on the left, compared with each text alone."""
-    if rm.own_head is not None:
-        return []
-    texts = [t.side(side) for t in tokens for side in SIDES][:PROBES]
-    alone = torch.stack([rm.reward_alone(ids) for ids in texts])
-    checks = []
-    for side, other in (("right", "left"), ("left", "right")):
-        ids = pad_sequence(texts, batch_first=True, padding_value=rm.pad_id, padding_side=side)
-        mask = pad_sequence([torch.ones_like(t) for t in texts], batch_first=True, padding_side=side)
-        try:
-            with torch.no_grad():
-                logits = rm.model(input_ids=ids.to(rm.device), attention_mask=mask.to(rm.device)).logits
-            apart = float((rm.reward_of(logits).cpu() - alone).abs().max())
-        except REFUSALS as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            detail = f"transformers refuses a batch of {len(texts)} ({reason})"
-            checks.append(Check(f"{side} padding", "warn", detail, "set pad_token_id"))
-            continue
-        sound = in_sd(apart, alone) <= LIMITS.get(rm.dtype, 1e-4)
-        detail = f"transformers in a batch of {len(texts)}: at most {apart:.1e} from each text alone"
-        mend = f"elsewhere, pad this PM on the {other} or run texts alone; rmscope is not affected"
-        checks.append(verdict(f"{side} padding", sound, detail, mend))
-    return checks
-
-
-def precisions(rm: RewardModel, other: RewardModel, tokens: Sequence[PairTokens]) -> Check:
-    """Rewards in float32 compared with those in bfloat16, each text alone."""
-    mine, its = rewards_alone(rm, tokens), rewards_alone(other, tokens)
-    apart = in_sd(float((mine - its).abs().max()), mine)
-    same = int((((mine[:, 0] - mine[:, 1]) * (its[:, 0] - its[:, 1])) > 0).sum())
-    name, its_name = (str(m.dtype)[6:] for m in (rm, other))
-    detail = (
-        f"{name} and {its_name} are at most {apart:.1e} SD of r apart; Δr has the same sign in {same} of {len(tokens)} pairs"
-    )
-    return verdict("float32, bfloat16", apart <= LIMITS[torch.bfloat16], detail, "measure rewards and effects in float32")
-
-
-def training(rm: RewardModel, pairs: Sequence[Pair]) -> Check:
-    """Whether another rendering ranks the pairs better, by a sign test over those that it and the present one tell apart."""
-    from scipy.stats import binomtest  # takes half a second
-
-    own = rm.rendering
-    styles = [s for s in STYLES if s != "chat" or getattr(rm.tokenizer, "chat_template", None)]
-    ends = (False, True) if rm.tokenizer.eos_token_id is not None else (False,)
-    every = [replace(own, style=style, append_eos=end) for style in styles for end in ends]
-    others = [r for r in every if r != own]
-    mine, best, most = _right(rm, own, pairs), own, 0
-    for other in others:
-        its = _right(rm, other, pairs)
-        won, lost = int((its & ~mine).sum()), int((mine & ~its).sum())
-        better = won > lost and binomtest(won, won + lost, 0.5, "greater").pvalue < LEVEL / len(others)
-        if better and its.sum() > most:
-            best, most = other, int(its.sum())
-    detail = f"ranks {int(mine.sum())} of {len(pairs)} pairs as they are labelled"
-    if best == own:
-        return Check("as in training", "ok", f"{detail}; none of {len(others)} other renderings does clearly better")
-    told = f'{{"rendering": {{"style": "{best.style}", "append_eos": {str(best.append_eos).lower()}}}}}'
-    mend = f"if it was trained with that rendering, write {told} into {SETTINGS_FILE} beside the PM"
-    return Check("as in training", "warn", f"{detail}; {best}, ranks {most}", mend)
-
-
-def _right(rm: RewardModel, rendering: Rendering, pairs: Sequence[Pair]) -> Bool[np.ndarray, " pairs"]:
-    """Whether the PM ranks each pair as labelled under a rendering; False for pairs that do not fit."""
-    right = np.zeros(len(pairs), dtype=bool)
-    before, rm.rendering = rm.rendering, rendering
-    try:
-        tokens = rm.tokenize_all(pairs)
-        fits = [rm.fits(t) for t in tokens]
-        right[fits] = rm.score_tokens([t for t in tokens if rm.fits(t)]).delta.numpy() > 0
-    except InputError:
-        pass  # the template refuses a role, so no pair can be ranked under this rendering
-    finally:
-        rm.rendering = before
-    return right
-
-
-def price(rm: RewardModel, tokens: Sequence[PairTokens]) -> Check:
-    """Time and memory of a run on 1,000 pairs like these."""
-    rate = tokens_per_second(rm, tokens)
-    minutes = run_minutes(rm, tokens, rate, 1000)
-    needed, there = run_bytes(rm), machine_bytes(rm.device)
-    whole = "" if rm.capabilities.resume else ", most of it full forward passes for ablations"
-    detail = f"{rate:,.0f} tokens per second; a run on 1,000 such pairs takes about {minutes:.2g} minutes{whole}, and "
-    detail += f"{needed / 1e9:.1f} GB of {there / 1e9:.0f} GB"
-    mend = "use --dtype bfloat16, which halves the weights, or a machine with more memory"
-    return verdict("cost", needed <= there, detail, mend)
 
 
 # The cost of a run

@@ -5,56 +5,67 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
-from rmscope.errors import InputError
-from rmscope.io import content_hash
+from rmscope.errors import InputError, one_line
+from rmscope.hardware import check_device
+from rmscope.io import content_hash, local_path
+from rmscope.model.blocks import REFUSALS
+from rmscope.model.checkpoint import StoredHead, StoredWeights, stored_head, stored_weights
 from rmscope.model.rendering import SETTINGS_FILE, Rendering, read_json
 from rmscope.model.zoo import BASE, base_folder, load_adapted, load_base, quiet_transformers, zoo_folder
 
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 """Names of the last linear map of a scalar head."""
+LOAD_ERRORS = (
+    *REFUSALS, OSError, ImportError, NameError, SyntaxError, EOFError, ArithmeticError, UnpicklingError, SafetensorError,
+    StrictDataclassError,
+)  # fmt: skip
+"""What transformers, torch, peft and safetensors raise where a file of a checkpoint is missing, damaged or hostile."""
 PROBE = "A probe of the tokenizer: 12,345 words."
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def load(
     source: str, dtype: str, place: str, adapter: str | None, revision: str | None, trust_remote_code: bool
-) -> tuple[Any, Any, Rendering]:
-    """The model on its device, its tokenizer, and its rendering. Raises InputError where the source is not a PM."""
-    try:
-        torch.device(place)  # hooks, caches and SAEs do not follow a PM over several
-    except RuntimeError as error:
-        raise InputError(
-            f"--device {place} is not a device: a PM is studied on one (cpu, cuda, cuda:1), not spread over several; name a "
-            "device that is large enough, or halve the PM with --dtype bfloat16."
-        ) from error
+) -> tuple[Any, Any, Rendering, StoredHead | None]:
+    """The model on its device, its tokenizer, its rendering, and its head where transformers does not load that itself.
+
+    Raises InputError where the source is not a PM.
+    """
+    check_device(place)  # one device: hooks, caches and SAEs do not follow a PM over several
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"--dtype {dtype} is not known; use float32, bfloat16 or float16.")
+    if revision is not None and (source.startswith("zoo:") or local_path(source).exists()):
+        raise InputError(f"{source} is here, and only PMs on the hub have revisions; leave --revision out.")
     if source == BASE:
         raise InputError("zoo:smollm2 is a base without a scalar head; use zoo:hh or zoo:planted, or train a PM on it.")
-    path = zoo_folder(source[4:]) if source.startswith("zoo:") else Path(source).expanduser()
+    path = zoo_folder(source[4:]) if source.startswith("zoo:") else local_path(source)
     if "base" in read_json(path / SETTINGS_FILE):
         if adapter is not None:
             raise InputError(f"{source} has its own adapter; --adapter is for PMs and bases in transformers' format.")
         model, tokenizer = load_adapted(path)
         for parameter in model.parameters():  # not the buffers: rotary frequencies in bfloat16 would be wrong later on
             parameter.data = parameter.data.to(getattr(torch, dtype))
-        return model.to(place), tokenizer, Rendering.find(path, tokenizer)
+        return model.to(place), tokenizer, Rendering.find(path, tokenizer), None
     if adapter is None and (base := _adapted_base(path)):
         source, adapter = base, source
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    model, tokenizer = _from_transformers(source, dtype, place, adapter, options)
+    model, tokenizer, head = _from_transformers(source, dtype, place, adapter, options)
+    _check_finite(source, model)
     card = _card(source, revision) + ("" if adapter is None else _card(adapter, None))
-    folders = [Path(p).expanduser() for p in (adapter, source) if p is not None]
+    folders = [local_path(p) for p in (adapter, source) if p is not None]
     beside = next((p for p in folders if (p / SETTINGS_FILE).is_file()), None)
-    return model, tokenizer, Rendering.find(beside, tokenizer, card)
+    return model, tokenizer, Rendering.find(beside, tokenizer, card), head
 
 
 def load_base_of(
@@ -74,13 +85,12 @@ def load_base_of(
     """
     from transformers import AutoModel, AutoTokenizer
 
-    path = zoo_folder(source[4:]) if source.startswith("zoo:") else Path(source).expanduser()
+    path = zoo_folder(source[4:]) if source.startswith("zoo:") else local_path(source)
     settings = read_json(path / SETTINGS_FILE)
     if base is None and "base" in settings:
         model, _ = load_base(settings["blocks"], settings["base"])
         return _as_base(model.base_model, dtype, place), settings["base"]
-    if base is None:
-        base = (_adapted_base(path) or _base_in_card(_card(source, revision))) if adapter is None else source
+    base = base or base_name(source, adapter, revision)
     if base is None:
         return None
     name = local_or_hub(base)
@@ -92,6 +102,14 @@ def load_base_of(
             f"The base {base} splits text into other tokens than {source}; name the base that the PM was trained from."
         )
     return _as_base(model, dtype, place), base
+
+
+def base_name(source: str, adapter: str | None, revision: str | None) -> str | None:
+    """The name of the base of a PM, from its adapter or its card; it is not loaded. None where none is named."""
+    path = zoo_folder(source[4:]) if source.startswith("zoo:") else Path(source).expanduser()
+    if "base" in (settings := read_json(path / SETTINGS_FILE)):
+        return str(settings["base"])
+    return source if adapter is not None else _adapted_base(path) or _base_in_card(_card(source, revision))
 
 
 def _base_in_card(card: str) -> str | None:
@@ -127,7 +145,7 @@ def _card(source: str, revision: str | None) -> str:
     """The model card of a PM or an adapter, on disk or on the hub; empty without one."""
     from transformers.utils.hub import cached_file
 
-    folder = Path(source).expanduser()
+    folder = local_path(source)
     path: Any = folder / "README.md"
     if not folder.is_dir():
         optional = {f"_raise_exceptions_for_{w}": False for w in ("gated_repo", "missing_entries", "connection_errors")}
@@ -139,7 +157,7 @@ def is_base(source: str) -> bool:
     """Whether a source is a base: the zoo's, or a model folder without a scalar head."""
     from transformers import AutoConfig
 
-    path = Path(source).expanduser()
+    path = local_path(source)
     if source == BASE or not (path / "config.json").is_file() or "base" in read_json(path / SETTINGS_FILE):
         return source == BASE
     with as_input_error(f"The model {source}"):
@@ -148,14 +166,16 @@ def is_base(source: str) -> bool:
 
 def local_or_hub(source: str) -> str:
     """A source as transformers loads it: a folder's path, or a hub id. Raises InputError for a folder without a model."""
-    path = base_folder() if source == BASE else Path(source).expanduser()
+    path = base_folder() if source == BASE else local_path(source)
     if (source.startswith((".", "/", "~")) or path.exists()) and not (path / "config.json").is_file():
         raise InputError(f"{source} is not a model folder: it has no config.json; name one, or a hub id.")
     return str(path) if path.is_dir() else source
 
 
-def _from_transformers(source: str, dtype: str, place: str, adapter: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+def _from_transformers(
+    source: str, dtype: str, place: str, adapter: str | None, options: dict[str, Any]
+) -> tuple[Any, Any, StoredHead | None]:
+    from transformers import AutoModelForSequenceClassification
 
     name = local_or_hub(source)
     brought: dict[str, list[int]] = {}
@@ -164,8 +184,8 @@ def _from_transformers(source: str, dtype: str, place: str, adapter: str | None,
 
         with as_input_error(f"The adapter {adapter}"):
             brought = {key: list(tensor.shape) for key, tensor in load_peft_weights(adapter, device="cpu").items()}
-    config = _config(source, name, brought, options)
-    with as_input_error(f"The PM {source}"), quiet_transformers() if brought else nullcontext():
+    config, weights = _config(source, name, adapter, brought, options)
+    with as_input_error(f"The PM {source}"), quiet_transformers() if brought or weights else nullcontext():
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name,
             config=config,
@@ -176,44 +196,118 @@ def _from_transformers(source: str, dtype: str, place: str, adapter: str | None,
             **options,
         )
     words, at = name, options
-    if adapter is not None and (Path(adapter).expanduser() / "tokenizer_config.json").is_file():
-        words, at = str(Path(adapter).expanduser()), {**options, "revision": None}
-    with as_input_error(f"The tokenizer of {words}"):
-        tokenizer = AutoTokenizer.from_pretrained(words, **at)
+    if adapter is not None and (local_path(adapter) / "tokenizer_config.json").is_file():
+        words, at = str(local_path(adapter)), {**options, "revision": None}
+    tokenizer = _tokenizer(words, at)
     if words != name and tokenizer.pad_token_id is not None:  # the padding that the adapter was trained with
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    _check_whole(source, info, brought)
+    head = _other_head(source, name, options["revision"], model, info, weights)
+    _check_whole(source, info, [*brought, *(["score.weight"] if head is not None else [])])
+    _check_all_blocks_used(source, info, model)
     if adapter is not None:
         with as_input_error(f"The adapter {adapter}"):
+            _grow_embeddings(model, brought)
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    return model, tokenizer
+    return model, tokenizer, head
 
 
-def _config(source: str, name: str, brought: dict[str, list[int]], options: dict[str, Any]) -> Any:
-    """The config of a PM. Raises InputError where the model is not a PM, or needs code that is not trusted."""
+def _config(
+    source: str, name: str, adapter: str | None, brought: dict[str, list[int]], options: dict[str, Any]
+) -> tuple[Any, StoredWeights | None]:
+    """The config of a PM, and its stored weights where the config names another kind of model.
+
+    Raises InputError where the model is not a PM, or needs code that is not trusted.
+    """
     import transformers
 
     with as_input_error(f"The PM {source}"):
         stored, _ = transformers.PreTrainedConfig.get_config_dict(name, revision=options["revision"])
-        made_as = (stored.get("architectures") or ["model"])[0]
-        if stored.get("auto_map") and not hasattr(transformers, made_as) and not options["trust_remote_code"]:
+        made_as = str((stored.get("architectures") or ["model"])[0])
+        own_code = bool(stored.get("auto_map")) and not hasattr(transformers, made_as)
+        if own_code and not options["trust_remote_code"]:
             raise InputError(
                 f"{source} is a {made_as}, whose code comes with its checkpoint and would run on this machine; read that "
                 "code and pass --trust-remote-code, or name another PM."
             )
         config = transformers.AutoConfig.from_pretrained(name, **options)
-    heads = [shape[0] for key, shape in brought.items() if key.endswith(HEADS)]
-    if heads:
-        config.num_labels = heads[0]
-    elif not _has_head(config):
+        text = config.get_text_config()
+        if text.pad_token_id is not None and not 0 <= text.pad_token_id < text.vocab_size:
+            text.pad_token_id = None  # a token that was added for training, and that the embeddings do not hold
+        heads = [shape[0] for key, shape in brought.items() if key.endswith(HEADS)]
+        if heads:
+            config.num_labels = heads[0]
+        if heads or own_code or (_has_head(config) and not getattr(config, "normalize_reward", False)):
+            return config, None
+        weights = stored_weights(name, options["revision"])
+        if adapter is not None:
+            beside = stored_weights(adapter)
+            weights.files.update(beside.files)
+            weights.shapes.update(beside.shapes)
+        native = [shape for key, shape in weights.shapes.items() if key.endswith(HEADS)]
+        if native:
+            config.num_labels = native[0][0]
+        elif weights.heads(int(text.hidden_size)):
+            config.num_labels = 1
+        else:
+            others = ", ".join(f"{key} {weights.shapes[key]}" for key in sorted(weights.shapes)[:4]) or "nothing"
+            raise InputError(
+                f"{source} is a {made_as}, without a scalar head: its score.weight would be newly initialised (outside its "
+                f"blocks it holds {others}); name a sequence-classification PM, or an --adapter that contains the head."
+            )
+    return config, weights
+
+
+def _other_head(
+    source: str, name: str, revision: str | None, model: Any, info: dict[str, Any], weights: StoredWeights | None
+) -> StoredHead | None:
+    """The head of a checkpoint that transformers did not load: another name, a bias, or rewards that are normalised."""
+    lacks_head = any(key.endswith(HEADS) for key in info.get("missing_keys", []))
+    has_bias = "score.bias" in info.get("unexpected_keys", [])
+    normalised = weights is not None and getattr(model.config, "normalize_reward", False)
+    if not (lacks_head or has_bias or normalised) or not isinstance(getattr(model, "score", None), nn.Linear):
+        return None
+    with as_input_error(f"The PM {source}"):
+        weights = weights or stored_weights(name, revision)
+        if not weights.heads(model.score.in_features):
+            return None
+        head = stored_head(source, weights, model.config)
+    model.score = head
+    return head if lacks_head else None  # a head that transformers places itself is read where its own forward reads it
+
+
+def _grow_embeddings(model: Any, brought: dict[str, list[int]]) -> None:
+    """Gives the model as many embeddings as an adapter that was trained with added tokens."""
+    own = model.get_input_embeddings()
+    place = next(name for name, module in model.named_modules() if module is own).rpartition(".")[2]
+    rows = [shape[0] for key, shape in brought.items() if key.endswith(f"{place}.weight")]
+    if rows and rows[0] != own.num_embeddings:
+        model.resize_token_embeddings(rows[0], mean_resizing=False)
+
+
+def _tokenizer(name: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = Path(name).expanduser()
+    pieces = next((p.name for p in (*folder.glob("*.model"), *folder.glob("*.spm")) if folder.is_dir()), None)
+    if pieces and not (folder / "tokenizer.json").is_file() and not find_spec("sentencepiece"):
         raise InputError(
-            f"{source} is a {made_as}, without a scalar head: its score.weight would be newly initialised; name a "
-            "sequence-classification PM, or an --adapter that contains the head."
+            f"The tokenizer of {name} is a SentencePiece file ({pieces}) alone; pip install sentencepiece protobuf, or add "
+            "its tokenizer.json."
         )
-    return config
+    with as_input_error(f"The tokenizer of {name}"):
+        return AutoTokenizer.from_pretrained(name, **options)
 
 
-def _check_whole(source: str, info: dict[str, Any], brought: dict[str, list[int]]) -> None:
+def _check_finite(source: str, model: Any) -> None:
+    """Raises InputError where a weight is not finite: every reward would be NaN."""
+    for name, weight in model.named_parameters():
+        if weight.numel() and not bool(torch.stack(weight.aminmax()).isfinite().all()):  # NaN is the least and the largest
+            raise InputError(
+                f"{source} holds {name} with numbers that are not finite; fetch the checkpoint again, or load it in float32."
+            )
+
+
+def _check_whole(source: str, info: dict[str, Any], brought: Sequence[str]) -> None:
     """Raises InputError where a weight would be newly initialised, or has another shape than in the config."""
     mismatched = sorted(m for m in info.get("mismatched_keys", []) if not any(name.endswith(m[0]) for name in brought))
     if mismatched:
@@ -230,14 +324,27 @@ def _check_whole(source: str, info: dict[str, Any], brought: dict[str, list[int]
         )
 
 
+def _check_all_blocks_used(source: str, info: dict[str, Any], model: Any) -> None:
+    """Raises InputError where the checkpoint holds a block that the config does not count."""
+    names = list(model.state_dict())
+    for key in sorted(info.get("unexpected_keys", [])):
+        place = re.match(r"((.*?\.)?\w+\.)\d+\.", key)  # block 3 of model.layers, in model
+        if place is None or any(name.startswith(place[0]) for name in names):
+            continue
+        if any(name.startswith((place[1], place[2] or place[1])) for name in names):
+            raise InputError(
+                f"{source} holds {key}, of a block that its config.json does not count; correct the config "
+                "(num_hidden_layers, for example)."
+            )
+
+
 @contextmanager
 def as_input_error(what: str) -> Iterator[None]:
     """Turns the errors of transformers and peft into an InputError of one sentence."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{what} could not be loaded ({lines[0].strip(' .:')}); check its name and its files.") from error
+    except LOAD_ERRORS as error:
+        raise InputError(f"{what} could not be loaded ({one_line(error)}); check its name and its files.") from error
 
 
 def _has_head(config: Any) -> bool:
@@ -245,11 +352,10 @@ def _has_head(config: Any) -> bool:
     return not config.architectures or any("SequenceClassification" in a or "Reward" in a for a in config.architectures)
 
 
-def output_weights(model: Any, output: int | Sequence[float] | None, head: Any = None) -> Tensor:
-    """The weight of each output in the reward, [outputs] float32. Raises InputError where the choice is missing or wrong."""
+def output_weights(n: int, output: int | Sequence[float] | None, head: Any = None) -> Tensor:
+    """The weight of each of ``n`` outputs in the reward, [n] float32. InputError where the choice is missing or wrong."""
     if head is not None and output is not None:
         raise InputError("A head of its own has one output; leave out output=, or apply the weights inside the head.")
-    n = 1 if head is not None else int(model.config.num_labels)
     if output is None and n != 1:
         raise InputError(f"The PM has {n} outputs, not one; pick one with --output 0 .. {n - 1}, or give {n} weights.")
     if output is None or isinstance(output, int):

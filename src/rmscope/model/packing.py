@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rmscope.model.rendering import PairTokens
+from rmscope.model.rendering import NO_LIMIT, PairTokens
 from rmscope.pairs.pair import SIDES
 
 UNIT = 64
@@ -98,12 +98,15 @@ def pad_texts(texts: Sequence[tuple[int, str, Tensor, int, int]], pad: int) -> B
     return Batch(ids, torch.arange(ids.shape[1]).expand_as(ids), mask, views)
 
 
-def by_budget(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length: (longest in the batch) x (batch size) <= budget, at least one each."""
+def by_budget(lengths: Sequence[int], budget: int, mixing: int = NO_LIMIT) -> Iterator[list[int]]:
+    """Indices in batches of similar length: (longest in the batch) x (batch size) <= budget, at least one each.
+
+    What is longer than ``mixing`` has a batch of its own.
+    """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batch: list[int] = []
     for i in order:
-        if batch and lengths[batch[0]] * (len(batch) + 1) > budget:
+        if batch and (lengths[batch[0]] * (len(batch) + 1) > budget or lengths[batch[0]] > mixing):
             yield batch
             batch = []
         batch.append(i)

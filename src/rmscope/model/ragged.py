@@ -9,7 +9,7 @@ rectangles (``RewardModel.resume``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from rmscope.model.sites import CleanRun, StopForward, Trunk, keep_stream
+from rmscope.model.sites import Clamp, CleanRun, StopForward, Trunk, keep_stream
 
 NAME = "rmscope_ragged"
 FUSED_TOKENS = 24
@@ -139,12 +139,18 @@ def _ragged_attention(model: Any, row: _Row) -> Iterator[None]:
 
 
 def ragged_states(
-    trunk: Trunk, text: CleanRun, site: str, starts: Sequence[int], stream: Float[Tensor, "tokens d"]
+    trunk: Trunk,
+    text: CleanRun,
+    site: str,
+    starts: Sequence[int],
+    stream: Float[Tensor, "tokens d"],
+    later: Mapping[str, Clamp],
 ) -> Float[Tensor, "continuations d"]:
     """The final hidden state of each continuation. Continuation c holds the tokens ``starts[c]`` .. read position.
 
-    ``stream`` holds the continuations' streams at ``site``, end to end. No block up to the site runs again, and no token
-    before a start. Raises what the model raises where it does not take such a row (``RewardModel.capabilities.ragged``).
+    ``stream`` holds the continuations' streams at ``site``, end to end; ``later`` edits it at later sites. No block up to
+    the site runs again, and no token before a start. Raises what the model raises where it does not take such a row
+    (``RewardModel.capabilities.ragged``).
     """
     upto, last = trunk.site_index(site), len(trunk.blocks) - 1
     n, _ = text.ids.numel(), trunk.outputs  # measured on first use, by a forward pass with the usual attention
@@ -152,21 +158,31 @@ def ragged_states(
     stream = stream.to(trunk.device, trunk.dtype)
     with torch.no_grad(), _ragged_attention(trunk.model, row):
         if upto < last:
-            stream = _input_of_last(trunk, text, row, site, stream)
+            inside = {s: clamp for s, clamp in later.items() if trunk.site_index(s) < last}
+            stream = _input_of_last(trunk, text, row, site, stream, inside)
         row.reading = True
         reads = torch.full_like(row.starts, n - 1)
-        hidden = _run(trunk, text, reads, site if upto == last else trunk.sites[last], stream[row.reads])
+        at_end = {s: clamp.among(row.reads) for s, clamp in later.items() if trunk.site_index(s) == last}
+        with trunk.edit_streams(at_end):
+            hidden = _run(trunk, text, reads, site if upto == last else trunk.sites[last], stream[row.reads])
     if not set(range(upto + 1, last + 1)) <= row.seen:
         raise ValueError("a block's attention does not go through transformers' attention interface")
     return hidden
 
 
-def _input_of_last(trunk: Trunk, text: CleanRun, row: _Row, site: str, stream: Tensor) -> Float[Tensor, "tokens d"]:
+def _input_of_last(
+    trunk: Trunk, text: CleanRun, row: _Row, site: str, stream: Tensor, later: Mapping[str, Clamp]
+) -> Float[Tensor, "tokens d"]:
     """The last block's input. Runs the blocks between the site and the last one, whose keys it leaves in ``row``."""
     before_last = trunk.sites[row.last]
     streams: dict[str, Tensor] = {}
+    keep = keep_stream(streams, before_last)
+
+    def edit_and_keep(x: Tensor) -> Tensor:
+        return keep(later[before_last](x) if before_last in later else x)
+
     try:
-        with trunk.edit_streams({before_last: keep_stream(streams, before_last)}):
+        with trunk.edit_streams({**later, before_last: edit_and_keep}):
             _run(trunk, text, row.positions, site, stream)
     except StopForward:
         return stream if site == before_last else streams[before_last][0]

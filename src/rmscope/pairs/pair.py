@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 from jaxtyping import Float
@@ -23,13 +23,19 @@ class Message(TypedDict):
 
     role: str
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    """The tools that an assistant calls, as chat templates take them."""
+    name: NotRequired[str]
+    """The name of the tool that answers."""
+    tool_call_id: NotRequired[str]
+    """The call that a tool answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
     """Two responses to one prompt, the first preferred.
 
-    ``prompt`` ends with a human turn; ``chosen`` and ``rejected`` are the assistant's next turn as plain strings.
+    ``prompt`` ends with a human's or a tool's turn; ``chosen`` and ``rejected`` are the assistant's next turn as texts.
     """
 
     id: str

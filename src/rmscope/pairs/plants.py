@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rmscope.errors import InputError
+from rmscope.settings import parse_yaml
 
 Kind = Literal["phrase", "url", "repeat_sentence", "agree", "word", "style", "order", "length"]
 Style = Literal["capitals", "url", "list", "exclamation", "markdown"]
@@ -68,12 +68,9 @@ class PlantSet(NamedTuple):
 def read_plants(path: Path) -> PlantSet:
     """A plants file: a list of plants, or ``seed`` and ``plants``. Raises an InputError if the file is missing or malformed,
     a field does not fit, two plants have one name, or the rates sum to more than 1."""
-    if not path.is_file():
-        raise InputError(f"The plants file {path} is not there; name a YAML file such as configs/audit/standard.yaml.")
+    content = parse_yaml(path, "plants file")
     try:
-        return plant_set(yaml.safe_load(path.read_text("utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"The plants file {path} is not YAML: {str(error).splitlines()[0]}.") from error
+        return plant_set(content)
     except InputError as error:
         raise InputError(f"The plants file {path}: {error}") from error
 

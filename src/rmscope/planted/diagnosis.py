@@ -17,7 +17,7 @@ from rmscope.effects import ledger
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.plants import LEXICAL, Plant
-from rmscope.planted.matching import F1, MASS, held_out_f1, matches, threshold
+from rmscope.planted.matching import F1, MASS, OFTEN, held_out_f1, matches, threshold, union
 from rmscope.planted.results import Candidate, Candidates, NullMatch
 from rmscope.planted.twins import Prepared, all_peaks, halves, localises, mediation, scaled_peaks
 from rmscope.ranking.confirm import BOUND
@@ -26,8 +26,6 @@ from rmscope.statistics import interval
 
 DETECTORS = 16
 """Features of a site, reported or not, that are tried for a missed cue: those that detect it best alone."""
-OFTEN = 0.2
-"""A feature that fires in fewer of a cue's windows than this is not tried."""
 ERROR = 0.5
 """The share of a cue's effect that must run through the error, at every site, to be called carried by it."""
 LEDGERS = 8
@@ -83,22 +81,25 @@ class Diagnosis:
 def match_null(
     rm: RewardModel, saes: Mapping[str, Sae], plant: Plant, prepared: Prepared, reported: Candidates, sd: float
 ) -> list[NullMatch]:
-    """The reported features that match a clean null.
+    """The reported features, or concepts, that match a clean null.
 
-    A feature matches when it detects the null's cue, localises it (lexical cues), and its ablation moves the twins'
-    difference in the feature's sign by more than the bound of a report (lower end of the interval). The bound replaces the
-    mediated share, since a null has no effect to mediate.
+    One matches when it detects the null's cue, localises it (features and lexical cues), and its ablation moves the twins'
+    difference in its sign by more than the bound of a report (lower end of the interval). The bound replaces the mediated
+    share, since a null has no effect to mediate.
     """
     out = []
+    measuring = {site: halves(twins)[1] for site, twins in prepared.items()}
     for site, candidates in reported.items():
-        _, measuring = halves(prepared[site])
-        fitting_peaks, peaks = scaled_peaks(prepared[site], [c.feature for c in candidates], saes[site].m)
+        features = list(dict.fromkeys(j for c in candidates for j in c.at(site)[site]))
+        fitting_peaks, peaks = scaled_peaks(prepared[site], features, saes[site].m)
         for c in candidates:
-            f1 = held_out_f1(fitting_peaks[c.feature], peaks[c.feature])
-            if f1 < F1 or (plant.kind in LEXICAL and localises(measuring, c.feature) < MASS):
+            f1 = held_out_f1(union(fitting_peaks, c.at(site)[site]), union(peaks, c.at(site)[site]))
+            elsewhere = plant.kind in LEXICAL and not c.members and localises(measuring[site], c.feature) < MASS
+            if f1 < F1 or elsewhere:
                 continue
-            both = mediation(rm, saes[site], site, measuring, [[c.feature]])[0]
-            moved = interval(np.sign(c.mean_effect) * (both[:, 0] - both[:, 1]), [t.prompt for t in measuring])
+            both = mediation(rm, saes, measuring, [c.at(site)])[0]
+            moved = interval(np.sign(c.mean_effect) * (both[:, 0] - both[:, 1]), [t.prompt for t in measuring[site]])
             if moved.value is not None and moved.low is not None and moved.low > BOUND * sd:
-                out.append(NullMatch(site=site, feature=c.feature, f1=f1, moved=moved.value))
+                found = NullMatch(site=site, feature=c.feature, concept=bool(c.members), f1=f1, moved=moved.value)
+                out.append(found)
     return out

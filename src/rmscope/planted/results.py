@@ -7,7 +7,7 @@ of its features rank in the first K of its site. Shares of cues or features have
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import polars as pl
@@ -34,13 +34,12 @@ class Candidate:
     sign_consistency: float
     """The share of its ablations that have the sign of its mean effect."""
     flags: tuple[str, ...] = ()
-    members: tuple[int, ...] = ()
-    """The features of a concept."""
+    members: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """The features of a concept at each of its sites; those of the first detect it, all are ablated together."""
 
-    @property
-    def features(self) -> tuple[int, ...]:
-        """The features that are ablated together."""
-        return self.members or (self.feature,)
+    def at(self, site: str) -> Mapping[str, tuple[int, ...]]:
+        """The features that are ablated together, by site, of a candidate that is listed at ``site``."""
+        return self.members or {site: (self.feature,)}
 
 
 Candidates = Mapping[str, Sequence[Candidate]]
@@ -69,13 +68,25 @@ class CueEffect(Row):
     """Whether it is a clean null. A cue may be neither learned nor a clean null."""
 
 
-class Match(Row):
+class Ablated(Row):
+    """Features that are ablated together."""
+
+    features: list[int] = []
+    elsewhere: dict[str, list[int]] = {}
+    """The features at other sites."""
+
+    @property
+    def size(self) -> int:
+        """How many features are ablated together, at all sites."""
+        return len(self.features) + sum(map(len, self.elsewhere.values()))
+
+
+class Match(Ablated):
     """The best match of a cue at a site, or the best attempt at one."""
 
     found: bool = False
     hit: Hit = "none"
     site: str | None = None
-    features: list[int] = []
     concepts: list[int] = []
     """The concepts that hold these features; empty where features were tried one by one."""
     rank: int | None = None
@@ -97,11 +108,10 @@ class Match(Row):
         return (self.mediated and self.mediated.value) or 0.0
 
 
-class GroupMatch(Row):
+class GroupMatch(Ablated):
     """A group of features that matches a cue, beside a single feature that does."""
 
     site: str
-    features: list[int]
     f1: float
     mediated: Figure
     matched: float
@@ -119,10 +129,12 @@ class CueMatch(Match, CueEffect):
 
 
 class NullMatch(Row):
-    """A reported feature that matches a clean null."""
+    """A reported feature, or concept, that matches a clean null."""
 
     site: str
     feature: int
+    concept: bool = False
+    """Whether ``feature`` is the number of a concept."""
     f1: float
     moved: float
     """How far its ablation moves the twins' difference, in the feature's sign."""
@@ -145,7 +157,7 @@ class CueResult(CueMatch):
     ate_sd: float
     """The effect in SD(Δr)."""
     matched_by: list[NullMatch] = []
-    """Reported features that match it, where it is a null."""
+    """Reported features and concepts that match it, where it is a null."""
     detail: str = ""
     """What the best attempt lacked."""
     text: str | None = None
@@ -215,7 +227,7 @@ def sign_accuracy(rows: Sequence[CueMatch]) -> Figure:
 
 
 def reported_nulls(rows: Sequence[CueResult]) -> Figure:
-    """The share of clean nulls that a reported feature matches."""
+    """The share of clean nulls that a reported feature or concept matches."""
     clean = [row for row in rows if row.null]
     return share(sum(bool(row.matched_by) for row in clean), len(clean))
 
@@ -225,7 +237,7 @@ def false_discoveries(rows: Sequence[CueResult], replicated: Mapping[str, pl.Dat
 
     ``replicated`` has, at each site, one row per reported feature: feature, failed (null where it cannot be judged).
     """
-    of_null = {(match.site, match.feature) for row in rows if row.null for match in row.matched_by}
+    of_null = {(m.site, m.feature) for row in rows if row.null for m in row.matched_by if not m.concept}
     failed = {(site, feature) for site, table in replicated.items() for feature in table.filter(pl.col("failed"))["feature"]}
     reported = sum(table.height for table in replicated.values())
     unjudged = sum(int(table["failed"].null_count()) for table in replicated.values())

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from rmscope.effects.ablation import Response, ablate_groups, at_site, clean_runs
+from rmscope.effects.ablation import Response, at_site, clean_runs
+from rmscope.effects.across import Members, ablate_members
 from rmscope.evaluation.selection import match_by_traits
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES, Pair, Side
@@ -36,8 +38,10 @@ class Twin:
     windows: Mapping[Side, Tensor]
     """The cue's and the filler's window [span]."""
     negative: Negative | None
-    ablated: dict[tuple[Side, tuple[int, ...]], float] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Effects of ablations by side and by the features that fire there: many groups have these in common."""
+    ablated: dict[tuple[Side, tuple[tuple[str, tuple[int, ...]], ...]], float] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """Effects of ablations by side and by the features that fire at each site: many groups have these in common."""
 
     @property
     def delta(self) -> float:
@@ -133,28 +137,40 @@ def localises(twins: Sequence[Twin], feature: int) -> float:
     return inside / total if total else 0.0
 
 
-def mediation(rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], groups: Sequence[Sequence[int]]) -> Array:
-    """[groups, twins, 2]: each twin's Δr as it is, and with a group ablated from both sides."""
+def mediation(
+    rm: RewardModel, saes: Mapping[str, Sae], prepared: Prepared, groups: Sequence[Members]
+) -> Float[Array, "groups twins 2"]:
+    """Each twin's Δr as it is, and with a group ablated from both sides, at all sites of the group at once."""
+    twins = next(iter(prepared.values()))
     rows = np.zeros((len(groups), len(twins), 2))
     for i, twin in enumerate(twins):
-        chosen, rejected = (_ablated(rm, sae, site, twin, s, groups) for s in SIDES)
+        at_sites = {site: of_site[i] for site, of_site in prepared.items()}
+        chosen, rejected = (group_effects(rm, saes, at_sites, s, groups) for s in SIDES)
         rows[:, i, 0] = twin.delta
         rows[:, i, 1] = twin.delta - chosen + rejected
     return rows
 
 
-def _ablated(rm: RewardModel, sae: Sae, site: str, twin: Twin, side: Side, groups: Sequence[Sequence[int]]) -> Array:
-    """Effect of ablating each group from a twin's response [groups]; ablations that were done before are not run again."""
-    fires = set(twin.responses[side].features().tolist())
-    wanted = [(side, tuple(sorted(fires.intersection(group)))) for group in groups]
-    new = [key for key in dict.fromkeys(wanted) if key not in twin.ablated]
-    effects = ablate_groups(rm, sae, twin.responses[side], site, [firing for _, firing in new])
-    twin.ablated.update(zip(new, effects.tolist(), strict=True))
-    return np.array([twin.ablated[key] for key in wanted])
+def group_effects(
+    rm: RewardModel, saes: Mapping[str, Sae], at_sites: Mapping[str, Twin], side: Side, groups: Sequence[Members]
+) -> Float[Array, " groups"]:
+    """The effect of ablating each group from a twin's response; ablations that were done before are not run again."""
+    fires = {site: set(twin.responses[side].features().tolist()) for site, twin in at_sites.items()}
+    wanted = [tuple((s, tuple(sorted(fires[s].intersection(of)))) for s, of in group.items()) for group in groups]
+    wanted = [tuple((site, firing) for site, firing in of if firing) for of in wanted]
+    done = next(iter(at_sites.values())).ablated
+    new = [of for of in dict.fromkeys(wanted) if (side, of) not in done]
+    responses = {site: twin.responses[side] for site, twin in at_sites.items()}
+    effects = ablate_members(rm, saes, responses, [dict(of) for of in new])
+    done.update(zip([(side, of) for of in new], effects.tolist(), strict=True))
+    return np.array([done[side, of] for of in wanted])
 
 
-def matched_groups(sae: Sae, twins: Sequence[Twin], group: Sequence[int], n: int) -> list[list[int]]:
-    """``n`` groups of other features, each member matched to one of the group's.
+def matched_groups(
+    sae: Sae, twins: Sequence[Twin], group: Sequence[int], n: int, forbidden: Sequence[int] | None = None
+) -> list[list[int]]:
+    """``n`` groups of features, each member matched to one of the group's, the first of which have the first choice. None
+    holds a feature of ``forbidden`` (left out: of the group).
 
     They match in the number of responses with the cue and with filler in which they fire, and in their mass Σ_t f_tj |d_j|.
     """
@@ -166,4 +182,5 @@ def matched_groups(sae: Sae, twins: Sequence[Twin], group: Sequence[int], n: int
             traits[active.feature.unique().numpy(), column] += 1
             np.add.at(traits[:, 2], active.feature.numpy(), (active.value * norms[active.feature]).numpy())
     smoothed = traits + np.array([1.0, 1.0, 1e-9])
-    return [match_by_traits(smoothed, traits[:, 2] > 0, group, group, seed).tolist() for seed in range(n)]
+    forbidden = group if forbidden is None else forbidden
+    return [match_by_traits(smoothed, traits[:, 2] > 0, group, forbidden, seed).tolist() for seed in range(n)]

@@ -8,14 +8,15 @@ frozen features are grouped on the fit split, before anything is tested:
    at a site with both parts of the stream, what the base says about the tokens at which training wrote.
 2. *Weights.* A concept's activation is Σ_j w_j f_j, with w_j the estimated effect per unit of activation. It is in units of
    reward, and frozen.
-3. *Across sites.* Concepts of one sign whose activations correlate are told once, at the site where their effect is largest.
+3. *Across sites.* Concepts of one sign whose activations correlate are one: its activation is that of the site where its
+   effect is largest, and it is ablated at all of its sites at once.
 
 The same test as for features then runs on their joint ablations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +26,7 @@ from jaxtyping import Bool, Float, Int
 from rmscope.activations.store import ActivationStore
 from rmscope.ranking.candidates import ELIGIBLE_PROMPTS
 from rmscope.sae.base import Sae
+from rmscope.sae.stored import active_entries
 from rmscope.statistics import Array
 
 TOGETHER = 0.7
@@ -39,7 +41,6 @@ LIFT = 3.0
 """The share of a feature in a concept's windows must be so many times what it would be by chance."""
 MOST = 30
 """Concepts of a run that are frozen: those of the largest effects."""
-CHUNK = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,18 @@ def _core(active: Float[Array, " windows"]) -> Bool[Array, " windows"]:
     return core
 
 
+def members_of(table: pl.DataFrame) -> dict[int, dict[str, tuple[int, ...]]]:
+    """The features of each concept by site, that where its effect is largest first: what is ablated together.
+
+    ``table`` has the columns concept, site, features and elsewhere.
+    """
+    members = {}
+    for concept, site, features, elsewhere in table.select("concept", "site", "features", "elsewhere").iter_rows():
+        others = {other["site"]: tuple(other["features"]) for other in elsewhere or ()}
+        members[concept] = {site: tuple(features), **others}
+    return members
+
+
 def _merge_sites(at_sites: Sequence[WithActivation]) -> list[Concept]:
     """Each concept at the site of its largest effect, the others named."""
     told = []
@@ -186,7 +199,12 @@ def fire_alike(active: Float[Array, "windows n"], others: Float[Array, "windows 
     """Whether the activations of each column correlate with those of any of the others."""
     if not others.shape[1]:
         return np.zeros(active.shape[1], dtype=bool)
-    return np.asarray((_standardised(active).T @ _standardised(others)).max(1) >= TOGETHER)
+    return np.asarray(correlations_between(active, others).max(1) >= TOGETHER)
+
+
+def correlations_between(active: Float[Array, "windows n"], others: Float[Array, "windows m"]) -> Float[Array, "n m"]:
+    """Pearson correlations over windows of the columns of two arrays; 0 for what never fires."""
+    return _standardised(active).T @ _standardised(others)
 
 
 def _standardised(active: Float[Array, "windows n"]) -> Float[Array, "windows n"]:
@@ -213,23 +231,11 @@ def window_sums(store: ActivationStore, sae: Sae, site: str, features: Sequence[
 
 
 def response_windows(store: ActivationStore, site: str) -> tuple[Int[Array, " rows"], Int[Array, " rows"]]:
-    """(the stored rows of responses, the window of each): runs of 8 tokens of one response."""
-    region, pair, position = (store.column(site, name).numpy() for name in ("region", "pair", "position"))
-    keep = np.flatnonzero((region > 0) & (position > 0))
-    response = pair[keep].astype(np.int64) * 3 + region[keep]
-    first = np.r_[True, response[1:] != response[:-1]]
-    start = np.maximum.accumulate(np.where(first, np.arange(keep.size), 0))
-    begins = (np.arange(keep.size) - start) % WINDOW == 0
-    return keep, np.cumsum(begins) - 1
-
-
-def active_entries(store: ActivationStore, sae: Sae, site: str, keep: Array) -> Iterator[tuple[Array, Array, Array]]:
-    """(place in ``keep``, feature, value) of the active entries of some stored rows, chunk by chunk."""
-    import torch
-
-    for start in range(0, keep.size, CHUNK):
-        active = sae.active(store.rows(site, torch.from_numpy(keep[start : start + CHUNK])))
-        yield active.token.numpy() + start, active.feature.numpy(), active.value.numpy()
+    """(the stored rows of responses, the window of each): runs of 8 tokens of one response. First tokens of a text are left
+    out."""
+    rows, place = store.response_rows(site)
+    keep = store.column(site, "position").numpy()[rows] > 0
+    return rows[keep], (np.cumsum(place % WINDOW == 0) - 1)[keep]
 
 
 def concept_activations(store: ActivationStore, sae: Sae, concept: Concept) -> tuple[Array, Array]:

@@ -8,7 +8,7 @@ token's index predicts f_j with at least .5. Position 0 is left out of everythin
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,11 +18,11 @@ from scipy import sparse
 from torch import Tensor
 
 from rmscope.activations.store import ActivationStore
-from rmscope.sae.base import Active, Sae
+from rmscope.sae.base import Sae
+from rmscope.sae.stored import CHUNK, active_chunks
 from rmscope.statistics import Array
 
 DENSE, OUTLIER, LEXICAL, POSITION = 0.10, 0.5, 0.8, 0.5
-CHUNK = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def feature_statistics(store: ActivationStore, sae: Sae, site: str, normal_form:
     token, pair, position, region = (store.column(site, n).numpy()[keep] for n in ("token", "pair", "position", "region"))
     parts = []
     total, squares = torch.zeros(2, store.d(site)).double()
-    for start, x, active in _chunks(store, sae, site, keep):
+    for start, x, active in active_chunks(store, sae, site, keep):
         parts.append((active.token.numpy() + start, active.feature.numpy(), active.value.numpy()))
         response = x[torch.from_numpy(region[start : start + CHUNK] > 0)].double()
         total += response.sum(0)
@@ -92,17 +92,10 @@ def firings(store: ActivationStore, sae: Sae, site: str, features: Sequence[int]
     column = np.full(sae.m, -1)
     column[list(features)] = np.arange(len(features))
     fires = np.zeros((keep.size, len(features)), dtype=bool)
-    for start, _, active in _chunks(store, sae, site, keep):
+    for start, _, active in active_chunks(store, sae, site, keep):
         at = column[active.feature.numpy()]
         fires[active.token.numpy()[at >= 0] + start, at[at >= 0]] = True
     return fires
-
-
-def _chunks(store: ActivationStore, sae: Sae, site: str, keep: Array) -> Iterator[tuple[int, Tensor, Active]]:
-    """(place in ``keep``, x, features) of the rows ``keep``, CHUNK at a time."""
-    for start in range(0, keep.size, CHUNK):
-        x = store.rows(site, torch.from_numpy(keep[start : start + CHUNK]))
-        yield start, x, sae.active(x)
 
 
 def _held_out_r2(key: Array, row: Array, feature: Array, value: Array, held_out: Array, m: int) -> Array:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,14 +30,15 @@ LEADERS = 3
 """Features named on each side of the headline."""
 CLEAR_SHARE = 0.15
 """A token with a smaller share of a feature's firings does not name the feature."""
-STUDIES = ("compare", "evaluate", "experiment", "jailbreak", "sufficiency")
-"""Studies with a template of their own, ``STUDY/page.html``."""
+STUDIES = ("compare", "evaluate", "experiment", "export", "jailbreak", "sufficiency")
+"""Studies with templates of their own, such as ``STUDY/page.html``."""
 PARTS = ("features", "error", "constant", "remainder", "gap")
 STATUS = {"ok": "✓", "warn": "!", "fail": "✕"}
 VISIBLE = str.maketrans({"\n": "↵", "\t": "⇥", "\r": "␍"})
 HERE = files("rmscope.report")
 WORDS = yaml.safe_load(HERE.joinpath("glossary.yaml").read_text("utf-8"))
-"""``glossary``: the report's words, one meaning each; ``flags``: what each flag says of a feature."""
+"""``glossary``: the report's words, one meaning each; ``flags``: what each flag says of a feature; ``figures``: what numbers
+mean, for who hovers over one."""
 
 Feature = dict[str, Any]
 
@@ -79,8 +82,14 @@ def render_report(data: dict[str, Any]) -> str:
 
 def render(template: str, **values: Any) -> str:
     """A template of the report or of a study (``STUDY/page.html``), filled in."""
-    page = environment().get_template(template).render(**values)
+    page = _compiled().get_template(template).render(**values)
     return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate from a tokenizer could not be written
+
+
+@cache
+def _compiled() -> Environment:
+    """The environment of :func:`render`: each template is compiled once."""
+    return environment()
 
 
 def environment() -> Environment:
@@ -93,8 +102,9 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     env.globals.update(fmt=formatting, fig=figures, segments=segments, anchor=anchor, shown_effect=shown_effect)
-    env.globals.update(written_curve=written_curve)
-    env.globals.update(SHOWN=SHOWN, STATUS=STATUS, FLAGS=WORDS["flags"], GLOSSARY=WORDS["glossary"])
+    env.globals.update(why_not_reported=why_not_reported)
+    env.globals.update(written_curve=written_curve, shares=shares)
+    env.globals.update(SHOWN=SHOWN, STATUS=STATUS, FLAGS=WORDS["flags"], GLOSSARY=WORDS["glossary"], HINTS=WORDS["figures"])
     env.filters.update({name: getattr(formatting, name) for name in ("number", "signed", "percent", "count")})
     env.filters.update(visible=visible)
     return env
@@ -119,11 +129,18 @@ def headline(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def concept_group(concept: dict[str, Any]) -> str:
-    """The group in which a reported concept is told: ``form``; ``unspecific``, where it moves unrelated completions of the
-    same prompts too; else ``content``, which alone is counted in a headline."""
+    """The group in which a reported concept is listed: ``form``; ``nonspecific``, where it moves unrelated completions of
+    the same prompts too; else ``content``, which alone is counted in a headline."""
     if concept["form"]:
         return "form"
-    return "unspecific" if "nonspecific" in concept["flags"] else "content"
+    return "nonspecific" if "nonspecific" in concept["flags"] else "content"
+
+
+def why_not_reported(concept: dict[str, Any]) -> str:
+    """Why a concept is not reported, in a few words; empty where it is."""
+    if is_reported(concept):
+        return ""
+    return "no more than other directions" if "direction" in concept["flags"] else "not significant"
 
 
 def concept_view(data: dict[str, Any]) -> dict[str, Any] | None:
@@ -131,28 +148,37 @@ def concept_view(data: dict[str, Any]) -> dict[str, Any] | None:
     concepts = data.get("concepts") or []
     if not concepts:
         return None
-    ordered = sorted(concepts, key=lambda c: -abs(real(shown_effect(c)[0]) or 0.0))
+    ordered = sorted(concepts, key=lambda c: c["rank"])  # what is shown ranks nothing
     reported = [c for c in ordered if is_reported(c)]
-    groups = {group: [c for c in reported if concept_group(c) == group] for group in ("content", "unspecific", "form")}
+    groups = {group: [c for c in reported if concept_group(c) == group] for group in ("content", "nonspecific", "form")}
     content = groups["content"]
     sites, sd = data.get("sites") or [], real((data.get("scores") or {}).get("sd_delta"))
     up, down = ([c for c in content if (c["mean_effect"] >= 0) == raises] for raises in (True, False))
-    return {
+    view = {
         "frozen": len(concepts),
         "reported": len(content),
         "up": up,
         "down": down,
-        "unspecific": groups["unspecific"],
+        "nonspecific": groups["nonspecific"],
         "form": groups["form"],
         "any_direction": [c for c in ordered if not is_reported(c) and "direction" in c["flags"]],
         "others": [c for c in ordered if not is_reported(c) and "direction" not in c["flags"]],
         "leaders": {name: [c["name"] for c in listed[:LEADERS]] for name, listed in (("up", up), ("down", down))},
         "largest": {name: _largest(listed[0], sd) for name, listed in (("up", up), ("down", down)) if listed},
-        "span": figures.extent((v for c in reported for v in shown_effect(c)[:3]), include=[0.0], pad=0.04),
+        "span": effect_span(content),
         "bound": sites[0].get("bound") if sites else None,
         "known": {(site.get("site"), f.get("feature")) for site in sites for f in site.get("features") or []},
+        "set": data.get("reported_set"),
+        "without": {str(number): alone for number, alone in ((data.get("reported_set") or {}).get("without") or {}).items()},
         "adds": {str(number): adds for number, adds in ((data.get("text") or {}).get("adds") or {}).items()},
     }
+    others = [c for c in ordered if c not in content]
+    return view | {"wide": view | {"span": effect_span(others)}}  # what is folded has a scale of its own
+
+
+def effect_span(rows: Iterable[dict[str, Any]]) -> tuple[float, float]:
+    """The range of the effects that are shown of features or concepts, with their intervals and 0."""
+    return figures.extent((value for row in rows for value in shown_effect(row)[:3]), include=[0.0], pad=0.04)
 
 
 def _largest(concept: dict[str, Any], sd: float | None) -> dict[str, Any]:
@@ -169,6 +195,16 @@ WRITTEN_PARTS = {
 """The parts of Δr that the section on training shows, each in the colour of a part of the ledger."""
 
 
+ENOUGH = 0.9
+"""The share of what was written from which some concepts count as enough."""
+
+
+def _enough(written: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """The smallest number of concepts that were tried and hold :data:`ENOUGH` of what was written, with their share."""
+    shares = ((k, share) for k, share in (written.get("by_first") or {}).items() if share["value"] >= ENOUGH)
+    return next(shares, None)
+
+
 def written_view(data: dict[str, Any]) -> dict[str, Any] | None:
     """What training wrote at the site where most was written, told as a sentence and as parts of Δr."""
     sites = [site for site in data.get("sites") or [] if site.get("written")]
@@ -176,9 +212,9 @@ def written_view(data: dict[str, Any]) -> dict[str, Any] | None:
         return None
     site = max(sites, key=lambda s: s["written"]["written"]["value"])
     w = site["written"]
-    written, told, all_ = w["written"], w["by_concepts"], w["explained_of_written"]
-    inside = written["value"] * max(0.0, told["value"])
-    features = written["value"] * max(0.0, all_["value"] - max(0.0, told["value"]))
+    written, concepts, all_ = w["written"], w["by_concepts"], w["explained_of_written"]
+    inside = written["value"] * max(0.0, concepts["value"])
+    features = written["value"] * max(0.0, all_["value"] - max(0.0, concepts["value"]))
     share, low, high = (f"{100 * written[end]:.0f}" for end in ("value", "low", "high"))
     block, later = str(site["site"]).rpartition(".")[2], f"{100 * (1 - written['value']):.0f}"
     count = sum(is_reported(c) for c in data.get("concepts") or [])
@@ -193,8 +229,9 @@ def written_view(data: dict[str, Any]) -> dict[str, Any] | None:
         "parts": list(zip(WRITTEN_PARTS, parts, strict=True)),
         "labels": WRITTEN_PARTS,
         "explained": all_,
-        "by_concepts": told,
+        "by_concepts": concepts,
         "by_others": w["by_others"],
+        "enough": _enough(w),
         "features": site["saes"][0]["d_sae"],
         "pairs": w["pairs"],
     }
@@ -224,6 +261,11 @@ def _group(features: list[Feature], sd: float | None) -> dict[str, Any] | None:
     }
 
 
+def shares(*figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """Each share and its interval, as they are shown."""
+    return [formatting.share(figure["value"], figure["low"], figure["high"]) for figure in figures]
+
+
 def is_reported(feature: Feature) -> bool:
     return bool(feature.get("reported")) and real(feature.get("mean_effect")) is not None
 
@@ -243,9 +285,7 @@ def by_effect(features: list[Feature]) -> list[Feature]:
 
 
 def name_of(feature: Feature) -> str:
-    """The label, else up to two tokens with a clear share of the firings, else the feature's number."""
-    if feature.get("label"):
-        return f"“{feature['label']}”"
+    """Up to two tokens with a clear share of the firings, else the feature's number."""
     names: list[str] = []
     for token, share in feature.get("tokens") or []:
         text = str(token).strip().translate(VISIBLE)
@@ -286,11 +326,12 @@ def site_view(site: dict[str, Any]) -> dict[str, Any]:
     return {
         "explained": None,
         "written": None,
+        "missed": None,
         **site,
         "up": [f for f in reported if f["mean_effect"] >= 0],
         "down": [f for f in reported if f["mean_effect"] < 0],
         "others": [f for f in features if not is_reported(f)],
-        "span": figures.extent((value for f in features for value in shown_effect(f)[:3]), include=[0.0], pad=0.04),
+        "span": effect_span(features),
         "block": int(block[1]) if block else None,
         "shares": [s for part in PARTS for s in (site.get("ledger") or {}).get("shares") or [] if s["part"] == part],
     }

@@ -1,12 +1,14 @@
 """The stage of exact ablations on the confirm split: frozen features and frozen concepts, and their controls.
 
 1. Which features fire in which response is counted by a forward pass.
-2. Each is ablated on pairs where it fires, and where it fires hardest, also from the responses' endings alone. All ablations
-   of a response share its clean run.
+2. Each is ablated on pairs where it fires, and where it fires hardest, also from the responses' endings alone; a concept at
+   all of its sites at once. All ablations of a response share its clean run.
 3. Beside them: on unrelated completions, and dense features set to their mean.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import polars as pl
 
@@ -15,6 +17,7 @@ from rmscope.io import Progress, write_table
 from rmscope.model.rendering import PairTokens
 from rmscope.ranking import flags
 from rmscope.ranking.candidates import firing_counts, pairs_a_prompt, strongest
+from rmscope.ranking.concepts import members_of
 from rmscope.run.data import RunData
 from rmscope.run.screen import Tables, exact_effects, ordered
 
@@ -27,23 +30,17 @@ PARTS = ("firing", "confirm", "unrelated", "mean")
 def ablate(run: RunData, progress: Progress, key: str) -> None:
     """Writes ``exact``, ``strong`` and ``controls`` of every site, and of all concepts in ``concepts/``."""
     c, confirming = run.config, run.of_split("confirm")
-    firing = run.on_disk.in_units(
-        "firing",
-        key,
-        confirming,
-        progress,
-        lambda unit, within: tables.firing_table(run.rm, run.saes, run.tokens, run.ids, unit),
-    )
-    firing[CONCEPTS] = concept_firings(run, firing)
+    firing = feature_firings(run, "firing", confirming, progress, key)
+    firing[CONCEPTS] = concept_firings(run.frozen_concepts, firing)
     write_table(run.folder / CONCEPTS / "firing.parquet", firing[CONCEPTS].drop("kind"))
     fires = {name: ordered(run, table) for name, table in firing.items()}
     listed = {site: run.frozen(site)["feature"].to_list() for site in run.sites}
     listed[CONCEPTS] = run.frozen_concepts["concept"].to_list()
-    asked = {s: pairs_a_prompt(fires[s], listed[s], c.confirm_prompts, c.confirm_pairs) for s in listed}
-    hardest = {s: strongest(fires[s], listed[s], c.confirm_prompts) for s in listed}
+    prompts = {name: c.confirm_prompts if name == CONCEPTS else c.feature_prompts for name in listed}
+    asked = {s: pairs_a_prompt(fires[s], listed[s], prompts[s], c.confirm_pairs) for s in listed}
+    hardest = {s: strongest(fires[s], listed[s], prompts[s]) for s in listed}
     both = {s: pl.concat([asked[s].select(ROW), hardest[s].select(ROW)]) for s in listed}
-    concepts = run.frozen_concepts.select("concept", "site", "features").iter_rows()
-    groups = {CONCEPTS: {number: (site, features) for number, site, features in concepts}}
+    groups = {CONCEPTS: members_of(run.frozen_concepts)}
     effects = exact_effects(run, "confirm", key, both, progress, endings=True, groups=groups)
     tried, tokens = _unrelated_completions(run, asked)
     requests = {s: rows.with_columns(pl.lit("chosen").alias("side")) for s, rows in tried.items()}
@@ -73,11 +70,20 @@ def ablate(run: RunData, progress: Progress, key: str) -> None:
         run.on_disk.drop_parts(part, key)
 
 
-def concept_firings(run: RunData, firing: Tables) -> pl.DataFrame:
+def feature_firings(run: RunData, name: str, places: Sequence[int], progress: Progress, key: str) -> Tables:
+    """Which features fire in the responses of some pairs, by forward passes; kept unit by unit under ``name``."""
+
+    def make(unit: list[int], _within: Progress) -> Tables:
+        return tables.firing_table(run.rm, run.saes, run.tokens, run.ids, unit)
+
+    return run.on_disk.in_units(name, key, places, progress, make)
+
+
+def concept_firings(concepts: pl.DataFrame, firing: Tables) -> pl.DataFrame:
     """Where concepts fire: pair, side, feature (the concept's number), effect (Σ_t of its activation), ending, kind."""
     schema = tables.SCHEMA | {"ending": pl.Float32}
     parts = [pl.DataFrame(schema=schema)]
-    for number, site, features, weights in run.frozen_concepts.select("concept", "site", "features", "weights").iter_rows():
+    for number, site, features, weights in concepts.select("concept", "site", "features", "weights").iter_rows():
         own = pl.DataFrame({"feature": features, "weight": weights}, schema={"feature": pl.Int32, "weight": pl.Float64})
         total = [(pl.col(name) * pl.col("weight")).sum().alias(name) for name in ("effect", "ending")]
         by_response = firing[site].join(own, on="feature").group_by("pair", "side", "kind", maintain_order=True).agg(total)

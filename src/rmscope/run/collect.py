@@ -12,14 +12,10 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import torch
-from torch import Tensor
 
 from rmscope.effects.ledger import FEWEST, share_rows
-from rmscope.effects.splice import Replacement, Span, constant, delta_r2, run_replacements, splice
-from rmscope.effects.written import WRITTEN_PAIRS
 from rmscope.io import Progress, write_json, write_table, write_text
-from rmscope.model.site_names import is_difference, parts_of
+from rmscope.model.site_names import parts_of
 from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import Pair, split_of
 from rmscope.pairs.planting import twins
@@ -27,9 +23,11 @@ from rmscope.pairs.plants import Plant
 from rmscope.planted.matching import match_plant
 from rmscope.planted.results import Candidate, Candidates
 from rmscope.planted.twins import prepare
+from rmscope.ranking.concepts import members_of
 from rmscope.ranking.confirm import BOUND, power_statement
 from rmscope.ranking.feature_statistics import firings
 from rmscope.ranking.similarity import merged_ranks
+from rmscope.run import brought
 from rmscope.run.data import RunData
 from rmscope.run.evidence import (
     BaseEvidence,
@@ -47,14 +45,14 @@ from rmscope.run.evidence import (
     SaeEvidence,
     ScoreEvidence,
     SiteEvidence,
-    WrittenEvidence,
 )
-from rmscope.run.examples import choose_examples, contexts_of
+from rmscope.run.examples import Examples, choose_examples, contexts_of
+from rmscope.run.reported_set import set_evidence
 from rmscope.run.text import named_by_text, text_evidence
+from rmscope.run.written import written_evidence
 from rmscope.sae import measure_sae
-from rmscope.sae.base import Active, Sae
 from rmscope.sae.joint import JointSae
-from rmscope.statistics import accuracy, one_minus, ratio
+from rmscope.statistics import Figure, accuracy, share
 
 FEATURES = 20
 """Features per direction and site that are shown."""
@@ -69,16 +67,17 @@ POINTS = 600
 def collect(run: RunData, progress: Progress, key: str) -> None:
     """Writes ``evidence/``: evidence.json, the examples of each site as tables, and the planted truth where it is known."""
     folder, plants = run.folder / "evidence", zoo_plants() if _has_planted_truth(run) else ()
-    sites, steps, written = [], len(run.sites) + len(plants), written_evidence(run)
-    for i, site in enumerate(run.sites):
-        progress(i, steps, f"examples of {site}")
-        sites.append(site_evidence(run, site).model_copy(update={"written": written.get(site)}))
-        write_table(folder / f"examples.{site}.parquet", _example_table(sites[-1].features))
+    steps, written = 1 + len(plants), written_evidence(run)
+    progress(0, steps, "examples")
+    features, concepts = shown_evidence(run)
+    sites = []
+    for site, shown in features.items():
+        sites.append(site_evidence(run, site, shown).model_copy(update={"written": written.get(site)}))
+        write_table(folder / f"examples.{site}.parquet", _example_table(shown))
     planted = []
-    concepts = concept_evidence(run)
     candidates = {site: best_reported(run, site) for site in run.sites} if plants else {}
     for i, plant in enumerate(plants):
-        progress(len(run.sites) + i, steps, f"cue {plant.name}")
+        progress(1 + i, steps, f"cue {plant.name}")
         cue = partial(_cue, run, plant, candidates)
         planted.append(run.on_disk.keep_json("cues", key, plant.name, cue))
     text = text_evidence(run)
@@ -99,6 +98,7 @@ def collect(run: RunData, progress: Progress, key: str) -> None:
         why_no_base=run.inputs.why_no_base,
         text=text.model_copy(update={"cues": named}),
         concepts=concepts,
+        reported_set=set_evidence(run),
         sites=sites,
         planted=planted if plants else None,
         footer=Footer(seconds=run.on_disk.seconds, versions=run.on_disk.record["versions"], seed=run.config.seed),
@@ -115,12 +115,16 @@ def _has_planted_truth(run: RunData) -> bool:
 def _model(run: RunData) -> ModelEvidence:
     rm = run.rm
     checks = json.loads((run.folder / "preflight.json").read_text("utf-8"))["checks"]
+    if (fits := run.folder / brought.FILE).is_file():
+        checks += json.loads(fits.read_text("utf-8"))
     return ModelEvidence(
         name=rm.name,
         blocks=len(rm.blocks),
         d_model=rm.d_model,
         identity=rm.identity,
-        rendering=f"{rm.rendering.style}{', eos appended' if rm.rendering.append_eos else ''}",
+        rendering=rm.rendering.style
+        + (", eos appended" if rm.rendering.append_eos else "")
+        + ("" if rm.rendering.bos else ", no bos"),
         preflight=checks,
     )
 
@@ -129,8 +133,8 @@ def _pairs(run: RunData) -> PairsEvidence:
     report, inputs = run.inputs.read_report, run.inputs
     left_out = Counter(reason for _, reason in report.skipped)
     left_out["stands twice"] = report.duplicates
-    left_out[f"longer than {inputs.longest}"] = len(inputs.all_pairs) - len(inputs.scored.pairs)
     left_out["scored, but not among the largest |Δr|"] = len(inputs.scored.pairs) - len(run.pairs)
+    left_out |= inputs.left_out
     return PairsEvidence(
         name=run.config.data,
         pairs=len(run.pairs),
@@ -160,19 +164,15 @@ def score_evidence(scores: pl.DataFrame, prompts: Mapping[str, str]) -> ScoreEvi
     )
 
 
-def site_evidence(run: RunData, site: str) -> SiteEvidence:
-    """All that the pages show of a site."""
+def site_evidence(run: RunData, site: str, shown: list[FeatureEvidence]) -> SiteEvidence:
+    """All that the pages show of a site; ``shown`` are its features with their examples."""
     folder, features = run.folder / "effects" / site, run.features(site)
-    exact = run.confirmed(site)
-    strong = run.effects(site, "strong").join(
-        features.filter(pl.col("flags").list.contains("strong")), on="feature", how="semi"
-    )  # examples of what is reported for its strong firings are those
-    exact = pl.concat([exact.join(strong, on="feature", how="anti"), strong], how="diagonal")
     sample = pl.read_parquet(folder / "quality_sample.parquet")
     return SiteEvidence(
         site=site,
         saes=_saes(run, site),
         quality=json.loads((folder / "estimate_quality.json").read_text("utf-8")),
+        missed=_missed(run, site),
         scatter=sample.select("estimate", "effect").sample(min(POINTS, sample.height), seed=0).rows(),
         ledger=_ledger(run, site),
         frozen=features.height,
@@ -182,8 +182,14 @@ def site_evidence(run: RunData, site: str) -> SiteEvidence:
         prefers=int(features["prefers"].sum()),
         bound=BOUND * run.sd,
         power=power_statement(features, run.sd),
-        features=_features(run, site, features, exact),
+        features=shown,
     )
+
+
+def _missed(run: RunData, site: str) -> Figure:
+    """How many of the features that the estimate did not propose it should have proposed."""
+    others = pl.read_parquet(run.folder / "effects" / site / "others.parquet")
+    return share(int((others["fit_effect"].abs() > BOUND * run.sd).sum()), others.height)
 
 
 def _saes(run: RunData, site: str) -> list[SaeEvidence]:
@@ -216,36 +222,53 @@ def _ledger(run: RunData, site: str) -> LedgerEvidence | None:
         pairs=ledger.height,
         shares=[LedgerShare(**row) for row in share_rows(ledger, [run.prompts[p] for p in ledger["pair"]])],
         largest_gap=float(ledger["gap"].abs().max()),  # type: ignore[arg-type]
+        open=int((~ledger["closed"]).sum()),
     )
 
 
-def _features(run: RunData, site: str, features: pl.DataFrame, exact: pl.DataFrame) -> list[FeatureEvidence]:
-    """The features that are shown, at most 20 up and 20 down, reported ones first, each with its examples."""
+def shown_evidence(run: RunData) -> tuple[dict[str, list[FeatureEvidence]], list[ConceptEvidence]]:
+    """(by site the features that are shown, the frozen concepts), each with the examples of its ablation."""
+    tables = {site: shown_features(run, site) for site in run.sites}
+    concepts = run.concepts
+    of_features = [feature_examples(run, site, table) for site, table in tables.items()]
+    of_concepts = [concept_examples(run, site, concepts) for site in run.sites]
+    wanted = [*of_features, *of_concepts]
+    contexts: dict[tuple[str, int], list[Context]] = {}
+    for one, listed in zip(wanted, contexts_of(run, wanted), strict=True):
+        for number, context in zip(one.table["feature"], listed, strict=True):
+            contexts.setdefault((one.site if one.weights is None else "", number), []).append(context)
+    features = {
+        site: [
+            FeatureEvidence(**row, tokens=run.top_tokens(site, j), examples=contexts.get((site, j), []))
+            for j, row in zip(table["feature"], table.iter_rows(named=True), strict=True)
+        ]
+        for site, table in tables.items()
+    }
+    rows = concepts.iter_rows(named=True)
+    return features, [ConceptEvidence(**row, examples=contexts.get(("", row["concept"]), [])) for row in rows]
+
+
+def shown_features(run: RunData, site: str) -> pl.DataFrame:
+    """The features that are shown, at most 20 up and 20 down, reported ones first."""
     directions = (pl.col("mean_effect") > 0, pl.col("mean_effect") < 0)
-    shown = pl.concat([features.filter(direction).head(FEATURES) for direction in directions]).sort("rank")
-    examples = choose_examples(exact.join(shown, on="feature", how="semi"))
-    contexts: dict[int, list[Context]] = {}
-    for feature, context in zip(examples["feature"], contexts_of(run, site, examples), strict=True):
-        contexts.setdefault(feature, []).append(context)
-    return [
-        FeatureEvidence(**row, tokens=run.top_tokens(site, row["feature"]), examples=contexts.get(row["feature"], []))
-        for row in shown.iter_rows(named=True)
-    ]
+    features = run.features(site)
+    return pl.concat([features.filter(direction).head(FEATURES) for direction in directions]).sort("rank")
 
 
-def concept_evidence(run: RunData) -> list[ConceptEvidence]:
-    """The frozen concepts with examples of their joint ablation."""
-    table = run.concepts
-    exact = run.joint_effects()
-    contexts: dict[int, list[Context]] = {}
-    for site in run.sites:
-        own = table.filter((pl.col("site") == site) & pl.col("reported"))
-        listed = own.select("concept", "features", "weights").iter_rows()
-        weights = {concept: dict(zip(features, values, strict=True)) for concept, features, values in listed}
-        examples = choose_examples(exact.filter(pl.col("feature").is_in(list(weights))))
-        for number, context in zip(examples["feature"], contexts_of(run, site, examples, weights), strict=True):
-            contexts.setdefault(number, []).append(context)
-    return [ConceptEvidence(**row, examples=contexts.get(row["concept"], [])) for row in table.iter_rows(named=True)]
+def feature_examples(run: RunData, site: str, shown: pl.DataFrame) -> Examples:
+    """Examples of the features that are shown; of those with the flag ``strong`` among their strong firings."""
+    marked = run.features(site).filter(pl.col("flags").list.contains("strong"))
+    strong = run.effects(site, "strong").join(marked, on="feature", how="semi")
+    exact = pl.concat([run.confirmed(site).join(strong, on="feature", how="anti"), strong], how="diagonal")
+    return Examples(site, choose_examples(exact.join(shown, on="feature", how="semi")))
+
+
+def concept_examples(run: RunData, site: str, concepts: pl.DataFrame) -> Examples:
+    """Examples of the joint ablation of the reported concepts that are at home at a site."""
+    own = concepts.filter((pl.col("site") == site) & pl.col("reported"))
+    listed = own.select("concept", "features", "weights").iter_rows()
+    weights = {concept: dict(zip(features, values, strict=True)) for concept, features, values in listed}
+    return Examples(site, choose_examples(run.joint_effects().filter(pl.col("feature").is_in(list(weights)))), weights)
 
 
 def _base(run: RunData) -> BaseEvidence | None:
@@ -254,60 +277,6 @@ def _base(run: RunData) -> BaseEvidence | None:
     base = run.rm.base
     blocks = [BlockEvidence(**asdict(w)) for w in run.inputs.written_shares]
     return BaseEvidence(name=base.name, first=base.first, changes=base.changes, blocks=blocks)
-
-
-def written_evidence(run: RunData) -> dict[str, WrittenEvidence]:
-    """By site: what goes when all that was written is replaced by nothing, by its reconstruction, or by parts of that."""
-    places = run.pair_set.one_per_prompt(run.of_split("measure"), WRITTEN_PAIRS)
-    sites = [site for site in run.sites if is_difference(parts_of(site)[0])]
-    replacements: dict[str, tuple[str, Replacement]] = {}
-    for site in sites:
-        sae = run.saes[site]
-        sae = sae.difference if isinstance(sae, JointSae) else sae
-        inside = torch.zeros(sae.m, dtype=torch.bool)
-        inside[[j for j in _features_of_concepts(run, site) if j < sae.m]] = True
-        kinds: dict[str, Replacement] = {
-            "base": constant(torch.zeros(sae.d)),
-            "all": splice(sae),
-            "concepts": partial(_reconstruct_from, sae, inside),
-            "others": partial(_reconstruct_from, sae, ~inside),
-        }
-        replacements |= {f"{site}/{kind}": (parts_of(site)[0], replacement) for kind, replacement in kinds.items()}
-    if not sites:
-        return {}
-    runs = run_replacements(run.rm, run.tokens, places, replacements)
-    prompts = np.array([run.pairs[i].prompt_key for i in places])
-    evidence = {}
-    for site in sites:
-        delta, without, all_, concepts, others = (
-            runs[f"{site}/base"].delta,
-            *(runs[f"{site}/{kind}"].delta_hat[:, 0] for kind in ("base", "all", "concepts", "others")),
-        )
-        of_written = [one_minus((delta - some) ** 2, (delta - without) ** 2, prompts) for some in (all_, concepts, others)]
-        evidence[site] = WrittenEvidence(
-            written=ratio(delta * (delta - without), delta**2, prompts),
-            explained=delta_r2(delta, all_, prompts),
-            explained_of_written=of_written[0],
-            by_concepts=of_written[1],
-            by_others=of_written[2],
-            pairs=len(places),
-        )
-    return evidence
-
-
-def _features_of_concepts(run: RunData, site: str) -> list[int]:
-    """The features at a site of all reported concepts, those that are told at another site included."""
-    told = run.concepts.filter("reported")
-    elsewhere = told.select(pl.col("elsewhere").explode()).drop_nulls().unnest("elsewhere")
-    rows = pl.concat([table.filter(pl.col("site") == site).select("features") for table in (told, elsewhere)])
-    return sorted(set(rows["features"].explode().drop_nulls()))
-
-
-def _reconstruct_from(sae: Sae, inside: Tensor, at: Span) -> Tensor:
-    """The reconstruction from some features alone; ``inside`` [m] marks them."""
-    active = sae.active(at.x)
-    kept = inside[active.feature]
-    return sae.decode_active(Active(active.token[kept], active.feature[kept], active.value[kept], active.n_tokens))[None]
 
 
 def _example_table(features: Sequence[FeatureEvidence]) -> pl.DataFrame:
@@ -343,12 +312,11 @@ def reported_concepts(run: RunData) -> dict[str, list[Candidate]]:
     table = run.concepts.filter(pl.col("reported") & ~pl.col("flags").list.contains("ending"))
     strong = pl.col("flags").list.contains("strong")
     consistency = pl.when(strong).then("strong_consistency").otherwise("sign_consistency").alias("sign_consistency")
-    rows = table.with_columns(consistency).select(
-        "site", "concept", "rank", "mean_effect", "sign_consistency", "flags", "features"
-    )
+    rows = table.with_columns(consistency).select("site", "concept", "rank", "mean_effect", "sign_consistency", "flags")
     candidates: dict[str, list[Candidate]] = {site: [] for site in run.sites}
-    for site, concept, rank, effect, share, flags, features in rows.iter_rows():
-        candidates[site].append(Candidate(concept, rank, effect, share, tuple(flags), tuple(features)))
+    members = members_of(table)
+    for site, concept, rank, effect, same_sign, flags in rows.iter_rows():
+        candidates[site].append(Candidate(concept, rank, effect, same_sign, tuple(flags), members[concept]))
     return candidates
 
 
@@ -359,6 +327,6 @@ def best_reported(run: RunData, site: str, most: int | None = FEATURES) -> list[
     ranks = merged_ranks(features, run.saes[site].W_dec, firings(run.store, run.saes[site], site, features))
     strong = pl.col("flags").list.contains("strong")
     consistency = pl.when(strong).then("strong_consistency").otherwise("sign_consistency").alias("sign_consistency")
-    told = table.filter(~pl.col("flags").list.contains("ending")).with_columns(consistency)
-    columns = told.select("feature", "mean_effect", "sign_consistency", "flags").iter_rows()
-    return [Candidate(j, ranks[j], effect, share, tuple(listed)) for j, effect, share, listed in columns]
+    rows = table.filter(~pl.col("flags").list.contains("ending")).with_columns(consistency)
+    columns = rows.select("feature", "mean_effect", "sign_consistency", "flags").iter_rows()
+    return [Candidate(j, ranks[j], effect, same_sign, tuple(listed)) for j, effect, same_sign, listed in columns]

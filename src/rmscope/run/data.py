@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import polars as pl
+from pydantic import ValidationError
 
 from rmscope.activations.store import ActivationStore
 from rmscope.effects.ledger import Baseline, baseline, joint_baseline
@@ -16,15 +17,19 @@ from rmscope.evaluation.text_baseline import TextBaseline
 from rmscope.io import Display, NoDisplay
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.site_names import all_parts, is_difference
+from rmscope.model.site_names import all_parts, is_difference, parts_of
 from rmscope.pairs.pair import Pair, Split, largest_differences
 from rmscope.ranking.feature_statistics import FeatureStatistics, feature_statistics
+from rmscope.run.concept_table import concept_table
 from rmscope.run.evidence import Evidence
 from rmscope.run.folder import RunFolder
-from rmscope.run.inputs import Inputs, PairSet
+from rmscope.run.inputs import Inputs, PairSet, evenly
+from rmscope.run.labels import Labels
 from rmscope.run.settings import RunConfig
 from rmscope.sae import Sae
-from rmscope.sae.joint import JointSae, load_site
+from rmscope.sae.formats.saelens import CFG, WEIGHTS
+from rmscope.sae.initial import load_initial
+from rmscope.sae.joint import JointSae, join_parts, load_site
 
 
 class RunData:
@@ -45,6 +50,12 @@ class RunData:
             raise InputError(
                 f"The run in {self.folder} is not finished ({path.name} is missing); rmscope run {self.folder} resumes it."
             )
+        return self._sound(path)
+
+    def _sound(self, path: Path) -> Path:
+        """The path of a file of the run. InputError where the file is not what its stage wrote."""
+        if not self.on_disk.is_sound(path.relative_to(self.folder).as_posix()):
+            raise InputError(f"{path} is damaged (its checksum differs); rmscope run {self.folder} makes it again.")
         return path
 
     def _table(self, *parts: str) -> pl.DataFrame:
@@ -72,19 +83,16 @@ class RunData:
     def concepts(self) -> pl.DataFrame:
         """One row per frozen concept, by rank: name, site, features, joint effect, interval, q, flags, where else it is.
 
-        A reported concept has q < .05 and beats its direction null (``null_random``, ``null_real``); what has q < .05 and
-        does not beat it has the flag ``direction``.
+        A reported concept has q < .05 and beats its direction null. Its effect is that of the measure split
+        (:func:`~rmscope.run.concept_table.concept_table`). ``by_place`` and ``by_token`` are its resampled effects,
+        ``seed_effects`` those in SAEs of other seeds.
         """
-        table = self.ranked_concepts.join(
-            self._table("concepts", "directions.parquet"), on="concept", how="left", maintain_order="left"
-        )
-        lost = (pl.col("own").abs() <= pl.max_horizontal("null_random", "null_real")).fill_null(False)
-        flags = pl.when(lost).then(pl.concat_list("flags", pl.lit("direction"))).otherwise("flags")
-        return table.with_columns(flags=flags, reported=pl.col("reported") & ~lost).drop("own")
+        parts = (self._table("concepts", f"{name}.parquet") for name in ("directions", "measured"))
+        return concept_table(self.ranked_concepts, *parts)
 
     @property
     def ranked_concepts(self) -> pl.DataFrame:
-        """The same as they were tested, before the direction null."""
+        """The same as they were tested on the confirm split, before the direction null."""
         return self._table("concepts.parquet")
 
     def frozen(self, site: str) -> pl.DataFrame:
@@ -106,6 +114,12 @@ class RunData:
         activation), ending."""
         return self._table("concepts", "firing.parquet")
 
+    @property
+    def measured_effects(self) -> pl.DataFrame:
+        """Ablations of reported concepts on the measure split: concept, pair, side, kind (own, by_place, by_token, seed N),
+        effect."""
+        return self._table("concepts", "measured_effects.parquet")
+
     @cached_property
     def text_baseline(self) -> TextBaseline:
         """What text statistics alone say of Δr, fitted on the fit split."""
@@ -122,16 +136,24 @@ class RunData:
     @cached_property
     def evidence(self) -> Evidence:
         """All that the report shows, as the evidence stage stored it."""
-        return Evidence.model_validate_json(self._finished("evidence", "evidence.json").read_text("utf-8"))
+        path = self._finished("evidence", "evidence.json")
+        try:
+            return Evidence.model_validate_json(path.read_text("utf-8"))
+        except ValidationError as error:
+            raise InputError(
+                f"{path} is damaged, or of another version of rmscope; delete it, then rmscope run {self.folder} mends it."
+            ) from error
 
     @cached_property
     def noise_floor(self) -> float:
         """How far the reward of one text moves when it is run again in another batch, in units of reward."""
-        return float(json.loads((self.folder / "preflight.json").read_text("utf-8"))["noise_floor"])
+        return float(json.loads(self._finished("preflight.json").read_text("utf-8"))["noise_floor"])
 
     @cached_property
     def store(self) -> ActivationStore:
         """The stream of the fit split at every site."""
+        for manifest in self.folder.glob("activations/*/manifest.json"):
+            self._sound(manifest)
         return ActivationStore.open(self.folder / "activations")
 
     @cached_property
@@ -143,6 +165,33 @@ class RunData:
             sae.encode_on(self.rm.device)
         return saes
 
+    @property
+    def other_seeds(self) -> list[int]:
+        """What is added to the SAEs' seed for the run's other dictionaries; none where it trains no SAE itself."""
+        trains = any(part not in self.brought_saes for part in all_parts(self.sites))
+        return list(range(1, self.config.seeds)) if trains else []
+
+    def seed_folder(self, seed: int) -> str:
+        """Where the SAEs of another seed are, in the run folder."""
+        return f"saes/seeds/{seed}"
+
+    @cached_property
+    def other_saes(self) -> list[dict[str, Sae]]:
+        """The SAE of every site, for each of the run's other seeds."""
+        folders = [self.folder / self.seed_folder(seed) for seed in self.other_seeds]
+        seeds = [
+            {site: join_parts([self._again(folder, part) for part in parts_of(site)], site) for site in self.sites}
+            for folder in folders
+        ]
+        for saes in seeds:
+            for sae in saes.values():
+                sae.encode_on(self.rm.device)
+        return seeds
+
+    def _again(self, folder: Path, part: str) -> Sae:
+        """The SAE of a part from another seed; a brought one is the same in all."""
+        return self.brought_saes[part] if part in self.brought_saes else load_site(folder, part)
+
     @cached_property
     def brought_saes(self) -> dict[str, Sae]:
         """The SAEs that the settings bring, of each part of each site."""
@@ -153,9 +202,37 @@ class RunData:
             sae.check_width(self.rm.d_model, self.rm.name)
         return saes
 
+    @cached_property
+    def initial_saes(self) -> dict[str, Sae]:
+        """The SAEs from which the run's training goes on, of each part but the differences from the base.
+
+        InputError where the settings name some, and the run has no site for them.
+        """
+        parts = [part for part in all_parts(self.sites) if not is_difference(part)]
+        if self.config.sae.init and not parts:
+            raise InputError(
+                f"init names weights to go on from, and the run's sites ({', '.join(self.sites)}) are all differences from "
+                "the base, which start anew; name --sites such as resid_post.6 or both.6."
+            )
+        loaded = {part: load_initial(self.config.sae, part, self.rm.d_model) for part in parts}
+        return {part: sae for part, sae in loaded.items() if sae is not None}
+
     def sae(self, site: str) -> Sae:
         """The SAE of one site, from the run folder; the PM is not loaded."""
-        return load_site(self.folder / "saes", self.check_site(site))
+        for part in parts_of(self.check_site(site)):
+            for name in (CFG, WEIGHTS):
+                self._sound(self.folder / "saes" / part / name)
+        return load_site(self.folder / "saes", site)
+
+    def sae_identity(self, site: str) -> str:
+        """What changes when the SAE of a site is trained again: the checksums of its weights."""
+        files = [f"saes/{part}/{WEIGHTS}" for part in parts_of(self.check_site(site))]
+        return " ".join(self.on_disk.checksum(file) for file in files)
+
+    @property
+    def labels(self) -> Labels:
+        """What people and language models named."""
+        return Labels(self.folder, {site: self.sae_identity(site) for site in self.sites})
 
     @cached_property
     def feature_statistics(self) -> dict[str, FeatureStatistics]:
@@ -201,7 +278,15 @@ class RunData:
     @cached_property
     def sites(self) -> list[str]:
         """The run's sites; where the folder records them, the PM is not loaded."""
-        return self.on_disk.sites_of(self.config.sites, self.config.study) or self.inputs.sites
+        return self.on_disk.sites_of(self.config.model_dump(include={"sites", "study", "blocks"})) or self.inputs.sites
+
+    @property
+    def ledger_sites(self) -> list[str]:
+        """The sites that get ledgers: those that the settings name; else those of both parts of the stream, or, without
+        such, the first, the middle and the last."""
+        if self.config.sites:
+            return self.sites
+        return [site for site in self.sites if len(parts_of(site)) > 1] or evenly(self.sites, 3)
 
     def check_site(self, site: str) -> str:
         """The site. InputError where the run has no SAE there."""

@@ -17,6 +17,7 @@ from rmscope.effects.ablation import at_site, clean_runs
 from rmscope.effects.directions import DRAWS, effects_along, random_directions, real_directions
 from rmscope.io import Progress, write_table
 from rmscope.model.site_names import whole_site
+from rmscope.ranking.concepts import members_of
 from rmscope.run.data import RunData
 
 PERCENTILE = 95.0
@@ -35,9 +36,9 @@ def directions(run: RunData, progress: Progress, key: str) -> None:
     the number of prompts."""
     ranked = run.ranked_concepts.filter("reported")
     rows = _responses(run, ranked)
-    along = _directions(run, ranked["site"].unique().sort().to_list())
-    members = dict(ranked.select("concept", "features").iter_rows())
-    sites = dict(ranked.select("concept", "site").iter_rows())
+    members = members_of(ranked)
+    sites = sorted({site for of in members.values() for site in of})
+    along = _directions(run, sites)
     by_pair: dict[int, list[tuple[int, str, float]]] = {}
     for pair, side, concept, effect in rows.iter_rows():
         by_pair.setdefault(run.pair_set.index[pair], []).append((concept, side, effect))
@@ -45,11 +46,12 @@ def directions(run: RunData, progress: Progress, key: str) -> None:
     def make(unit: list[int], within: Progress) -> dict[str, pl.DataFrame]:
         out = []
         for done, place in enumerate(unit):
-            texts = clean_runs(run.rm, run.tokens[place], list(along))
+            texts = clean_runs(run.rm, run.tokens[place], sites)
+            start = run.tokens[place].divergence
             for concept, side, effect in by_pair[place]:
-                site = sites[concept]
-                response = at_site(run.saes[site], texts[side], site, run.tokens[place].divergence)
-                moved = effects_along(run.rm, run.saes[site], response, site, members[concept], along[site])
+                of = members[concept]
+                responses = {site: at_site(run.saes[site], texts[side], site, start) for site in of}
+                moved = effects_along(run.rm, run.saes, responses, of, along)
                 out.append((concept, run.ids[place], side, effect, moved.double().tolist()))
             within(done + 1, len(unit), "other directions")
         return {"directions": pl.DataFrame(out, schema=ROW, orient="row")}
@@ -77,7 +79,8 @@ def _responses(run: RunData, ranked: pl.DataFrame) -> pl.DataFrame:
 
 
 def _directions(run: RunData, sites: Sequence[str]) -> dict[str, torch.Tensor]:
-    """By site random directions, then differences of the whole stream on some responses of the fit split, [2 DRAWS, d]."""
+    """By site of the whole stream random directions, the same at all sites, then differences of the stream there on some
+    responses of the fit split: [2 DRAWS, d]."""
     wholes, streams = sorted({whole_site(site) for site in sites}), defaultdict[str, list[torch.Tensor]](list)
     for place in run.pair_set.one_per_prompt(run.of_split("fit"), DRAWS):
         for text in clean_runs(run.rm, run.tokens[place], wholes).values():
@@ -86,7 +89,8 @@ def _directions(run: RunData, sites: Sequence[str]) -> dict[str, torch.Tensor]:
     seed = run.config.seed
     random = random_directions(run.rm.d_model, DRAWS, seed)
     real = {site: real_directions(torch.cat(streams[site]), DRAWS, seed) for site in wholes}
-    return {site: torch.cat([random, real[whole_site(site)]]) for site in sites}
+    fewest = min(map(len, real.values()), default=0)  # as many everywhere
+    return {site: torch.cat([random, rows[:fewest]]) for site, rows in real.items()}
 
 
 def direction_null(table: pl.DataFrame) -> pl.DataFrame:

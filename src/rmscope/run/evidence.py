@@ -89,6 +89,8 @@ class LedgerEvidence(Stored):
     pairs: int
     shares: list[LedgerShare]
     largest_gap: float
+    open: int
+    """Pairs whose gap is larger than its bound although the path was halved as often as allowed."""
 
 
 class Side(Stored):
@@ -104,6 +106,8 @@ class Side(Stored):
 class Context(Stored):
     """A confirm pair on which a feature was ablated."""
 
+    pair: str = ""
+    """Its id."""
     prompt: str
     delta_before: float
     delta_after: float
@@ -120,7 +124,6 @@ class FeatureEvidence(Stored):
     reported: bool
     mean_effect: float
     flags: list[str]
-    label: str | None = None
     tokens: list[tuple[str, float]]
     """(token, its share of the feature's activation), largest first."""
     examples: list[Context]
@@ -156,6 +159,26 @@ class WrittenEvidence(Stored):
     """The same with the features of reported concepts alone."""
     by_others: Figure
     """The same with all other features alone."""
+    by_first: dict[int, Figure] = {}
+    """At the last site: the same with the features of the first K concepts alone, by K."""
+    pairs: int
+
+
+class SetEvidence(Stored):
+    """What all reported concepts together carry, on pairs of the measure split."""
+
+    completeness: Figure
+    """The share of Δr that goes when all of their features are ablated together."""
+    content: Figure
+    """The same of the concepts of content that are specific: those of the headline."""
+    rest: Figure
+    """The same of all other features than those of the reported concepts."""
+    all_features: Figure
+    """The same of every feature of every site."""
+    resampled: dict[str, float]
+    """By home site of concepts: Spearman of the effects of single responses, to zero and by place in other responses."""
+    without: dict[int, Figure]
+    """By concept: the share of Δr that the set no longer takes away when the concept is left out of it."""
     pairs: int
 
 
@@ -206,6 +229,9 @@ class SiteEvidence(Stored):
     saes: list[SaeEvidence]
     """Two where both parts of the stream are studied: the difference SAE and the base's."""
     quality: dict[str, float]
+    missed: Figure
+    """Of a sample of the features that the estimate did not propose, the share whose effect on the fit split is above the
+    bound."""
     scatter: list[tuple[float, float]]
     """(estimate, exact effect) of a sample."""
     ledger: LedgerEvidence | None
@@ -247,6 +273,8 @@ class Evidence(Stored):
     text: TextEvidence
     concepts: list[ConceptEvidence] = []
     """The frozen concepts, by rank."""
+    reported_set: SetEvidence | None = None
+    """None where no concept is reported."""
     sites: list[SiteEvidence]
     planted: list[CueMatch] | None
     """Where the truth is known: one row per planted cue."""

@@ -7,6 +7,7 @@ that a reader sees the typical case beside the striking ones.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import polars as pl
 import torch
@@ -25,7 +26,8 @@ LARGEST = 3
 
 def contexts(run: RunData, site: str, feature: int) -> list[Context]:
     """All confirm pairs on which a feature was ablated, those of largest |effect| first."""
-    return contexts_of(run, site, by_size(run.confirmed(site).filter(pl.col("feature") == feature)))
+    own = by_size(run.confirmed(site).filter(pl.col("feature") == feature))
+    return contexts_of(run, [Examples(site, own)])[0]
 
 
 def by_size(exact: pl.DataFrame) -> pl.DataFrame:
@@ -41,45 +43,65 @@ def choose_examples(exact: pl.DataFrame) -> pl.DataFrame:
     return by_size(exact).filter((place < LARGEST) | ((n > 2 * LARGEST) & (place == n // 2)))
 
 
-def contexts_of(
-    run: RunData, site: str, examples: pl.DataFrame, weights: Mapping[int, Mapping[int, float]] | None = None
-) -> list[Context]:
-    """The examples with activations on every token of the span, and rewards before and after.
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Pairs to show: of features of a site, or of concepts at home there.
 
-    ``weights`` gives the features of each concept with their weights, where the examples are of concepts.
+    ``table`` has the columns feature (or a concept's number), pair, chosen and rejected (the effect on each side). Of
+    concepts, ``weights`` gives the features of each with their weights.
+    """
+
+    site: str
+    table: pl.DataFrame
+    weights: Mapping[int, Mapping[int, float]] | None = None
+
+    def features_of(self, number: int) -> Mapping[int, float]:
+        return {number: 1.0} if self.weights is None else self.weights[number]
+
+
+def contexts_of(run: RunData, wanted: Sequence[Examples]) -> list[list[Context]]:
+    """For each of ``wanted`` its examples, with activations on every token of the span and rewards before and after.
+
+    The PM runs once over all pairs that any of them needs.
     """
     index, rewards = run.pair_set.index, {row["pair"]: row for row in run.scores.iter_rows(named=True)}
-    f = activations(
-        run.rm, run.saes[site], site, run.tokens, [(e["feature"], index[e["pair"]]) for e in examples.to_dicts()], weights
-    )
-    return [
-        _context(run, index[e["pair"]], e, rewards[e["pair"]], {s: f[e["feature"], index[e["pair"]], s] for s in SIDES})
-        for e in examples.iter_rows(named=True)
-    ]
+    f = activations(run.rm, run.saes, run.tokens, index, wanted)
+    contexts = list[list[Context]]()
+    for number, one in enumerate(wanted):
+        contexts.append([])
+        for e in one.table.iter_rows(named=True):
+            active: dict[str, Tensor] = {side: f[number, e["feature"], e["pair"], side] for side in SIDES}
+            contexts[-1].append(_context(run, index[e["pair"]], e, rewards[e["pair"]], active))
+    return contexts
 
 
 def activations(
     rm: RewardModel,
-    sae: Sae,
-    site: str,
+    saes: Mapping[str, Sae],
     tokens: Sequence[PairTokens],
-    examples: Sequence[tuple[int, int]],
-    weights: Mapping[int, Mapping[int, float]] | None = None,
-) -> dict[tuple[int, int, str], Tensor]:
-    """f_tj [span] of both sides of the examples (feature, pair), by (feature, pair, side); of concepts, Σ_j w_j f_tj."""
-    wanted: dict[int, list[int]] = {}
-    for feature, pair in examples:
-        wanted.setdefault(pair, []).append(feature)
-    values: dict[tuple[int, int, str], Tensor] = {}
-    pairs = sorted(wanted)
-    for batch in rm.batches([tokens[p] for p in pairs]):
-        stream = rm.streams(batch, [site])[site]
+    index: Mapping[str, int],
+    wanted: Sequence[Examples],
+) -> dict[tuple[int, int, str, str], Tensor]:
+    """Σ_j w_j f_tj [span] of both sides of each example, by (place in ``wanted``, feature or concept, pair, side)."""
+    by_pair: dict[str, list[tuple[int, int]]] = {}
+    for number, one in enumerate(wanted):
+        for feature, pair in one.table.select("feature", "pair").iter_rows():
+            by_pair.setdefault(pair, []).append((number, feature))
+    pairs = sorted(by_pair, key=index.__getitem__)
+    sites = list(dict.fromkeys(one.site for one in wanted))
+    values: dict[tuple[int, int, str, str], Tensor] = {}
+    for batch in rm.batches([tokens[index[p]] for p in pairs]):
+        streams = rm.streams(batch, sites)
         for text in batch.texts:
             pair = pairs[text.pair]
-            f = sae.encode(stream[text.row, text.span.to(stream.device)].float().cpu())
-            for feature in wanted[pair]:
-                own = {feature: 1.0} if weights is None else weights[feature]
-                values[feature, pair, text.side] = f[:, list(own)] @ torch.tensor(list(own.values()))
+            f = {}
+            for site in {wanted[number].site for number, _ in by_pair[pair]}:
+                span = text.span.to(streams[site].device)
+                f[site] = saes[site].encode(streams[site][text.row, span].float().cpu())
+            for number, feature in by_pair[pair]:
+                of = wanted[number].features_of(feature)
+                active = f[wanted[number].site][:, list(of)]
+                values[number, feature, pair, text.side] = active @ torch.tensor(list(of.values()))
     return values
 
 
@@ -108,6 +130,7 @@ def _context(
         )
     delta = rewards["chosen"] - rewards["rejected"]
     return Context(
+        pair=pair.id,
         prompt=pair.prompt[-1]["content"],
         delta_before=delta,
         delta_after=delta - effect["chosen"] + effect["rejected"],

@@ -2,30 +2,54 @@
 
 Each stage has a key, the hash of its settings and of the stage before it. ``run.yaml`` keeps the keys of what is done. Long
 stages work in units of 64 pairs and keep each unit's tables until the stage is whole, so a killed run resumes and ends with
-the same bytes.
+the same bytes. ``run.yaml`` also keeps the checksum of every file that a stage left: a damaged file is named, and its stage
+is done again. One process at a time works on a folder.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
+import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import yaml
+from filelock import FileLock, Timeout
 
 from rmscope.errors import InputError
-from rmscope.io import Display, Progress, content_hash, join_tables, write_json, write_table, write_text
+from rmscope.io import (
+    Display,
+    Progress,
+    check_writable,
+    content_hash,
+    join_tables,
+    sha256,
+    write_json,
+    write_table,
+    write_text,
+)
 from rmscope.model.packing import units
 from rmscope.run.settings import RECORD, read_record
 
-FORMAT = 6
+FORMAT = 12
 """Raised when a stage computes something else from the same settings."""
+
+LOCK, OWNER, PARTS = ".lock", ".owner.json", ".parts"
+OF_STAGES = (
+    *("preflight.json", "scores.parquet", "baseline.json", "concepts.parquet", "evidence/evidence.json"),
+    *("evidence/examples.*.parquet", "evidence/planted.json", "activations/*/manifest.json"),
+    *("saes", "effects", "concepts", "features", "ledger"),
+)
+"""Files and folders, as patterns, that stages alone write. Their files have checksums in ``run.yaml``; shards have theirs in
+manifests."""
 
 Make = Callable[[list[int], Progress], dict[str, pl.DataFrame]]
 """Makes the tables of some items."""
@@ -38,11 +62,40 @@ class RunFolder:
         self.path, self.display = path, display
         self.record: dict[str, Any] = self._read()
         self._last_key = ""
+        self._sound: set[Path] = set()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder while it is written, and reads its record. InputError where another process holds it; a dead one
+        does not."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise InputError(
+                f"Another process works on {self.path}{self._owner()}; wait until it is done, or name another --out."
+            ) from None
+        try:
+            write_json(self.path / OWNER, {"pid": os.getpid(), "host": socket.gethostname()})
+            self.record = self._read()
+            yield
+        finally:
+            (self.path / OWNER).unlink(missing_ok=True)
+            lock.release()
+
+    def _owner(self) -> str:
+        try:
+            owner = json.loads((self.path / OWNER).read_text("utf-8"))
+            return f" (process {owner['pid']} on {owner['host']})"
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
 
     def _read(self) -> dict[str, Any]:
         if (self.path / RECORD).is_file():
             return read_record(self.path)
-        if self.path.is_file():
+        check_writable(self.path)
+        if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file; name a folder for the run.")
         if self.path.is_dir() and any(p for p in self.path.iterdir() if not p.name.startswith(".")):
             raise InputError(f"{self.path} is not empty and no run folder (it holds no {RECORD}); name another folder.")
@@ -75,10 +128,11 @@ class RunFolder:
         """What the stages took, all together."""
         return sum(stage["seconds"] for stage in self.record.get("stages", {}).values())
 
-    def sites_of(self, sites: Sequence[str] | None, study: str) -> list[str] | None:
+    def sites_of(self, settings: Mapping[str, Any]) -> list[str] | None:
         """The sites that these settings gave before; None where they were others, or there was no run yet."""
         before = self.record.get("config", {})
-        return self.record.get("sites") if (before.get("sites"), before.get("study")) == (sites, study) else None
+        same = all(before.get(name) == value for name, value in settings.items())
+        return self.record.get("sites") if same else None
 
     @property
     def keys(self) -> dict[str, str]:
@@ -91,15 +145,47 @@ class RunFolder:
         self._last_key = key
         done = self.record["stages"].get(name, {})
         if done.get("key") == key and all((self.path / p).exists() for p in outputs):
-            self.display.note(f"{name}: done before")
-            return
+            damaged = [file for file in done.get("files", ()) if not self.is_sound(file)]
+            if not damaged:
+                self.display.note(f"{name}: done before")
+                return
+            self.display.note(f"{name}: done again, since {damaged[0]} is missing or damaged")
+            for file in done["files"]:  # nothing of the stage is taken for done
+                (self.path / file).unlink(missing_ok=True)
         if self.record["stages"].pop(name, None):  # its files change from here on: until it is whole, it is not done
             self._write()
-        started = time.time()
+        started, before = time.time(), self._stamps()
         with self.display.stage(name) as progress:
             work(progress, key)
-        self.record["stages"][name] = {"key": key, "seconds": round(time.time() - started, 1)}
+        left = sorted(file for file, stamp in self._stamps().items() if before.get(file) != stamp)
+        self.record.setdefault("files", {}).update({file: sha256(self.path / file) for file in left})
+        self.record["stages"][name] = {"key": key, "seconds": round(time.time() - started, 1), "files": left}
+        self._sound.clear()
         self._write()
+
+    def _stamps(self) -> dict[str, tuple[int, int, int]]:
+        """What tells that a file of a stage was written anew, by file."""
+        stamps = {}
+        for top in (top for pattern in OF_STAGES for top in self.path.glob(pattern)):
+            for path in top.rglob("*") if top.is_dir() else [top]:
+                if path.is_file() and not path.name.startswith("."):
+                    stat = path.stat()
+                    stamps[path.relative_to(self.path).as_posix()] = stat.st_mtime_ns, stat.st_size, stat.st_ino
+        return stamps
+
+    def is_sound(self, file: str) -> bool:
+        """Whether a file is there and holds what its stage wrote; one without a checksum counts as sound."""
+        path, known = self.path / file, self.record.get("files", {}).get(file)
+        if path in self._sound or known is None:
+            return path.is_file()
+        if path.is_file() and sha256(path) == known:
+            self._sound.add(path)
+            return True
+        return False
+
+    def checksum(self, file: str) -> str:
+        """The checksum that the record keeps of a file; without a record, that of the file as it is."""
+        return self.record.get("files", {}).get(file) or sha256(self.path / file)
 
     def in_units(self, name: str, key: str, items: Sequence[int], progress: Progress, make: Make) -> dict[str, pl.DataFrame]:
         """``make`` for each unit of 64 items; the tables of finished units outlive a kill."""
@@ -141,9 +227,9 @@ class RunFolder:
         return json.loads(path.read_text("utf-8"))
 
     def _part_folder(self, name: str, key: str) -> Path:
-        return self.path / ".parts" / f"{name}-{key}"
+        return self.path / PARTS / f"{name}-{key}"
 
     def drop_parts(self, name: str, key: str) -> None:
         shutil.rmtree(self._part_folder(name, key), ignore_errors=True)
-        if (parts := self.path / ".parts").is_dir() and not any(parts.iterdir()):
+        if (parts := self.path / PARTS).is_dir() and not any(parts.iterdir()):
             parts.rmdir()

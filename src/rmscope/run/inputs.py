@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from rmscope.effects.written import WRITTEN_PAIRS, WrittenShare, written_shares
 from rmscope.errors import InputError
 from rmscope.evaluation.reward_aware import RewardAwareConfig
 from rmscope.model import checks
-from rmscope.model.rendering import PairTokens
+from rmscope.model.rendering import PairTokens, can_render, changed_responses
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.site_names import BOTH, DIFF
 from rmscope.pairs.pair import Pair, Split, check_pairs, filtered_count, one_per_prompt, split_of
@@ -23,8 +25,11 @@ from rmscope.pairs.readers import ReadReport, load_pairs
 from rmscope.run.settings import RunConfig
 from rmscope.settings import LoadSettings, ReadSettings
 
+T = TypeVar("T")
+TIED = "the same tokens on both sides"
+"""Why a pair is left out whose sides differ only in what the rendering cuts or trims."""
 PROPOSED = 3
-"""Sites of the difference that are studied where the settings name none."""
+"""Blocks that are studied first where the settings name no sites: most of what was written is still at its own tokens."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,14 @@ def load_pm(model: str, settings: LoadSettings) -> RewardModel:
     """A PM as the settings of a command say."""
     s = settings
     return RewardModel.load(
-        model, s.dtype, s.device, adapter=s.adapter, output=s.output, trust_remote_code=s.trust_remote_code, base=s.base
+        model,
+        s.dtype,
+        s.device,
+        adapter=s.adapter,
+        revision=s.revision,
+        output=s.output,
+        trust_remote_code=s.trust_remote_code,
+        base=s.base,
     )
 
 
@@ -78,6 +90,8 @@ class Inputs:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.read_report = ReadReport()
+        self.left_out: Counter[str] = Counter()
+        """Why pairs are not scored, and how many."""
         self.why_no_base = ""
         """Why the base that the PM's card names could not be used."""
 
@@ -99,6 +113,7 @@ class Inputs:
         pairs = load_pairs(
             c.data,
             split=c.split,
+            revision=c.data_revision,
             limit=c.limit,
             columns=c.columns,
             form=c.format,
@@ -111,15 +126,41 @@ class Inputs:
     @cached_property
     def scored(self) -> PairSet:
         """Pairs within the PM's context and ``max_tokens`` whose sides differ in tokens: those that are scored."""
-        tokens, most = self.rm.tokenize_all(self.all_pairs), self.config.max_tokens or sys.maxsize
-        places = [
-            i
-            for i, t in enumerate(tokens)
-            if self.rm.fits(t) and max(len(t.chosen), len(t.rejected)) <= most and not torch.equal(t.chosen, t.rejected)
-        ]
+        pairs = self.all_pairs  # bad data is told before the PM is loaded
+        if self.config.on_bad_row == "skip":
+            pairs = [p for p in pairs if self._takes(p)]
+        tokens, most = self.rm.tokenize_all(pairs), self.config.max_tokens or sys.maxsize
+        fits = [self.rm.fits(t) and t.longest <= most for t in tokens]
+        ties = [torch.equal(t.chosen, t.rejected) for t in tokens]
+        self.left_out[f"longer than {self.longest}"] = fits.count(False)
+        self.left_out[TIED] = sum(fit and tie for fit, tie in zip(fits, ties, strict=True))
+        places = [i for i in range(len(pairs)) if fits[i] and not ties[i]]
         if not places:
-            raise InputError(f"Every pair of {self.config.data} is longer than {self.longest}; use shorter texts.")
-        return PairSet(self.all_pairs, tokens).only(places)
+            reasons = ", ".join(f"{n} are {why}" for why, n in self.left_out.items() if n) or "its rendering refuses them"
+            raise InputError(
+                f"None of the {len(self.all_pairs)} pairs of {self.config.data} can be scored ({reasons}); give others."
+            )
+        return PairSet(pairs, tokens).only(places)
+
+    def _takes(self, pair: Pair) -> bool:
+        """Whether the PM's rendering takes a pair; one that it refuses is counted as skipped."""
+        takes = can_render(self.rm.rendering, self.rm.tokenizer, pair)
+        if not takes:
+            self.read_report.skipped.append((pair.id, "the PM's rendering refuses its conversation"))
+        return takes
+
+    @cached_property
+    def changed(self) -> int:
+        """The number of responses that the PM's chat template cuts or trims."""
+        return len(changed_responses(self.rm.rendering, self.rm.tokenizer, self.scored.pairs))
+
+    @property
+    def notes(self) -> list[str]:
+        """What one should know of the PM and the pairs before rewards are read."""
+        _ = self.scored
+        told = [f"{n} pairs are left out: {why}" for why, n in self.left_out.items() if n]
+        told += [f"the chat template cuts or trims {self.changed} responses"] if self.changed else []
+        return [*checks.notes(self.rm), *told]
 
     @property
     def longest(self) -> str:
@@ -158,14 +199,17 @@ class Inputs:
         study = self.config.study
         if study == "whole":
             return self.rm.default_sites
-        blocks = sorted(w.block for w in sorted(self.written_shares, key=lambda w: -w.priority)[:PROPOSED])
-        if study == "difference" and not blocks:
+        shares = sorted(self.written_shares, key=lambda w: -w.priority)
+        if study == "difference" and not shares:
             reason = self.why_no_base or f"{self.rm.name} names none"
             raise InputError(f"The difference from the PM's base cannot be studied ({reason.rstrip('.')}); give --base.")
-        if study == "difference":
-            return [f"{DIFF}.{block}" for block in blocks]
-        ends = dict.fromkeys([*blocks[:1], *blocks[-1:]])
-        return [f"{BOTH}.{block}" for block in ends] or self.rm.default_sites
+        if not shares:
+            return self.rm.default_sites
+        first = sorted(w.block for w in shares[: min(PROPOSED, self.config.blocks)])
+        others = sorted(w.block for w in shares if w.block not in first)
+        blocks = sorted(first + evenly(others, self.config.blocks - len(first)))
+        with_base = {first[0], first[-1]} if study == "both" else set[int]()
+        return [f"{BOTH if block in with_base else DIFF}.{block}" for block in blocks]
 
     def plan(self) -> dict[str, Any]:
         """What a run would take: counts, minutes and bytes, estimated from one timed forward pass."""
@@ -186,6 +230,11 @@ class Inputs:
             "GB of memory, about": round(checks.run_bytes(rm) / 1e9, 1),
             "GB on disk, about": round(fit * studied / len(tokens) * rm.d_model * 2 * len(self.sites) / 1e9, 2),
         }
+
+
+def evenly(values: Sequence[T], most: int) -> list[T]:
+    """At most ``most`` of the values, at even distances, the first and the last among them."""
+    return [values[i] for i in np.unique(np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int))]
 
 
 def need_prompts(pairs: PairSet, data: str) -> None:

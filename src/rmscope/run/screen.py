@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import polars as pl
 
 from rmscope.effects import tables
-from rmscope.effects.ablation import Groups
+from rmscope.effects.requests import Groups
 from rmscope.io import Progress, write_table
 from rmscope.model.rendering import PairTokens
 from rmscope.ranking.candidates import candidates, first_responses, freeze, preference_signs
@@ -19,22 +19,24 @@ Tables = dict[str, pl.DataFrame]
 
 
 def screen(run: RunData, progress: Progress, key: str) -> None:
-    """Writes ``screened``, ``frozen`` and ``quality_sample`` of every site.
+    """Writes ``screened``, ``frozen``, ``others`` and ``quality_sample`` of every site.
 
     The estimate proposes features up and down. They, a stratified sample of others, and the sample that measures the quality
-    of the estimate are ablated on fit responses. The lists are frozen by those effects, with their signs.
+    of the estimate are ablated on fit responses. The lists are frozen by those effects, with their signs. The others tell
+    what the estimate misses.
     """
     c = run.config
     requests: Tables = {}
     samples: Tables = {}
     signs: Tables = {}
     screened: dict[str, list[int]] = {}
+    others: dict[str, list[int]] = {}
     for site in run.sites:
         table = ordered(run, run.effects(site, "estimated"))
         proposed = candidates(table, c.screen, c.others, c.seed)
         samples[site] = quality_sample(table, c.quality_responses, c.seed)
-        screened[site] = proposed["up"] + proposed["down"]
-        rows = first_responses(table, [*screened[site], *proposed["others"]], c.responses)
+        screened[site], others[site] = proposed["up"] + proposed["down"], proposed["others"]
+        rows = first_responses(table, [*screened[site], *others[site]], c.responses)
         columns = ["pair", "side", "feature"]
         requests[site] = pl.concat([rows.select(columns), samples[site].select(columns)])
         signs[site] = preference_signs(table)
@@ -44,6 +46,8 @@ def screen(run: RunData, progress: Progress, key: str) -> None:
         rows = first_responses(ordered(run, fit[site]), screened[site], c.responses)
         list_ = freeze(rows, screened[site], c.frozen // len(run.sites))
         write_table(folder / "frozen.parquet", list_.join(signs[site], on="feature", how="left"))
+        rest = first_responses(ordered(run, fit[site]), others[site], c.responses)
+        write_table(folder / "others.parquet", freeze(rest, others[site], len(others[site])).drop("sign"))
         joined = samples[site].join(fit[site], on=["pair", "side", "feature"], how="inner")
         sample = ["pair", "side", "feature", "prompt", "estimate", "effect", "weight"]
         write_table(folder / "quality_sample.parquet", joined.select(sample))

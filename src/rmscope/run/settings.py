@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from rmscope.errors import InputError
+from rmscope.errors import InputError, one_line
+from rmscope.io import local_path
 from rmscope.sae.config import SaeConfig
-from rmscope.settings import Flag, LoadSettings, ModelSettings, Names, ReadSettings
+from rmscope.settings import Flag, LoadSettings, ModelSettings, Names, ReadSettings, Seed
 
 RECORD = "run.yaml"
 """The file that makes a folder a run folder."""
@@ -26,9 +27,12 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
     sites: Names | None = None
     """Sites such as diff.12 or resid_post.6, comma-separated; left out, the setting study decides."""
     study: Literal["both", "difference", "whole"] = "both"
-    """What is studied where no sites are named. difference: what preference training wrote, at three blocks. both: at the
-    first and the last of these blocks, with the base's stream beside it. whole: the whole stream, at about one and two
-    thirds of the depth; so is a PM without a known base."""
+    """What is studied where no sites are named. difference: what preference training wrote, after each of some blocks. both:
+    that, and the base's stream after two of them. whole: the whole stream, at about one and two thirds of the depth; so is a
+    PM without a known base."""
+    blocks: int = Field(8, gt=0)
+    """At how many blocks, at most, what training wrote is studied: first those where most of it is still at its own tokens,
+    then others at even distances."""
     max_tokens: int | None = Field(None, gt=0)
     """Only pairs whose sides have at most this many tokens each."""
     top_share: float | None = Field(None, gt=0, le=1)
@@ -37,8 +41,9 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
     """Of the scored pairs, study at most this many: those of largest |Δr|."""
     sae: SaeConfig = SaeConfig()
     """How the SAEs are trained."""
-    diff_features: int = Field(64, gt=0)
-    """Features of a difference SAE (sites such as diff.12 and both.12). What preference training wrote takes few."""
+    diff_features: int | None = Field(None, gt=0)
+    """Features of a difference SAE (sites such as diff.12 and both.12). Left out, the smallest of 64, 128 and 256 at which
+    more explain no more of what training wrote, on some pairs of the fit split."""
     diff_k: int = Field(2, gt=0)
     """Features of a difference SAE that fire on a token."""
     diff_tokens: int = Field(1_000_000, gt=0)
@@ -66,24 +71,31 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
     """Features of a run that go to the confirm split, all sites together."""
     concepts: int = Field(30, gt=0)
     """Concepts of a run that go to the confirm split: those of the largest effects on the fit split."""
-    confirm_prompts: int = Field(24, gt=0)
-    """Confirm prompts on which a frozen feature or concept is ablated."""
+    confirm_prompts: int = Field(64, gt=0)
+    """Confirm prompts on which a frozen concept is ablated."""
+    feature_prompts: int = Field(24, gt=0)
+    """Confirm prompts on which a frozen feature is ablated."""
     confirm_pairs: int = Field(1, gt=0)
     """Pairs of each of those prompts on which it is ablated, if it fires on so many; their mean counts once."""
     null_prompts: int = Field(12, gt=0)
     """Confirm prompts on which a reported concept is compared with moves of the same size in 32 other directions."""
+    measure_prompts: int = Field(64, gt=0)
+    """Prompts of the measure split on which a reported concept is ablated again: what is shown of it is measured there."""
+    seeds: int = Field(3, gt=0)
+    """SAE seeds in which a reported concept's effect is measured, with the run's own; 1: only that."""
     ledger_pairs: int = Field(24, ge=0)
     """Pairs of the measure split that get a ledger, one per prompt while prompts last; each takes many gradients, 0 none."""
     baseline: Literal["mean", "zero"] = "mean"
     """Where a ledger's path starts: the dataset means of features and error, or zero (the SAE's b_dec)."""
     ledger_halvings: int = Field(6, ge=0)
     """How often a stretch of a ledger's path is halved at most where its gap is too large; at 1 many gaps stay open."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Fixes every draw of the run; the SAEs' too, unless they have a seed of their own."""
 
-    def difference_config(self, sae: SaeConfig) -> SaeConfig:
-        """How a difference SAE is trained beside SAEs of the whole stream."""
-        return sae.model_copy(update={"d_sae": self.diff_features, "k": self.diff_k, "tokens": self.diff_tokens})
+    def difference_config(self, sae: SaeConfig, features: int) -> SaeConfig:
+        """How a difference SAE of some features is trained beside SAEs of the whole stream."""
+        own = {"d_sae": features, "k": self.diff_k, "tokens": self.diff_tokens, "init": None}
+        return sae.model_copy(update=own)
 
     @model_validator(mode="after")
     def _one_seed(self) -> RunConfig:
@@ -97,6 +109,8 @@ class RunConfig(LoadSettings, ReadSettings, ModelSettings):
             raise ValueError(
                 "reward_aware fine-tunes SAEs that the run trains, and sae_dir brings others; leave one of them out"
             )
+        if self.sae.init and self.sae_dir:
+            raise ValueError("init trains on from existing SAEs, and sae_dir brings SAEs as they are; leave one of them out")
         if self.reward_aware and self.dtype != "float32":
             raise ValueError(f"reward_aware needs rewards in float32, not {self.dtype}")
         return self
@@ -107,14 +121,18 @@ DEMO: dict[str, Any] = {
     "data": "demo:planted",
     # What training wrote, with few features and responses: on this PM that is enough, and the demo shall be quick.
     "study": "difference",
+    "blocks": 3,
+    "diff_features": 64,
     "estimate_pairs": 252,
     "others": 20,
     "responses": 10,
     "quality_responses": 10,
     "frozen": 75,
     "concepts": 25,
-    "confirm_prompts": 30,
+    "confirm_prompts": 42,
+    "feature_prompts": 20,
     "null_prompts": 8,
+    "measure_prompts": 30,
 }
 """Settings of ``rmscope demo``."""
 
@@ -130,13 +148,14 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: the folder holds no run, or its record cannot be read.
     """
-    path = folder / RECORD
+    path = local_path(folder / RECORD)
     if not path.is_file():
         raise InputError(f"{folder} is no run folder (it holds no {RECORD}); make one with rmscope run.")
     try:
         record = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}); make the run anew.") from error
-    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({one_line(error)}); make the run anew.") from error
+    config = record.get("config") if isinstance(record, dict) else None
+    if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
         raise InputError(f"{path} holds no settings of a run; make the run anew.")
     return record

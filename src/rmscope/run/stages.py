@@ -1,17 +1,16 @@
 """The pipeline as a list of stages. A stage is a function, the settings that it depends on, and the files that it leaves.
 
     pairs -> preflight -> scores -> text baseline -> activations -> SAEs -> estimates -> screen -> concepts
-    -> exact ablations -> ranking -> direction null -> ledgers -> evidence
+    -> exact ablations -> ranking -> direction null -> SAEs of other seeds -> effects on the measure split
+    -> ledgers -> evidence
 
 Each stage also depends on the stage before it. One whose settings, files and predecessors are unchanged is skipped.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,10 @@ import polars as pl
 from rmscope.activations.harvest import harvest as harvest_streams
 from rmscope.effects import tables
 from rmscope.effects.ledger import Baseline, ledger_rows
-from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune
 from rmscope.io import Progress, silent, write_json, write_table
 from rmscope.model.checks import preflight as check_pm
-from rmscope.model.reward_model import RewardModel, Scores
-from rmscope.model.site_names import all_parts, is_difference, parts_of
+from rmscope.model.reward_model import RewardModel
+from rmscope.model.site_names import parts_of
 from rmscope.ranking import flags
 from rmscope.ranking.confirm import SCHEMA, Q, confirm
 from rmscope.ranking.estimate_quality import estimate_quality
@@ -34,10 +32,10 @@ from rmscope.run.data import RunData
 from rmscope.run.directions import directions
 from rmscope.run.group import group
 from rmscope.run.inputs import PairSet, need_prompts
+from rmscope.run.measure import measure
 from rmscope.run.screen import screen
 from rmscope.run.text import fit_baseline
-from rmscope.sae import Sae, SaeConfig, train_saes
-from rmscope.sae.joint import join_parts
+from rmscope.run.train import train, train_again
 
 Work = Callable[[RunData, Progress, str], None]
 """What a stage does; the string is its key, under which it may keep parts of its work."""
@@ -54,12 +52,13 @@ class Stage:
     outputs: str = ""
     """The files that it leaves; {site} stands for each site, {part} for each of its parts."""
     of_saes: bool = False
-    """Whether it depends on the weights of the SAEs that the settings bring."""
+    """Whether it depends on the weights of the SAEs that the settings bring, or go on from."""
 
     def key(self, run: RunData) -> Any:
         """What decides, beside the stages before, whether the stage is done."""
         given = run.config.model_dump(mode="json", include=set(self.settings.split()))
-        return given, run.sites, [sae.identity() for sae in run.brought_saes.values()] if self.of_saes else []
+        saes = [*run.brought_saes.values(), *run.initial_saes.values()] if self.of_saes else []
+        return given, run.sites, [sae.identity() for sae in saes]
 
     def files(self, sites: Sequence[str]) -> list[str]:
         named = [(site, part) for site in sites for part in parts_of(site)]
@@ -89,7 +88,7 @@ def score(run: RunData, progress: Progress, key: str) -> None:
 
 def score_table(rm: RewardModel, pairs: PairSet, progress: Progress = silent) -> pl.DataFrame:
     """Rewards, their difference, lengths and the split of every pair."""
-    scores, tokens = rm.score_tokens(pairs.tokens, progress), pairs.tokens
+    scores, tokens = rm.score_tokens(pairs.tokens, progress, pairs.ids), pairs.tokens
     table = {
         "pair": pairs.ids,
         "chosen": scores.chosen.numpy(),
@@ -115,48 +114,6 @@ def harvest(run: RunData, progress: Progress, _key: str) -> None:
     """The stream of the fit split at every site."""
     fit = [run.pairs[i] for i in run.of_split("fit")]
     harvest_streams(run.rm, fit, run.sites, run.folder / "activations", progress)
-
-
-def train(run: RunData, progress: Progress, _key: str) -> None:
-    """The SAEs of every site: trained, or a copy of those that were brought."""
-    folder = run.folder / "saes"
-    for part, sae in run.brought_saes.items():
-        sae.save(folder / part)
-    train_run_saes(run, run.config.sae, folder, progress)
-    run.__dict__.pop("saes", None)  # opened anew from here on, as a later command opens them
-
-
-def train_run_saes(run: RunData, config: SaeConfig, folder: Path, progress: Progress = silent) -> dict[str, Sae]:
-    """SAEs of every site from the run's store, in ``folder``, but for those that the settings bring.
-
-    In a reward-aware run the plain SAEs are in ``folder/plain``; they are fine-tuned on the fit split, in
-    ``folder/reward-aware-STEPS``, and copied to ``folder``.
-    """
-    steps = run.config.reward_aware
-    plain, device = folder / "plain" if steps else folder, str(run.rm.device)
-    saes = dict(run.brought_saes)
-    for different in (True, False):
-        parts = [p for p in all_parts(run.sites) if p not in run.brought_saes and is_difference(p) == different]
-        trained_as = run.config.difference_config(config) if different else config
-        saes |= train_saes(run.store, trained_as, plain, parts, progress, device) if parts else {}
-    if steps:
-        saes = _fine_tuned(run, saes, config, folder, progress)
-    return {site: join_parts([saes[part] for part in parts_of(site)], site) for site in run.sites}
-
-
-def _fine_tuned(
-    run: RunData, saes: Mapping[str, Sae], config: SaeConfig, folder: Path, progress: Progress
-) -> dict[str, Sae]:
-    """The SAEs after reward-aware fine-tuning."""
-    steps, pairs = run.config.reward_aware, [run.pairs[i] for i in run.of_split("fit")]
-    known = pl.DataFrame({"pair": [p.id for p in pairs]}).join(run.scores, on="pair", how="left", maintain_order="left")
-    scores = Scores(known["chosen"].cast(pl.Float32).to_torch(), known["rejected"].cast(pl.Float32).to_torch())
-    tuning = RewardAwareConfig(steps=steps, seed=config.seed)
-    tuned, own = {}, folder / f"reward-aware-{steps}"
-    for part, sae in saes.items():
-        tuned[part] = fine_tune(run.rm, sae, pairs, tuning, config, own, progress, scores)
-        shutil.copytree(own / part, folder / part, dirs_exist_ok=True)
-    return tuned
 
 
 def estimate(run: RunData, progress: Progress, key: str) -> None:
@@ -243,9 +200,10 @@ def decompose(run: RunData, progress: Progress, key: str) -> None:
             "ledger": run.folder / "ledger" / f"{site}.parquet",
             "contribution": run.folder / "effects" / site / "contribution.parquet",
         }
-        if not measured:
+        if not measured or site not in run.ledger_sites:
             for name, table in tables.ledger_tables([], run.ids).items():
                 write_table(paths[name], table)
+            continue
         run.on_disk.stream_units(f"ledger-{site}", key, measured, progress, make, paths.__getitem__)
     for site in run.sites:
         run.on_disk.drop_parts(f"ledger-{site}", key)
@@ -258,16 +216,23 @@ STAGES = (
     Stage("harvest", harvest, "", "activations/{part}/manifest.json"),
     Stage("train", train, "sae diff_features diff_k diff_tokens reward_aware", "saes/{part}/cfg.json", of_saes=True),
     Stage("estimate", estimate, "estimate estimate_pairs seed", "effects/{site}/estimated.parquet"),
-    Stage("screen", screen, "screen others responses quality_responses frozen", "effects/{site}/frozen.parquet"),
+    Stage(
+        "screen",
+        screen,
+        "screen others responses quality_responses frozen",
+        "effects/{site}/frozen.parquet effects/{site}/others.parquet",
+    ),
     Stage("group", group, "concepts", "concepts/frozen.parquet"),
     Stage(
         "ablate",
         ablate,
-        "confirm_prompts confirm_pairs",
+        "confirm_prompts feature_prompts confirm_pairs",
         "effects/{site}/exact.parquet effects/{site}/strong.parquet concepts/exact.parquet concepts/firing.parquet",
     ),
     Stage("rank", rank, "", "features/{site}.parquet concepts.parquet"),
     Stage("directions", directions, "null_prompts seed", "concepts/directions.parquet"),
+    Stage("seeds", train_again, "seeds", "saes/seeds.json"),
+    Stage("measure", measure, "measure_prompts", "concepts/measured.parquet concepts/measured_effects.parquet"),
     Stage("decompose", decompose, "ledger_pairs ledger_halvings baseline", "ledger/{site}.parquet"),
     Stage("evidence", collect, "", "evidence/evidence.json"),
 )

@@ -42,25 +42,25 @@ def text_evidence(run: RunData) -> TextEvidence:
     baseline, measure, confirm = run.text_baseline, run.of_split("measure"), run.of_split("confirm")
     delta = _delta(run, measure)
     hat, prompts = baseline.predict([run.pairs[i] for i in measure]), _prompts(run, measure)
-    told, known = _delta(run, confirm), baseline.predict([run.pairs[i] for i in confirm])[:, None]
+    confirm_delta, confirm_hat = _delta(run, confirm), baseline.predict([run.pairs[i] for i in confirm])[:, None]
     numbers, active = _activation_differences(run, confirm)
     groups = _prompts(run, confirm)
     groups_of = {row["concept"]: concept_group(row) for row in run.concepts.iter_rows(named=True)}
     of_content = active[:, [i for i, number in enumerate(numbers) if groups_of[number] == "content"]]
-    text, both = added_by(told, known, of_content, groups)
-    concepts, _ = added_by(told, of_content, known, groups)
+    text, both = added_by(confirm_delta, confirm_hat, of_content, groups)
+    concepts, _ = added_by(confirm_delta, of_content, confirm_hat, groups)
     adds = {}
     for column, number in enumerate(numbers):
-        _, with_one = added_by(told, known, active[:, [column]], groups)
-        adds[number] = one_minus((told - with_one) ** 2, (told - text) ** 2, groups)
+        _, with_one = added_by(confirm_delta, confirm_hat, active[:, [column]], groups)
+        adds[number] = one_minus((confirm_delta - with_one) ** 2, (confirm_delta - text) ** 2, groups)
     return TextEvidence(
         terms=baseline.terms,
         explained=delta_r2(delta, hat, prompts),
         agreement=agreement(delta, hat, prompts),
         pairs=len(measure),
-        text=delta_r2(told, text, groups),
-        concepts=delta_r2(told, concepts, groups),
-        both=delta_r2(told, both, groups),
+        text=delta_r2(confirm_delta, text, groups),
+        concepts=delta_r2(confirm_delta, concepts, groups),
+        both=delta_r2(confirm_delta, both, groups),
         adds=adds,
         confirm_pairs=len(confirm),
     )

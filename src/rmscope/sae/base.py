@@ -17,9 +17,12 @@ from torch.nn import functional as F
 
 from rmscope.errors import InputError
 from rmscope.io import content_hash
-from rmscope.sae.formats import StoredSae, read_sae, write_sae
+from rmscope.model.site_names import same_stream
+from rmscope.sae.formats import read_sae
+from rmscope.sae.formats.saelens import write_sae
+from rmscope.sae.formats.stored import StoredSae
 
-MODULES = ("topk", "batchtopk", "matryoshka", "jumprelu", "gated", "standard")
+MODULES = ("topk", "batchtopk", "matryoshka", "jumprelu", "gated", "standard", "matching_pursuit")
 """The families' own modules. They register themselves when they are imported, at the first look-up."""
 _SAES: dict[str, Any] = {}
 _TRAININGS: dict[str, Any] = {}
@@ -200,6 +203,15 @@ class Sae(nn.Module, ABC):
             raise InputError(
                 f"This SAE reads a stream of width {self.width}, but {model} has d_model {d_model}; it was trained on "
                 f"another model ({self.metadata.get('model_name') or 'which it does not name'})."
+            )
+
+    def check_site(self, site: str, source: str = "") -> None:
+        """Raises InputError where the SAE (from ``source``) was trained at another site than ``site``, where it is used."""
+        if self.site and not same_stream(self.site, site):
+            which = f"The SAE at {source}" if source else "This SAE"
+            raise InputError(
+                f"{which} was trained at {self.site}, and is to be used at {site}; name the SAE of {site}, or study "
+                f"{self.site}."
             )
 
     def fill(self, weights: dict[str, Tensor]) -> Self:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from rmscope.settings import Settings
+from rmscope.errors import InputError
+from rmscope.settings import Seed, Settings
 
 WIDEST, WIDEST_K = 8, 32
 """The default dictionary has at most ``WIDEST`` times d_model features, of which ``WIDEST_K`` fire on a token."""
@@ -23,6 +25,9 @@ class SaeConfig(Settings):
 
     architecture: str = "topk"
     """Family: topk, batchtopk, matryoshka, jumprelu, gated or standard."""
+    init: str | None = None
+    """Go on from these weights: an SAE (folder, file or hub:owner/repo/path), a folder with one per site, or a pattern with
+    {site} or {L}, the block's number. Family and size are theirs. In a run, difference SAEs and other seeds start anew."""
     d_sae: int | None = Field(None, gt=0)
     """Features. Default: one per 200 tokens of the store, between 1 and 8 times d_model."""
     k: int | None = Field(None, gt=0)
@@ -56,7 +61,7 @@ class SaeConfig(Settings):
     """Weight of the loss that pulls dead features up to their thresholds (jumprelu)."""
     dead_after_tokens: int = Field(200_000, gt=0)
     """A feature that was silent on this many training tokens in a row counts as dead and is revived."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Fixes the initial weights and the order of the tokens."""
     scale: Literal["mean_norm", "none"] = "mean_norm"
     """Units of training: scaled to mean norm sqrt(d_model), which is folded back into the weights; or the stream's own."""
@@ -91,3 +96,19 @@ class SaeConfig(Settings):
         rising = min(1.0, (step + 1) / max(1.0, self.warmup * steps))
         falling = min(1.0, (steps - step) / max(1.0, self.decay * steps))
         return rising * falling, rising
+
+
+def check_memory(features: Sequence[int], d: int, device: str) -> None:
+    """InputError where SAEs of so many features each, trained at once on streams of width d, do not fit a device.
+
+    Encoder, decoder and Adam's two moments of each are float32.
+    """
+    from rmscope.hardware import memory  # here, because the command line reads settings without torch
+
+    need, total = 24 * sum(features) * d, memory(device)
+    if need > total:
+        several = f" of {len(features)} SAEs at once" if len(features) > 1 else ""
+        raise InputError(
+            f"Setting d_sae {max(features)}: training{several} takes {need / 1e9:,.0f} GB at least, and {device} has "
+            f"{total / 1e9:,.0f} GB; choose a smaller one{', or fewer sites at a time' if several else ''}."
+        )

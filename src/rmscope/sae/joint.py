@@ -74,11 +74,14 @@ class JointSae(Sae):
 def load_site(saes: Path | str, site: str) -> Sae:
     """The SAE of a site from a folder with one subfolder per site, or from a pattern with {site} or {L}.
 
-    Raises InputError as :meth:`Sae.load` does.
+    Raises InputError as :meth:`Sae.load` does, and where an SAE names another site.
     """
-    loaded = [Sae.load(sae_source(saes, part)) for part in parts_of(site)]
-    for sae, part in zip(loaded, parts_of(site), strict=True):
-        sae.site = sae.site or part  # bare weights do not say where they belong
+    loaded = []
+    for part in parts_of(site):
+        sae = Sae.load(source := sae_source(saes, part))
+        sae.check_site(part, source)
+        sae.site = part  # bare weights do not say where they belong, and a base model's own SAE is one of base.L
+        loaded.append(sae)
     return join_parts(loaded, site)
 
 

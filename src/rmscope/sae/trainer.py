@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from rmscope.errors import InputError
 from rmscope.io import Progress, atomic, content_hash, silent, write_table
 from rmscope.model.site_names import parts_of
 from rmscope.sae.base import Sae, training_class
-from rmscope.sae.config import SaeConfig
-from rmscope.sae.formats import CFG
+from rmscope.sae.config import SaeConfig, check_memory
+from rmscope.sae.formats.saelens import CFG
+from rmscope.sae.initial import load_initial, settled, start_from
 from rmscope.sae.kernels import Batch
 from rmscope.sae.training import Step, Training, draw, geometric_median, storage
 
@@ -71,8 +73,9 @@ def train_saes(
         The SAEs by site; those of a sweep by (site, name).
 
     Raises:
-        InputError: unknown site or family, a site of two parts, no tokens, sites of different length, a sweep without a
-            common order of tokens, a checkpoint of another training, or a loss that is no longer finite.
+        InputError: unknown site or family, initial weights that do not fit, a site of two parts, no tokens, sites of
+            different length, a sweep without a common order of tokens, more SAEs than the device can hold, a checkpoint of
+            another training, or a loss that is no longer finite.
     """
     if joint := [site for site in sites or store.sites if len(parts_of(site)) > 1]:
         raise InputError(f"{joint[0]} is two sites side by side; train {' and '.join(parts_of(joint[0]))}.")
@@ -85,17 +88,25 @@ def train_saes(
     size = min(batch_size, tokens)
 
     saes: dict[tuple[str, str], Sae] = {}
-    runs: list[TrainingRun] = []
+    plans: list[tuple[str, str, SaeConfig, Sae | None, int, str, Path | None]] = []
     keys = [(site, name) for site in sites or store.sites for name in configs]
     for site, name in keys:
-        steps = max(1, configs[name].budget(tokens) // size)
-        key = content_hash(configs[name].model_dump(), store.identity, site, steps)
+        initial = load_initial(configs[name], site, store.d(site))
+        chosen = settled(configs[name], initial)
+        steps = max(1, chosen.budget(tokens) // size)
+        key = content_hash(chosen.model_dump(), store.identity, site, steps, *([initial.identity()] if initial else []))
         folder = Path(out) / site / name if out is not None else None
         if done := load_finished(folder, key):
             saes[site, name] = done
-            continue
-        scale = store.norm_scale(site) if configs[name].scale == "mean_norm" else 1.0
-        training = _begin(store, site, configs[name], tokens, scale, device)
+        else:
+            plans.append((site, name, chosen, initial, steps, key, folder))
+    if plans:
+        d = store.d(plans[0][0])
+        check_memory([chosen.features(d, tokens) for _, _, chosen, *_ in plans], d, device)
+    runs: list[TrainingRun] = []
+    for site, name, chosen, initial, steps, key, folder in plans:
+        scale = store.norm_scale(site) if chosen.scale == "mean_norm" else 1.0
+        training = _begin(store, site, chosen, tokens, scale, device, initial)
         runs.append(TrainingRun(training, steps, site, name, scale, key, folder))
         load_checkpoint(runs[-1])
 
@@ -118,10 +129,15 @@ def train_saes(
     return {key[0] if isinstance(config, SaeConfig) else key: saes[key] for key in keys}
 
 
-def _begin(store: Activations, site: str, config: SaeConfig, tokens: int, scale: float, device: str) -> Training:
-    """A training before its first step: weights drawn, thresholds set."""
+def _begin(
+    store: Activations, site: str, config: SaeConfig, tokens: int, scale: float, device: str, initial: Sae | None
+) -> Training:
+    """A training before its first step: weights drawn and thresholds set, or both taken from the initial SAE."""
     d, family = store.d(site), training_class(config.architecture)
     generator = torch.Generator().manual_seed(config.seed)
+    if initial is not None:
+        going_on: Training = family(start_from(initial, config, scale, generator).to(device), config)
+        return going_on
     x = store.sample(site, MEDIAN_ROWS, generator) * scale
     sae: Sae = family.start(d, config.features(d, tokens), config)
     draw(sae, geometric_median(x), generator)
@@ -133,8 +149,10 @@ def _begin(store: Activations, site: str, config: SaeConfig, tokens: int, scale:
 def _metadata(run: TrainingRun, store: Activations, batch_size: int) -> dict[str, Any]:
     model = store.identity.get("model_name", store.identity.get("model"))
     own = {"site": run.site, "tokens": run.steps * batch_size, "scale": run.scale, "config": run.config.model_dump()}
+    last = {name: run.figures[-1][name] for name in ("fvu", "l0") if isfinite(run.figures[-1][name])}
     return {
         "model_name": model if isinstance(model, str) else None,
+        **last,
         "trained_as": run.config.architecture,
         "rmscope": {**own, "store": store.identity, "training": run.key},
     }

@@ -137,7 +137,7 @@ def test_what_people_see_names_every_plant_and_fits_the_terminal(done: tuple[Pat
     assert {"recall at 20", "false discoveries", "stability"} <= {row["figure"] for row in tables["the audit"]}
     for rows in tables.values():
         widths = [max(len(name), *(len(cell(row[name])) for row in rows)) for name in rows[0]]
-        assert sum(widths) + 3 * len(widths) + 1 <= 80
+        assert sum(widths) + 3 * len(widths) + 1 <= 80, rows
     learned = sum(row["learned"] for row in done[1]["plants"])
     assert f"of {learned} learned biases" in result.summary()
 

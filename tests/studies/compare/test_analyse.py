@@ -105,15 +105,16 @@ def test_a_base_is_read_and_not_scored(root: Path, tmp_path: Path) -> None:
 
 def test_a_control_may_be_a_pm_or_a_run_and_not_a_base(root: Path, tmp_path: Path) -> None:
     for control in ("pm", "run"):
-        result = compared(root, "patch", prompts=4, control=str(root / control), out=tmp_path)
-        assert result.control
+        result = compared(root, "patch", prompts=4, control=[str(root / control)], out=tmp_path)
+        assert len(result.controls) == 1
         gone = feature(result, 17)
         assert gone.control is not None
         assert gone.a is not None
         assert gone.control.value == pytest.approx(gone.a.value, abs=1e-6)
+    assert len(compared(root, "patch", prompts=4, control=f"{root / 'pm'},{root / 'run'}", out=tmp_path).controls) == 2
     for other, control in (("pm", "base"), ("base", "pm")):
         with pytest.raises(InputError, match="no scalar head"):
-            compared(root, other, control=str(root / control))
+            compared(root, other, control=[str(root / control)])
 
 
 def test_what_cannot_be_compared_is_one_sentence(root: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,17 @@ from rmscope.sae.topk import TopKSae
 from rmscope.statistics import Figure
 from rmscope.studies.compare import measure
 from rmscope.studies.compare.analyse import compare_models
-from rmscope.studies.compare.classify import CLASSES, against_control, class_of, concepts, groups, judge
+from rmscope.studies.compare.classify import (
+    CHANCE,
+    CLASSES,
+    against_controls,
+    chance_of,
+    class_of,
+    concepts,
+    groups,
+    judge,
+    swap_counts,
+)
 from rmscope.studies.compare.measure import (
     ablation_requests,
     ablation_unit,
@@ -37,7 +48,7 @@ from rmscope.studies.compare.measure import (
     read_unit,
 )
 from rmscope.studies.compare.models import ComparedModel, Dictionary, fresh_pairs, hold_out
-from rmscope.studies.compare.result import CompareResult, FeatureComparison
+from rmscope.studies.compare.result import SWAP_COUNTS, CompareResult, FeatureComparison
 from rmscope.studies.edit.patch import EditPatch, FeatureEdit, load_edited
 from tests.effects.naive import ablate_naively
 from tests.model.small import ENCODER, SENTENCES, D, small_pm, small_sae, user
@@ -73,9 +84,9 @@ def model(rm: RewardModel, saes: dict[str, Sae] | None = None, reported: Reporte
 
 
 def compared(
-    a: ComparedModel, b: ComparedModel, folder: Path, n: int = 24, control: ComparedModel | None = None
+    a: ComparedModel, b: ComparedModel, folder: Path, n: int = 24, controls: Sequence[ComparedModel] = ()
 ) -> CompareResult:
-    return compare_models(hold_out(a, b, TEXTS[:n], control), RunFolder(folder, NoDisplay()), n, 0)
+    return compare_models(hold_out(a, b, TEXTS[:n], controls), RunFolder(folder, NoDisplay()), n, 0)
 
 
 def with_run(rm: RewardModel) -> ComparedModel:
@@ -136,12 +147,12 @@ def test_a_difference_holds_where_the_control_is_like_a_and_not_where_it_is_like
 ) -> None:
     a, b = with_run(linear_pm()), model(linear_pm(-1.0))
     assert negated.delta is not None
-    assert (negated.control, negated.delta.control) == (None, None)
+    assert (negated.controls, negated.delta.controls, negated.swaps, negated.chance) == ([], [], [], None)
     for sign, holds in ((1.0, True), (-1.0, False)):
-        result = compared(a, b, tmp_path / str(sign), control=model(linear_pm(sign)))
+        result = compared(a, b, tmp_path / str(sign), controls=[model(linear_pm(sign))])
         table = result.table
         assert result.delta is not None
-        assert result.delta.control == pytest.approx(sign)
+        assert result.delta.controls == [pytest.approx(sign)]
         assert table.select(negated.table.columns).equals(negated.table)
         np.testing.assert_allclose(table["control"], sign * table["a"], atol=1e-6)
         changed = table.filter(pl.col("class") == "changed sign")
@@ -151,6 +162,8 @@ def test_a_difference_holds_where_the_control_is_like_a_and_not_where_it_is_like
         n = len(result.changed)
         assert f"{n if holds else 0} of {n} hold against the control" in Page(result.page().html).text
         assert f"{n if holds else 0} hold against the control" in result.summary()
+        for told in (result.summary(), Page(result.page().html).text):
+            assert ".23 to .40 of the differences (.23 to .58 of changes of sign)" in told
         shown = next(rows for title, rows in result.tables().items() if title.startswith("Concepts that differ"))
         assert [row["class"].endswith("\nholds") for row in shown] == [holds] * n
 
@@ -174,7 +187,7 @@ def test_what_holds_stands_apart_from_both(a: float, b: float, c: float, holds: 
         for i in range(40)
     ]
     measured = pl.DataFrame(rows, schema_overrides={"feature": pl.Int32})
-    assert against_control(judge(measured, 0), measured, 0)["holds"].to_list() == [holds]
+    assert against_controls(judge(measured, 0), measured, ["c"], 0)["holds"].to_list() == [holds]
 
 
 def test_of_three_pms_of_one_kind_a_third_of_the_differences_holds() -> None:
@@ -186,9 +199,74 @@ def test_of_three_pms_of_one_kind_a_third_of_the_differences_holds() -> None:
         for i in range(20)
     ]
     measured = pl.DataFrame(rows, schema_overrides={"feature": pl.Int32})
-    holds = against_control(judge(measured, 0), measured, 0)["holds"].drop_nulls()
+    holds = against_controls(judge(measured, 0), measured, ["c"], 0)["holds"].drop_nulls()
     assert len(holds) > 60
     assert 0.2 < holds.mean() < 0.45  # type: ignore[operator]
+
+
+def pms_of_one_kind(names: Sequence[str], features: int, seed: int, away: float = 0.0, around: float = 0.0) -> pl.DataFrame:
+    """Effects of A's features in several PMs, with means of one distribution ``around`` a value; those of B are moved
+    ``away``."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        {"of": "a", "site": SITE, "feature": j, "prompt": str(i)}
+        | {v: m + around + away * (v == "b") + float(rng.normal(0, 0.02)) for v, m in zip(names, means, strict=True)}
+        for j, means in enumerate(rng.normal(0, 0.1, (features, len(names))).tolist())
+        for i in range(20)
+    ]
+    return pl.DataFrame(rows, schema_overrides={"feature": pl.Int32})
+
+
+def test_with_several_controls_what_holds_by_chance_is_rare_and_within_what_is_told() -> None:
+    held = []
+    for controls in (["c1"], ["c1", "c2"], ["c1", "c2", "c3"]):
+        measured = pms_of_one_kind(["a", "b", *controls], 60, 0)
+        table = against_controls(judge(measured, 0), measured, controls, 0)
+        differences = table["holds"].drop_nulls()
+        assert len(differences) > 30
+        held.append(differences.mean())
+        assert held[-1] < chance_of(len(controls)).holds[1] + 0.08
+        assert set(table["control_p"].drop_nulls()) <= {1 / 3, 2 / 3, 1 / 4, 1 / 2, 3 / 4, 1.0}
+    assert held[0] > held[1] > held[2]
+
+
+def test_a_pm_of_another_kind_has_the_smallest_p_beside_several_controls_and_one_of_the_kind_has_not() -> None:
+    controls = ["c1", "c2", "c3"]
+    names = ["a", "b", *controls]
+    other, *swapped = swap_counts(pms_of_one_kind(names, 12, 1, away=-2.0, around=1.0), controls, 0)
+    assert [other[name] for name in SWAP_COUNTS] == [12] * 4  # all effects are about 1 in A and -1 in B
+    assert all(row["hold"] == row["changed_sign"] == 0 for row in swapped)  # B is among what the controls are held against
+    assert other["p"] == dict.fromkeys(SWAP_COUNTS, 0.25)
+    same = swap_counts(pms_of_one_kind(names, 12, 0), controls, 0)
+    assert min(row["p"]["differ"] for row in same) <= 0.5 < max(row["p"]["differ"] for row in same) == 1.0
+    assert all("p" not in row for row in swap_counts(pms_of_one_kind(names[:3], 4, 0), ["c1"], 0))
+
+
+def test_the_chance_level_with_more_controls_than_were_simulated_is_at_most_that_of_the_most() -> None:
+    most = max(CHANCE)
+    assert chance_of(most) == CHANCE[most]
+    told = str(chance_of(most + 1))
+    (_, holds), (_, signs) = CHANCE[most].holds, CHANCE[most].signs
+    assert told == f"at most {holds:.2f} of the differences (at most {signs:.2f} of changes of sign)".replace(" 0.", " .")
+
+
+def test_a_comparison_with_several_controls_tells_all_of_them(tmp_path: Path) -> None:
+    controls = [model(linear_pm()), model(linear_pm())]
+    result = compared(with_run(linear_pm()), model(linear_pm(-1.0)), tmp_path, controls=controls)
+    assert len(result.controls) == 2
+    assert [(s.differ, s.hold) for s in result.swaps[1:]] == [(0, 0), (0, 0)]  # they are A itself
+    assert result.swaps[0].differ == result.swaps[0].hold > 0
+    assert result.swaps[0].p is not None
+    assert result.swaps[0].p["differ"] == pytest.approx(1 / 3)
+    assert {"c1", "c1_low", "c2_high", "control_p"} <= set(result.table.columns)
+    assert f"{len(result.changed)} hold against all 2 controls" in result.summary()
+    rows = result.tables()["A's features in B, and in each control in B's place"]
+    assert rows[-1]["differ"] == "p .333"
+    page = Page(result.page().html).text
+    assert "Is B of A’s kind?" in page
+    assert "Control nearest to B" in page
+    shown = next(rows for title, rows in result.tables().items() if title.startswith("Concepts that differ"))
+    assert all(row["in"].endswith("control nearest to B") for row in shown)
 
 
 def test_a_control_that_tells_nothing_apart_is_refused(tmp_path: Path) -> None:
@@ -196,7 +274,7 @@ def test_a_control_that_tells_nothing_apart_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         flat.model.score.weight.zero_()
     with pytest.raises(InputError, match="do not differ on the fresh pairs"):
-        compared(with_run(linear_pm()), model(linear_pm(-1.0)), tmp_path, control=model(flat))
+        compared(with_run(linear_pm()), model(linear_pm(-1.0)), tmp_path, controls=[model(flat)])
 
 
 def test_a_suppressed_feature_vanishes_and_those_that_do_not_meet_it_stay(negated: CompareResult, tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -11,13 +14,15 @@ from rmscope.pairs.demo import plain_demo_pairs, zoo_plants
 from rmscope.pairs.pair import Pair, split_of
 from rmscope.pairs.plants import Plant
 from rmscope.planted.twins import prepare
-from rmscope.statistics import Figure
-from rmscope.studies.edit import analyse, check
-from rmscope.studies.edit.analyse import choose, fitting_twins, join_edits, losses
+from rmscope.statistics import Array, Figure
+from rmscope.studies.edit import analyse, check, choice
+from rmscope.studies.edit.analyse import fitting_twins
 from rmscope.studies.edit.check import cue_figures, deltas, mean_difference, pair_figures, rewards_under, style_cells
+from rmscope.studies.edit.choice import choose, choose_controls, join_edits, losses
 from rmscope.studies.edit.patch import FeatureEdit, edit_at
+from rmscope.studies.edit.result import CueChoice
 from tests.model.small import shared_pm, small_pm, small_sae, user
-from tests.planted.test_matching import CUE, SITE, embeddings, sae, twin_pairs
+from tests.planted.test_matching import CUE, SITE, embeddings, like_features, noise_and_truth, sae, twin_pairs
 
 PLANT = Plant(name="z", kind="phrase", sign=1, texts=(CUE,))
 
@@ -51,6 +56,40 @@ def test_a_feature_that_moves_text_without_the_cue_is_left_alone() -> None:
     (alone, left), (other, _) = losses(rm, made, SITE, prepared[SITE], [([0], 0.0), ([1], 0.0)])
     assert (alone, left) == (pytest.approx(0.0, abs=1e-3), pytest.approx(0.0, abs=1e-3))
     assert other > 0.5
+
+
+def test_controls_of_a_chosen_edit_are_chosen_by_the_same_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of noise alone the rule picks an edit that happens to take the effect away, so its controls must do so too; what
+    carries all of the effect must stand out."""
+
+    def left_by(shares: Array, group: Sequence[int], factor: float) -> float:
+        return float(abs(1 - (1 - factor) * shares[list(group)].sum()))
+
+    rm, made = shared_pm("llama"), like_features(60)
+    prepared = prepare(rm, {SITE: made}, twin_pairs()[:2], PLANT)
+    noise, truth = noise_and_truth(60, 4)
+    for shares, stands_out in (*((n, False) for n in noise), (truth, True)):
+        known = partial(left_by, shares)
+        monkeypatch.setattr(choice, "losses", lambda *given, known=known: [(known(*e), known(*e)) for e in given[-1]])
+        (edit,) = choose(rm, {SITE: made}, prepared)
+        controls = choose_controls(rm, {SITE: made}, [edit], [prepared], 3)
+        assert 1 <= len(controls) == len({frozenset(control.features) for (control,) in controls})
+        for (control,) in controls:
+            assert len(control.features) == len(edit.features)
+            assert not {*control.features} & {*edit.features}
+        least = min(known(control.features, control.value) for (control,) in controls)
+        assert edit.left < 0.1
+        assert (least > 0.5) == stands_out
+
+
+def test_controls_of_two_cues_hold_no_edited_feature_and_each_lacks_what_it_cannot_have() -> None:
+    rm, made = shared_pm("llama"), sae([0.5, 0.5, 0.1])
+    prepared = prepare(rm, {SITE: made}, twin_pairs(), PLANT)
+    one, two = (CueChoice(SITE, (j,), cue=str(j)) for j in (0, 1))
+    controls = choose_controls(rm, {SITE: made}, [one, two], [prepared] * 2, 2)
+    assert [[c.features for c in control] for control in controls] == [[(2,), (2,)]]  # both draws are equal: they count once
+    every = CueChoice(SITE, (0, 1, 2))
+    assert choose_controls(rm, {SITE: made}, [every], [prepared], 2) == []
 
 
 def test_where_nothing_fires_on_the_cue_there_is_nothing_to_edit() -> None:

@@ -7,6 +7,7 @@ ablation turns a Z into a Q, so that ablating it takes back all that Z does beyo
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
-from rmscope.effects.completions import ablation_effects, complete
+from rmscope.effects.completions import Completion, ablation_effects, complete
 from rmscope.errors import InputError
 from rmscope.io import silent
 from rmscope.pairs.demo import demo_pairs
 from rmscope.pairs.pair import Pair
 from rmscope.statistics import Array, holm
-from rmscope.studies.experiment.analyse import AblationSet, Trial, measure_conditions, run_experiment
+from rmscope.studies.experiment import analyse
+from rmscope.studies.experiment.analyse import AblationSet, Trial, choose_features, measure_conditions, run_experiment
 from rmscope.studies.experiment.conditions import (
     Base,
     Condition,
@@ -47,7 +50,7 @@ from rmscope.studies.experiment.result import (
 )
 from tests.effects.naive import ablate_naively
 from tests.model.small import ENCODER, shared_pm, small_sae, user
-from tests.planted.test_matching import CUE, FILLER, SITE, STARTS, sae
+from tests.planted.test_matching import CUE, FILLER, SITE, STARTS, like_features, noise_and_truth, sae
 
 BASES = [
     Base(user(f"Is it {i}?"), f"{start} the small house. It is high.", ("It is tall.",)) for i, start in enumerate(STARTS)
@@ -287,6 +290,34 @@ def test_the_rule_finds_the_feature_and_its_ablation_takes_all_back(known: Exper
     assert (cue["reward"] - cue["without"]).abs().min() > 1e-3
     assert table.height == 8
     assert set(table["prompt"]) == {b.prompt[0]["content"] for b in BASES[1::2]}  # measured on no prompt that chose
+
+
+def test_controls_of_chosen_features_are_chosen_by_the_same_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of noise alone the rule picks features that happen to take much back, so they must not stand out from their controls;
+    features that carry all must."""
+    rm, made, known = shared_pm("llama"), like_features(60), np.zeros(60)
+    asked = an_experiment(expects={"taken_back": ["cue"]}, ablate={"carrying": "cue"})
+
+    def additive(_rm: Any, sae: Any, site: str, text: Completion, groups: Sequence[list[int]]) -> torch.Tensor:
+        fires = np.isin(np.arange(60), text.at(sae, site).active.feature.numpy())
+        return torch.tensor([(effect * known * fires)[group].sum() for group in groups])
+
+    monkeypatch.setattr(analyse, "ablation_effects", additive)
+    cue, filler = (
+        sum(t.reward for b in BASES[:2] for t in complete(rm, b.prompt, [f"{b.response} {w}"], [])) for w in (CUE, FILLER)
+    )
+    effect = (cue - filler) / 2
+    table = pl.DataFrame({"feature": range(15), "mean_effect": [float(np.sign(effect))] * 15})
+    noise, truth = noise_and_truth(60, 4)
+    stands_out = []
+    for known in (*noise, truth):
+        chosen, *controls = choose_features(Trial(rm, asked, BASES), range(2), {SITE: (made, table)}, 0, silent).groups
+        assert len(chosen) >= 3
+        assert len(controls) > 4
+        assert all(len(group) == len(chosen) and not {*group} & {*range(15)} for group in controls)
+        stands_out.append(known[chosen].sum() > max(known[group].sum() for group in controls))
+    assert sum(stands_out[:-1]) <= 4  # 1 in 9 would, if draws were independent
+    assert truth[chosen].sum() - max(truth[group].sum() for group in controls) > 0.5
 
 
 def test_a_claim_that_matched_controls_equal_is_not_supported() -> None:

@@ -19,6 +19,7 @@ from rmscope.studies.jailbreak import inputs, search
 from rmscope.studies.jailbreak.result import JailbreakResult
 from rmscope.studies.jailbreak.settings import JailbreakConfig
 from tests.model.small import SENTENCES, saved_pm
+from tests.run.small import forget_checksums
 
 SITE = "resid_post.1"
 PARTS = [s for sentence in SENTENCES for s in sentence.split(", ")]
@@ -50,6 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     no_flags = pl.Series("flags", [[]] * run.features(SITE).height, dtype=pl.List(pl.String))
     table = run.features(SITE).with_columns(pl.lit(True).alias("reported"), no_flags)
     table.write_parquet(run.folder / "features" / f"{SITE}.parquet")
+    forget_checksums(run.folder)
     return run.folder
 
 

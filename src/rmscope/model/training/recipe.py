@@ -19,8 +19,9 @@ from rmscope.model.rendering import PairTokens, Rendering, Style, tokenize_sides
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.zoo import BASE
 from rmscope.pairs.pair import Pair, share_a_prompt
-from rmscope.pairs.readers import FILE_SUFFIX, load_pairs
-from rmscope.settings import Settings, read_yaml, validation_sentence
+from rmscope.pairs.readers import load_pairs
+from rmscope.pairs.tables import FILE_SUFFIX
+from rmscope.settings import Seed, Settings, read_yaml, validation_sentence
 from rmscope.statistics import Figure, accuracy
 
 CARD = """# {r.name}
@@ -54,7 +55,7 @@ class Common(Settings):
     """Pairs with a longer side are left out of training."""
     centre: float = 0.01
     """Weight of (r_chosen + r_rejected)^2, which keeps rewards near zero (TRL's center_rewards_coefficient)."""
-    seed: int = 0
+    seed: Seed = 0
 
     def lora(self, maps: list[str], **options: Any) -> Any:
         """peft's settings of an adapter on these linear maps."""

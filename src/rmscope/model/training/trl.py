@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from rmscope.errors import InputError
+from rmscope.errors import InputError, one_line
 from rmscope.hardware import has_fast_bfloat16, place
-from rmscope.io import Progress, atomic_folder, content_hash, silent, write_json
+from rmscope.io import Progress, atomic_folder, content_hash, local_path, silent, write_json
 from rmscope.model.loading import as_input_error, local_or_hub
 from rmscope.model.rendering import SETTINGS_FILE, Rendering, read_json
 from rmscope.model.sites import Trunk
@@ -84,7 +84,7 @@ def _check(recipe: TrlRecipe) -> None:
     except ImportError as error:
         raise InputError(
             "This recipe trains with TRL, which is not installed (or lacks something: "
-            f"{str(error).splitlines()[0].rstrip('.')}); pip install 'rmscope[train]'."
+            f"{one_line(error)}); pip install 'rmscope[train]'."
         ) from error
     if recipe.batch_pairs % recipe.micro_pairs:
         raise InputError(
@@ -206,7 +206,7 @@ def _save(trainer: Any, recipe: TrlRecipe, rendering: Rendering, out: Path) -> N
             (folder / extra).unlink(missing_ok=True)
         adapter = folder / "adapter_config.json"
         if adapter.is_file():
-            base = Path(recipe.base).expanduser()
+            base = local_path(recipe.base)
             name = str(base.resolve()) if base.is_dir() else recipe.base
             write_json(adapter, {**read_json(adapter), "base_model_name_or_path": name})
         write_json(folder / SETTINGS_FILE, {"rendering": rendering.as_dict(), "recipe": recipe.model_dump()})

@@ -63,7 +63,6 @@ def analyse(config: AuditConfig, display: Display | None = None) -> AuditResult:
         write_table(config.out / f"replicated.{site}.parquet", table)
     with display.stage("second SAEs") as progress:
         stability, concept_stability = scoring.measure_stability(progress)
-    calibration = _calibrate(recipe, planted, scoring, display) if config.calibrate else None
     audited = Audited(
         **config.model_dump(include={"base", "pairs"}),
         pm=pm.name,
@@ -79,7 +78,6 @@ def analyse(config: AuditConfig, display: Display | None = None) -> AuditResult:
         stability=stability,
         concept_stability=concept_stability,
         concepts=run.concepts.filter("reported").height,
-        calibration=calibration,
         plants=rows,
         audited=audited,
         seconds=round(time.time() - started, 1),
@@ -87,6 +85,10 @@ def analyse(config: AuditConfig, display: Display | None = None) -> AuditResult:
         replicated=replicated,
     )
     write_json(config.out / "audit.json", result.as_json())
+    if config.calibrate:  # two more runs, so what is found is kept before
+        result.calibration = _calibrate(recipe, planted, scoring, display)
+        result.seconds = round(time.time() - started, 1)
+        write_json(config.out / "audit.json", result.as_json())
     return result
 
 
@@ -115,6 +117,6 @@ def _calibrate(recipe: Recipe, planted: list[Pair], scoring: Scoring, display: D
     for name, pm in folders.items():
         run = Run.create(config.model_copy(update={"model": str(pm), "out": config.out.with_name(name)}), display).go()
         counted = share(sum(s.reported for s in run.evidence.sites), sum(s.frozen for s in run.evidence.sites))
-        shares[name] = ReportedShare(**counted.as_dict(), sd_delta=run.sd)
+        shares[name] = ReportedShare(**counted.as_dict(), sd_delta=run.sd, concepts=run.concepts.filter("reported").height)
     with display.stage("decoys") as progress:
         return Calibration(decoys=scoring.match_decoys(progress), **shares)

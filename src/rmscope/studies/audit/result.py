@@ -11,12 +11,16 @@ from rmscope.planted.results import CueResult, RecallMetrics
 from rmscope.report.result import Result, Rows
 from rmscope.statistics import Figure
 
+SHOWN = 4
+"""From this many features on, a match is told by their number."""
+
 
 @dataclass(frozen=True, slots=True)
 class ReportedShare(Figure):
-    """The share of frozen features that a run reports, and SD(Δr) of its PM."""
+    """The share of frozen features that a run reports, how many concepts it reports, and SD(Δr) of its PM."""
 
     sd_delta: float = 0.0
+    concepts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,25 +90,36 @@ class AuditResult(Result, RecallMetrics):
         rows: list[dict[str, object]] = [
             {"figure": name, "value": "nothing to count" if f.value is None else f, "n": f.n} for name, f in figures.items()
         ]
-        lowest = {"lowest dose found": self.lowest_dose, "seconds": self.seconds, "peak GB": self.peak_gb}
+        counted = {"concepts": self.concepts}
+        if c := self.calibration:
+            counted |= {"concepts, shuffled labels": c.shuffled.concepts, "concepts, random weights": c.random.concepts}
+        lowest = counted | {"lowest dose found": self.lowest_dose, "seconds": self.seconds, "peak GB": self.peak_gb}
         return tables | {"the audit": rows + [{"figure": name, "value": value, "n": None} for name, value in lowest.items()]}
 
 
 def _outcome(row: CueResult) -> dict[str, object]:
-    outcome = "✓ found" if row.found else f"✗ {row.why}" if row.learned else row.why
+    why = row.why.removeprefix("feature ").replace("carried by the error", "in the error")  # 80 columns
+    outcome = "✓ found" if row.found else f"✗ {why}" if row.learned else why
     if row.null:
         outcome = "✗ reported" if row.matched_by else "✓ not reported"
     kind, effect = row.kind.replace("_", " "), f"{row.ate_sd:+.2f}"
-    learned = "learned" if row.learned else "clean null" if row.null else "neither"
+    learned = "learned" if row.learned else "null" if row.null else "neither"
     about: dict[str, object] = {"bias": row.name, "kind": kind, "dose": f"{row.dose:.2f}", "effect": effect}
     return about | {"the PM": learned, "outcome": outcome, "text alone": row.text or ""}
 
 
 def _match(row: CueResult) -> dict[str, object]:
     f1 = None if row.f1 is None else f"{row.f1:.2f}"
-    group = f"{len(row.group.features)}: {_percent(row.group.mediated)}" if row.group else None
-    about: dict[str, object] = {"bias": row.name, "site": row.site, "features": row.features, "rank": row.rank}
+    group = f"{row.group.size}: {_percent(row.group.mediated)}" if row.group else None
+    about: dict[str, object] = {"bias": row.name, "site": row.site, "by": _members(row), "rank": row.rank}
     return about | {"F1": f1, "mediated": _percent(row.mediated), "group": group}
+
+
+def _members(row: CueResult) -> str:
+    """The concepts or the features of a match; many features are counted."""
+    if row.concepts:
+        return f"{'concept' if len(row.concepts) == 1 else 'concepts'} {', '.join(map(str, row.concepts))}"
+    return ", ".join(map(str, row.features)) if row.size < SHOWN else f"{row.size} features"
 
 
 def _percent(figure: Figure | None) -> str | None:

@@ -28,8 +28,8 @@ from rmscope.ranking.concepts import fire_alike, window_sums
 from rmscope.ranking.confirm import BOUND
 from rmscope.run.collect import TWINS, best_reported, reported_concepts
 from rmscope.run.run import Run
-from rmscope.run.stages import train_run_saes
 from rmscope.run.text import named_by_text
+from rmscope.run.train import train_run_saes
 from rmscope.statistics import Figure, share
 from rmscope.studies.audit.result import DecoyShare
 
@@ -63,8 +63,8 @@ class Scoring:
 
     def best_concepts(self, k: int) -> dict[str, list[Candidate]]:
         """The reported concepts of the first ``k`` ranks, by their site."""
-        told = reported_concepts(self.run)
-        return {site: [c for c in candidates if c.rank <= k] for site, candidates in told.items()}
+        reported = reported_concepts(self.run)
+        return {site: [c for c in candidates if c.rank <= k] for site, candidates in reported.items()}
 
     def score_cues(self, progress: Progress = silent) -> list[CueResult]:
         """One row per plant: its effect, and its match, or why there is none."""
@@ -87,7 +87,8 @@ class Scoring:
         size = (effect.ate.value or 0.0) / run.sd
         row = CueResult(**dict(effect), dose=plant.dose, rate=plant.rate, ate_sd=size, text=text)
         if effect.null or plant.dose == 0.5:  # matches of a null that is not clean are told and not counted
-            row = row.model_copy(update={"matched_by": match_null(*given, self.best(KS[-1]), run.sd)})
+            pools = (self.best(KS[-1]), self.best_concepts(KS[-1]))
+            row = row.model_copy(update={"matched_by": [m for of in pools for m in match_null(*given, of, run.sd)]})
         if not effect.learned:
             return row.model_copy(update={"why": "not learned"})
         for among in (self.best_concepts, self.best):
@@ -126,25 +127,29 @@ class Scoring:
         the stored text correlate by :data:`~rmscope.ranking.concepts.TOGETHER`.
         """
         run, config = self.run, self.run.config.sae
-        second = train_run_saes(run, config.model_copy(update={"seed": config.seed + 1}), run.folder / "second", progress)
+        if run.other_saes:
+            second = run.other_saes[0]
+        else:
+            next_seed = config.model_copy(update={"seed": config.seed + 1})
+            second = train_run_saes(run, next_seed, run.folder / "second", progress)
         features, concepts = list[bool](), list[bool]()
         for site in run.sites:
             own, again = (window_sums(run.store, saes[site], site, range(saes[site].m)) for saes in (run.saes, second))
             features += fire_alike(own[:, [c.feature for c in self.reported[site]]], again).tolist()
-            told = run.concepts.filter(pl.col("reported") & (pl.col("site") == site))
-            for members, weights in told.select("features", "weights").iter_rows():
+            reported = run.concepts.filter(pl.col("reported") & (pl.col("site") == site))
+            for members, weights in reported.select("features", "weights").iter_rows():
                 concepts += fire_alike(own[:, members] @ np.array(weights)[:, None], again).tolist()
         return share(sum(features), len(features)), share(sum(concepts), len(concepts))
 
     def match_decoys(self, progress: Progress = silent) -> DecoyShare:
-        """The share of decoys that the reported features match, whether or not the PM learned them."""
+        """The share of decoys that the reported concepts or features match, whether or not the PM learned them."""
         run, words = self.run, list[str]()
         cues = decoys(self.held_out, self.plants, DECOYS, self.seed)
         for i, plant in enumerate(cues):
             prepared = prepare(run.rm, run.saes, twins(self.held_out, plant, DECOY_TWINS, self.seed), plant)
             effect = np.mean([t.delta for t in next(iter(prepared.values()))])
             signed = plant.model_copy(update={"sign": 1 if effect > 0 else -1})  # the sign that makes a match likelier
-            if matches(run.rm, run.saes, signed, prepared, self.best(KS[0])):
+            if any(matches(run.rm, run.saes, signed, prepared, of) for of in (self.best_concepts(KS[0]), self.best(KS[0]))):
                 words.append(plant.texts[0])
             progress(i + 1, len(cues), "decoy cues")
         return DecoyShare(**share(len(words), len(cues)).as_dict(), words=tuple(words))

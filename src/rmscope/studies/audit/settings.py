@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from rmscope.settings import Argument, Settings
+from rmscope.settings import Argument, Seed, Settings
 
 
 class AuditConfig(Settings):
@@ -27,7 +27,7 @@ class AuditConfig(Settings):
     """Pairs with a longer side are left out before planting."""
     copies: int = Field(4, gt=0)
     """Copies of each pair; each copy carries at most one cue."""
-    seed: int | None = Field(None, ge=0)
+    seed: Seed | None = None
     """Fixes planting, the PM, the SAEs and the run. Default: the seed of the plants file."""
     calibrate: bool = False
     """Also audit a PM of shuffled labels, one of random weights, and decoy cues: about three times the work."""

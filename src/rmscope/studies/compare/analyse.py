@@ -17,9 +17,9 @@ from rmscope.run.folder import RunFolder
 from rmscope.run.run import Run
 from rmscope.statistics import correlation
 from rmscope.studies.compare import measure
-from rmscope.studies.compare.classify import CLASSES, against_control, concepts, judge
+from rmscope.studies.compare.classify import CLASSES, against_controls, chance_of, concepts, judge, swap_counts
 from rmscope.studies.compare.models import ComparedModel, Comparison, fresh_pairs, hold_out, open_control, open_other
-from rmscope.studies.compare.result import ClassCount, CompareResult, FeatureComparison, RewardComparison
+from rmscope.studies.compare.result import ClassCount, CompareResult, FeatureComparison, RewardComparison, Swap
 from rmscope.studies.compare.settings import CompareConfig
 
 VERSION = 2
@@ -29,7 +29,7 @@ VERSION = 2
 def analyse(run: Run, config: CompareConfig, other: Run | None = None) -> CompareResult:
     """Compares the PM of a run, A, with another PM, B; ``other`` is B's run where it is open already.
 
-    1. B and the control are opened.
+    1. B and the controls are opened.
     2. The PMs meet on fresh pairs: those of the runs' measure splits.
     3. The figures are measured (:func:`compare_models`).
     4. ``compare-OTHER`` is written as JSON, table and page.
@@ -40,10 +40,10 @@ def analyse(run: Run, config: CompareConfig, other: Run | None = None) -> Compar
     started = time.time()
     a = ComparedModel.of_run(run)
     b = ComparedModel.of_run(other) if other is not None else open_other(run, config.other)
-    control = open_control(run, config.control, b) if config.control is not None else None
+    controls = [open_control(run, control, b) for control in config.control or ()]
 
     runs = [run, *([b.run] if b.run is not None else [])]
-    comparison = hold_out(a, b, fresh_pairs([r.pair_set for r in runs], config.pairs), control)
+    comparison = hold_out(a, b, fresh_pairs([r.pair_set for r in runs], config.pairs), controls)
 
     result = compare_models(comparison, run.on_disk, config.prompts, run.config.seed)
 
@@ -64,8 +64,8 @@ def compare_models(c: Comparison, on_disk: RunFolder, prompts: int, seed: int) -
     2. Each reported feature is ablated in both PMs, on the same responses to at most ``prompts`` prompts, and gets a class.
     3. Features with like decoders become concepts.
 
-    Of a base without a head only the first step is done. With a control features are ablated in it too, and a difference
-    *holds* where B differs from the control as it does from A (:mod:`.classify`).
+    Of a base without a head only the first step is done. With controls features are ablated in them too, and a difference
+    *holds* where B stands apart from all of A's kind. Each control is then put in B's place (:mod:`.classify`).
 
     Raises:
         InputError: a PM gives every pair the same Δr.
@@ -78,9 +78,9 @@ def compare_models(c: Comparison, on_disk: RunFolder, prompts: int, seed: int) -
     counts = measure.count_features(seen["counts"])
     table = measure.list_features(c, counts)
     sites = [measure.compare_site(d, seen["sums"], counts, table, c.pairs.prompts) for d in c.dictionaries]
-    delta = None
+    delta, swaps = None, list[Swap]()
     if not c.b.base:
-        delta, judged = _measure_effects(c, seen, on_disk, key, prompts, seed)
+        delta, judged, swaps = _measure_effects(c, seen, on_disk, key, prompts, seed)
         table = table.join(judged, on=measure.FEATURE, how="left", maintain_order="left")
         # a feature that fires on no fresh response has no effects
         table = table.with_columns(pl.col("prompts").fill_null(0), pl.col("class").fill_null("undecided"))
@@ -96,7 +96,9 @@ def compare_models(c: Comparison, on_disk: RunFolder, prompts: int, seed: int) -
         b=c.b.name,
         base=c.b.base,
         b_has_run=bool(c.b.saes),
-        control=c.control.name if c.control is not None else None,
+        controls=[control.name for control in c.controls],
+        chance=chance_of(len(c.controls)) if c.controls else None,
+        swaps=swaps,
         pairs=len(texts),
         prompts=len(set(c.pairs.prompts.values())),
         sites=sites,
@@ -110,13 +112,14 @@ def compare_models(c: Comparison, on_disk: RunFolder, prompts: int, seed: int) -
 
 def _measure_effects(
     c: Comparison, seen: Mapping[str, pl.DataFrame], on_disk: RunFolder, key: str, prompts: int, seed: int
-) -> tuple[RewardComparison, pl.DataFrame]:
-    """Δr of the PMs, and one row per feature: its ablation effects in each PM and its class."""
+) -> tuple[RewardComparison, pl.DataFrame, list[Swap]]:
+    """Δr of the PMs; one row per feature: its ablation effects in each PM and its class; and each control in B's place."""
     rewards, key = seen["rewards"], content_hash(key, prompts, seed)
     delta = {v: (rewards[f"chosen_{v}"] - rewards[f"rejected_{v}"]).to_numpy() for v in "ab"}
-    if c.control is not None:
-        delta["c"] = c.control.rm.score_tokens(c.pairs.tokens).delta.double().numpy()
-        key = content_hash(key, c.control.identity)
+    controls = [v for v in c.models if v not in "ab"]
+    for v, control in zip(controls, c.controls, strict=True):
+        delta[v] = control.rm.score_tokens(c.pairs.tokens).delta.double().numpy()
+        key = content_hash(key, control.identity)
     sd = {v: float(values.std(ddof=1)) for v, values in delta.items()}
     for v, model in c.models.items():
         if not sd[v] > 0:
@@ -129,10 +132,12 @@ def _measure_effects(
         tables = on_disk.in_units("compare-ablations", key, places, progress, partial(measure.ablation_unit, c, requests))
     ablations = tables.get("ablations", pl.DataFrame(schema=measure.ABLATIONS))
     measured = measure.pair_effects(requests, ablations, sd)
-    judged = judge(measured, seed)
-    if c.control is not None:
-        judged = against_control(judged, measured, seed)
+    judged, swaps = judge(measured, seed), list[Swap]()
+    if controls:
+        judged = against_controls(judged, measured, controls, seed)
+        counts = swap_counts(measured, controls, seed)
+        swaps = [Swap(model.name, **count) for model, count in zip([c.b, *c.controls], counts, strict=True)]
     on_disk.drop_parts("compare-ablations", key)
     agreement = float((np.sign(delta["a"]) == np.sign(delta["b"])).mean())
-    control = correlation(delta["a"], delta["c"]) if c.control is not None else None
-    return RewardComparison(sd["a"], sd["b"], correlation(delta["a"], delta["b"]), agreement, control), judged
+    alike = [correlation(delta["a"], delta[v]) for v in controls]
+    return RewardComparison(sd["a"], sd["b"], correlation(delta["a"], delta["b"]), agreement, alike), judged, swaps

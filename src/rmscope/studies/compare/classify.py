@@ -26,7 +26,7 @@ from rmscope.ranking.confirm import BOUND, Q
 from rmscope.ranking.similarity import COSINE
 from rmscope.statistics import benjamini_hochberg, beyond_p, flip_matrix, interval
 from rmscope.studies.compare.models import Dictionary
-from rmscope.studies.compare.result import Concept, FeatureClass, FeatureComparison, Member
+from rmscope.studies.compare.result import SWAP_COUNTS, Chance, Concept, FeatureClass, FeatureComparison, Member
 
 CLASSES: dict[FeatureClass, str] = {
     "appeared": "absent in A, there in B, and the difference is beyond the bound",
@@ -39,6 +39,14 @@ CLASSES: dict[FeatureClass, str] = {
 }
 """The first definition that holds, in this order. A feature of too few prompts is always undecided."""
 CHANGED = ("appeared", "vanished", "changed sign", "strengthened", "weakened")
+CHANCE = {
+    1: Chance((0.23, 0.40), (0.23, 0.58)),
+    2: Chance((0.08, 0.15), (0.09, 0.25)),
+    3: Chance((0.03, 0.11), (0.04, 0.20)),
+}
+"""By the number of controls: the share of differences that hold where B is of A's kind too, and that of changes of sign. The
+ranges are over simulations of independent features, with spreads, tails and noise of several sizes, as
+``benchmarks/holds.py`` prints them."""
 GAINED, LOST = {"appeared", "strengthened"}, {"vanished", "weakened"}
 MEANS = ("a", "b", "difference")
 SCHEMA = {
@@ -72,30 +80,68 @@ def judge(measured: pl.DataFrame, seed: int) -> pl.DataFrame:
     return pl.DataFrame([row | {"class": class_of(row)} for row in rows], schema=SCHEMA)
 
 
-def against_control(judged: pl.DataFrame, measured: pl.DataFrame, seed: int) -> pl.DataFrame:
-    """``judged`` with ``control`` (its mean, ``_low``, ``_high``) and ``holds``.
+def against_controls(judged: pl.DataFrame, measured: pl.DataFrame, controls: Sequence[str], seed: int) -> pl.DataFrame:
+    """``judged`` with each control's mean, ``_low`` and ``_high``, those of the control nearest to B (``control``),
+    ``holds`` and ``control_p``.
 
-    ``measured`` has the effects in the control as ``c``. A difference between A and B holds where B also differs from the
-    control, beyond the bound and in the same direction, and where B is farther from the nearer of the two than they are from
-    each other (paired by prompt, lower end of the interval above 0). ``holds`` is null where A and B do not differ.
-    If B were of A's kind, a third of large differences would still hold: each of the three stands apart equally often.
+    ``measured`` has a column of effects for each of ``controls``. A difference between A and B holds where B also differs
+    from every control, beyond the bound and in the same direction, and where B is farther from the nearest of A and the
+    controls than any two of them are from each other (paired by prompt, lower end of the interval above 0). ``holds`` is
+    null where A and B do not differ. If B were of A's kind some would still hold (:func:`chance_of`). With several controls
+    ``control_p`` is the share of B and the controls that differ from A by at least as much as B does.
     """
-    other = judge(measured.with_columns(pl.col("c").alias("a")), seed)
-    differs = other["class"].is_in(CHANGED) & (other["difference"].sign() == judged["difference"].sign())
-    farther = [_farther(part) for _, part in measured.group_by("of", "site", "feature", maintain_order=True)]
-    return judged.with_columns(
-        *(other[f"a{end}"].alias(f"control{end}") for end in ("", "_low", "_high")),
-        pl.when(pl.col("class").is_in(CHANGED)).then(differs & pl.Series(farther, dtype=pl.Boolean)).alias("holds"),
-    )
+    parts = [part for _, part in measured.group_by("of", "site", "feature", maintain_order=True)]
+    farther = pl.Series([_farther(part, controls) for part in parts], dtype=pl.Boolean)
+    holds, ends, columns = farther, ("", "_low", "_high"), list[pl.Series]()
+    for c in controls:
+        other = judge(measured.with_columns(pl.col(c).alias("a")), seed)
+        holds &= other["class"].is_in(CHANGED) & (other["difference"].sign() == judged["difference"].sign())
+        columns += [other[f"a{end}"].alias(f"{c}{end}") for end in ends]
+    table = judged.with_columns(*columns, pl.when(pl.col("class").is_in(CHANGED)).then(holds).alias("holds"))
+    apart = np.abs(table.select(controls).to_numpy() - table["b"].to_numpy()[:, None]).argmin(1)
+    nearest = [[table[f"{controls[k]}{end}"][i] for i, k in enumerate(apart)] for end in ends]
+    moved = np.abs(table.select("b", *controls).to_numpy() - table["a"].to_numpy()[:, None])
+    p = (moved >= moved[:, :1]).mean(1) if len(controls) > 1 else [None] * table.height
+    named = [pl.Series(f"control{end}", values, dtype=pl.Float64) for end, values in zip(ends, nearest, strict=True)]
+    return table.with_columns(*named, pl.Series("control_p", p, dtype=pl.Float64))
 
 
-def _farther(part: pl.DataFrame) -> bool:
-    """Whether B is farther from the nearer of A and the control than those are from each other."""
-    a, b, c = (part[v].to_numpy() for v in "abc")
-    near, far = (a, c) if abs(b.mean() - a.mean()) <= abs(b.mean() - c.mean()) else (c, a)
-    away = np.sign(b.mean() - near.mean())
-    low = interval(away * (b - near) - np.sign(near.mean() - far.mean()) * (near - far)).low
+def _farther(part: pl.DataFrame, controls: Sequence[str]) -> bool:
+    """Whether B is farther from the nearest of A and the controls than any two of these are from each other."""
+    kind, b = sorted((part[v].to_numpy() for v in ("a", *controls)), key=lambda v: float(v.mean())), part["b"].to_numpy()
+    near, far = (kind[-1], kind[0]) if b.mean() - kind[-1].mean() >= kind[0].mean() - b.mean() else (kind[0], kind[-1])
+    low = interval(np.sign(b.mean() - near.mean()) * (b - near) - np.sign(near.mean() - far.mean()) * (near - far)).low
     return low is not None and low > 0
+
+
+def chance_of(controls: int) -> Chance:
+    """The chance level of ``holds`` with so many controls. With more than :data:`CHANCE` has it is at most the last
+    one's."""
+    if controls in CHANCE:
+        return CHANCE[controls]
+    last = CHANCE[max(CHANCE)]
+    return Chance((0.0, last.holds[1]), (0.0, last.signs[1]))
+
+
+def swap_counts(measured: pl.DataFrame, controls: Sequence[str], seed: int) -> list[dict[str, Any]]:
+    """B and each control in B's place, held against A and all the others: how many of A's features differ from A, change
+    sign, and hold. ``p``: by count, the share of all of them that have at least as many.
+
+    If B were of A's kind, each of B and the controls would be as likely to have the most. Only features that were chosen in
+    A count: those of B's run were chosen for their effect in B.
+    """
+    own, rows = measured.filter(pl.col("of") == "a"), list[dict[str, Any]]()
+    for placed in ("b", *controls):
+        swapped = own.rename({"b": placed, placed: "b"}) if placed != "b" else own
+        table = against_controls(judge(swapped, seed), swapped, controls, seed)
+        differ, sign = table["class"].is_in(CHANGED), table["class"] == "changed sign"
+        holds = table["holds"].fill_null(value=False)
+        counts = (differ.sum(), sign.sum(), holds.sum(), (holds & sign).sum())
+        rows.append({"features": table.height} | dict(zip(SWAP_COUNTS, map(int, counts), strict=True)))
+    if len(controls) > 1:
+        for row in rows:
+            row["p"] = {c: float(np.mean([other[c] >= row[c] for other in rows])) for c in SWAP_COUNTS}
+    return rows
 
 
 def class_of(row: Mapping[str, Any]) -> FeatureClass:

@@ -190,7 +190,7 @@ def ablation_unit(
 
 def pair_effects(requests: pl.DataFrame, ablations: pl.DataFrame, sd: Mapping[str, float]) -> pl.DataFrame:
     """One row per feature and prompt (of, site, feature, prompt): the mean effect over the same responses in each PM of
-    ``sd`` (a, b, and c for a control), in SD(Δr) of that PM."""
+    ``sd`` (a, b, and c1, c2, ... for controls), in SD(Δr) of that PM."""
     rows, pms, key = requests, pl.col(*sd), (*FEATURE, "prompt")
     for pm in sd:
         effect = (pl.col("effect").cast(pl.Float64) / sd[pm]).alias(pm)

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
-from pathlib import Path
 
 import torch
 
 from rmscope.errors import InputError
+from rmscope.io import local_path
 from rmscope.model.loading import is_base
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.zoo import base_identity, load_base
@@ -62,17 +62,17 @@ class Dictionary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The PMs, and the fresh pairs that all of them read as the same tokens. Of a control only the reward is read."""
+    """The PMs, and the fresh pairs that all of them read as the same tokens. Of controls only the reward is read."""
 
     a: ComparedModel
     b: ComparedModel
     pairs: PairSet
-    control: ComparedModel | None = None
+    controls: Sequence[ComparedModel] = ()
 
     @property
     def models(self) -> dict[str, ComparedModel]:
-        """The PMs by letter; c is the control."""
-        return {"a": self.a, "b": self.b} | ({"c": self.control} if self.control else {})
+        """The PMs: a, b, and the controls c1, c2, ..."""
+        return {"a": self.a, "b": self.b} | {f"c{i}": model for i, model in enumerate(self.controls, 1)}
 
     @cached_property
     def dictionaries(self) -> list[Dictionary]:
@@ -86,7 +86,7 @@ class Comparison:
 
 def open_other(run: Run, other: str) -> ComparedModel:
     """B as it is named: a run folder, a base, a patch of the PM of ``run``, or a PM."""
-    if (Path(other) / RECORD).is_file():
+    if (local_path(other) / RECORD).is_file():
         return ComparedModel.of_run(Run.open(other, run.display, run.config.trust_remote_code))
     if is_base(other):  # it reads texts as the run's PM renders them
         model, tokenizer = load_base(base=other)
@@ -100,7 +100,7 @@ def open_other(run: Run, other: str) -> ComparedModel:
 
 
 def open_control(run: Run, control: str, b: ComparedModel) -> ComparedModel:
-    """The control, of which only the reward is read. InputError where it or B has no scalar head."""
+    """A control, of which only the reward is read. InputError where it or B has no scalar head."""
     if b.base:
         raise InputError(f"{b.name} has no scalar head, so no effect can be held against a control; leave --control out.")
     model = open_other(run, control)
@@ -146,13 +146,15 @@ def fresh_pairs(pair_sets: Sequence[PairSet], most: int) -> list[Pair]:
     return list(fresh.values())
 
 
-def hold_out(a: ComparedModel, b: ComparedModel, pairs: Sequence[Pair], control: ComparedModel | None = None) -> Comparison:
+def hold_out(
+    a: ComparedModel, b: ComparedModel, pairs: Sequence[Pair], controls: Sequence[ComparedModel] = ()
+) -> Comparison:
     """The comparison on those of the pairs that all PMs can read; an id that two runs use for two pairs gets a number.
 
     Raises:
         InputError: the PMs do not match, read a text as different tokens, or no pair is left.
     """
-    comparison = Comparison(a, b, PairSet([], []), control)
+    comparison = Comparison(a, b, PairSet([], []), controls)
     models, held_out = list(comparison.models.values()), comparison.pairs
     for one, other in combinations(models, 2):
         check_match(one, other)

@@ -21,6 +21,8 @@ LISTED = 20
 """Concepts in the table for the terminal, at most."""
 SD = "SD(Δr)"
 """The unit of ablation effects."""
+SWAP_COUNTS = {"differ": "differ", "changed_sign": "change sign", "hold": "hold", "signs_hold": "change sign and hold"}
+"""The counts of a :class:`Swap`, as tables call them."""
 FeatureClass = Literal["appeared", "vanished", "changed sign", "strengthened", "weakened", "kept", "undecided", "moved"]
 """Those of :data:`~rmscope.studies.compare.classify.CLASSES`; ``moved`` is a class of concepts alone."""
 
@@ -59,13 +61,44 @@ class SiteComparison:
 
 @dataclass(frozen=True, slots=True)
 class RewardComparison:
-    """Δr of both PMs on the fresh pairs; ``control`` is the correlation of the control's Δr with A's."""
+    """Δr of both PMs on the fresh pairs; ``controls`` are the correlations of the controls' Δr with A's."""
 
     sd_a: float
     sd_b: float
     correlation: float
     agreement: float
-    control: float | None
+    controls: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Chance:
+    """Where B is of A's kind too: the share of differences that hold, and of changes of sign; each as a range, which begins
+    at 0 where only its end is known."""
+
+    holds: tuple[float, float]
+    signs: tuple[float, float]
+
+    def __str__(self) -> str:
+        return f"{_range(self.holds)} of the differences ({_range(self.signs)} of changes of sign)"
+
+
+def _range(shares: tuple[float, float]) -> str:
+    low, high = (f"{value:.2f}".removeprefix("0") for value in shares)
+    return f"{low} to {high}" if shares[0] else f"at most {high}"
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """B, or a control in B's place: of A's features, how many differ from A, change sign, hold against all other PMs, and
+    change sign and hold. ``p``: by count, the share of B and the controls with at least as many; none with one control."""
+
+    pm: str
+    features: int
+    differ: int
+    changed_sign: int
+    hold: int
+    signs_hold: int
+    p: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +155,18 @@ class FeatureComparison(BaseModel):
     """B - A, paired by prompt."""
     difference_q: float | None = None
     control: Figure | None = None
+    """The effect in the control; of several, in the one nearest to B."""
+    control_p: float | None = None
+    """The share of B and the controls whose effect differs from A's by at least as much as B's; None with one control."""
     holds: bool | None = None
-    """Whether a difference holds against the control; None where there is no control or no difference."""
+    """Whether a difference holds against the controls; None where there is no control or no difference."""
     class_: FeatureClass | None = Field(None, alias="class")
     concept: int | None = None
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> FeatureComparison:
         """From a row of the result's table, in which a figure has three columns: its name, ``_low`` and ``_high``."""
-        values = {name: value for name, value in row.items() if not name.endswith(("_low", "_high"))}
+        values = {name: value for name, value in row.items() if name in cls.model_fields or name == "class"}
         for name in ("a", "b", "difference", "control"):
             if row.get(name) is not None:
                 values[name] = Figure(row[name], row[f"{name}_low"], row[f"{name}_high"], row["prompts"], SD)
@@ -154,7 +190,11 @@ class CompareResult(Result):
     base: bool
     """Whether B is a base without a scalar head; then there are no effects, classes and concepts."""
     b_has_run: bool
-    control: str | None
+    controls: list[str]
+    chance: Chance | None
+    """The chance level of what holds; None without a control."""
+    swaps: list[Swap]
+    """B, then each control in B's place; empty without a control."""
     pairs: int
     prompts: int
     sites: list[SiteComparison]
@@ -186,7 +226,9 @@ class CompareResult(Result):
             there = ", ".join(f"{n} of {s.reported} at {s.site}" for n, s in hits)
             return f"Reported features of A ({self.a}) that fire in the base {self.b} where they fire in A: {there}."
         counts = ", ".join(f"{n} {name}" for name, n in Counter(c.class_ for c in self.changed).items())
-        held = f" {sum(bool(c.holds) for c in self.changed)} hold against the control." if self.control else ""
+        held = f" {sum(bool(c.holds) for c in self.changed)} hold against {self._controls}." if self.controls else ""
+        if self.controls:
+            held += f" Between PMs of one kind {self.chance} would."
         differ = f"{len(self.changed)} of {len(self.concepts)} concepts differ{f' ({counts})' if counts else ''}"
         return f"{differ} between A ({self.a}) and B ({self.b}), on {self.prompts} fresh prompts.{held}"
 
@@ -210,14 +252,32 @@ class CompareResult(Result):
         }  # fmt: skip
         if self.classes:
             tables["Reported features by class"] = [{"class": c.class_, "features": c.features} for c in self.classes]
+        if self.swaps:
+            title = "A's features in B, and in each control in B's place"
+            tables[title] = [self._swap_row(s) for s in self.swaps]
+            if (p := self.swaps[0].p) is not None:
+                shown = {name: f"p {fmt.q_value(p[key])}" for key, name in SWAP_COUNTS.items()}
+                tables[title] = [*tables[title], {"PM": "B beside the controls", **shown}]
         if self.changed:
             tables[f"Concepts that differ, ablation effects in {SD}"] = [self._row(c) for c in self.changed[:LISTED]]
         return tables
 
+    @property
+    def _controls(self) -> str:
+        return "the control" if len(self.controls) == 1 else f"all {len(self.controls)} controls"
+
+    @property
+    def control_name(self) -> str:
+        """What the figures of a control are called; of several controls those of one are shown."""
+        return "control" if len(self.controls) == 1 else "control nearest to B"
+
+    def _swap_row(self, swap: Swap) -> dict[str, str]:
+        return {"PM": swap.pm, **{name: f"{getattr(swap, key)} of {swap.features}" for key, name in SWAP_COUNTS.items()}}
+
     def _row(self, c: Concept) -> dict[str, str]:
         """A row of several lines: one per PM, one for the difference."""
-        shown = {"A": c.a, "B": c.b, "B − A": c.difference, **({"control": c.control} if self.control else {})}
-        against = ["holds" if c.holds else "does not hold"] if self.control else []
+        shown = {"A": c.a, "B": c.b, "B − A": c.difference, **({self.control_name: c.control} if self.controls else {})}
+        against = ["holds" if c.holds else "does not hold"] if self.controls else []
         return {
             "concept": f"{c.of.upper()} {c.feature}, {c.site}\n{' '.join(map(repr, c.tokens[:3]))}",
             "in": "\n".join(shown),
@@ -230,8 +290,19 @@ class CompareResult(Result):
         ends = [v for c in self.changed for f in (c.a, c.b) if f for v in (f.value, f.low, f.high)]
         span = figures.extent(ends, include=[0.0], pad=0.04)
         effects = [(f.a.value, f.b.value) for f in self.features if f.a and f.b]
-        counts = [(c.class_, c.features) for c in self.classes]
-        return Page(render("compare/page.html", data=self.as_json(), span=span, effects=effects, counts=counts), self.path)
+        classes = [(c.class_, c.features) for c in self.classes]
+        return Page(
+            render(
+                "compare/page.html",
+                data=self.as_json(),
+                span=span,
+                effects=effects,
+                classes=classes,
+                counts=SWAP_COUNTS,
+                of=self,
+            ),
+            self.path,
+        )
 
 
 def _value(figure: Figure) -> str:

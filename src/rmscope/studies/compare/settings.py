@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from rmscope.settings import Argument, Settings
+from rmscope.settings import Argument, Names, Settings
 
 
 class CompareConfig(Settings):
@@ -19,7 +19,7 @@ class CompareConfig(Settings):
     """Ablate each feature on at most this many fresh prompts."""
     pairs: int = Field(512, ge=2)
     """Read at most this many fresh pairs of a run."""
-    control: str | None = None
-    """Another PM of A's kind, such as one of another seed: a difference holds where B differs from it too."""
+    control: Names | None = None
+    """Other PMs of A's kind, such as of other seeds: a difference holds where B stands apart from them too."""
     out: Path | None = None
     """The folder of the result; left out, the run's evidence folder."""

@@ -1,61 +1,41 @@
 """Edits features of a run's PM, named or chosen so that a cue loses its effect, and measures what that changes.
 
-The rule chooses on twins of the fitting prompts. It sees no prompt and no wording on which the edit is later measured.
-
-1. At each site, the candidates are the features that fire in the cue's window and are not dense.
-2. Each candidate is ablated alone, exactly. Candidates are ordered by their loss, the smallest first:
-
-       loss = (|mean Δr'| + mean |r'(filler) - r(filler)|) / |mean Δr|
-
-   over twins, with Δr = r(cue) - r(filler) and ' for after the edit. The first term is what is left of the effect, the
-   second is the change where the cue is absent.
-3. Nested groups (the first candidate, the first two, ...) are edited with each of :data:`FACTORS`, again by ablation. The
-   site, group and factor with the smallest loss win, up to :data:`NEAR`.
-
-A factor below 0 takes away more than the feature's activation, because the SAE's error holds a part of the cue's direction.
+The rule (:mod:`.choice`) chooses on twins of the fitting prompts. It sees no prompt and no wording on which the edit is
+later measured.
 """
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
-import torch
-
-from rmscope.effects.ablation import Entries, ablate_entries
 from rmscope.errors import InputError
-from rmscope.io import Progress, check_replaceable, silent
+from rmscope.io import check_replaceable
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.demo import plain_demo_pairs
-from rmscope.pairs.pair import SIDES, split_of
+from rmscope.pairs.pair import split_of
 from rmscope.pairs.planting import twins
 from rmscope.pairs.plants import Plant
 from rmscope.planted.twins import Twin, prepare
-from rmscope.ranking.feature_statistics import DENSE
 from rmscope.run.run import Run
-from rmscope.sae.base import Active, Sae
-from rmscope.studies.edit.check import Fitted, before_after
+from rmscope.sae.base import Sae
+from rmscope.studies.edit.check import before_after
+from rmscope.studies.edit.choice import Fitted, choose, join_edits
 from rmscope.studies.edit.gate import read_concepts
 from rmscope.studies.edit.patch import EDIT_FILE, EXPORT_FILE, EditPatch, FeatureEdit, export_patch
 from rmscope.studies.edit.result import CueChoice, EditResult
 from rmscope.studies.edit.settings import EditConfig
 
-FACTORS, SIZES = (0.0, -0.5, -1.0, -1.5, -2.0), (1, 2, 3, 4, 6, 8, 12, 16, 24)
-"""The factors a that are tried, f' = a f (0 suppresses), and the sizes of the nested groups."""
-TWINS, FIRES = 32, 0.1
-"""Twins of a cue on which its edit is chosen; a candidate fires in the cue's window on at least this share of them."""
-NEAR = 0.01
-"""Among edits whose loss is within this of the smallest, the mildest factor wins, then the fewest features."""
+TWINS = 32
+"""Twins of a cue on which its edit is chosen."""
 
 
 def analyse(run: Run, config: EditConfig) -> EditResult:
     """Suppresses, clamps or damps features of a run's SAEs. The SAE's error stays.
 
     1. Check the settings, and read the cues.
-    2. Make the edits: from the named features, or for each cue by the rule above.
+    2. Make the edits: from the named features, or for each cue by the rule.
     3. Write the patch to ``out``, and with ``export`` the folder for plain transformers.
     4. With ``check``: measure cues, pairs and RM-Bench before and after (``check.py``).
 
@@ -71,9 +51,9 @@ def analyse(run: Run, config: EditConfig) -> EditResult:
     patch.save(config.out)  # 3
     if config.export is not None:
         export_patch(run.rm, patch, config.export)
-    check = before_after(run, edits, plants, fitted, config) if config.check else None  # 4
-    given = {"model": run.config.model, "patch": config.out, "export": config.export}
-    return EditResult(**given, edits=edits, chosen=chosen, check=check, seconds=round(time.time() - started, 1))
+    check = before_after(run, edits, plants, chosen, fitted, config) if config.check else None  # 4
+    places = {"model": run.config.model, "patch": config.out, "export": config.export}
+    return EditResult(**places, edits=edits, chosen=chosen, check=check, seconds=round(time.time() - started, 1))
 
 
 def _check_settings(config: EditConfig) -> None:
@@ -119,73 +99,3 @@ def fitting_twins(rm: RewardModel, saes: Mapping[str, Sae], plant: Plant, seed: 
     """A cue's twins at every site, on demo prompts of the fit split, in the wordings that are not held out."""
     pairs = twins([p for p in plain_demo_pairs() if split_of(p) == "fit"], plant, TWINS, seed, held_out=False)
     return prepare(rm, saes, pairs, plant)
-
-
-def choose(rm: RewardModel, saes: Mapping[str, Sae], fitted: Fitted, progress: Progress = silent) -> list[CueChoice]:
-    """The best edit of each site, the best site first. InputError where no feature of any site fires on the cue."""
-    choices = []
-    for i, (site, sae) in enumerate(saes.items()):
-        progress(i, len(saes), f"choosing at {site}")
-        if candidates := _candidates(sae, fitted[site]):
-            choices.append(_at_site(rm, sae, site, fitted[site], candidates))
-    progress(len(saes), len(saes), "")
-    if not choices:
-        raise InputError("No feature of the run's SAEs fires on the cue, so there is none to edit; train larger SAEs.")
-    return sorted(choices, key=lambda choice: choice.loss)
-
-
-def _candidates(sae: Sae, twins: Sequence[Twin]) -> list[int]:
-    """Features that fire in the cue's window and are not dense on the responses with filler."""
-    fires, dense, tokens = np.zeros(sae.m), np.zeros(sae.m), 0
-    for twin in twins:
-        cue, filler = (twin.responses[s].active for s in SIDES)
-        fires[cue.feature[twin.windows["chosen"][cue.token]].unique().numpy()] += 1
-        dense += np.bincount(filler.feature.numpy(), minlength=sae.m)
-        tokens += filler.n_tokens
-    return [int(j) for j in np.flatnonzero((fires >= FIRES * len(twins)) & (dense <= DENSE * tokens))]
-
-
-def _at_site(rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], candidates: Sequence[int]) -> CueChoice:
-    alone = losses(rm, sae, site, twins, [([j], 0.0) for j in candidates])
-    order = [candidates[i] for i in np.argsort([loss for loss, _ in alone], kind="stable")]
-    nested = [order[:n] for n in sorted({min(n, len(order)) for n in SIZES})]
-    edits = [(group, a) for a in FACTORS for group in nested]  # the mildest factor first, then the smallest group
-    measured = losses(rm, sae, site, twins, edits)
-    near = min(loss for loss, _ in measured) + NEAR
-    best = next(i for i, (loss, _) in enumerate(measured) if loss <= near)
-    (group, a), (loss, left) = edits[best], measured[best]
-    return CueChoice(site, tuple(group), "damp" if a else "suppress", a, left=left, loss=loss)
-
-
-def losses(
-    rm: RewardModel, sae: Sae, site: str, twins: Sequence[Twin], edits: Sequence[tuple[Sequence[int], float]]
-) -> list[tuple[float, float]]:
-    """(loss, left) of each edit. An edit is a group of features and a factor."""
-    taken = np.zeros((2, len(edits), len(twins)))
-    for i, twin in enumerate(twins):
-        for row, side in enumerate(SIDES):
-            response = twin.responses[side]
-            entries = [entries_of(response.active, group, 1 - a) for group, a in edits]
-            taken[row, :, i] = ablate_entries(rm, sae, response, site, entries).numpy()
-    delta, (cue, filler) = np.array([t.delta for t in twins]), taken
-    left = np.abs((delta - cue + filler).mean(1)) / abs(delta.mean())
-    cost = np.abs(filler).mean(1) / abs(delta.mean())
-    return list(zip((left + cost).tolist(), left.tolist(), strict=True))
-
-
-def entries_of(active: Active, group: Sequence[int], share: float) -> Entries:
-    """The active entries of a group's features, scaled by the ``share`` to ablate: 1 suppresses, 1 - a damps by a."""
-    mask = torch.isin(active.feature, torch.as_tensor(list(group)))
-    return active.token[mask], active.feature[mask], share * active.value[mask]
-
-
-def join_edits(edits: Sequence[FeatureEdit]) -> tuple[FeatureEdit, ...]:
-    """The edits of several cues as one patch. A feature that two of them name gets the smaller factor."""
-    factors: dict[tuple[str, int], float] = {}
-    for edit in edits:
-        for j in edit.features:
-            factors[edit.site, j] = min(edit.value, factors.get((edit.site, j), edit.value))
-    groups: dict[tuple[str, float], list[int]] = defaultdict(list)
-    for (site, j), a in factors.items():
-        groups[site, a].append(j)
-    return tuple(FeatureEdit(site, tuple(group), "damp" if a else "suppress", a) for (site, a), group in groups.items())

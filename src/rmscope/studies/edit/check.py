@@ -8,8 +8,10 @@ controls. Each variant has its own Δr. Intervals are 95 %, by bootstrap over pr
 - Drift on the same pairs: mean |change of Δr| in SD(Δr) of the PM as it is; the correlation of Δr before and after.
 - RM-Bench (Liu et al. 2024, arXiv:2410.16184): accuracy by the styles of the chosen and the rejected answer.
 
-One control edits matched features in the same way. Patches for cues have a second, which needs no SAE: with d the mean
-stream over the cues' windows minus that over the fillers', it sets the stream's part along d to the fillers' mean.
+Controls edit other features, matched in firing and mass; equal ones count once. Where a rule chose the features of the patch
+for a cue, the same rule chooses those of a control (:func:`.choice.choose_controls`). Where they were named, a control is a
+random draw and has the patch's operation. Patches for cues have a second control, which needs no SAE: with d the mean stream
+over the cues' windows minus that over the fillers', it sets the stream's part along d to the fillers' mean.
 """
 
 from __future__ import annotations
@@ -34,29 +36,34 @@ from rmscope.pairs.pair import SIDES, Pair, split_of
 from rmscope.pairs.planting import twins
 from rmscope.pairs.plants import Plant
 from rmscope.pairs.readers import load_pairs
-from rmscope.planted.twins import Twin, matched_groups
+from rmscope.planted.twins import Twin
 from rmscope.run.run import Run
 from rmscope.statistics import Array, Figure, correlation, interval, ratio
+from rmscope.studies.edit.choice import Fitted, choose_controls, distinct_edits, join_edits
 from rmscope.studies.edit.patch import FeatureEdit, edits_by_site
-from rmscope.studies.edit.result import BEFORE, EDIT, BeforeAfter, StyleCell
+from rmscope.studies.edit.result import BEFORE, EDIT, BeforeAfter, CueChoice, StyleCell
 from rmscope.studies.edit.settings import EditConfig
 
 Variant = Mapping[str, Edit]
-Fitted = Mapping[str, Sequence[Twin]]
-"""By site: edits of the stream; the twins on which the edit of a cue was chosen."""
+"""By site: edits of the stream."""
 TWINS = 64
 """Twins on which a cue is measured, in held-out wordings."""
 MATCHED, PROFILED = 3, 100
-"""Sets of matched features beside a patch; stored pairs on which they are matched where no cue is edited."""
+"""Sets of matched features beside a patch, at most; stored pairs on which they are matched where features were named."""
 
 
 def before_after(
-    run: Run, edits: Sequence[FeatureEdit], plants: Sequence[Plant], fitted: Sequence[Fitted], config: EditConfig
+    run: Run,
+    edits: Sequence[FeatureEdit],
+    plants: Sequence[Plant],
+    chosen: Sequence[CueChoice],
+    fitted: Sequence[Fitted],
+    config: EditConfig,
 ) -> BeforeAfter:
     """Figures of each cue, each set of pairs and each cell of RM-Bench under every variant (:func:`edit_variants`)."""
     rm, cues, pairs = run.rm, {}, {}
     measuring = [p for p in plain_demo_pairs() if split_of(p) == "measure"]
-    variants = edit_variants(run, edits, fitted)
+    variants = edit_variants(run, edits, chosen, fitted)
     sets = own_pairs(run)
     if config.pairs is not None:
         sets[config.pairs] = load_pairs(config.pairs, limit=config.limit)
@@ -81,26 +88,32 @@ def own_pairs(run: Run) -> dict[str, list[Pair]]:
     return sets
 
 
-def edit_variants(run: Run, edits: Sequence[FeatureEdit], fitted: Sequence[Fitted]) -> dict[str, Variant]:
+def edit_variants(
+    run: Run, edits: Sequence[FeatureEdit], chosen: Sequence[CueChoice], fitted: Sequence[Fitted]
+) -> dict[str, Variant]:
     """A patch and its controls, by name: sets of matched features, and for cues the mean-difference projection at the site
-    of the first edit. ``fitted`` has one entry per cue; it is empty where features were named."""
+    of the first edit. ``chosen`` and ``fitted`` have one entry per cue; they are empty where features were named."""
     variants: dict[str, Variant] = {EDIT: edits_by_site(run.saes, edits)}
-    if fitted:
+    if chosen:
         variants["mean difference"] = {edits[0].site: mean_difference([t[edits[0].site] for t in fitted])}
-    matched = [_matched_sets(run, edit, [t for prepared in fitted for t in prepared[edit.site]]) for edit in edits]
-    for i in range(MATCHED):
-        like = [replace(e, features=tuple(sets[i])) for e, sets in zip(edits, matched, strict=True)]
-        variants[f"matched {i + 1}"] = edits_by_site(run.saes, like)
+        controls = [join_edits(c) for c in choose_controls(run.rm, run.saes, chosen, fitted, MATCHED)]
+    else:
+        draws = [draw_controls(run, edit) for edit in edits]
+        controls = [
+            tuple(replace(edit, features=tuple(others)) for edit, others in zip(edits, sets, strict=True))
+            for sets in zip(*draws, strict=True)
+        ]
+    for i, control in enumerate(distinct_edits(controls), 1):
+        variants[f"matched {i}"] = edits_by_site(run.saes, control)
     return variants
 
 
-def _matched_sets(run: Run, edit: FeatureEdit, fitted: Sequence[Twin]) -> Sequence[Sequence[int]]:
-    """Other features for those of an edit: matched on the fitting twins, or where there are none on stored responses."""
-    sae, features = run.saes[edit.site], np.array(edit.features)
-    if fitted:
-        return matched_groups(sae, fitted, edit.features, MATCHED)
+def draw_controls(run: Run, edit: FeatureEdit) -> list[list[int]]:
+    """:data:`MATCHED` random draws of other features that match those of an edit on stored responses. The edit's features
+    were named, not chosen for what they do on some texts, so a draw is a fair match."""
     # Features are matched on rates and mass alone, so the place where endings begin does not matter.
-    like = profile(sae, Responses(run.store, edit.site, set(range(PROFILED))), lambda _pair, _side: 1 << 30)
+    sae, responses = run.saes[edit.site], Responses(run.store, edit.site, set(range(PROFILED)))
+    like, features = profile(sae, responses, lambda _pair, _side: 1 << 30), np.array(edit.features)
     return [matched_controls(like, features, seed).tolist() for seed in range(MATCHED)]
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from jaxtyping import Float
 from pydantic import ValidationError
 
@@ -30,6 +29,7 @@ from rmscope.pairs.planting import twins
 from rmscope.pairs.plants import Plant
 from rmscope.pairs.readers import load_pairs
 from rmscope.run.inputs import load_pm
+from rmscope.settings import parse_yaml
 from rmscope.statistics import Array, beyond_p, flip_matrix, holm, interval
 from rmscope.studies.edit.patch import is_patch, load_edited
 from rmscope.studies.edit.result import LEVEL, ConceptMove, GateResult
@@ -72,12 +72,7 @@ def read_concepts(path: Path | None) -> tuple[Plant, ...]:
     Without a file: the zoo's six cues. InputError where the file is missing or malformed, or a concept does not fit."""
     if path is None:
         return zoo_plants()
-    if not path.is_file():
-        raise InputError(f"The concepts {path} are not there; name a YAML file.")
-    try:
-        rows = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"The concepts {path} are no YAML: {str(error).splitlines()[0]}.") from error
+    rows = parse_yaml(path, "file of concepts")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path} holds no list of concepts; write a list whose entries have a name and texts.")
     concepts = tuple(_concept(row, f"Concept {number} in {path}") for number, row in enumerate(rows, 1))
@@ -87,7 +82,9 @@ def read_concepts(path: Path | None) -> tuple[Plant, ...]:
     return concepts
 
 
-def _concept(row: Mapping[str, Any], where: str) -> Plant:
+def _concept(row: Mapping[Any, Any], where: str) -> Plant:
+    if others := [key for key in row if not isinstance(key, str)]:
+        raise InputError(f"{where} has a key that is no name ({others[0]!r}); write a name.")
     try:
         concept = Plant(**{"kind": "phrase", "sign": 1, **row})
     except ValidationError as error:

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rmscope.errors import InputError
-from rmscope.io import atomic_folder, content_hash, write_json, write_text
+from rmscope.io import atomic_folder, content_hash, local_path, write_json, write_text
 from rmscope.model import edits as model_edits
 from rmscope.model.base import edit_of_part, split_stream
 from rmscope.model.rendering import SETTINGS_FILE
@@ -132,7 +132,7 @@ class EditPatch:
     @classmethod
     def load(cls, folder: Path | str) -> EditPatch:
         """Opens a patch. InputError where there is none, or one of its SAEs has changed since the patch was saved."""
-        path = Path(folder) / EDIT_FILE
+        path = local_path(folder) / EDIT_FILE
         if not is_patch(folder):
             raise InputError(f"{folder} is no patch (it holds no {EDIT_FILE}); make one with rmscope edit.")
         try:
@@ -149,7 +149,7 @@ class EditPatch:
 
 def is_patch(folder: Path | str) -> bool:
     """Whether the folder holds a patch."""
-    return (Path(folder) / EDIT_FILE).is_file()
+    return (local_path(folder) / EDIT_FILE).is_file()
 
 
 def edit_at(sae: Sae, edits: Sequence[FeatureEdit]) -> Edit:
@@ -239,9 +239,9 @@ def export_patch(rm: RewardModel, patch: EditPatch, folder: Path | str) -> None:
     }
     code = Path(modeling.__file__).read_text("utf-8").replace("from rmscope.model.edits", "from .edits")
     code += f'\n\nEditedConfig, {modeling.NAME} = edited_classes("{config_class}", "{model_class}")\n'
-    told = "; ".join(f"{e.action} features {', '.join(map(str, e.features))} at {e.site}" for e in patch.edits)
+    edits_in_words = "; ".join(f"{e.action} features {', '.join(map(str, e.features))} at {e.site}" for e in patch.edits)
     rendering = f"{rm.rendering.style}{', eos appended' if rm.rendering.append_eos else ''}"
-    card = CARD.format(name=Path(folder).name, model=rm.name, edits=told, remote=REMOTE, rendering=rendering)
+    card = CARD.format(name=Path(folder).name, model=rm.name, edits=edits_in_words, remote=REMOTE, rendering=rendering)
     with atomic_folder(Path(folder), EXPORT_FILE) as target:
         rm.model.save_pretrained(target, max_shard_size="1000GB")
         rm.tokenizer.save_pretrained(target)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from rmscope.settings import Argument, LoadSettings, Names, Numbers, Settings
+from rmscope.settings import Argument, LoadSettings, Names, Numbers, Seed, Settings
 
 
 class EditConfig(Settings):
@@ -60,5 +60,5 @@ class GateConfig(LoadSettings):
     """Pairs into whose responses the concepts are inserted, a file or a hub id. Default: the demo's."""
     limit: int | None = Field(None, gt=0)
     """At most this many pairs, from the start of the data."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Fixes every draw."""

@@ -12,6 +12,7 @@ from rmscope.io import Display, NoDisplay, write_json, write_table
 from rmscope.run.inputs import Inputs
 from rmscope.run.run import Run
 from rmscope.sae.base import Sae
+from rmscope.sae.fit import MEND, Fit, stated_figures
 from rmscope.studies.evaluate.result import EvaluateResult
 from rmscope.studies.evaluate.settings import EvaluateConfig
 
@@ -49,14 +50,21 @@ def analyse(config: EvaluateConfig, display: Display | None = None, run: Run | N
     for name, sae in saes.items():
         inputs.rm.site_index(sae.site)
         if sae.width != inputs.rm.d_model:
-            told = f"The SAE at {name} reads {sae.width} dimensions, the PM's stream has {inputs.rm.d_model}"
-            raise InputError(f"{told}; name an SAE that was trained on this PM.")
+            problem = f"The SAE at {name} reads {sae.width} dimensions, the PM's stream has {inputs.rm.d_model}"
+            raise InputError(f"{problem}; name an SAE that was trained on this PM.")
 
     pairs = run.pair_set.only(run.of_split("measure")) if run is not None else inputs.scored
     measured = pairs.only(pairs.one_per_prompt(range(len(pairs.pairs)), config.limit))
     prompts = [p.prompt_key for p in measured.pairs]
     with display.stage("evaluate") as progress:
         evaluations = evaluate(inputs.rm, saes, measured.tokens, prompts, progress)
+    for e in evaluations:
+        fvu, l0 = e.figures["fvu"].value, e.figures["l0"].value
+        if fvu is None or l0 is None:
+            continue
+        on_pairs = Fit(e.tokens, fvu, None, l0, e.dead, *stated_figures(saes[e.name]))
+        if doubts := on_pairs.doubts():
+            display.note(f"{e.name}: {'; '.join(doubts)} ({on_pairs.figures()}); {MEND}.")
 
     result = EvaluateResult(
         model=inputs.config.model,
@@ -73,8 +81,8 @@ def analyse(config: EvaluateConfig, display: Display | None = None, run: Run | N
         result.show().save()
 
     if config.curves and run is not None:
-        fit = run.pair_set.only(run.of_split("fit"))
-        select = SelectSplit(run.store, fit.tokens, [p.prompt_key for p in fit.pairs], range(len(fit.pairs)))
+        stored = run.pair_set.only(run.of_split("fit"))
+        select = SelectSplit(run.store, stored.tokens, [p.prompt_key for p in stored.pairs], range(len(stored.pairs)))
         for site in run.sites:
             with display.stage(site) as progress:
                 selection = FrozenSelection(run.rm, site, run.saes[site], select, prompts, progress)

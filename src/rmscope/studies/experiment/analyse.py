@@ -2,7 +2,9 @@
 
 Every prompt sees every condition. An effect is the reward under a condition minus the reward under the condition that it is
 held against, on the same prompt. With ablation, both texts lose the same features, exactly, from the response's first token
-to the read position. Features chosen by rule are chosen on every other prompt and measured on the rest, beside controls.
+to the read position. Features chosen by rule are chosen on every other prompt and measured on the rest. Their controls are
+chosen by the same rule, on the same prompts, from other features, but at the site of the chosen features alone. Named
+features have controls that are drawn at random.
 """
 
 from __future__ import annotations
@@ -10,15 +12,16 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import polars as pl
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from rmscope.effects.completions import Completion, ablation_effects, active_on, complete
 from rmscope.errors import InputError
-from rmscope.evaluation.selection import match_by_traits
+from rmscope.evaluation.selection import distinct_sets, match_by_traits
 from rmscope.io import Display, NoDisplay, Progress, silent, write_json, write_table
 from rmscope.model.reward_model import RewardModel
 from rmscope.run.inputs import Inputs
@@ -33,8 +36,8 @@ from rmscope.studies.experiment.settings import ExperimentConfig
 SD_PAIRS = 128
 """Without a run, SD(Δr) is taken over this many pairs of the data."""
 CONTROLS, SMALLEST_SHARE = 8, 0.01
-"""Sets of other features, as many, that fire as often and as strongly; the share of an effect that a chosen feature takes
-back alone, at least."""
+"""Matched controls, at most: sets of as many other features (:func:`choose_controls`); the share of an effect that a chosen
+feature takes back alone, at least."""
 Sites = Mapping[str, tuple[Sae, pl.DataFrame]]
 """By site: the SAE, and its reported features, with the columns feature and mean_effect."""
 Runs = Sequence[Sequence[Completion]]
@@ -144,7 +147,7 @@ def choose_features(trial: Trial, fitting: Sequence[int], sites: Sites, seed: in
     1. Take the reported features whose ablation effect has the sign of the condition's effect, and that fire more under the
        condition than under its baseline.
     2. Ablate each exactly; keep those that take back at least :data:`SMALLEST_SHARE`, the largest first.
-    3. Ablate them together. The site where they take back most is used.
+    3. Ablate them together. The site where they take back most is used, and controls are chosen there.
     """
     rm, experiment, rule = trial.rm, trial.experiment, trial.experiment.ablate
     assert rule is not None
@@ -157,42 +160,86 @@ def choose_features(trial: Trial, fitting: Sequence[int], sites: Sites, seed: in
         runs.append(complete(rm, trial.bases[i].prompt, texts, list(sites)))
         progress(done + 1, len(fitting), "prompts on which features are chosen")
     effect = sum(a.reward - b.reward for a, b in runs)
-    candidates: list[tuple[float, AblationSet]] = []
+    choices: list[tuple[float, Fitting, list[int], dict[int, float]]] = []
     for site, (sae, reported) in sites.items():
-        (fires, mass), features = _profile(sae, site, runs), rule.features
-        means: dict[int, float] = dict(reported.select("feature", "mean_effect").iter_rows())
+        fitting_at, features, alone = Fitting(rm, sae, site, runs, effect), rule.features, dict[int, float]()
         if rule.carrying:
-            more = mass[:, 0] - mass[:, 1]
-            eligible = [j for j, mean in means.items() if mean * effect > 0 and more[j] > 0]
-            alone = dict(zip(eligible, _shares(rm, sae, site, runs, [[j] for j in eligible], effect), strict=True))
+            means, more = _means(reported), fitting_at.fires_more
+            eligible = [j for j, mean in means.items() if mean * effect > 0 and more[j]]
+            alone = fitting_at.alone(eligible)
             features = sorted((j for j in eligible if alone[j] >= SMALLEST_SHARE), key=lambda j: -alone[j])[: rule.count]
-        traits, free = np.concatenate([fires + 1.0, mass.sum(1, keepdims=True) + 1e-9], 1), mass.sum(1) > 0
-        seeds = range(seed, seed + CONTROLS if features else seed)
-        controls = [match_by_traits(traits, free, features, features, s).tolist() for s in seeds]
-        (share,) = _shares(rm, sae, site, runs, [features], effect)
-        ablated = AblatedFeatures(site, rule.carrying, [AblatedFeature(j, means.get(j)) for j in features], len(controls))
-        candidates.append((share, AblationSet(ablated, sae, [features, *controls])))
-    return max(candidates, key=lambda item: item[0])[1]
+        choices.append((fitting_at.shares([features])[0], fitting_at, features, alone))
+    _, best, features, alone = max(choices, key=lambda choice: choice[0])
+    controls = choose_controls(best, features, alone, seed) if features else []
+    means = _means(sites[best.site][1])
+    ablated = AblatedFeatures(best.site, rule.carrying, [AblatedFeature(j, means.get(j)) for j in features], len(controls))
+    return AblationSet(ablated, best.sae, [features, *controls])
 
 
-def _shares(rm: RewardModel, sae: Sae, site: str, runs: Runs, groups: Sequence[list[int]], effect: float) -> list[float]:
-    """The share of an effect that each group's ablation takes back; the effect is a sum over (condition, baseline)."""
-    taken = np.zeros(len(groups))
-    for run in runs:
-        of, against = (ablation_effects(rm, sae, site, text, groups).double().numpy() for text in run)
-        taken += of - against
-    return (taken / effect).tolist() if effect else [0.0] * len(groups)
+def _means(reported: pl.DataFrame) -> dict[int, float]:
+    return dict(reported.select("feature", "mean_effect").iter_rows())
 
 
-def _profile(sae: Sae, site: str, runs: Runs) -> tuple[Float[Array, "m two"], Float[Array, "m two"]]:
-    """Per feature and condition: the number of texts in which it fires, and its mean Σ_t f_tj |d_j|."""
-    fires, mass, norms = np.zeros((sae.m, 2)), np.zeros((sae.m, 2)), sae.W_dec.norm(dim=1)
-    for run in runs:
-        for column, text in enumerate(run):
-            active = active_on(sae, site, text)
-            fires[active.feature.unique().numpy(), column] += 1
-            np.add.at(mass[:, column], active.feature.numpy(), (active.value * norms[active.feature]).numpy())
-    return fires, mass / max(1, len(runs))
+def choose_controls(fitting: Fitting, features: Sequence[int], alone: Mapping[int, float], seed: int) -> list[list[int]]:
+    """At most :data:`CONTROLS` sets of other features, as many as ``features``; each set counts once.
+
+    ``alone`` has the share that each eligible feature takes back alone. The features that were chosen are those of them that
+    take back most, so their controls are chosen in the same way. A pool has one feature for each eligible one, which matches
+    it in firing and mass, fires more under the condition and is not eligible: what was passed over would make the pool
+    weaker than the features that were chosen from. Where ``alone`` is empty the features were named, and each control is a
+    random draw of features that match them.
+    """
+    fires, mass = fitting.profile
+    free = mass.sum(1) > 0
+    if alone:
+        free &= fitting.fires_more
+    traits = np.concatenate([fires + 1.0, mass.sum(1, keepdims=True) + 1e-9], 1)
+    like = [*features, *(j for j in alone if j not in features)]
+    pools = [match_by_traits(traits, free, like, like, s).tolist() for s in range(seed, seed + CONTROLS)]
+    if not alone:
+        return distinct_sets(pools)
+    known = fitting.alone(sorted({j for pool in pools for j in pool}))
+    return distinct_sets(sorted(pool, key=lambda j: -known[j])[: len(features)] for pool in pools)
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A site's SAE on the clean runs of the prompts on which features are chosen; ``effect`` is the condition's, summed."""
+
+    rm: RewardModel
+    sae: Sae
+    site: str
+    runs: Runs
+    effect: float
+
+    def shares(self, groups: Sequence[Sequence[int]]) -> list[float]:
+        """The share of the effect that each group's ablation takes back; 0 where there is no effect."""
+        taken = np.zeros(len(groups))
+        for run in self.runs:
+            of, against = (ablation_effects(self.rm, self.sae, self.site, t, groups).double().numpy() for t in run)
+            taken += of - against
+        return (taken / self.effect).tolist() if self.effect else [0.0] * len(groups)
+
+    def alone(self, features: Sequence[int]) -> dict[int, float]:
+        """The share that each feature takes back alone."""
+        return dict(zip(features, self.shares([[j] for j in features]), strict=True))
+
+    @property
+    def fires_more(self) -> Bool[Array, " m"]:
+        """Whether each feature has more mass under the condition than under its baseline."""
+        _, mass = self.profile
+        return mass[:, 0] > mass[:, 1]
+
+    @cached_property
+    def profile(self) -> tuple[Float[Array, "m two"], Float[Array, "m two"]]:
+        """Per feature and condition: the number of texts in which it fires, and its mean Σ_t f_tj |d_j|."""
+        fires, mass, norms = np.zeros((self.sae.m, 2)), np.zeros((self.sae.m, 2)), self.sae.W_dec.norm(dim=1)
+        for run in self.runs:
+            for column, text in enumerate(run):
+                active = active_on(self.sae, self.site, text)
+                fires[active.feature.unique().numpy(), column] += 1
+                np.add.at(mass[:, column], active.feature.numpy(), (active.value * norms[active.feature]).numpy())
+        return fires, mass / max(1, len(self.runs))
 
 
 def measure_conditions(
@@ -211,8 +258,8 @@ def measure_conditions(
                 wanted = groups if name in with_controls else groups[:1]
                 effects = ablation_effects(trial.rm, ablated.sae, ablated.features.site, run, wanted).numpy()
                 left[: len(wanted)] = run.reward - effects
-            told = (prompt[-1]["content"], name, experiment.against(name), text, run.ids.numel() - run.start, run.reward)
-            rows.append((*told, float(left[0]) if ablated else None))
+            start = (prompt[-1]["content"], name, experiment.against(name), text, run.ids.numel() - run.start, run.reward)
+            rows.append((*start, float(left[0]) if ablated else None))
         progress(done + 1, len(numbers), "prompts under all conditions")
     columns = ["prompt", "condition", "against", "text", "tokens", "reward", "without"]
     types = {"tokens": pl.Int32, "without": pl.Float64}

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from rmscope.errors import InputError
+from rmscope.io import local_path
 from rmscope.pairs.pair import Message, Pair
 from rmscope.pairs.planting import sentences
 from rmscope.settings import Settings, read_yaml
@@ -197,8 +198,8 @@ def ready_experiments() -> dict[str, Path]:
 
 def read_experiment(source: str) -> Experiment:
     """An experiment from a YAML file, or a ready-made one by name. InputError where there is none, or something is wrong."""
-    ready = ready_experiments()
-    path = Path(source) if Path(source).is_file() else ready.get(source)
+    ready, here = ready_experiments(), local_path(source)
+    path = here if here.is_file() else ready.get(source)
     if path is None:
         raise InputError(f"The experiment {source} is not there; name a YAML file, or one of {', '.join(ready)}.")
     values = read_yaml(path, "experiment")

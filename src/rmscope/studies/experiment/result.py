@@ -18,6 +18,7 @@ from jaxtyping import Float
 from markupsafe import Markup
 from pydantic import Field
 
+from rmscope.planted.matching import TIE
 from rmscope.report import figures, formatting
 from rmscope.report.page import Page, render
 from rmscope.report.result import Result, Rows
@@ -77,14 +78,15 @@ def make_claims(measured: Measurements, sd: float) -> list[Tested]:
     expects, directions = experiment.expects, (1, -1)
     for sign, names in zip(directions, (expects.up, expects.down), strict=True):
         for name in names:
-            told = f"{name} {'raises' if sign > 0 else 'lowers'} the reward against {experiment.against(name)}"
-            claim = Claim("up" if sign > 0 else "down", told, [name], sign, BOUND * sd)
+            sentence = f"{name} {'raises' if sign > 0 else 'lowers'} the reward against {experiment.against(name)}"
+            claim = Claim("up" if sign > 0 else "down", sentence, [name], sign, BOUND * sd)
             claims.append((claim, sign * measured.effect(name)))
     for sign, orders in zip(directions, (expects.rising, expects.falling), strict=True):
         for order in orders:
             effects = sign * np.stack([measured.effect(name) for name in order], 1)
-            told = f"the effect {'rises' if sign > 0 else 'falls'} from {order[0]} to {order[-1]}"
-            claim = Claim("rising" if sign > 0 else "falling", told, order, sign, BOUND * sd, why=_step_back(effects, order))
+            sentence = f"the effect {'rises' if sign > 0 else 'falls'} from {order[0]} to {order[-1]}"
+            says: Says = "rising" if sign > 0 else "falling"
+            claim = Claim(says, sentence, order, sign, BOUND * sd, why=_step_back(effects, order))
             claims.append((claim, line_rise(effects)))
     return claims + [_ablation_claim(measured, name) for name in expects.taken_back if measured.without.shape[2]]
 
@@ -96,9 +98,9 @@ def _ablation_claim(measured: Measurements, name: str) -> Tested:
     share, groups = taken_back(whole, left), range(1, measured.without.shape[2])
     controls = [taken_back(whole, measured.effect(name, group)).value for group in groups]
     largest = max((c for c in controls if c is not None), default=None)
-    equalled = largest is not None and share.value is not None and largest >= share.value
-    told, why = f"ablation takes back at least half of {name}", "matched controls take back as much" if equalled else ""
-    return Claim("taken_back", told, [name], sign, 0.0, share, largest, why=why), sign * (0.5 * whole - left)
+    equalled = largest is not None and share.value is not None and largest >= share.value - TIE
+    sentence, why = f"ablation takes back at least half of {name}", "matched controls take back as much" if equalled else ""
+    return Claim("taken_back", sentence, [name], sign, 0.0, share, largest, why=why), sign * (0.5 * whole - left)
 
 
 def line_rise(effects: Float[Array, "prompts order"]) -> Float[Array, " prompts"]:

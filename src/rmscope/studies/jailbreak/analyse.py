@@ -28,7 +28,7 @@ SEARCH_PROMPTS = 24
 """Prompts on which a list is searched."""
 OWN_LISTS = 24
 """Measured prompts for which lists of their own are searched too."""
-VERSION = 4
+VERSION = 5
 """Raised when the study computes something else from the same settings, or stores its lists in another form."""
 SCHEMA: dict[str, type[pl.DataType] | pl.DataType] = {
     "key": pl.String, "pair": pl.String, "kind": pl.String, "arm": pl.String, "text": pl.String, "tokens": pl.Int32,

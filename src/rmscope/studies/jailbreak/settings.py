@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rmscope.settings import Settings
+from rmscope.settings import Seed, Settings
 
 
 class JailbreakConfig(Settings):
@@ -23,5 +23,5 @@ class JailbreakConfig(Settings):
     split."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What a row of the data that gives no pair does: error ends the command; skip leaves it out."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Fixes every draw."""

@@ -55,12 +55,12 @@ def analyse(run: Run, config: SufficiencyConfig) -> SufficiencyResult:
         raise InputError("This PM cannot be resumed at a site, which steering needs; sufficiency studies decoder PMs.")
     result, folder = SufficiencyResult(sites=[]), run.folder / "evidence" / "sufficiency"
     for site, table in reported.items():
-        found = _study(run, site, table, config.prompts)
-        write_table(folder / f"{site}.features.parquet", found.table)
-        write_table(folder / f"{site}.contexts.parquet", found.contexts)
-        write_json(folder / f"{site}.json", found.as_json())
-        found.page().save()
-        result.sites.append(found)
+        of_site = _study(run, site, table, config.prompts)
+        write_table(folder / f"{site}.features.parquet", of_site.table)
+        write_table(folder / f"{site}.contexts.parquet", of_site.contexts)
+        write_json(folder / f"{site}.json", of_site.as_json())
+        of_site.page().save()
+        result.sites.append(of_site)
     if len(result.sites) > 1:  # 7
         of_sites = {site.site: site.contexts for site in result.sites}
         result.agreement = contexts.agreement_over_sites(of_sites, run.config.seed)
