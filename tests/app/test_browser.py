@@ -21,6 +21,7 @@ from rmscope.app.library import Library
 from rmscope.app.server import create_app
 
 CHROMIUM = shutil.which("chromium")
+expect.set_options(timeout=60_000)  # two test processes share the cores
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
 

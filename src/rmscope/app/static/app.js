@@ -7,6 +7,18 @@ addEventListener("htmx:sendError", function (event) {
   event.detail.target.replaceChildren(notice);
 });
 
+// What was typed or chosen before the page was ready is searched for as well.
+addEventListener("htmx:load", function (event) {
+  if (event.detail.elt !== document.body) return;
+  document.querySelectorAll("form.filter").forEach(function (form) {
+    var changed = Array.from(form.elements).some(function (field) {
+      if (field.type === "search") return field.value !== field.defaultValue;
+      return field.selectedOptions && !field.selectedOptions[0].defaultSelected && field.selectedIndex > 0;
+    });
+    if (changed) htmx.trigger(form, "change");
+  });
+});
+
 // Bench: completions that are empty and not among the first two are hidden until they are asked for.
 (function () {
   var add = document.querySelector("[data-add]");
