@@ -29,10 +29,11 @@ from rmscope.app.bench import (
     read_turns,
     write_turns,
 )
+from rmscope.app.bench_pages import result_rows
 from rmscope.app.library import Library, OpenRun
-from rmscope.app.server import create_app, result_rows
+from rmscope.app.server import create_app
 from rmscope.app.worker import BusyError, Worker
-from rmscope.effects.across import ablate_members
+from rmscope.effects.across import ablate_entries_across
 from rmscope.effects.completions import complete
 from rmscope.effects.requests import ablations
 from rmscope.errors import InputError
@@ -94,7 +95,7 @@ def test_the_effect_of_a_single_feature_is_that_of_rs_ablate(bench: Bench) -> No
 def test_ticked_concepts_are_ablated_as_one_set(bench: Bench) -> None:
     request = Request.of(PROMPT, TEXTS)
     firing = [c for c in bench.reported if all(m.effects.get(c) for m in bench.measure(request).completions)][:3]
-    joint = bench.ablate(request, firing)
+    joint = bench.ablate(request, dict.fromkeys(firing, 0.0))
     union = {s: sorted({j for c in firing for j in bench.members[c].get(s, ())}) for s in bench.sites}
     wanted = {0: {side: {"ticked": [0]} for side in ("chosen", "rejected")}}
     found = [a for _, a in ablations(bench.rm, bench.saes, [bench.rm.tokenize(PAIR)], wanted, groups={"ticked": {0: union}})]
@@ -108,7 +109,7 @@ def test_a_second_request_on_the_same_texts_runs_no_clean_text_again(bench: Benc
     request = Request.of("Is water wet?", TEXTS)
     bench.measure(request)
     monkeypatch.setattr(bench.rm, "prefill", None)
-    bench.ablate(request, bench.reported[:2])
+    bench.ablate(request, dict.fromkeys(bench.reported[:2], 0.0))
 
 
 def test_ticking_concepts_ablates_them_together_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,10 +118,11 @@ def test_ticking_concepts_ablates_them_together_alone(bench: Bench, monkeypatch:
 
     def count(*given: Any) -> Any:
         sets.append(len(given[-1]))
-        return ablate_members(*given)
+        return ablate_entries_across(*given)
 
-    monkeypatch.setattr("rmscope.app.bench.ablate_members", count)
-    bench.ablate(request, bench.reported[:3])
+    monkeypatch.setattr("rmscope.effects.across.ablate_entries_across", count)
+    monkeypatch.setattr("rmscope.app.bench.ablate_entries_across", count)
+    bench.ablate(request, dict.fromkeys(bench.reported[:3], 0.0))
     assert sum(sets) == len(TEXTS)  # the single effects are known
 
 
@@ -139,7 +141,7 @@ def test_the_page_shows_the_numbers_of_the_bench(client: TestClient, bench: Benc
         "concept": [str(bench.reported[0]), str(bench.reported[1]), "x", "99999"],
     }
     part = client.post("/r/small-run/bench/ablate", data=ticked, headers={"hx-request": "true"}).text
-    joint = bench.ablate(Request.of(PROMPT, TEXTS), bench.reported[:2])
+    joint = bench.ablate(Request.of(PROMPT, TEXTS), dict.fromkeys(bench.reported[:2], 0.0))
     assert "<html" not in part
     assert all(signed(j.effect) in part for j in joint if j.effect)
     assert "The order" in part

@@ -45,7 +45,9 @@ def test_one_run_is_shown_at_once_and_every_link_of_its_pages_leads_somewhere(cl
         address = waiting.pop()
         seen.add(address)
         answer = client.get(address)
-        if re.search(r"/(label|load|ablate(/.*)?|concepts/\d+/pairs)$", address):
+        if (number := re.search(r"/features/[^/]+/(\d+)", address)) and int(number[1]) % 16 > 1:
+            continue  # all features of a site link to their neighbours; a few of them are followed
+        if re.search(r"/(label|load|save|causes|ablate(/.*)?|concepts/\d+/pairs|features/.*/pairs)$", address):
             assert answer.status_code == 405  # only for forms
             continue
         assert answer.status_code == 200, address
@@ -98,7 +100,7 @@ def test_a_concepts_page_shows_its_stored_pairs_effects_and_features(client: Tes
     assert "Chosen" in page
     assert "Rejected" in page
     for feature in stored.features:
-        assert f'<th scope="row">{feature}<small>{stored.site}</small>' in page
+        assert f'/features/{stored.site}/{feature}">{feature}</a><small>{stored.site}</small>' in page
 
 
 def test_the_first_pair_is_the_one_whose_difference_moves_most(client: TestClient, app_run: Path) -> None:

@@ -15,8 +15,9 @@ from markupsafe import escape
 
 from rmscope.app.bench import Bench
 from rmscope.app.library import Library, OpenRun, ScoredPair
+from rmscope.app.pair_pages import pair_effects
 from rmscope.app.pairs import PAGE, PairQuery, find_pairs, ledger_strips, ledgers_of, over_tokens
-from rmscope.app.server import create_app, pair_effects
+from rmscope.app.server import create_app
 from rmscope.effects.completions import complete, prefix_rewards
 from rmscope.effects.ledger import SILENT
 from rmscope.effects.requests import ablations
@@ -135,7 +136,7 @@ def test_the_page_shows_prefixes_effects_and_the_difference_without_concepts(
     assert 'hx-trigger="load, submit"' in client.get(address).text  # the PM is loaded now
 
     ticked = [concept for concept, _ in rows[:2]]
-    joint = bench.ablate_pair(pair, ticked)
+    joint = bench.ablate_pair(pair, dict.fromkeys(ticked, 0.0))
     before, after = (getattr(joint[0], when) - getattr(joint[1], when) for when in ("before", "after"))
     answer = client.post(
         f"/r/small-run/ablate/{quote(pair.id)}", data={"concept": [str(c) for c in ticked]}, headers=HTMX

@@ -3,7 +3,7 @@
 1. Clean runs of the completions, which share what their texts have in common.
 2. The reward of each prefix of each completion.
 3. Each concept is ablated at all of its sites, in every completion (:func:`~rmscope.effects.across.ablate_members`).
-4. Concepts that are ticked are ablated together: their features as one set.
+4. Concepts that are ticked are ablated together, their features as one set, or are given another strength.
 
 A pair of the run goes the same way, but concepts are ablated on the pair's span, as in the run.
 """
@@ -14,11 +14,13 @@ import json
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rmscope.effects.ablation import Response, at_site
-from rmscope.effects.across import ablate_members, union
+import torch
+
+from rmscope.effects.ablation import Entries, Response, at_site, entries_of
+from rmscope.effects.across import ablate_entries_across, ablate_members
 from rmscope.effects.completions import Completion, complete, prefix_rewards
 from rmscope.errors import InputError
 from rmscope.pairs.pair import Message, Pair
@@ -142,12 +144,12 @@ class Measurements:
 
 @dataclass(frozen=True, slots=True)
 class Joint:
-    """A completion before and after some concepts are ablated together."""
+    """A completion before and after some concepts are ablated together, or given another strength."""
 
     before: float
     effect: float
     sum_of_single: float
-    """What the concepts' effects add up to when each is ablated alone."""
+    """What the concepts' effects, each ablated alone, add up to in proportion to what is taken of them."""
 
     @property
     def after(self) -> float:
@@ -191,13 +193,13 @@ class Bench:
         numbers = self.reported if concepts is None else list(concepts)
         return self._measured(pair.prompt, [pair.chosen, pair.rejected], self.clean_pair(pair), numbers)
 
-    def ablate(self, request: Request, concepts: Sequence[int]) -> list[Joint]:
-        """What ablating the features of some concepts as one set does to each completion."""
-        return self._joint(self._clean(request.messages, request.completions), concepts)
+    def ablate(self, request: Request, strengths: Mapping[int, float]) -> list[Joint]:
+        """What giving the features of some concepts another strength does to each completion, all of them at once."""
+        return self._joint(self._clean(request.messages, request.completions), strengths)
 
-    def ablate_pair(self, pair: Pair, concepts: Sequence[int]) -> list[Joint]:
+    def ablate_pair(self, pair: Pair, strengths: Mapping[int, float]) -> list[Joint]:
         """The same for both sides of a pair."""
-        return self._joint(self.clean_pair(pair), concepts)
+        return self._joint(self.clean_pair(pair), strengths)
 
     def clean_pair(self, pair: Pair) -> list[Clean]:
         """Both sides of a pair, ready for ablation on the pair's span."""
@@ -214,12 +216,27 @@ class Bench:
             measured.append(Measurement(text, one.run.reward, tokens, [float(r) for r in prefixes], effects))
         return measured
 
-    def _joint(self, clean: Sequence[Clean], concepts: Sequence[int]) -> list[Joint]:
-        together, joint = union([self.members[c] for c in concepts]), []
+    def _joint(self, clean: Sequence[Clean], strengths: Mapping[int, float]) -> list[Joint]:
+        """Every activation f becomes s f, with s the strength of its concept; the least where a feature is in several."""
+        left: dict[str, dict[int, float]] = {}
+        for concept, strength in strengths.items():
+            for site, features in self.members[concept].items():
+                of = left.setdefault(site, {})
+                of.update({j: min(strength, of.get(j, strength)) for j in features})
+        joint = []
         for one in clean:
-            effect = float(ablate_members(self.rm, self.saes, one.responses, [together])[0])
-            joint.append(Joint(one.run.reward, effect, sum(self._effects(one, concepts).values())))
+            taken = {site: self._taken(one.responses[site], of) for site, of in left.items()}
+            effect = float(ablate_entries_across(self.rm, self.saes, one.responses, [taken])[0])
+            single = self._effects(one, list(strengths))
+            joint.append(Joint(one.run.reward, effect, sum((1 - s) * single[c] for c, s in strengths.items())))
         return joint
+
+    def _taken(self, response: Response, left: Mapping[int, float]) -> Entries:
+        """The part (1 - s) f of each active entry that is taken out of the stream."""
+        token, feature, value = entries_of(response.active, list(left))
+        share = torch.tensor([1 - left[j] for j in feature.tolist()])
+        keep = share != 0
+        return token[keep], feature[keep], (value * share)[keep]
 
     def _effects(self, clean: Clean, concepts: Sequence[int]) -> dict[int, float]:
         """The effect of each concept ablated alone; those that are known are not measured again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -46,6 +47,11 @@ def prefix_curve(measurement: Measurement, span: tuple[float, float]) -> Markup:
     return Markup("").join(part.format(**values) for part in (whole, plot, start, curve))
 
 
+def reach_of_tokens(example: Mapping[str, Any]) -> float:
+    """The largest |effect| of a token in either side of an example: full colour."""
+    return max((abs(effect) for side in example["sides"] for _, effect in side["effects"]), default=0.0) or 1.0
+
+
 def order_of(rewards: Iterable[float]) -> str:
     """The completions' letters, the highest reward first."""
     ranked = sorted(enumerate(rewards), key=lambda one: -one[1])
@@ -61,5 +67,5 @@ def effect_histograms(effects: Mapping[str, Sequence[float]], name: str) -> dict
     figures = {}
     for side, listed in effects.items():
         counts = np.histogram(listed, bins=edges)[0].tolist()
-        figures[side] = histogram(edges.tolist(), counts, "joint effect, reward", f"{name}, {side} responses", "responses")
+        figures[side] = histogram(edges.tolist(), counts, "effect, reward", f"{name}, {side} responses", "responses")
     return figures

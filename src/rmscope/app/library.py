@@ -17,9 +17,11 @@ from rmscope.pairs.pair import Pair
 from rmscope.report.page import concept_group, is_reported
 from rmscope.run.evidence import Context
 from rmscope.run.examples import Examples, by_size, contexts_of
+from rmscope.run.firings import SiteFirings
 from rmscope.run.measure import OWN
 from rmscope.run.run import Run
 from rmscope.run.settings import RECORD, read_record
+from rmscope.sae import Sae
 from rmscope.studies.label.names import named
 
 Concept = dict[str, Any]
@@ -65,6 +67,7 @@ class OpenRun:
         self.run = Run.open(folder, trust_remote_code=trust_remote_code)
         self.data = self.run.evidence.model_dump(mode="json")
         self.labels = self.run.labels
+        self._reading = Lock()
         stored = {c["concept"]: c for c in self.data["concepts"]}
         self.rows: list[Concept] = [{**stored.get(row["concept"], {}), **row} for row in self.run.concepts.to_dicts()]
         for row in self.rows:
@@ -81,6 +84,30 @@ class OpenRun:
             for feature in site["features"]:
                 table.setdefault((site["site"], feature["feature"]), {}).update(feature)
         return table
+
+    @cached_property
+    def saes(self) -> dict[str, Sae]:
+        """The SAE of every site; no PM is loaded."""
+        return {site: self.run.sae(site) for site in self.run.sites}
+
+    @cached_property
+    def texts(self) -> dict[int, str]:
+        """The text of every stored token."""
+        return self.run.token_texts
+
+    @cached_property
+    def vocabulary(self) -> pl.DataFrame:
+        """What frozen features write in words of the base."""
+        return self.run.vocabulary
+
+    def firings(self, site: str) -> SiteFirings:
+        """Where the features of a site fire. The first call reads all stored tokens of the site."""
+        with self._reading:
+            return self.run.firings(site)
+
+    def has_firings(self, site: str) -> bool:
+        """Whether the stored tokens of a site were read."""
+        return self.run.has_firings(site)
 
     def members(self, concept: Concept) -> list[dict[str, Any]]:
         """The features of a concept at all of its sites, each with its row where it was frozen."""

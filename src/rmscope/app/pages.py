@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader
 
-from rmscope.app import bench, catalogue, drawings, library, pairs
+from rmscope.app import bench, catalogue, drawings, features, library, pairs
 from rmscope.report.page import environment
 from rmscope.run import labels
 
@@ -25,8 +26,9 @@ def app_environment() -> Environment:
     assert env.loader is not None
     env.loader = ChoiceLoader([PackageLoader("rmscope.app"), env.loader])
     env.globals.update(HTMX_SETTINGS=HTMX_SETTINGS, draw=drawings, GROUPS=library.GROUPS)
-    env.globals.update(SORTS=catalogue.SORTS, BENCH=bench, LABELS=labels, PAIRS=pairs)
+    env.globals.update(SORTS=catalogue.SORTS, BENCH=bench, LABELS=labels, PAIRS=pairs, FEATURES=features)
     env.filters.update(part_and_value=lambda share: (share["part"], share["value"]), in_address=in_address)
+    env.filters.update(asked=lambda query: asdict(query).items())
     return env
 
 

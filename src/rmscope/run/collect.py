@@ -28,6 +28,7 @@ from rmscope.ranking.confirm import BOUND, power_statement
 from rmscope.ranking.feature_statistics import firings
 from rmscope.ranking.similarity import merged_ranks
 from rmscope.run import brought
+from rmscope.run.dashboard import keep_texts
 from rmscope.run.data import RunData
 from rmscope.run.evidence import (
     BaseEvidence,
@@ -74,6 +75,7 @@ def collect(run: RunData, progress: Progress, key: str) -> None:
     for site, shown in features.items():
         sites.append(site_evidence(run, site, shown).model_copy(update={"written": written.get(site)}))
         write_table(folder / f"examples.{site}.parquet", _example_table(shown))
+    keep_texts(run)
     planted = []
     candidates = {site: best_reported(run, site) for site in run.sites} if plants else {}
     for i, plant in enumerate(plants):

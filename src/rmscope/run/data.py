@@ -22,6 +22,7 @@ from rmscope.pairs.pair import Pair, Split, largest_differences
 from rmscope.ranking.feature_statistics import FeatureStatistics, feature_statistics
 from rmscope.run.concept_table import concept_table
 from rmscope.run.evidence import Evidence
+from rmscope.run.firings import SiteFirings
 from rmscope.run.folder import RunFolder
 from rmscope.run.inputs import Inputs, PairSet, evenly
 from rmscope.run.labels import Labels
@@ -30,6 +31,9 @@ from rmscope.sae import Sae
 from rmscope.sae.formats.saelens import CFG, WEIGHTS
 from rmscope.sae.initial import load_initial
 from rmscope.sae.joint import JointSae, join_parts, load_site
+
+TOKENS, VOCABULARY = "tokens.parquet", "vocabulary.parquet"
+"""Tables in ``evidence/``: token, text; and site, feature, text, logit."""
 
 
 class RunData:
@@ -41,6 +45,7 @@ class RunData:
         self.folder = config.out
         self.inputs = Inputs(config)
         self.on_disk = RunFolder(config.out, self.display)
+        self._firings: dict[str, SiteFirings] = {}
 
     # What the folder holds
 
@@ -228,6 +233,26 @@ class RunData:
         """What changes when the SAE of a site is trained again: the checksums of its weights."""
         files = [f"saes/{part}/{WEIGHTS}" for part in parts_of(self.check_site(site))]
         return " ".join(self.on_disk.checksum(file) for file in files)
+
+    def has_firings(self, site: str) -> bool:
+        """Whether :meth:`firings` was called for a site, so that it answers at once."""
+        return site in self._firings
+
+    def firings(self, site: str) -> SiteFirings:
+        """Where every feature of a site fires in the stored texts, read once; the PM is not loaded."""
+        if site not in self._firings:
+            self._firings[site] = SiteFirings(self.store, self.sae(site), self.check_site(site))
+        return self._firings[site]
+
+    @property
+    def token_texts(self) -> dict[int, str]:
+        """The text of every stored token."""
+        return dict(self._table("evidence", TOKENS).rows())
+
+    @property
+    def vocabulary(self) -> pl.DataFrame:
+        """What each frozen feature writes, in words of the base: site, feature, text, logit. Empty where it is not known."""
+        return self._table("evidence", VOCABULARY)
 
     @property
     def labels(self) -> Labels:

@@ -45,7 +45,8 @@ FORMAT = 12
 LOCK, OWNER, PARTS = ".lock", ".owner.json", ".parts"
 OF_STAGES = (
     *("preflight.json", "scores.parquet", "baseline.json", "concepts.parquet", "evidence/evidence.json"),
-    *("evidence/examples.*.parquet", "evidence/planted.json", "activations/*/manifest.json"),
+    *("evidence/examples.*.parquet", "evidence/planted.json", "evidence/tokens.parquet", "evidence/vocabulary.parquet"),
+    "activations/*/manifest.json",
     *("saes", "effects", "concepts", "features", "ledger"),
 )
 """Files and folders, as patterns, that stages alone write. Their files have checksums in ``run.yaml``; shards have theirs in

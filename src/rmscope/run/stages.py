@@ -234,6 +234,6 @@ STAGES = (
     Stage("seeds", train_again, "seeds", "saes/seeds.json"),
     Stage("measure", measure, "measure_prompts", "concepts/measured.parquet concepts/measured_effects.parquet"),
     Stage("decompose", decompose, "ledger_pairs ledger_halvings baseline", "ledger/{site}.parquet"),
-    Stage("evidence", collect, "", "evidence/evidence.json"),
+    Stage("evidence", collect, "", "evidence/evidence.json evidence/tokens.parquet evidence/vocabulary.parquet"),
 )
 """In order. The thresholds of the ranking are constants; :data:`rmscope.run.folder.FORMAT` is raised with them."""

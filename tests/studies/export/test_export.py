@@ -23,13 +23,13 @@ from polars.testing import assert_frame_equal
 
 from rmscope.errors import InputError
 from rmscope.report.formatting import effect, number
+from rmscope.run.firings import AFTER, BEFORE, TOP, SiteFirings
 from rmscope.run.run import Run
 from rmscope.sae.base import Sae
 from rmscope.sae.joint import JointSae
 from rmscope.settings import read_settings
 from rmscope.statistics import NOTHING, Figure
 from rmscope.studies.export.analyse import MARK, analyse
-from rmscope.studies.export.firings import AFTER, BEFORE, TOP, SiteFirings
 from rmscope.studies.export.pages import lists_of
 from rmscope.studies.export.result import ExportResult
 from rmscope.studies.export.settings import ExportConfig

@@ -34,3 +34,25 @@ addEventListener("htmx:load", function (event) {
   });
   update();
 })();
+
+// A strength is told beside its slider.
+addEventListener("input", function (event) {
+  var field = event.target;
+  if (field.type !== "range") return;
+  var told = { "0": "0, ablated", "1": "1, as it is" }[field.value] || field.value;
+  field.parentNode.querySelector("output").textContent = told;
+});
+
+// Arrow keys turn to the page before or after; Ctrl+K goes to the search.
+addEventListener("keydown", function (event) {
+  var field = event.target.closest("input, textarea, select, [contenteditable], .tall, .table-wrap");
+  if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "k") {
+    var search = document.querySelector("#text");
+    if (search) { event.preventDefault(); search.focus(); }
+    return;
+  }
+  if (field || event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
+  var rel = { ArrowLeft: "prev", ArrowRight: "next" }[event.key];
+  var links = rel ? document.querySelectorAll('nav.turn a[rel="' + rel + '"]') : [];
+  if (links.length) links[links.length - 1].click();
+});

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from rmscope.io import Progress
+from rmscope.run.firings import SiteFirings
 from rmscope.run.run import Run
-from rmscope.studies.export.firings import SiteFirings
 from rmscope.studies.export.settings import ExportConfig
 from rmscope.studies.export.sources import Row, SiteRows, Source, explanations, features_at, hook_of
 from rmscope.studies.export.texts import public_name, slug

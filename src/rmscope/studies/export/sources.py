@@ -11,10 +11,10 @@ from typing import Any
 from rmscope.model.site_names import hook_name, parts_of
 from rmscope.report import formatting
 from rmscope.report.page import shown_effect
+from rmscope.run.firings import AFTER, BEFORE, FiringText, SiteFirings
 from rmscope.run.run import Run
 from rmscope.sae.base import Sae
 from rmscope.sae.joint import JointSae
-from rmscope.studies.export.firings import AFTER, BEFORE, FiringText, SiteFirings
 from rmscope.studies.export.settings import ExportConfig
 from rmscope.studies.export.texts import public_name, storable
 from rmscope.studies.label.names import Name, NamedConcept

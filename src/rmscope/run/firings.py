@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy import sparse
 
 from rmscope.activations.store import ActivationStore
 from rmscope.run.inputs import evenly
@@ -58,7 +59,7 @@ class SiteFirings:
         parts = [(keep[place], feature, value) for place, feature, value in active_entries(store, sae, site, keep)]
         row, feature, value = (np.concatenate(each) for each in zip(*parts, strict=True))
         order = np.lexsort((row, feature))
-        self.tokens = keep.size
+        self.tokens, self._token = keep.size, store.column(site, "token").numpy()
         """Stored tokens, without the first of each prompt."""
         self._row, self._value = row[order], value[order].astype(float)
         self._starts = np.searchsorted(feature[order], np.arange(sae.m + 1))
@@ -67,6 +68,7 @@ class SiteFirings:
         self._first = np.flatnonzero(first)
         self._end = np.r_[self._first[1:], pair.size]
         self._text = np.cumsum(first) - 1
+        self._matrix: tuple[sparse.csc_matrix, Array, Array] | None = None
 
     @property
     def texts(self) -> int:
@@ -85,6 +87,31 @@ class SiteFirings:
     def rate(self, feature: int) -> float:
         """The share of stored tokens on which a feature fires."""
         return self.of(feature)[0].size / self.tokens
+
+    def token_ids(self, rows: Int[Array, " n"]) -> Int[Array, " n"]:
+        """The token of each stored row."""
+        return self._token[rows]
+
+    def token_sums(self, feature: int) -> dict[int, float]:
+        """The feature's activation summed over the stored tokens with each token id."""
+        rows, values = self.of(feature)
+        sums = np.bincount(self._token[rows], values)
+        return {int(token): float(sums[token]) for token in np.flatnonzero(sums)}
+
+    def correlations(self, feature: int) -> Float[Array, " m"]:
+        """Pearson's r of each feature's activation with that of one feature, over the stored tokens; 0 for silent ones."""
+        if self._matrix is None:
+            shape = (self._text.size, self._starts.size - 1)
+            matrix = sparse.csc_matrix((self._value, self._row, self._starts), shape=shape)
+            sums, squares = (np.asarray(m.sum(0)).ravel() for m in (matrix, matrix.multiply(matrix)))
+            self._matrix = matrix, sums, squares - sums**2 / self.tokens
+        matrix, sums, spread = self._matrix
+        own = np.zeros(matrix.shape[0])
+        rows, values = self.of(feature)
+        own[rows] = values
+        covariance = matrix.T @ own - sums * values.sum() / self.tokens
+        scale = np.sqrt(spread * spread[feature])
+        return np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0)
 
     def histogram(self, feature: int) -> tuple[list[float], list[int]]:
         """(middle of each bar, tokens in it) of the activations above 0; nothing for a silent feature."""
