@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 pytest.importorskip("fastapi")
 pytest.importorskip("httpx2")
@@ -19,6 +17,7 @@ from rmscope.app.library import Library
 from rmscope.app.server import create_app
 from tests.model.small import saved_pm
 from tests.run.small import run_with_concepts
+from tests.sharing import shared_folder
 
 ORIGIN = "http://localhost"
 
@@ -27,12 +26,8 @@ ORIGIN = "http://localhost"
 def app_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of this process's own. It is made once for all processes that test, and copied."""
     own = tmp_path_factory.mktemp("app") / "small run"
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    with FileLock(shared / "app_run.lock"):
-        if not (shared / "app_run" / "report.html").exists():
-            run_with_concepts(saved_pm(shared / "app_pm"), shared / "app_run")
-    shutil.copytree(shared / "app_run", own)
+    made = shared_folder(tmp_path_factory, "app_run", lambda out: run_with_concepts(saved_pm(out.with_name("app_pm")), out))
+    shutil.copytree(made, own)
     return own
 
 

@@ -7,20 +7,27 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Literal
+from urllib.parse import quote, urlsplit
 
 import pytest
 
 pytest.importorskip("playwright")
 pytest.importorskip("uvicorn")
+pytest.importorskip("axe_playwright_python")
 
 import uvicorn
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect, sync_playwright
 
 from rmscope.app.library import Library
 from rmscope.app.server import create_app
+from rmscope.run.run import Run
+from tests.docs.pages import ROOT
 
 CHROMIUM = shutil.which("chromium")
+SCREENSHOTS = ROOT / "artifacts" / "screenshots"
+"""Pages as they look at two widths, light and dark; not part of the project."""
 expect.set_options(timeout=60_000)  # two test processes share the cores
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
@@ -28,6 +35,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not instal
 @pytest.fixture
 def address(app_run: Path) -> Iterator[str]:
     (app_run / "labels.sqlite").unlink(missing_ok=True)
+    shutil.rmtree(app_run / "evidence" / "experiments", ignore_errors=True)
     config = uvicorn.Config(create_app(Library(app_run)), port=0, log_level="warning")  # type: ignore[arg-type]
     server, listening = uvicorn.Server(config), config.bind_socket()
     thread = threading.Thread(target=server.run, args=([listening],))
@@ -77,6 +85,20 @@ def test_from_the_overview_to_a_named_concept_and_the_bench(page: Page, address:
     page.reload()
     expect(page.get_by_role("heading", level=1)).to_have_text("★ <b>flattery</b>")
 
+    page.locator(".members th a").first.click()
+    expect(page.get_by_role("heading", name="Where it fires")).to_be_visible()
+    page.locator("article.context button").first.click()
+    expect(page.locator(".causes .peak").first).to_be_visible()
+    page.get_by_role("button", name="Show the pairs that move most of all").click()
+    page.get_by_label("the effect on the reward of ablating one token alone").check()
+    expect(page.locator(".by-effect").first).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    before = page.url
+    page.keyboard.press("ArrowRight")
+    page.wait_for_url(lambda url: url != before)
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_url(before)
+    page.get_by_text("One of the features of the concept").get_by_role("link").click()
     page.get_by_role("link", name="The whole pair").first.click()
     page.get_by_role("button", name="Run the model").click()
     expect(page.locator(".effects input[type=checkbox]").first).to_be_visible()
@@ -107,7 +129,53 @@ def test_from_the_overview_to_a_named_concept_and_the_bench(page: Page, address:
     expect(page.locator("#joint")).to_contain_text("Without")
     expect(page.locator("#joint")).to_contain_text(" and ")
     expect(page.locator("#joint dd")).to_have_count(3)
+    page.locator(".strength input").first.fill("1")
+    expect(page.locator(".strength output").first).to_have_text("1, as it is")
+    expect(page.locator("#joint")).to_contain_text("as it is")
+    page.get_by_text("Save as an experiment").click()
+    page.get_by_label("Name", exact=True).fill("typed-here")
+    page.get_by_role("button", name="Save").click()
+    expect(page.locator(".saved-as")).to_contain_text("rmscope experiment")
     boxes.nth(0).uncheck()
     boxes.nth(1).uncheck()
     expect(page.locator("#joint")).to_contain_text("Nothing is ticked")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_page_is_accessible_and_fits_in_both_widths_and_schemes(
+    page: Page, address: str, app_run: Path, width: int, scheme: Literal["light", "dark"]
+) -> None:
+    run = Run.open(app_run)
+    site, pair = run.sites[0], run.scores["pair"][0]
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme=scheme)
+    home = f"{address}/r/small-run"
+    feature = run.features(site)["feature"][0]
+    pages = {
+        "overview": home,
+        "concept": f"{home}/concepts/{run.concepts['concept'][0]}",
+        "features": f"{home}/features",
+        "feature": f"{home}/features/{site}/{feature}?panes=1",
+        "pairs": f"{home}/pairs",
+        "pair": f"{home}/pair/{quote(pair, safe='')}",
+        "bench": f"{home}/bench",
+        "glossary": f"{home}/glossary",
+    }
+    for name, where in pages.items():
+        page.goto(where)
+        if name == "pair":
+            page.get_by_role("button", name="Run the model").click()
+            expect(page.locator(".strip mark").first).to_be_visible()
+        if name == "bench":
+            page.get_by_role("button", name="Measure").click()
+            expect(page.locator(".strip")).to_have_count(2)
+            page.locator(".effects input[type=checkbox]").first.check()
+            expect(page.locator("#joint dd").first).to_be_visible()
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=SCREENSHOTS / f"{name}-{width}-{scheme}.png", full_page=True)
+        found = [v for v in Axe().run(page).response["violations"] if v["impact"] in ("serious", "critical")]
+        told = [(v["id"], [node["html"][:120] for node in v["nodes"][:3]]) for v in found]
+        assert told == [], name
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, name

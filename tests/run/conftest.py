@@ -1,4 +1,4 @@
-"""The small PM and its finished run, made once for the folder; tests that change the run copy it."""
+"""The small PM and its finished run, made once for all processes; tests that change the run copy it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ import pytest
 from rmscope.run.run import Run
 from tests.model.small import saved_pm
 from tests.run.small import settings
+from tests.sharing import shared_folder
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def pm(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved_pm(tmp_path_factory.mktemp("pm"))
+    def make(folder: Path) -> None:
+        settings(saved_pm(folder), folder / "no run")  # writes its pairs too
+
+    return str(shared_folder(tmp_path_factory, "run_pm", make))
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def done(pm: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    Run.create(settings(pm, out)).go()
-    return out
+    def make(out: Path) -> None:
+        Run.create(settings(pm, out)).go()
+
+    return shared_folder(tmp_path_factory, "run_done", make)

@@ -149,5 +149,6 @@ def dashboard(firings: SiteFirings, sae: Sae, feature: int, texts: Texts, vocabu
 def _shown(firings: SiteFirings, text: FiringText, texts: Texts, top: float) -> ShownText:
     levels = (text.values / top).round(3).tolist()
     tokens = [texts[int(t)] for t in firings.token_ids(text.rows)]
-    peak = text.peak
-    return ShownText(list(zip(tokens, levels, strict=True)), peak, int(text.rows[peak]), float(text.values[peak]), text.low)
+    blank = next((i for i, (t, level) in enumerate(zip(tokens, levels, strict=True)) if t.strip() or level), 0)
+    shown = list(zip(tokens, levels, strict=True))[blank:]
+    return ShownText(shown, text.peak - blank, int(text.rows[text.peak]), float(text.values[text.peak]), text.low)
