@@ -67,7 +67,7 @@ def make_run(folder: Path) -> Path:
         "seeds": 1,
         "sites": ["resid_post.1", "resid_post.2"],
     }
-    Run.create(settings(pm, out, sae=sae, **changes)).go()
+    Run.create(settings(pm, out).model_copy(update={**changes, "sae": sae})).go()
     return out
 
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rmscope.activations.harvest import harvest, stream
     from rmscope.api.effects import ablate, attribute, doctor, ledger, rank
     from rmscope.api.studies import audit, compare, edit, evaluate, experiment, export, gate, jailbreak, label, sufficiency
+    from rmscope.model.judge import load_judge
     from rmscope.model.reward_model import RewardModel
     from rmscope.pairs.pair import Pair
     from rmscope.pairs.readers import load_pairs
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "rmscope.activations.harvest": ("harvest", "stream"),
     "rmscope.api.effects": ("ablate", "attribute", "doctor", "ledger", "rank"),
+    "rmscope.model.judge": ("load_judge",),
     "rmscope.model.reward_model": ("RewardModel",),
     "rmscope.pairs.pair": ("Pair",),
     "rmscope.pairs.readers": ("load_pairs",),
@@ -38,7 +40,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [
     "Figure", "Pair", "RewardModel", "Run", "RunConfig", "Sae", "SaeConfig", "ablate", "attribute", "audit", "compare",
     "doctor", "edit", "evaluate", "experiment", "export", "gate", "harvest", "jailbreak", "label", "ledger", "load_edited",
-    "load_pairs", "rank", "stream", "sufficiency", "train_saes",
+    "load_judge", "load_pairs", "rank", "stream", "sufficiency", "train_saes",
 ]  # fmt: skip
 
 

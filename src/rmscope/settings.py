@@ -64,6 +64,16 @@ def _output(given: Any) -> Any:
         raise ValueError("it is neither the number of an output nor weights; write 2, or 0.5,0,1") from None
 
 
+def _answers(given: Any) -> Any:
+    """Two answers with their leading spaces: ' yes, no' is [' yes', ' no']."""
+    listed = [given] if isinstance(given, str) else given
+    if isinstance(listed, list | tuple):
+        listed = [part for text in listed for part in str(text).split(",")]
+    if isinstance(listed, list) and (len(listed) != 2 or not all(str(part).strip() for part in listed)):
+        raise ValueError("it needs the answer that raises the reward and the one that lowers it; write ' yes, no'")
+    return listed
+
+
 Names = Annotated[list[str], BeforeValidator(comma_separated)]
 """A list of names; on the command line comma-separated, or the flag several times."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -96,6 +106,10 @@ class LoadSettings(DeviceSettings):
     """The model that the PM was trained from; left out, that of the adapter or of the model card; none: without a base."""
     output: Annotated[int | list[float] | None, BeforeValidator(_output)] = None
     """Of several outputs: the number of one (0 is the first), or a weight for each, such as 0.5,0,1."""
+    judge: Annotated[list[str] | None, BeforeValidator(_answers)] = None
+    """Take a causal LM as a judge: its reward is the logit of the first answer minus that of the second: ' yes, no'."""
+    question: str = "\n\nIs that a good answer?"
+    """What a judge is asked after each response. \\n is a line break."""
     trust_remote_code: bool = False
     """Run the code that comes with the PM's checkpoint."""
 

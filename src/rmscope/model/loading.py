@@ -61,7 +61,7 @@ def load(
         source, adapter = base, source
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     model, tokenizer, head = _from_transformers(source, dtype, place, adapter, options)
-    _check_finite(source, model)
+    check_finite(source, model)
     card = _card(source, revision) + ("" if adapter is None else _card(adapter, None))
     folders = [local_path(p) for p in (adapter, source) if p is not None]
     beside = next((p for p in folders if (p / SETTINGS_FILE).is_file()), None)
@@ -198,7 +198,7 @@ def _from_transformers(
     words, at = name, options
     if adapter is not None and (local_path(adapter) / "tokenizer_config.json").is_file():
         words, at = str(local_path(adapter)), {**options, "revision": None}
-    tokenizer = _tokenizer(words, at)
+    tokenizer = load_tokenizer(words, at)
     if words != name and tokenizer.pad_token_id is not None:  # the padding that the adapter was trained with
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     head = _other_head(source, name, options["revision"], model, info, weights)
@@ -221,14 +221,7 @@ def _config(
     import transformers
 
     with as_input_error(f"The PM {source}"):
-        stored, _ = transformers.PreTrainedConfig.get_config_dict(name, revision=options["revision"])
-        made_as = str((stored.get("architectures") or ["model"])[0])
-        own_code = bool(stored.get("auto_map")) and not hasattr(transformers, made_as)
-        if own_code and not options["trust_remote_code"]:
-            raise InputError(
-                f"{source} is a {made_as}, whose code comes with its checkpoint and would run on this machine; read that "
-                "code and pass --trust-remote-code, or name another PM."
-            )
+        made_as, own_code = check_code(source, name, options)
         config = transformers.AutoConfig.from_pretrained(name, **options)
         text = config.get_text_config()
         if text.pad_token_id is not None and not 0 <= text.pad_token_id < text.vocab_size:
@@ -255,6 +248,21 @@ def _config(
                 f"blocks it holds {others}); name a sequence-classification PM, or an --adapter that contains the head."
             )
     return config, weights
+
+
+def check_code(source: str, name: str, options: dict[str, Any]) -> tuple[str, bool]:
+    """(the class that a checkpoint was made as, whether its code comes with it). InputError where it is not trusted."""
+    import transformers
+
+    stored, _ = transformers.PreTrainedConfig.get_config_dict(name, revision=options["revision"])
+    made_as = str((stored.get("architectures") or ["model"])[0])
+    own_code = bool(stored.get("auto_map")) and not hasattr(transformers, made_as)
+    if own_code and not options["trust_remote_code"]:
+        raise InputError(
+            f"{source} is a {made_as}, whose code comes with its checkpoint and would run on this machine; read that "
+            "code and pass --trust-remote-code, or name another PM."
+        )
+    return made_as, own_code
 
 
 def _other_head(
@@ -284,7 +292,8 @@ def _grow_embeddings(model: Any, brought: dict[str, list[int]]) -> None:
         model.resize_token_embeddings(rows[0], mean_resizing=False)
 
 
-def _tokenizer(name: str, options: dict[str, Any]) -> Any:
+def load_tokenizer(name: str, options: dict[str, Any]) -> Any:
+    """The tokenizer of a model folder, or of the hub. InputError where it cannot be loaded."""
     from transformers import AutoTokenizer
 
     folder = Path(name).expanduser()
@@ -298,7 +307,7 @@ def _tokenizer(name: str, options: dict[str, Any]) -> Any:
         return AutoTokenizer.from_pretrained(name, **options)
 
 
-def _check_finite(source: str, model: Any) -> None:
+def check_finite(source: str, model: Any) -> None:
     """Raises InputError where a weight is not finite: every reward would be NaN."""
     for name, weight in model.named_parameters():
         if weight.numel() and not bool(torch.stack(weight.aminmax()).isfinite().all()):  # NaN is the least and the largest

@@ -17,6 +17,7 @@ from rmscope.effects.written import WRITTEN_PAIRS, WrittenShare, written_shares
 from rmscope.errors import InputError
 from rmscope.evaluation.reward_aware import RewardAwareConfig
 from rmscope.model import checks
+from rmscope.model.judge import load_judge
 from rmscope.model.rendering import PairTokens, can_render, changed_responses
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.site_names import BOTH, DIFF
@@ -72,16 +73,13 @@ class PairSet:
 def load_pm(model: str, settings: LoadSettings) -> RewardModel:
     """A PM as the settings of a command say."""
     s = settings
-    return RewardModel.load(
-        model,
-        s.dtype,
-        s.device,
-        adapter=s.adapter,
-        revision=s.revision,
-        output=s.output,
-        trust_remote_code=s.trust_remote_code,
-        base=s.base,
-    )
+    given: dict[str, Any] = {"adapter": s.adapter, "revision": s.revision, "base": s.base}
+    given["trust_remote_code"] = s.trust_remote_code
+    if s.judge is None:
+        return RewardModel.load(model, s.dtype, s.device, output=s.output, **given)
+    if s.output is not None:
+        raise InputError("A judge has one output, the difference of two logits; leave --output out, or --judge.")
+    return load_judge(model, s.judge, s.question.replace("\\n", "\n"), s.dtype, s.device, **given)
 
 
 class Inputs:
