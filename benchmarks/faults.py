@@ -94,8 +94,11 @@ def kills(n: int, folder: Path, pm: str, rng: random.Random) -> Counts:
                 counts["tried"] += 1
         if not finish(config, counts):
             break  # counted as lost
-        same = tables(out) == expected and not list(out.rglob("*.tmp"))
-        counts["survived" if same else "lost"] += 1
+        found, left = tables(out), [str(p.relative_to(out)) for p in out.rglob("*.tmp")]
+        differ = [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
+        if differ or left:
+            print(json.dumps({"kind": "kills", "differ": differ, "left": left}), flush=True)
+        counts["lost" if differ or left else "survived"] += 1
     return counts
 
 

@@ -121,6 +121,12 @@ def test_a_pm_that_config_calls_by_its_own_class_is_normalised_too(copy: Path) -
     same_rewards(load(copy), -1.0, 0.5)
 
 
+def test_normalised_rewards_of_another_kind_of_head_are_refused_not_dropped(copy: Path) -> None:
+    configure(copy, normalize_reward=True, mean=0.5, std=2.0, num_labels=2, id2label={"0": "a", "1": "b"})
+    rewrite(copy, lambda weights: weights.update({"score.weight": torch.randn(2, D)}))
+    assert "asks for normalised rewards" in refusal(str(copy))
+
+
 def test_weights_that_are_no_scalar_head_are_listed(copy: Path) -> None:
     configure(copy, architectures=["LlamaForCausalLM"])
 

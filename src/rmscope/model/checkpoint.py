@@ -148,3 +148,18 @@ def normalisation(config: Any, weights: StoredWeights) -> tuple[float, float]:
             "numbers of its training, or set normalize_reward to false."
         )
     return mean, std
+
+
+def check_code(source: str, name: str, options: dict[str, Any]) -> tuple[str, bool]:
+    """(the class that a checkpoint was made as, whether its code comes with it). InputError where it is not trusted."""
+    import transformers
+
+    stored, _ = transformers.PreTrainedConfig.get_config_dict(name, revision=options["revision"])
+    made_as = str((stored.get("architectures") or ["model"])[0])
+    own_code = bool(stored.get("auto_map")) and not hasattr(transformers, made_as)
+    if own_code and not options["trust_remote_code"]:
+        raise InputError(
+            f"{source} is a {made_as}, whose code comes with its checkpoint and would run on this machine; read that "
+            "code and pass --trust-remote-code, or name another PM."
+        )
+    return made_as, own_code

@@ -17,6 +17,7 @@ from rmscope.errors import InputError
 from rmscope.hardware import check_device, place
 from rmscope.io import local_path
 from rmscope.model import loading
+from rmscope.model.checkpoint import check_code
 from rmscope.model.heads import TokenDifference
 from rmscope.model.rendering import SETTINGS_FILE, Rendering
 from rmscope.model.reward_model import NO_BASE, RewardModel
@@ -58,7 +59,7 @@ def load_judge(
     name = loading.local_or_hub(source)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     with loading.as_input_error(f"The judge {source}"):
-        loading.check_code(source, name, options)
+        check_code(source, name, options)
         lm = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), device_map={"": at}, **options)
     if not lm.can_generate() or getattr(lm.config, "is_encoder_decoder", False):
         raise InputError(f"{type(lm).__name__} predicts no next token, so it gives no answer; name a causal LM.")

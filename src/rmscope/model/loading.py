@@ -20,7 +20,7 @@ from rmscope.errors import InputError, one_line
 from rmscope.hardware import check_device
 from rmscope.io import content_hash, local_path
 from rmscope.model.blocks import REFUSALS
-from rmscope.model.checkpoint import StoredHead, StoredWeights, stored_head, stored_weights
+from rmscope.model.checkpoint import StoredHead, StoredWeights, check_code, stored_head, stored_weights
 from rmscope.model.rendering import SETTINGS_FILE, Rendering, read_json
 from rmscope.model.zoo import BASE, base_folder, load_adapted, load_base, quiet_transformers, zoo_folder
 
@@ -250,21 +250,6 @@ def _config(
     return config, weights
 
 
-def check_code(source: str, name: str, options: dict[str, Any]) -> tuple[str, bool]:
-    """(the class that a checkpoint was made as, whether its code comes with it). InputError where it is not trusted."""
-    import transformers
-
-    stored, _ = transformers.PreTrainedConfig.get_config_dict(name, revision=options["revision"])
-    made_as = str((stored.get("architectures") or ["model"])[0])
-    own_code = bool(stored.get("auto_map")) and not hasattr(transformers, made_as)
-    if own_code and not options["trust_remote_code"]:
-        raise InputError(
-            f"{source} is a {made_as}, whose code comes with its checkpoint and would run on this machine; read that "
-            "code and pass --trust-remote-code, or name another PM."
-        )
-    return made_as, own_code
-
-
 def _other_head(
     source: str, name: str, revision: str | None, model: Any, info: dict[str, Any], weights: StoredWeights | None
 ) -> StoredHead | None:
@@ -272,6 +257,14 @@ def _other_head(
     lacks_head = any(key.endswith(HEADS) for key in info.get("missing_keys", []))
     has_bias = "score.bias" in info.get("unexpected_keys", [])
     normalised = weights is not None and getattr(model.config, "normalize_reward", False)
+    single = isinstance(getattr(model, "score", None), nn.Linear) and model.config.num_labels == 1
+    if getattr(model.config, "normalize_reward", False) and not (
+        (normalised and single) or hasattr(model.config, "auto_map")
+    ):
+        raise InputError(
+            f"{source} asks for normalised rewards (normalize_reward), which are followed for a single linear head of a "
+            "decoder's own checkpoint; set normalize_reward to false in its config.json to study its rewards as they are."
+        )
     if not (lacks_head or has_bias or normalised) or not isinstance(getattr(model, "score", None), nn.Linear):
         return None
     with as_input_error(f"The PM {source}"):
