@@ -99,6 +99,7 @@ def pms() -> str:
         ),
         ("`value_head.safetensors`", "beside the model or the adapter (LLaMA-Factory)"),
         ("`normalize_reward`, `mean`, `std` in the config", "followed"),
+        ("the logits of two answers of a causal LM", "`--judge ' yes, no'`, after `--question`"),
         ("code of its own that gives: " + ", ".join(READS), "its own forward, with `--trust-remote-code`"),
     ]
     return "\n".join(
@@ -106,7 +107,7 @@ def pms() -> str:
             "## PMs",
             "",
             "Each is tried with a small random model. Its rewards are those of transformers' own forward on each text",
-            "alone.",
+            "alone. [Every class of transformers](reference/architectures.md) was tried with the same checks.",
             "",
             _table_row(("architecture", "what works")),
             "|---|---|",

@@ -30,10 +30,15 @@ class Layer(nn.Module):
         return self.shared[0](*args, **kwargs)
 
 
+def vocabulary_size(model: Any) -> int:
+    """How many tokens a model knows; a huge number where its config names none (Canine reads characters by their number)."""
+    return int(getattr(model.config.get_text_config(), "vocab_size", 0) or 1 << 30)
+
+
 @torch.no_grad()
 def find_blocks(model: Any, ids: Tensor, d: int) -> tuple[nn.ModuleList, str]:
     """The blocks, and "" or the reason why there are none. ``ids`` [T] is a text, ``d`` the width of the stream."""
-    if int(ids.max()) >= model.config.get_text_config().vocab_size:  # on a GPU such a forward ends the process
+    if int(ids.max()) >= vocabulary_size(model):  # on a GPU such a forward ends the process
         return nn.ModuleList(), "its tokenizer gives tokens that it does not know"
     separate_layers(model)
     every = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
@@ -44,9 +49,9 @@ def find_blocks(model: Any, ids: Tensor, d: int) -> tuple[nn.ModuleList, str]:
 
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         stream = args[0] if args else kwargs.get("hidden_states")
-        after = output[0] if isinstance(output, (tuple, list)) and output else output
-        shapes = [x.shape if isinstance(x, Tensor) else None for x in (stream, after)]
-        calls.append((id(module), shapes == [(1, ids.numel(), d)] * 2))
+        parts = list(output) if isinstance(output, (tuple, list)) and output else [output]
+        fits = [isinstance(x, Tensor) and x.shape == (1, ids.numel(), d) for x in (stream, *parts)]
+        calls.append((id(module), fits[:2] == [True, True] and sum(fits) == 2))  # Reformer's blocks carry two streams
 
     with ExitStack() as stack:
         for module in {id(m): m for blocks in lists for m in blocks}.values():

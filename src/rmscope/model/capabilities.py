@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rmscope.errors import InputError, one_line
-from rmscope.model.blocks import REFUSALS
+from rmscope.model.blocks import REFUSALS, vocabulary_size
 from rmscope.model.packing import pack_pairs, pad_texts
 from rmscope.model.rendering import NO_LIMIT, PairTokens, Rendering, encode, pair_tokens
 from rmscope.pairs.pair import SIDES, Pair
@@ -77,9 +77,9 @@ def ask_own_forward(rm: Any) -> tuple[bool, int]:
     """
     tokens = probe_tokens(rm, rm.context)
     texts = _sides(tokens)
-    if (most := max(int(ids.max()) for ids in texts)) >= rm.text_config.vocab_size:
+    if (most := max(int(ids.max()) for ids in texts)) >= vocabulary_size(rm.model):
         raise InputError(
-            f"The tokenizer of {rm.name} gives token {most}, but the PM knows {rm.text_config.vocab_size} tokens; name the "
+            f"The tokenizer of {rm.name} gives token {most}, but the PM knows {vocabulary_size(rm.model)} tokens; name the "
             "tokenizer that it was trained with."
         )
     try:

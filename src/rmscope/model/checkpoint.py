@@ -98,7 +98,7 @@ def stored_head(source: str, weights: StoredWeights, config: Any) -> StoredHead:
     Raises:
         InputError: it holds none, or several, or the head has more weights than one map.
     """
-    d = int(config.get_text_config().hidden_size)
+    d = int(getattr(config.get_text_config(), "hidden_size", 0))
     names = weights.heads(d)
     if len(names) != 1:
         others = ", ".join(f"{name} {weights.shapes[name]}" for name in sorted(weights.shapes)[:4]) or "nothing"

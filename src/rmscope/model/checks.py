@@ -135,7 +135,7 @@ def read_position(rm: RewardModel, tokens: Sequence[PairTokens]) -> Check:
     if not rm.causal:
         return Check(name, "ok", "an encoder: its head reads the first token, or all; spans run to the last token")
     side = f"rmscope pads on the right (the tokenizer: {getattr(rm.tokenizer, 'padding_side', 'right')})"
-    pad = rm.text_config.pad_token_id
+    pad = getattr(rm.text_config, "pad_token_id", None)
     if pad is None and rm.own_head is None:
         mend = "set pad_token_id in its config.json before you batch it elsewhere"
         return Check(name, "warn", f"no pad id: the last token (transformers itself refuses batches); {side}", mend)

@@ -224,7 +224,9 @@ def _config(
         made_as, own_code = check_code(source, name, options)
         config = transformers.AutoConfig.from_pretrained(name, **options)
         text = config.get_text_config()
-        if text.pad_token_id is not None and not 0 <= text.pad_token_id < text.vocab_size:
+        if getattr(text, "pad_token_id", None) is not None and not 0 <= text.pad_token_id < getattr(
+            text, "vocab_size", 1 << 30
+        ):
             text.pad_token_id = None  # a token that was added for training, and that the embeddings do not hold
         heads = [shape[0] for key, shape in brought.items() if key.endswith(HEADS)]
         if heads:
@@ -239,7 +241,7 @@ def _config(
         native = [shape for key, shape in weights.shapes.items() if key.endswith(HEADS)]
         if native:
             config.num_labels = native[0][0]
-        elif weights.heads(int(text.hidden_size)):
+        elif weights.heads(int(getattr(text, "hidden_size", 0))):
             config.num_labels = 1
         else:
             others = ", ".join(f"{key} {weights.shapes[key]}" for key in sorted(weights.shapes)[:4]) or "nothing"

@@ -152,7 +152,7 @@ class RewardModel(Trunk):
 
     def read_position(self, ids: Tensor) -> int:
         """Where the model reads a text: its last token that is not padding; for encoders and own heads, its last token."""
-        pad = self.text_config.pad_token_id
+        pad = getattr(self.text_config, "pad_token_id", None)
         if not self.causal or pad is None or self.own_head is not None:
             return ids.numel() - 1
         kept = (ids != pad).nonzero()
@@ -265,7 +265,7 @@ class RewardModel(Trunk):
         streams: dict[str, Tensor] = {}
         kept = {site: keep_stream(streams, site) for site in self.whole_sites(sites)}
         with suppress(StopForward), self.edit_streams(kept, stop=True):
-            self.model.base_model(**self.inputs(batch), **self._options)
+            (self.model.base_model if self.causal else self.model)(**self.inputs(batch), **self._options)
         return self.split(batch, sites, streams)
 
     @property

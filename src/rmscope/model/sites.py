@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rmscope.errors import InputError
-from rmscope.model.blocks import find_blocks
+from rmscope.model.blocks import find_blocks, vocabulary_size
 from rmscope.model.packing import Batch
 from rmscope.model.site_names import whole_site
 
@@ -96,7 +96,7 @@ class Trunk:
         """``ids`` [T] is a text on which the blocks are found."""
         self.model = model
         self.text_config = model.config.get_text_config()
-        self.d_model = int(self.text_config.hidden_size)
+        self.d_model = int(getattr(self.text_config, "hidden_size", 0) or getattr(self.text_config, "d_model", 0))
         text = (torch.arange(1, 5) if ids is None else ids[: self.context]).to(self.device)
         self.blocks, self.why_no_blocks = find_blocks(model, text, self.d_model)
         self.sites = ["embed", *(f"resid_post.{i}" for i in range(len(self.blocks)))] if len(self.blocks) else []
@@ -143,8 +143,8 @@ class Trunk:
     @property
     def pad_id(self) -> int:
         """The id that fills batches; 0 where the model has none, or none that it can embed."""
-        pad = self.text_config.pad_token_id
-        return 0 if pad is None or not 0 <= pad < self.text_config.vocab_size else int(pad)
+        pad = getattr(self.text_config, "pad_token_id", None)
+        return 0 if pad is None or not 0 <= pad < vocabulary_size(self.model) else int(pad)
 
     @property
     def segment_end(self) -> int | None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import torch.distributed as dist
 import yaml
 from filelock import FileLock, Timeout
 
@@ -32,11 +33,13 @@ from rmscope.io import (
     content_hash,
     join_tables,
     sha256,
+    silent,
     write_json,
     write_table,
     write_text,
 )
 from rmscope.model.packing import units
+from rmscope.run.ranks import ALONE
 from rmscope.run.settings import RECORD, read_record
 
 FORMAT = 12
@@ -62,13 +65,20 @@ class RunFolder:
     def __init__(self, path: Path, display: Display) -> None:
         self.path, self.display = path, display
         self.record: dict[str, Any] = self._read()
+        self.ranks = ALONE
+        """The processes that work on the folder together."""
         self._last_key = ""
         self._sound: set[Path] = set()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the folder while it is written, and reads its record. InputError where another process holds it; a dead one
-        does not."""
+        does not. Of several ranks the first holds it."""
+        if not self.ranks.is_first:
+            self.ranks.wait()
+            self.record = self._read()
+            yield
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / LOCK, timeout=0)
         try:
@@ -80,6 +90,7 @@ class RunFolder:
         try:
             write_json(self.path / OWNER, {"pid": os.getpid(), "host": socket.gethostname()})
             self.record = self._read()
+            self.ranks.wait()
             yield
         finally:
             (self.path / OWNER).unlink(missing_ok=True)
@@ -122,7 +133,8 @@ class RunFolder:
         self._write()
 
     def _write(self) -> None:
-        write_text(self.path / RECORD, yaml.safe_dump(self.record, sort_keys=False, allow_unicode=True))
+        if self.ranks.is_first:
+            write_text(self.path / RECORD, yaml.safe_dump(self.record, sort_keys=False, allow_unicode=True))
 
     @property
     def seconds(self) -> float:
@@ -140,29 +152,69 @@ class RunFolder:
         """The key of each stage that is done: it changes with all that the stage depends on."""
         return {name: stage["key"] for name, stage in self.record.get("stages", {}).items()}
 
-    def stage(self, name: str, settings: Any, outputs: Sequence[str], work: Callable[[Progress, str], None]) -> None:
-        """Does a stage unless it is done with the same settings and its files are there."""
+    def stage(
+        self, name: str, settings: Any, outputs: Sequence[str], work: Callable[[Progress, str], None], shared: bool = False
+    ) -> None:
+        """Does a stage unless it is done with the same settings and its files are there.
+
+        Of several ranks all do a ``shared`` stage, whose units are dealt out, and the first one any other.
+        """
         key = content_hash(FORMAT, name, settings, self._last_key)
         self._last_key = key
+        self.ranks.wait()
+        if not self.ranks.is_first:
+            self._follow(key, work if shared else None)
+            return
         done = self.record["stages"].get(name, {})
         if done.get("key") == key and all((self.path / p).exists() for p in outputs):
             damaged = [file for file in done.get("files", ()) if not self.is_sound(file)]
             if not damaged:
                 self.display.note(f"{name}: done before")
+                self._tell(False)
                 return
             self.display.note(f"{name}: done again, since {damaged[0]} is missing or damaged")
             for file in done["files"]:  # nothing of the stage is taken for done
                 (self.path / file).unlink(missing_ok=True)
         if self.record["stages"].pop(name, None):  # its files change from here on: until it is whole, it is not done
             self._write()
+        self._tell(True)
         started, before = time.time(), self._stamps()
-        with self.display.stage(name) as progress:
+        with self.display.stage(name) as progress, self._alone(not shared):
             work(progress, key)
+        self.ranks.wait()
         left = sorted(file for file, stamp in self._stamps().items() if before.get(file) != stamp)
         self.record.setdefault("files", {}).update({file: sha256(self.path / file) for file in left})
         self.record["stages"][name] = {"key": key, "seconds": round(time.time() - started, 1), "files": left}
         self._sound.clear()
         self._write()
+        self.ranks.wait()
+
+    @contextmanager
+    def _alone(self, is_alone: bool) -> Iterator[None]:
+        """Within the context, the first rank waits for no other."""
+        together = self.ranks
+        self.ranks = ALONE if is_alone else together
+        try:
+            yield
+        finally:
+            self.ranks = together
+
+    def _tell(self, is_done_now: bool) -> None:
+        """The other ranks learn whether the first one does the stage."""
+        if self.ranks.count > 1:
+            dist.broadcast_object_list([is_done_now], src=0)
+
+    def _follow(self, key: str, work: Callable[[Progress, str], None] | None) -> None:
+        """A stage as the other ranks see it."""
+        told = [False]
+        dist.broadcast_object_list(told, src=0)
+        if told[0]:
+            if work is not None:
+                work(silent, key)
+            self.ranks.wait()
+            self.ranks.wait()
+        self._sound.clear()
+        self.record = self._read()
 
     def _stamps(self) -> dict[str, tuple[int, int, int]]:
         """What tells that a file of a stage was written anew, by file."""
@@ -206,7 +258,7 @@ class RunFolder:
         names: list[str] = []
         for number, unit in enumerate(units(len(items))):
             marker = folder / f"{number:05d}.json"
-            if not marker.is_file():
+            if self.ranks.has(number) and not marker.is_file():
                 done = unit.start
 
                 def within(d: int, t: int, note: str = "", done: int = done, size: int = len(unit)) -> None:
@@ -216,8 +268,10 @@ class RunFolder:
                 for site, table in made.items():
                     write_table(folder / site / f"{number:05d}.parquet", table)
                 write_json(marker, sorted(made))
-            names = json.loads(marker.read_text("utf-8"))
             progress(unit.stop, len(items), "")
+        self.ranks.wait()
+        for marker in sorted(folder.glob("*.json"))[-1:]:
+            names = json.loads(marker.read_text("utf-8"))
         return {table: sorted((folder / table).glob("*.parquet")) for table in names}
 
     def keep_json(self, name: str, key: str, part: str, make: Callable[[], Any]) -> Any:
@@ -231,6 +285,10 @@ class RunFolder:
         return self.path / PARTS / f"{name}-{key}"
 
     def drop_parts(self, name: str, key: str) -> None:
+        """Deletes what was kept, once every rank has read it."""
+        self.ranks.wait()
+        if not self.ranks.is_first:
+            return
         shutil.rmtree(self._part_folder(name, key), ignore_errors=True)
         if (parts := self.path / PARTS).is_dir() and not any(parts.iterdir()):
             parts.rmdir()

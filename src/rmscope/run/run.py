@@ -8,12 +8,13 @@ from typing import Any
 
 from rmscope.activations.harvest import data_identity
 from rmscope.errors import InputError
-from rmscope.io import Display, write_text
+from rmscope.io import Display, NoDisplay, write_text
 from rmscope.model.site_names import all_parts, is_difference
 from rmscope.report.page import Page, render_report
 from rmscope.run.data import RunData
 from rmscope.run.evidence import Context
 from rmscope.run.examples import contexts
+from rmscope.run.ranks import ranks_of_torchrun
 from rmscope.run.settings import RECORD, RunConfig, recorded_settings
 from rmscope.run.stages import STAGES
 from rmscope.sae.config import check_memory
@@ -50,9 +51,19 @@ class Run(RunData):
     def go(self) -> Run:
         """Does every stage that is not done, and writes the report. After a kill, call it again: it resumes.
 
+        Started by torchrun, several processes share the work (:mod:`rmscope.run.ranks`).
+
         Raises:
             InputError: another process works on the folder; or the data, the settings or the PM cannot be used.
         """
+        with ranks_of_torchrun() as ranks:
+            self.on_disk.ranks = ranks
+            if not ranks.is_first:
+                self.display = self.on_disk.display = NoDisplay()
+            self._go()
+        return self
+
+    def _go(self) -> None:
         c = self.config
         with self.display.stage("load"):
             pairs = self.inputs.all_pairs  # bad data is told before the PM is loaded
@@ -68,9 +79,10 @@ class Run(RunData):
         with self.on_disk.locked():
             self.on_disk.open(identity, c.model_dump(mode="json", exclude={"trust_remote_code"}), sites)
             for stage in STAGES:
-                self.on_disk.stage(stage.name, stage.key(self), stage.files(sites), stage.bind(self))
-            self.report()
-        return self
+                self.on_disk.stage(stage.name, stage.key(self), stage.files(sites), stage.bind(self), stage.is_shared)
+            if self.on_disk.ranks.is_first:
+                self.report()
+            self.on_disk.ranks.wait()
 
     def check_memory(self) -> None:
         """InputError where the SAEs that are to be trained do not fit the PM's device."""

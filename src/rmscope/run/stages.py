@@ -51,6 +51,8 @@ class Stage:
     """Names of the settings that it depends on."""
     outputs: str = ""
     """The files that it leaves; {site} stands for each site, {part} for each of its parts."""
+    is_shared: bool = False
+    """Whether it is made of units of pairs, which several processes share."""
     of_saes: bool = False
     """Whether it depends on the weights of the SAEs that the settings bring, or go on from."""
 
@@ -211,16 +213,17 @@ def decompose(run: RunData, progress: Progress, key: str) -> None:
 
 STAGES = (
     Stage("preflight", preflight, "dtype", "preflight.json"),
-    Stage("score", score, "dtype", "scores.parquet"),
+    Stage("score", score, "dtype", "scores.parquet", is_shared=True),
     Stage("text", fit_text, "top_share top_pairs", "baseline.json"),
     Stage("harvest", harvest, "", "activations/{part}/manifest.json"),
     Stage("train", train, "sae diff_features diff_k diff_tokens reward_aware", "saes/{part}/cfg.json", of_saes=True),
-    Stage("estimate", estimate, "estimate estimate_pairs seed", "effects/{site}/estimated.parquet"),
+    Stage("estimate", estimate, "estimate estimate_pairs seed", "effects/{site}/estimated.parquet", is_shared=True),
     Stage(
         "screen",
         screen,
         "screen others responses quality_responses frozen",
         "effects/{site}/frozen.parquet effects/{site}/others.parquet",
+        is_shared=True,
     ),
     Stage("group", group, "concepts", "concepts/frozen.parquet"),
     Stage(
@@ -228,12 +231,15 @@ STAGES = (
         ablate,
         "confirm_prompts feature_prompts confirm_pairs",
         "effects/{site}/exact.parquet effects/{site}/strong.parquet concepts/exact.parquet concepts/firing.parquet",
+        is_shared=True,
     ),
     Stage("rank", rank, "", "features/{site}.parquet concepts.parquet"),
-    Stage("directions", directions, "null_prompts seed", "concepts/directions.parquet"),
+    Stage("directions", directions, "null_prompts seed", "concepts/directions.parquet", is_shared=True),
     Stage("seeds", train_again, "seeds", "saes/seeds.json"),
-    Stage("measure", measure, "measure_prompts", "concepts/measured.parquet concepts/measured_effects.parquet"),
-    Stage("decompose", decompose, "ledger_pairs ledger_halvings baseline", "ledger/{site}.parquet"),
+    Stage(
+        "measure", measure, "measure_prompts", "concepts/measured.parquet concepts/measured_effects.parquet", is_shared=True
+    ),
+    Stage("decompose", decompose, "ledger_pairs ledger_halvings baseline", "ledger/{site}.parquet", is_shared=True),
     Stage("evidence", collect, "", "evidence/evidence.json evidence/tokens.parquet evidence/vocabulary.parquet"),
 )
 """In order. The thresholds of the ranking are constants; :data:`rmscope.run.folder.FORMAT` is raised with them."""

@@ -1,0 +1,72 @@
+"""Several processes on one run folder, started by ``torchrun``: they share the units of the long stages.
+
+Every process (rank) goes through the whole pipeline. Units of 64 pairs are dealt out in turn, and what a unit gives does not
+depend on who makes it, so the tables are those of one process, byte for byte. What is not made of units is done by the first
+rank alone, and the others wait. Ranks share nothing but the folder and a process group that waits. A rank that dies ends
+all of them; the next start, of any number of processes, goes on with the units that are there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from rmscope.errors import InputError
+
+LONGEST = timedelta(days=30)
+"""How long a rank waits for the others: a stage of the first one may take days."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among several; rank 0 of 1 is alone."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def has(self, number: int) -> bool:
+        """Whether a unit is this rank's."""
+        return number % self.count == self.rank
+
+    def wait(self) -> None:
+        """Returns once every rank has come here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def ranks_of_torchrun() -> Iterator[Ranks]:
+    """The ranks that torchrun started, or this process alone. Each rank takes the GPU of its number on the machine.
+
+    Raises:
+        InputError: there are GPUs, but fewer than ranks on this machine.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise InputError(
+                f"There are {torch.cuda.device_count()} GPUs here and more processes; start torchrun with --nproc-per-node "
+                f"{torch.cuda.device_count()}."
+            )
+        torch.cuda.set_device(local)
+    dist.init_process_group("gloo", timeout=LONGEST)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
