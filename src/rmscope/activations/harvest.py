@@ -22,32 +22,44 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rmscope.activations.store import ActivationStore, StoreWriter
+from rmscope.activations.store import COLUMNS, ActivationStore, StoreWriter
 from rmscope.errors import InputError
 from rmscope.hardware import fast_products
-from rmscope.io import Progress, content_hash, silent
+from rmscope.io import Progress, atomic, content_hash, silent
 from rmscope.model.packing import Text, units
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.site_names import all_parts
 from rmscope.pairs.pair import SIDES, Pair
+from rmscope.ranks import ALONE, Ranks
 
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
 BUFFER_TOKENS = 1 << 18
 """Rows in a site's buffer: 2 GB in bfloat16 at d_model 4,096."""
+Rows = tuple[dict[str, Float[Tensor, "n d"]], dict[str, Int[Tensor, " n"]]]
+"""The stream at each site, and the store's columns."""
 SAMPLE_ROWS = 16384
 """Rows from which the norm and the initial weights of a streamed training are computed."""
 
 
 def harvest(
-    rm: RewardModel, pairs: Sequence[Pair], sites: Sequence[str], out: Path | str, progress: Progress = silent
+    rm: RewardModel,
+    pairs: Sequence[Pair],
+    sites: Sequence[str],
+    out: Path | str,
+    progress: Progress = silent,
+    ranks: Ranks = ALONE,
+    parts: Path | None = None,
 ) -> ActivationStore:
     """Writes every token's stream at ``sites`` to ``out``, in bfloat16, and opens the store.
 
     ``both.L`` is stored as ``diff.L`` and ``base.L``.
     If ``out`` already holds a store of the same model, data and sites, it is opened. An unfinished store is written again.
+    Several ``ranks`` share the units: each writes its own to ``parts``, and the first one makes the store of them, which is
+    that of one process, byte for byte.
     Raises :class:`InputError` where a site does not exist, a pair is longer than the PM's context, or the disk is full.
     """
     sites = all_parts(sites)
@@ -57,20 +69,52 @@ def harvest(
         store = ActivationStore.open(root)
         if store.identity == identity and set(store.sites) == set(sites):
             return store
-    seen: set[bytes] = set()
-    with StoreWriter(root, sites, rm.d_model, identity, "bfloat16") as writer:
-        for unit in units(len(pairs)):
-            tokens = rm.tokenize_within([pairs[i] for i in unit])
-            for streams, columns in new_rows(rm, tokens, sites, seen, unit.start):
+    if ranks.count > 1 and parts is not None:
+        _harvest_units(rm, pairs, sites, parts, progress, ranks)
+        ranks.wait()
+    if ranks.is_first:
+        with StoreWriter(root, sites, rm.d_model, identity, "bfloat16") as writer:
+            for streams, columns in _all_rows(rm, pairs, sites, progress, None if ranks.count == 1 else parts):
                 for site, x in streams.items():
                     writer.add(site, x, **columns)
-            progress(unit.stop, len(pairs), "pairs harvested")
+    ranks.wait()
     return ActivationStore.open(root)
+
+
+def _all_rows(
+    rm: RewardModel, pairs: Sequence[Pair], sites: Sequence[str], progress: Progress, parts: Path | None
+) -> Iterator[Rows]:
+    """The rows of all pairs, from the PM, or from the units in ``parts``."""
+    seen: set[bytes] = set()
+    for number, unit in enumerate(units(len(pairs))):
+        if parts is not None:
+            stored = load_file(parts / f"{number:05d}.safetensors")
+            yield {site: stored.pop(site) for site in sites}, stored
+        else:
+            yield from new_rows(rm, rm.tokenize_within([pairs[i] for i in unit]), sites, seen, unit.start)
+        progress(unit.stop, len(pairs), "pairs harvested")
+
+
+def _harvest_units(
+    rm: RewardModel, pairs: Sequence[Pair], sites: Sequence[str], parts: Path, progress: Progress, ranks: Ranks
+) -> None:
+    """Writes the units of this rank that are not there yet. Of the others only the prefixes are noted."""
+    seen: set[bytes] = set()
+    for number, unit in enumerate(units(len(pairs))):
+        path, tokens = parts / f"{number:05d}.safetensors", rm.tokenize_within([pairs[i] for i in unit])
+        if ranks.has(number) and not path.is_file():
+            rows = list(new_rows(rm, tokens, sites, seen, unit.start))
+            stored = {site: torch.cat([streams[site].to("cpu", torch.bfloat16) for streams, _ in rows]) for site in sites}
+            stored |= {name: torch.cat([columns[name] for _, columns in rows]) for name in COLUMNS}
+            with atomic(path) as temporary:
+                save_file(stored, temporary)
+        seen.update(prefix_of(t) for t in tokens)
+        progress(unit.stop, len(pairs), "pairs harvested")
 
 
 def new_rows(
     rm: RewardModel, tokens: Sequence[PairTokens], sites: Sequence[str], seen: set[bytes], first: int
-) -> Iterator[tuple[dict[str, Float[Tensor, "n d"]], dict[str, Int[Tensor, " n"]]]]:
+) -> Iterator[Rows]:
     """For each batch of some pairs, the rows to store: (the stream at each site, the store's columns).
 
     ``seen`` holds digests of the prefixes that are already stored, and new ones are added to it. ``first`` is the number of

@@ -36,11 +36,14 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other: nothing that a user can mend
     debug = "--debug" in sys.argv
+    # Of several processes that torchrun starts the first one tells; each tells its own errors.
+    console.quiet = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
     try:
         app()
     except InputError as error:
         if debug:
             raise
+        console.quiet = False
         console.print("[bold red]rmscope:[/] ", end="")
         console.print(str(error), soft_wrap=True, markup=False)
         raise SystemExit(2) from error
@@ -50,6 +53,7 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
+        console.quiet = False
         console.print("[bold red]rmscope failed:[/] ", end="")
         console.print(f"{type(error).__name__}: {error} (--debug shows where)", soft_wrap=True, markup=False)
         raise SystemExit(1) from error

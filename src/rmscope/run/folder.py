@@ -39,7 +39,7 @@ from rmscope.io import (
     write_text,
 )
 from rmscope.model.packing import units
-from rmscope.run.ranks import ALONE
+from rmscope.ranks import ALONE
 from rmscope.run.settings import RECORD, read_record
 
 FORMAT = 12
@@ -254,7 +254,7 @@ class RunFolder:
 
     def _parts(self, name: str, key: str, items: Sequence[int], progress: Progress, make: Make) -> dict[str, list[Path]]:
         """The files of each table, one per unit, in order."""
-        folder = self._part_folder(name, key)
+        folder = self.part_folder(name, key)
         names: list[str] = []
         for number, unit in enumerate(units(len(items))):
             marker = folder / f"{number:05d}.json"
@@ -276,12 +276,13 @@ class RunFolder:
 
     def keep_json(self, name: str, key: str, part: str, make: Callable[[], Any]) -> Any:
         """What ``make`` gives (JSON-able), kept until the parts are dropped, so that it outlives a kill."""
-        path = self._part_folder(name, key) / f"{part}.json"
+        path = self.part_folder(name, key) / f"{part}.json"
         if not path.is_file():
             write_json(path, make())
         return json.loads(path.read_text("utf-8"))
 
-    def _part_folder(self, name: str, key: str) -> Path:
+    def part_folder(self, name: str, key: str) -> Path:
+        """Where the parts of a stage are kept until it is whole."""
         return self.path / PARTS / f"{name}-{key}"
 
     def drop_parts(self, name: str, key: str) -> None:
@@ -289,6 +290,6 @@ class RunFolder:
         self.ranks.wait()
         if not self.ranks.is_first:
             return
-        shutil.rmtree(self._part_folder(name, key), ignore_errors=True)
+        shutil.rmtree(self.part_folder(name, key), ignore_errors=True)
         if (parts := self.path / PARTS).is_dir() and not any(parts.iterdir()):
             parts.rmdir()

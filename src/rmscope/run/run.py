@@ -10,11 +10,11 @@ from rmscope.activations.harvest import data_identity
 from rmscope.errors import InputError
 from rmscope.io import Display, NoDisplay, write_text
 from rmscope.model.site_names import all_parts, is_difference
+from rmscope.ranks import ranks_of_torchrun
 from rmscope.report.page import Page, render_report
 from rmscope.run.data import RunData
 from rmscope.run.evidence import Context
 from rmscope.run.examples import contexts
-from rmscope.run.ranks import ranks_of_torchrun
 from rmscope.run.settings import RECORD, RunConfig, recorded_settings
 from rmscope.run.stages import STAGES
 from rmscope.sae.config import check_memory
@@ -51,7 +51,7 @@ class Run(RunData):
     def go(self) -> Run:
         """Does every stage that is not done, and writes the report. After a kill, call it again: it resumes.
 
-        Started by torchrun, several processes share the work (:mod:`rmscope.run.ranks`).
+        Started by torchrun, several processes share the work (:mod:`rmscope.ranks`).
 
         Raises:
             InputError: another process works on the folder; or the data, the settings or the PM cannot be used.

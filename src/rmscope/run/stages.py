@@ -112,10 +112,12 @@ def fit_text(run: RunData, progress: Progress, _key: str) -> None:
     progress(1, 1, "")
 
 
-def harvest(run: RunData, progress: Progress, _key: str) -> None:
+def harvest(run: RunData, progress: Progress, key: str) -> None:
     """The stream of the fit split at every site."""
     fit = [run.pairs[i] for i in run.of_split("fit")]
-    harvest_streams(run.rm, fit, run.sites, run.folder / "activations", progress)
+    parts = run.on_disk.part_folder("harvest", key)
+    harvest_streams(run.rm, fit, run.sites, run.folder / "activations", progress, run.on_disk.ranks, parts)
+    run.on_disk.drop_parts("harvest", key)
 
 
 def estimate(run: RunData, progress: Progress, key: str) -> None:
@@ -215,8 +217,15 @@ STAGES = (
     Stage("preflight", preflight, "dtype", "preflight.json"),
     Stage("score", score, "dtype", "scores.parquet", is_shared=True),
     Stage("text", fit_text, "top_share top_pairs", "baseline.json"),
-    Stage("harvest", harvest, "", "activations/{part}/manifest.json"),
-    Stage("train", train, "sae diff_features diff_k diff_tokens reward_aware", "saes/{part}/cfg.json", of_saes=True),
+    Stage("harvest", harvest, "", "activations/{part}/manifest.json", is_shared=True),
+    Stage(
+        "train",
+        train,
+        "sae diff_features diff_k diff_tokens reward_aware",
+        "saes/{part}/cfg.json",
+        is_shared=True,
+        of_saes=True,
+    ),
     Stage("estimate", estimate, "estimate estimate_pairs seed", "effects/{site}/estimated.parquet", is_shared=True),
     Stage(
         "screen",
@@ -235,7 +244,7 @@ STAGES = (
     ),
     Stage("rank", rank, "", "features/{site}.parquet concepts.parquet"),
     Stage("directions", directions, "null_prompts seed", "concepts/directions.parquet", is_shared=True),
-    Stage("seeds", train_again, "seeds", "saes/seeds.json"),
+    Stage("seeds", train_again, "seeds", "saes/seeds.json", is_shared=True),
     Stage(
         "measure", measure, "measure_prompts", "concepts/measured.parquet concepts/measured_effects.parquet", is_shared=True
     ),

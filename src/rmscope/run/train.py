@@ -21,16 +21,18 @@ from rmscope.run.brought import check_brought
 from rmscope.run.data import RunData
 from rmscope.sae import Sae, SaeConfig, train_saes
 from rmscope.sae.initial import without_initial
-from rmscope.sae.joint import join_parts
+from rmscope.sae.joint import join_parts, load_site
 
 
 def train(run: RunData, progress: Progress, _key: str) -> None:
     """The SAEs of every site: trained, or a copy of those that were brought."""
     folder = run.folder / "saes"
-    (run.folder / size.RECORD).unlink(missing_ok=True)
-    for part, sae in run.brought_saes.items():
-        sae.save(folder / part)
-    check_brought(run)
+    if run.on_disk.ranks.is_first:
+        (run.folder / size.RECORD).unlink(missing_ok=True)
+        for part, sae in run.brought_saes.items():
+            sae.save(folder / part)
+        check_brought(run)
+    run.on_disk.ranks.wait()
     train_run_saes(run, run.config.sae, folder, progress)
     run.__dict__.pop("saes", None)  # opened anew from here on, as a later command opens them
 
@@ -39,8 +41,9 @@ def train_run_saes(run: RunData, config: SaeConfig, folder: Path, progress: Prog
     """SAEs of every site from the run's store, in ``folder``, but for those that the settings bring.
 
     In a reward-aware run the plain SAEs are in ``folder/plain``; they are fine-tuned on the fit split, in
-    ``folder/reward-aware-STEPS``, and copied to ``folder``.
+    ``folder/reward-aware-STEPS``, and copied to ``folder``. Several ranks share the parts; fine-tuning is the first one's.
     """
+    ranks = run.on_disk.ranks
     steps = run.config.reward_aware
     plain, device = folder / "plain" if steps else folder, str(run.rm.device)
     saes = dict(run.brought_saes)
@@ -50,10 +53,19 @@ def train_run_saes(run: RunData, config: SaeConfig, folder: Path, progress: Prog
             continue
         trained_as = config
         if different:
+            if ranks.is_first:
+                size.diff_features(run, config, folder, progress)  # chosen once, and kept
+            ranks.wait()
             trained_as = run.config.difference_config(config, size.diff_features(run, config, folder, progress))
-        saes |= train_saes(run.store, trained_as, plain, parts, progress, device)
-    if steps:
+        if own := parts[ranks.rank :: ranks.count]:
+            train_saes(run.store, trained_as, plain, own, progress, device)
+        ranks.wait()
+        saes |= train_saes(run.store, trained_as, plain, parts, progress, device)  # each is there by now
+    if steps and ranks.is_first:
         saes = _fine_tuned(run, saes, config, folder, progress)
+    ranks.wait()
+    if steps and not ranks.is_first:
+        saes = {part: load_site(folder, part) for part in saes}
     return {site: join_parts([saes[part] for part in parts_of(site)], site) for site in run.sites}
 
 
@@ -82,5 +94,6 @@ def train_again(run: RunData, progress: Progress, _key: str) -> None:
 
         again = config.model_copy(update={"seed": config.seed + seed})
         train_run_saes(run, again, run.folder / run.seed_folder(seed), within)
-    write_json(run.folder / "saes" / "seeds.json", seeds)
+    if run.on_disk.ranks.is_first:
+        write_json(run.folder / "saes" / "seeds.json", seeds)
     run.__dict__.pop("other_saes", None)
