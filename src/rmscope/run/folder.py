@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -89,12 +90,22 @@ class RunFolder:
             ) from None
         try:
             write_json(self.path / OWNER, {"pid": os.getpid(), "host": socket.gethostname()})
+            self._sweep()
             self.record = self._read()
             self.ranks.wait()
             yield
         finally:
             (self.path / OWNER).unlink(missing_ok=True)
             lock.release()
+
+    def _sweep(self) -> None:
+        """Deletes what killed writes of stages left: while the folder is held, no stage writes. Studies hold nothing, so files
+        of theirs stay."""
+        own = {Path(pattern).parts for pattern in (*OF_STAGES, "activations/*/shard-*", PARTS, RECORD, "report.html")}
+        for left in self.path.rglob(".*.tmp"):
+            place = (*left.relative_to(self.path).parent.parts, left.name[1:].rpartition(".")[0].rpartition(".")[0])
+            if any(all(fnmatch(part, wanted) for part, wanted in zip(place, pattern, strict=False)) for pattern in own):
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
     def _owner(self) -> str:
         try:
