@@ -99,8 +99,8 @@ class RunFolder:
             lock.release()
 
     def _sweep(self) -> None:
-        """Deletes what killed writes of stages left: while the folder is held, no stage writes. Studies hold nothing, so files
-        of theirs stay."""
+        """Deletes what killed writes of stages left: while the folder is held, no other process does a stage. Studies do not
+        hold it, so their files stay."""
         own = {Path(pattern).parts for pattern in (*OF_STAGES, "activations/*/shard-*", PARTS, RECORD, "report.html")}
         for left in self.path.rglob(".*.tmp"):
             place = (*left.relative_to(self.path).parent.parts, left.name[1:].rpartition(".")[0].rpartition(".")[0])
