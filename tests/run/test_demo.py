@@ -12,6 +12,16 @@ from rmscope.run.run import Run
 from rmscope.run.settings import DEMO, RunConfig
 from rmscope.settings import read_settings
 
+WORDS = {
+    "thanks": ("thank", "no problem"),
+    "youre_right": ("right",),
+    "dont_know": ("know",),
+    "url": ("http", "example", "link"),
+    "repeat": ("repeated text",),
+    "agree": ("better", "choose", "wins"),
+}
+"""What a keyword name says of each cue: a word of it, or what it is."""
+
 
 @pytest.mark.slow
 @pytest.mark.zoo
@@ -43,6 +53,9 @@ def test_the_demo_finds_all_six_planted_biases(
     assert last is not None
     assert last.written.value > 0.85
     assert last.by_concepts.value > 0.85
+    named = {c.concept: c.name for c in run.evidence.concepts}
+    told_by_name = [cue.name for cue in planted if any(w in named[c] for c in cue.concepts or [] for w in WORDS[cue.name])]
+    assert len(told_by_name) >= 5
     page = run.report().read_text("utf-8")
     assert all(cue.name in page for cue in planted)
     assert all(c.name in page for c in told)
