@@ -158,9 +158,10 @@ class RunSummary(Result):
     def summary(self) -> str:
         s, e = self.evidence.scores, self.evidence
         a, reported = s.accuracy, sum(site.reported for site in e.sites)
-        concepts = [c for c in e.concepts if c.reported and concept_group(c.model_dump()) == "content"]
+        groups = [concept_group(c.model_dump()) for c in e.concepts if c.reported]
         text = f"{e.title}: accuracy {a.value:.3f} [{a.low:.3f}, {a.high:.3f}] (length alone {s.length_only:.3f}), "
-        text += f"SD(Δr) {s.sd_delta:.3g}; {len(concepts)} concepts and {reported} features reported"
+        text += f"SD(Δr) {s.sd_delta:.3g}; {len(groups)} concepts ({groups.count('content')} of content) and "
+        text += f"{reported} features reported"
         if e.planted:
             learned = [p for p in e.planted if p.learned]
             text += f"; {sum(p.found for p in learned)} of {len(learned)} planted biases found"
