@@ -206,8 +206,9 @@ def validation_sentence(
     flags: FlagNames | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> str:
-    """The first fault of settings as one sentence; an unknown key comes with the known ones."""
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    """The first fault of settings as one sentence, of those that are there before one that is missing; an unknown key comes
+    with the known ones."""
+    first = min(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", e["type"] == "missing"))
     path, holder = _locate(cls, first["loc"])
     flag, told = (flags or {}).get(path), first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":

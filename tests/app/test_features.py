@@ -20,12 +20,12 @@ from rmscope.app.features import PAGE, FeatureQuery, causes, find_features, hold
 from rmscope.app.library import Library, OpenRun
 from rmscope.app.saved import FOLDER, save_experiment
 from rmscope.app.server import create_app
-from rmscope.app.side_by_side import agreement, in_sd, rows_of
+from rmscope.app.side_by_side import Agreement, agreement, in_sd, rows_of
 from rmscope.effects.single_tokens import MOST_BEFORE, activations_without, token_effects
 from rmscope.errors import InputError
 from rmscope.model.packing import pad_texts
 from rmscope.model.reward_model import RewardModel
-from rmscope.run.dashboard import WORDS, dashboard, unembedding, words
+from rmscope.run.dashboard import WORDS, dashboard, gain_of, unembedding, words
 from rmscope.run.firings import SiteFirings
 from rmscope.run.run import Run
 from rmscope.studies.experiment.conditions import read_experiment
@@ -120,6 +120,32 @@ def test_words_are_those_whose_logits_the_direction_moves(opened: OpenRun) -> No
     assert unembedding(rm) is None
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_the_gain_of_a_last_norm_is_what_it_multiplies_by(architecture: str) -> None:
+    """Gemma's norm multiplies by 1 + its weight, GPT-2's subtracts the mean and adds a bias."""
+    rm = small_pm(architecture)
+    norm = getattr(rm.model.base_model, "norm", None) or rm.model.base_model.ln_f
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.uniform_(-0.5, 1.5, generator=torch.Generator().manual_seed(0))
+        gain = gain_of(norm, rm.d_model)
+        x = torch.randn(64, rm.d_model, generator=torch.Generator().manual_seed(1))
+        moved = norm(x) - norm(-x)
+        x = x - x.mean(1, keepdim=True) if architecture == "gpt2" else x
+    torch.testing.assert_close(moved, 2 * gain * x / x.square().mean(1, keepdim=True).sqrt(), rtol=1e-3, atol=1e-3)
+
+
+def test_words_need_no_base_where_no_site_does_and_encoders_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_self: RewardModel) -> None:
+        raise InputError("The base is not there.")
+
+    monkeypatch.setattr(RewardModel, "base", property(missing))
+    for architecture, known in (("llama", True), ("bert", False)):
+        rm = small_pm(architecture)
+        rm.model.config.tie_word_embeddings = True
+        assert (unembedding(rm, ["resid_post.1"]) is not None) == known
+
+
 def reward_without(rm: RewardModel, site: str, ids: torch.Tensor, changes: dict[int, torch.Tensor]) -> float:
     """r of a text with vectors taken out of the stream at some tokens, by a plain edit."""
 
@@ -152,7 +178,7 @@ def test_a_tokens_cause_is_the_activation_of_the_text_without_it(bench: Bench, o
     site, j = some_feature(opened)
     text = opened.firings(site).firing_texts(j)[0]
     row = int(text.rows[text.peak])
-    found = causes(bench, site, j, row)
+    found = causes(opened, bench, site, j, row)
     assert found.value == pytest.approx(float(text.values[text.peak]), rel=2e-2)
     store, run = opened.run.store, bench.run
     pair, at, region = (int(store.column(site, name)[row]) for name in ("pair", "position", "region"))
@@ -284,6 +310,14 @@ def test_a_saved_experiment_is_read_and_expects_the_order_of_the_bench(app_run: 
         shutil.rmtree(path.parent)
 
 
+def test_a_prompt_with_control_characters_is_saved_as_well(app_run: Path) -> None:
+    path = save_experiment(app_run, "controls", Request.of("Hi\x07\x1b[1m there\u2028?", ["a\x08b", "c"]), [1.0, 2.0])
+    try:
+        assert read_experiment(str(path)).conditions["completion_A"].replace == ["a\x08b"]
+    finally:
+        shutil.rmtree(path.parent)
+
+
 @pytest.mark.parametrize("name", ["", "../out", "a/b", "a.b", "x" * 61, "ä", "a\n"])
 def test_the_name_of_an_experiment_is_no_path(app_run: Path, name: str) -> None:
     before = sorted(app_run.rglob("*"))
@@ -313,7 +347,7 @@ def test_two_runs_are_put_beside_each_other(app_run: Path, tmp_path: Path) -> No
     assert first is not None
     assert second is not None
     agree = agreement(first, second)
-    assert agree is not None
+    assert isinstance(agree, Agreement)
     assert agree.pairs == Run.open(app_run).scores.height
     assert (agree.same, agree.correlation) == (1.0, pytest.approx(1.0))
     rows = rows_of(in_sd(first), in_sd(second))
@@ -330,4 +364,10 @@ def test_two_runs_are_put_beside_each_other(app_run: Path, tmp_path: Path) -> No
         page = client.get("/compare?a=first&b=second").text
         assert "order 100 % of them the same way" in re.sub(r"\s", " ", page)
         assert client.get("/compare?a=first&b=nosuch").status_code == 404
+        vars(first).pop("pairs")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("rmscope.app.library.data_identity", lambda _pairs: "others")
+            page = client.get("/compare?a=first&b=second").text
+        assert "is not known" in page
+        assert "has changed since the run was made" in page
         assert client.get("/compare?a=first").status_code == 404

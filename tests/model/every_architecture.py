@@ -6,6 +6,7 @@ these alone.
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections import Counter
@@ -22,7 +23,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from rmscope.effects.requests import ablations
 from rmscope.errors import InputError
-from rmscope.model.packing import pad_texts
 from rmscope.model.rendering import Rendering
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
@@ -147,36 +147,42 @@ def _difference_of_rewards(rm: RewardModel) -> float:
     scores = rm.score(PAIRS)
     own = torch.tensor([[float(rm.own_outputs(rm.tokenize(p).side(side))[0]) for side in SIDES] for p in PAIRS])
     found = torch.stack([scores.chosen, scores.rejected], 1)
-    return float((found - own).abs().max() / own.std().clamp_min(1e-4))
+    worst = float((found - own).abs().max() / own.std().clamp_min(1e-4))
+    return worst if math.isfinite(worst) else math.inf
 
 
 def _difference_of_effects(rm: RewardModel) -> float:
     """The largest, in SD(r), between exact ablations and forwards with the stream edited by a plain hook."""
-    sae, tokens, worst = small_sae(rm.d_model), rm.tokenize(PAIRS[0]), 0.0
+    sae, tokens, differences = small_sae(rm.d_model), rm.tokenize(PAIRS[0]), list[float]()
     wanted: Mapping[int, Any] = {0: {side: {SITE: None} for side in SIDES}}
     spread = float(rm.score(PAIRS).chosen.std().clamp_min(1e-4))
     for _, found in ablations(rm, {SITE: sae}, [tokens], wanted):
         ids, read = tokens.side(found.side), rm.read_positions(tokens)[found.side]
-        batch = pad_texts([(0, found.side, ids, tokens.divergence, read)], rm.pad_id)
-        clean = _reward(rm, batch, sae, tokens.divergence, ids.numel(), None)
+        clean = _own_reward(rm, sae, ids, tokens.divergence, read, None)
         for place in range(0, found.feature.numel(), 8):
-            without = _reward(rm, batch, sae, tokens.divergence, ids.numel(), int(found.feature[place]))
-            worst = max(worst, abs(clean - without - float(found.effect[place])))
-    return worst / spread
+            without = _own_reward(rm, sae, ids, tokens.divergence, read, int(found.feature[place]))
+            differences.append(abs(clean - without - float(found.effect[place])))
+    if not differences:
+        return math.inf  # nothing was compared
+    return max(differences) / spread if all(map(math.isfinite, differences)) else math.inf
 
 
 @torch.no_grad()
-def _reward(rm: RewardModel, batch: Any, sae: Sae, start: int, end: int, feature: int | None) -> float:
-    """r of a text of which a feature is ablated on its span."""
+def _own_reward(rm: RewardModel, sae: Sae, ids: Tensor, start: int, read: int, feature: int | None) -> float:
+    """r of one text by the class's own forward, with a plain hook on the block that takes a feature out of the span."""
 
-    def edit(x: Tensor) -> Tensor:
-        x = x.clone()
+    def edit(_module: Any, _inputs: Any, output: Any) -> Any:
+        x = (output if isinstance(output, Tensor) else output[0]).clone()
         if feature is not None:
-            f = sae.encode(x[0, start:end].float())[:, feature]
-            x[0, start:end] -= (f[:, None] * sae.W_dec[feature]).to(x)
-        return x
+            f = sae.encode(x[0, start : read + 1].float())[:, feature]
+            x[0, start : read + 1] -= (f[:, None] * sae.W_dec[feature]).to(x)
+        return x if isinstance(output, Tensor) else (x, *output[1:])
 
-    return float(rm.rewards(batch, {SITE: edit})[0])
+    hook = rm.blocks[int(SITE.partition(".")[2])].register_forward_hook(edit)
+    try:
+        return float(rm.reward_of(rm.own_outputs(ids)[None])[0])
+    finally:
+        hook.remove()
 
 
 def page(trials: Iterable[Trial]) -> str:

@@ -80,6 +80,11 @@ def test_what_is_no_causal_lm_is_refused(tmp_path: Path) -> None:
         load_judge(str(tmp_path / "bert"), ANSWERS)
 
 
+def test_weights_that_would_be_newly_initialised_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="would be newly initialised"):
+        load_judge(saved_pm(tmp_path), ANSWERS)
+
+
 def command(*arguments: Any) -> Any:
     return CliRunner().invoke(app, [str(a) for a in arguments])
 

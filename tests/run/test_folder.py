@@ -16,7 +16,15 @@ LEFT = [
     "evidence/.examples.diff.2.parquet.z.tmp", "activations/diff.2/.shard-00000.safetensors.a.tmp",
     "activations/diff.2/.manifest.json.a.tmp",
 ]  # fmt: skip
-OTHERS = ["evidence/.jailbreak.json.a.tmp", "evidence/experiments/.x.json.a.tmp", "my.tmp", "notes/.a.b.tmp", "saes/x.tmp"]
+OTHERS = [
+    "evidence/.jailbreak.json.a.tmp",
+    ".parts/jailbreak-1/rows/.00001.parquet.k.tmp",
+    "effects/a/.explained.json.q.tmp",
+    "evidence/experiments/.x.json.a.tmp",
+    "my.tmp",
+    "notes/.a.b.tmp",
+    "saes/x.tmp",
+]
 
 
 @pytest.fixture

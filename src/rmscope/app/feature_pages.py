@@ -92,7 +92,7 @@ def add_features(app: FastAPI, web: Web) -> None:
         rows = [row for row in numbers_of(form.get("row", [])) if row < stored_rows(run, site)]
         if len(rows) != 1:
             raise HTTPException(400, "This form names no stored token.")
-        found: Causes = await web.on_bench(run, lambda bench: causes(bench, site, number, rows[0]))
+        found: Causes = await web.on_bench(run, lambda bench: causes(run, bench, site, number, rows[0]))
         template = "feature_causes.html" if is_part(request) else "feature_causes_page.html"
         return web.page(template, slug, causes=found, f={"site": site, "feature": number})
 

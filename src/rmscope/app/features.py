@@ -157,8 +157,9 @@ class Causes:
     value: float
 
 
-def causes(bench: Bench, site: str, feature: int, row: int) -> Causes:
+def causes(opened: OpenRun, bench: Bench, site: str, feature: int, row: int) -> Causes:
     """What makes a feature fire at a stored row: the tokens before it, left out of the text one at a time."""
+    _ = opened.pairs  # InputError where the data are others by now
     run = bench.run
     pair, position, region = (int(run.store.column(site, name)[row]) for name in ("pair", "position", "region"))
     stored = run.tokens[run.of_split("fit")[pair]]

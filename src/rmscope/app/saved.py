@@ -11,7 +11,7 @@ import yaml
 from rmscope.app.bench import Request
 from rmscope.errors import InputError
 from rmscope.io import write_text
-from rmscope.studies.experiment.conditions import read_experiment
+from rmscope.studies.experiment.conditions import Experiment
 
 FOLDER = "evidence/experiments"
 """Where a run keeps its experiments."""
@@ -48,8 +48,9 @@ def save_experiment(run: Path, name: str, request: Request, rewards: Sequence[fl
         "baseline": names[0],
         "expects": {direction: listed for direction, listed in expects.items() if listed},
     }
-    about = "".join(f"# {line}\n" for line in f"Typed under the prompt\n{request.prompt}".splitlines())
+    Experiment(name=name, **experiment)  # what is written can be read
+    typed = "".join(c if c.isprintable() or c == "\n" else " " for c in request.prompt)
+    about = "".join(f"# {line}\n" for line in f"Typed under the prompt\n{typed}".splitlines())
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, about + yaml.safe_dump(experiment, sort_keys=False, allow_unicode=True))
-    read_experiment(str(path))
     return path

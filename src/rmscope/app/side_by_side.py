@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 
 from rmscope.app.library import GROUPS, Concept, OpenRun
+from rmscope.errors import InputError
 from rmscope.report.formatting import real
 from rmscope.report.page import shown_effect
 
@@ -35,8 +36,15 @@ class Row:
     second: Concept | None
 
 
-def agreement(first: OpenRun, second: OpenRun) -> Agreement | None:
-    """None where fewer than three pairs, of the same id and texts, are in both runs."""
+def agreement(first: OpenRun, second: OpenRun) -> Agreement | str:
+    """Or why there is none: fewer than three pairs of the same id and texts are in both, or data are not to be had."""
+    try:
+        return _agreement(first, second) or "The runs scored different pairs."
+    except InputError as error:
+        return f"Whether they scored the same pairs is not known: {error}"
+
+
+def _agreement(first: OpenRun, second: OpenRun) -> Agreement | None:
     tables = [run.run.scores.select("pair", "delta") for run in (first, second)]
     both = tables[0].join(tables[1], on="pair", suffix="_second")
     names = [name for name in both["pair"] if _same_pair(first, second, name)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -60,9 +61,14 @@ def load_judge(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     with loading.as_input_error(f"The judge {source}"):
         check_code(source, name, options)
-        lm = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), device_map={"": at}, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), device_map={"": at}, output_loading_info=True, **options
+        )
+    lm, info = loaded
     if not lm.can_generate() or getattr(lm.config, "is_encoder_decoder", False):
         raise InputError(f"{type(lm).__name__} predicts no next token, so it gives no answer; name a causal LM.")
+    loading.check_whole(source, info, [])
+    loading.check_all_blocks_used(source, info, lm)
     if adapter is not None:
         from peft import PeftModel
 

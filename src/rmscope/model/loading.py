@@ -202,8 +202,8 @@ def _from_transformers(
     if words != name and tokenizer.pad_token_id is not None:  # the padding that the adapter was trained with
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     head = _other_head(source, name, options["revision"], model, info, weights)
-    _check_whole(source, info, [*brought, *(["score.weight"] if head is not None else [])])
-    _check_all_blocks_used(source, info, model)
+    check_whole(source, info, [*brought, *(["score.weight"] if head is not None else [])])
+    check_all_blocks_used(source, info, model)
     if adapter is not None:
         with as_input_error(f"The adapter {adapter}"):
             _grow_embeddings(model, brought)
@@ -311,7 +311,7 @@ def check_finite(source: str, model: Any) -> None:
             )
 
 
-def _check_whole(source: str, info: dict[str, Any], brought: Sequence[str]) -> None:
+def check_whole(source: str, info: dict[str, Any], brought: Sequence[str]) -> None:
     """Raises InputError where a weight would be newly initialised, or has another shape than in the config."""
     mismatched = sorted(m for m in info.get("mismatched_keys", []) if not any(name.endswith(m[0]) for name in brought))
     if mismatched:
@@ -324,11 +324,11 @@ def _check_whole(source: str, info: dict[str, Any], brought: Sequence[str]) -> N
     if missing:
         raise InputError(
             f"{source} lacks {', '.join(missing[:3])}: they would be newly initialised and the rewards would be noise; "
-            "name a PM whose checkpoint contains its head."
+            "name a model whose checkpoint contains its head."
         )
 
 
-def _check_all_blocks_used(source: str, info: dict[str, Any], model: Any) -> None:
+def check_all_blocks_used(source: str, info: dict[str, Any], model: Any) -> None:
     """Raises InputError where the checkpoint holds a block that the config does not count."""
     names = list(model.state_dict())
     for key in sorted(info.get("unexpected_keys", [])):

@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from rmscope.io import write_table
 from rmscope.model.base import whole_stream
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.site_names import BOTH, kind_of
+from rmscope.model.site_names import BOTH, kind_of, needs_base
 from rmscope.run.data import TOKENS, VOCABULARY, RunData
 from rmscope.run.firings import FiringText, SiteFirings
 from rmscope.sae.base import Sae
@@ -59,6 +59,8 @@ class Dashboard:
 
     rate: float
     """The share of stored tokens on which it fires."""
+    stride: int
+    """One of so many stored texts was read."""
     maximum: float
     histogram: tuple[list[float], list[int]]
     """(edges of the bars, tokens in each)."""
@@ -77,7 +79,7 @@ def keep_texts(run: RunData) -> None:
     texts = [run.rm.tokenizer.decode([int(i)]) for i in ids]
     folder = run.folder / "evidence"
     write_table(folder / TOKENS, pl.DataFrame({"token": ids, "text": texts}, schema={"token": pl.Int64, "text": pl.String}))
-    matrix, rows = unembedding(run.rm), []
+    matrix, rows = unembedding(run.rm, run.sites), []
     for site in run.sites:
         features = run.features(site)["feature"].to_list() if matrix is not None else []
         for feature, direction in zip(features, directions(run.sae(site), site, features), strict=True):
@@ -93,19 +95,30 @@ def directions(sae: Sae, site: str, features: Sequence[int]) -> Float[Tensor, "n
     return whole_stream(site, W, torch.zeros_like(W)) if kind_of(site) == BOTH else W
 
 
-def unembedding(rm: RewardModel) -> Float[Tensor, "vocabulary d"] | None:
-    """The matrix from the stream to the logits of the base, with the gain of the last norm; None where the PM has none.
+def unembedding(rm: RewardModel, sites: Sequence[str] = ()) -> Float[Tensor, "vocabulary d"] | None:
+    """The matrix from the stream to the logits of the next token, with the gain of the last norm; None where there is none.
 
-    A PM's own checkpoint has no output matrix. Where the base's was tied to its embeddings, these are it. The scale of the
-    last norm depends on the text, so it is left out: logits compare words of one feature, not features.
+    A PM's own checkpoint has no output matrix. Where a decoder's is tied to its embeddings, these are it: those of the base
+    where ``sites`` need it, else the PM's own. The scale of the last norm depends on the text, so it is left out: logits
+    compare words of one feature, not features.
     """
-    if not getattr(rm.model.config.get_text_config(), "tie_word_embeddings", False):
+    if not rm.causal or not getattr(rm.model.config.get_text_config(), "tie_word_embeddings", False):
         return None
-    of = rm.model if rm.base is None else rm.base.model
+    base = rm.base if any(needs_base(site) for site in sites) else None
+    of = rm.model if base is None else base.model
     matrix = of.get_input_embeddings().weight.detach().float().cpu()
     last = [m for m in of.base_model.children() if getattr(getattr(m, "weight", None), "shape", None) == (rm.d_model,)]
-    gain = last[-1].weight.detach().float().cpu() if last else torch.ones(rm.d_model)
-    return matrix * gain if matrix.shape[1] == rm.d_model else None
+    return matrix * gain_of(last[-1], rm.d_model) if last and matrix.shape[1] == rm.d_model else None
+
+
+@torch.no_grad()
+def gain_of(norm: torch.nn.Module, d: int) -> Float[Tensor, " d"]:
+    """What a norm multiplies each coordinate by, measured: some multiply by their weight, Gemma's by 1 + weight."""
+    weight = next(norm.parameters())
+    x = torch.ones(d)
+    x[1::2] = -1  # of mean 0 and length 1 a coordinate
+    there, back = (norm((sign * x)[None].to(weight)).float().cpu()[0] for sign in (1, -1))
+    return (there - back) / 2 * x  # without the norm's bias
 
 
 def words(rm: RewardModel, matrix: Float[Tensor, "vocabulary d"], direction: Float[Tensor, " d"]) -> list[tuple[str, float]]:
@@ -136,6 +149,7 @@ def dashboard(firings: SiteFirings, sae: Sae, feature: int, texts: Texts, vocabu
 
     return Dashboard(
         rate=firings.rate(feature),
+        stride=firings.stride,
         maximum=top,
         histogram=([m - half for m in middles] + [top] if middles else [], counts),
         tokens=shares[:SHOWN_TOKENS],

@@ -34,6 +34,8 @@ from rmscope.sae.joint import JointSae, join_parts, load_site
 
 TOKENS, VOCABULARY = "tokens.parquet", "vocabulary.parquet"
 """Tables in ``evidence/``: token, text; and site, feature, text, logit."""
+MOST_TOKENS = 500_000
+"""Stored tokens in which a page looks for a feature's firings: they stay in memory."""
 
 
 class RunData:
@@ -239,9 +241,12 @@ class RunData:
         return site in self._firings
 
     def firings(self, site: str) -> SiteFirings:
-        """Where every feature of a site fires in the stored texts, read once; the PM is not loaded."""
+        """Where every feature of a site fires in the stored texts, or in a sample of some :data:`MOST_TOKENS` tokens; the PM
+        is not loaded. Those of the last two sites are kept."""
         if site not in self._firings:
-            self._firings[site] = SiteFirings(self.store, self.sae(site), self.check_site(site))
+            while len(self._firings) > 1:
+                self._firings.pop(next(iter(self._firings)))
+            self._firings[site] = SiteFirings(self.store, self.sae(site), self.check_site(site), MOST_TOKENS)
         return self._firings[site]
 
     @property

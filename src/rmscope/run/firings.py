@@ -54,20 +54,23 @@ class FiringText:
 class SiteFirings:
     """The active entries of a site over its stored rows, read once and sorted by feature, then by row."""
 
-    def __init__(self, store: ActivationStore, sae: Sae, site: str) -> None:
-        keep = np.flatnonzero(store.column(site, "position").numpy() > 0)
+    def __init__(self, store: ActivationStore, sae: Sae, site: str, most: int | None = None) -> None:
+        """``most`` bounds the tokens that are read: every so many texts are taken, whole."""
+        pair, region = (store.column(site, name).numpy() for name in ("pair", "region"))
+        first = np.r_[True, (np.diff(pair) != 0) | (np.diff(region) != 0)]
+        self._text = np.cumsum(first) - 1
+        self.stride = 1 if most is None else max(1, -(-pair.size // most))
+        """One of so many texts was read."""
+        keep = np.flatnonzero((store.column(site, "position").numpy() > 0) & (self._text % self.stride == 0))
         parts = [(keep[place], feature, value) for place, feature, value in active_entries(store, sae, site, keep)]
         row, feature, value = (np.concatenate(each) for each in zip(*parts, strict=True))
         order = np.lexsort((row, feature))
         self.tokens, self._token = keep.size, store.column(site, "token").numpy()
-        """Stored tokens, without the first of each prompt."""
+        """The tokens that were read, without the first of each prompt."""
         self._row, self._value = row[order], value[order].astype(float)
         self._starts = np.searchsorted(feature[order], np.arange(sae.m + 1))
-        pair, region = (store.column(site, name).numpy() for name in ("pair", "region"))
-        first = np.r_[True, (np.diff(pair) != 0) | (np.diff(region) != 0)]
         self._first = np.flatnonzero(first)
         self._end = np.r_[self._first[1:], pair.size]
-        self._text = np.cumsum(first) - 1
         self._matrix: tuple[sparse.csc_matrix, Array, Array] | None = None
 
     @property

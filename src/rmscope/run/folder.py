@@ -56,6 +56,11 @@ OF_STAGES = (
 """Files and folders, as patterns, that stages alone write. Their files have checksums in ``run.yaml``; shards have theirs in
 manifests."""
 
+OF_STUDIES = (f"{PARTS}/jailbreak-*", f"{PARTS}/compare-*", "effects/*/explained.json")
+"""What studies write in the same places."""
+LATE = 300
+"""Seconds after which a file of another process counts as missing."""
+
 Make = Callable[[list[int], Progress], dict[str, pl.DataFrame]]
 """Makes the tables of some items."""
 
@@ -77,7 +82,6 @@ class RunFolder:
         does not. Of several ranks the first holds it."""
         if not self.ranks.is_first:
             self.ranks.wait()
-            self.record = self._read()
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -101,10 +105,11 @@ class RunFolder:
     def _sweep(self) -> None:
         """Deletes what killed writes of stages left: while the folder is held, no other process does a stage. Studies do not
         hold it, so their files stay."""
-        own = {Path(pattern).parts for pattern in (*OF_STAGES, "activations/*/shard-*", PARTS, RECORD, "report.html")}
+        own = [Path(pattern).parts for pattern in (*OF_STAGES, "activations/*/shard-*", PARTS, RECORD, "report.html")]
+        others = [Path(pattern).parts for pattern in OF_STUDIES]
         for left in self.path.rglob(".*.tmp"):
             place = (*left.relative_to(self.path).parent.parts, left.name[1:].rpartition(".")[0].rpartition(".")[0])
-            if any(all(fnmatch(part, wanted) for part, wanted in zip(place, pattern, strict=False)) for pattern in own):
+            if _is_under(place, own) and not _is_under(place, others):
                 shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
     def _owner(self) -> str:
@@ -142,6 +147,9 @@ class RunFolder:
         self.record.setdefault("stages", {})
         self._last_key = content_hash(identity)
         self._write()
+        self.ranks.wait()
+        if not self.ranks.is_first:
+            self.record = self._read()
 
     def _write(self) -> None:
         if self.ranks.is_first:
@@ -265,8 +273,7 @@ class RunFolder:
 
     def _parts(self, name: str, key: str, items: Sequence[int], progress: Progress, make: Make) -> dict[str, list[Path]]:
         """The files of each table, one per unit, in order."""
-        folder = self.part_folder(name, key)
-        names: list[str] = []
+        folder, files = self.part_folder(name, key), dict[str, list[Path]]()
         for number, unit in enumerate(units(len(items))):
             marker = folder / f"{number:05d}.json"
             if self.ranks.has(number) and not marker.is_file():
@@ -281,9 +288,22 @@ class RunFolder:
                 write_json(marker, sorted(made))
             progress(unit.stop, len(items), "")
         self.ranks.wait()
-        for marker in sorted(folder.glob("*.json"))[-1:]:
-            names = json.loads(marker.read_text("utf-8"))
-        return {table: sorted((folder / table).glob("*.parquet")) for table in names}
+        for number in range(len(units(len(items)))):
+            marker = self._arrived(folder / f"{number:05d}.json")
+            for table in json.loads(marker.read_text("utf-8")):
+                files.setdefault(table, []).append(self._arrived(folder / table / f"{number:05d}.parquet"))
+        return files
+
+    def _arrived(self, path: Path) -> Path:
+        """The path of a file that some rank wrote; a file system of several machines may show it late."""
+        began = time.monotonic()
+        while self.ranks.count > 1 and not path.is_file():
+            if time.monotonic() > began + LATE:
+                raise InputError(
+                    f"{path}, which another process wrote, is not to be seen here; is the folder shared by all?"
+                )
+            time.sleep(0.2)
+        return path
 
     def keep_json(self, name: str, key: str, part: str, make: Callable[[], Any]) -> Any:
         """What ``make`` gives (JSON-able), kept until the parts are dropped, so that it outlives a kill."""
@@ -304,3 +324,8 @@ class RunFolder:
         shutil.rmtree(self.part_folder(name, key), ignore_errors=True)
         if (parts := self.path / PARTS).is_dir() and not any(parts.iterdir()):
             parts.rmdir()
+
+
+def _is_under(place: Sequence[str], patterns: Sequence[Sequence[str]]) -> bool:
+    """Whether a path, in parts, is one of the patterns or lies in a folder of theirs."""
+    return any(all(fnmatch(part, wanted) for part, wanted in zip(place, p, strict=False)) for p in patterns)

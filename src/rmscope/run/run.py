@@ -10,7 +10,7 @@ from rmscope.activations.harvest import data_identity
 from rmscope.errors import InputError
 from rmscope.io import Display, NoDisplay, write_text
 from rmscope.model.site_names import all_parts, is_difference
-from rmscope.ranks import ranks_of_torchrun
+from rmscope.ranks import ALONE, ranks_of_torchrun
 from rmscope.report.page import Page, render_report
 from rmscope.run.data import RunData
 from rmscope.run.evidence import Context
@@ -60,7 +60,10 @@ class Run(RunData):
             self.on_disk.ranks = ranks
             if not ranks.is_first:
                 self.display = self.on_disk.display = NoDisplay()
-            self._go()
+            try:
+                self._go()
+            finally:
+                self.on_disk.ranks = ALONE
         return self
 
     def _go(self) -> None:
