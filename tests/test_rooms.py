@@ -10,7 +10,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "rmscope"
 STUDIES = ("edit", "compare", "evaluate", "experiment", "sufficiency", "jailbreak", "label", "export", "audit")
 ROOMS = (
-    "errors", "hardware", "statistics", "io", "settings", "pairs", "model", "activations", "sae", "effects", "ranking",
+    "errors", "hardware", "ranks", "statistics", "io", "settings", "pairs", "model", "activations", "sae", "effects", "ranking",
     "evaluation", "planted", "report", "run", "studies", *(f"studies.{name}" for name in STUDIES), "api", "app", "cli",
 )  # fmt: skip
 """In the order in which data walks; each study is a room. docs/architecture.md tells what each is for."""

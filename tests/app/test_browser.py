@@ -64,12 +64,19 @@ def page() -> Iterator[Page]:
         browser.close()
 
 
+def settled(page: Page) -> None:
+    """Waits until htmx has taken over what it put into the page: a click before that is an event that nobody hears."""
+    busy = ".htmx-request, .htmx-swapping, .htmx-settling, .htmx-added"
+    page.wait_for_function(f"document.readyState === 'complete' && !document.querySelector('{busy}')")
+
+
 def test_from_the_overview_to_a_named_concept_and_the_bench(page: Page, address: str) -> None:
     page.goto(address)
     rows = page.locator("a.row")
     listed = rows.count()
     assert listed > 3
 
+    settled(page)
     page.get_by_label("Search").fill("nobody wrote this")
     expect(page.get_by_text("No concept matches")).to_be_visible()
     page.get_by_label("Search").fill("")
@@ -87,6 +94,7 @@ def test_from_the_overview_to_a_named_concept_and_the_bench(page: Page, address:
 
     page.locator(".members th a").first.click()
     expect(page.get_by_role("heading", name="Where it fires")).to_be_visible()
+    settled(page)
     page.locator("article.context button").first.click()
     expect(page.locator(".causes .peak").first).to_be_visible()
     page.get_by_role("button", name="Show the pairs that move most of all").click()
@@ -104,6 +112,7 @@ def test_from_the_overview_to_a_named_concept_and_the_bench(page: Page, address:
     page.get_by_role("button", name="Run the model").click()
     expect(page.locator(".effects input[type=checkbox]").first).to_be_visible()
     assert page.locator(".strip").first.locator("mark").count() > 1
+    settled(page)
     page.locator(".effects input[type=checkbox]").first.check()
     expect(page.locator("#joint")).to_contain_text("The preference")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -125,6 +134,7 @@ def test_from_the_overview_to_a_named_concept_and_the_bench(page: Page, address:
     expect(page.locator(".effects").get_by_text("<b>flattery</b>").first).to_be_visible()
 
     boxes = page.locator(".effects input[type=checkbox]")
+    settled(page)
     boxes.nth(0).check()
     boxes.nth(1).check()
     expect(page.locator("#joint")).to_contain_text("Without")
@@ -172,6 +182,7 @@ def test_every_page_is_accessible_and_fits_in_both_widths_and_schemes(
         if name == "bench":
             page.get_by_role("button", name="Measure").click()
             expect(page.locator(".strip")).to_have_count(2)
+            settled(page)
             page.locator(".effects input[type=checkbox]").first.check()
             expect(page.locator("#joint dd").first).to_be_visible()
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)

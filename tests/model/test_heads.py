@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from rmscope.effects.gradients import estimate
 from rmscope.effects.requests import ablations
@@ -184,7 +185,7 @@ def test_the_worked_example_of_the_documentation_runs(tmp_path: Path, monkeypatc
     ids = rm.tokenize(names["pairs"][0]).chosen
     yes, no = fresh.convert_tokens_to_ids(words)
     with torch.no_grad():
-        logits = names["lm"](ids[None]).logits[0, -1]
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path / "my-lm")(ids[None]).logits[0, -1]
     assert float(scores.chosen[0]) == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4)
     assert names["exact"].height > 0
     parts = names["ledger"].select("features", "error", "remainder", "gap").sum_horizontal()
