@@ -10,8 +10,9 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "rmscope"
 STUDIES = ("edit", "compare", "evaluate", "experiment", "sufficiency", "jailbreak", "label", "export", "audit")
 ROOMS = (
-    "errors", "hardware", "ranks", "statistics", "io", "settings", "pairs", "model", "activations", "sae", "effects", "ranking",
-    "evaluation", "planted", "report", "run", "studies", *(f"studies.{name}" for name in STUDIES), "api", "app", "cli",
+    "errors", "hardware", "ranks", "statistics", "io", "settings", "pairs", "model", "activations", "sae", "effects",
+    "ranking", "evaluation", "planted", "report", "run", "studies", *(f"studies.{name}" for name in STUDIES), "api", "app",
+    "cli",
 )  # fmt: skip
 """In the order in which data walks; each study is a room. docs/architecture.md tells what each is for."""
 FILES = sorted(SRC.rglob("*.py"))

@@ -66,8 +66,8 @@ def page() -> Iterator[Page]:
 
 def settled(page: Page) -> None:
     """Waits until htmx has taken over what it put into the page: a click before that is an event that nobody hears."""
-    busy = ".htmx-request, .htmx-swapping, .htmx-settling, .htmx-added"
-    page.wait_for_function(f"document.readyState === 'complete' && !document.querySelector('{busy}')")
+    page.wait_for_load_state()
+    expect(page.locator(".htmx-request, .htmx-swapping, .htmx-settling, .htmx-added")).to_have_count(0)
 
 
 def test_from_the_overview_to_a_named_concept_and_the_bench(page: Page, address: str) -> None:
