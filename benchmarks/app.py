@@ -93,8 +93,10 @@ def served(folder: Path) -> Iterator[httpx.Client]:
         time.sleep(0.01)
     base = f"http://127.0.0.1:{listening.getsockname()[1]}"
     with httpx.Client(base_url=base, headers={"origin": base}, timeout=600) as client:
-        yield client
-    server.should_exit = True
+        try:
+            yield client
+        finally:
+            server.should_exit = True
     thread.join(30)
 
 
@@ -138,6 +140,10 @@ def main() -> None:
             "pair": lambda: f"{home}/pair/{quote(rng.choice(names), safe='')}",
         }
         with served(folder) as client:
+            if not concepts:
+                kinds.pop("concept")
+            if not frozen:
+                kinds.pop("feature, with its texts")
             for kind, address in kinds.items():
                 first = milliseconds(lambda address=address: client.get(address()))
                 told(kind, first, [milliseconds(lambda a=address: client.get(a())) for _ in range(given.times)])
