@@ -14,9 +14,10 @@ from fastapi.testclient import TestClient
 from markupsafe import escape
 
 from rmscope.app.bench import Bench
+from rmscope.app.catalogue import PAGE
 from rmscope.app.library import Library, OpenRun, ScoredPair
 from rmscope.app.pair_pages import pair_effects
-from rmscope.app.pairs import PAGE, PairQuery, find_pairs, ledger_strips, ledgers_of, over_tokens
+from rmscope.app.pairs import PairQuery, find_pairs, ledger_strips, ledgers_of, over_tokens
 from rmscope.app.server import create_app
 from rmscope.effects.completions import complete, prefix_rewards
 from rmscope.effects.ledger import SILENT

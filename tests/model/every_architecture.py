@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from rmscope.effects.requests import ablations
 from rmscope.errors import InputError
+from rmscope.model.packing import pad_texts
 from rmscope.model.rendering import Rendering
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
@@ -35,6 +36,8 @@ LARGEST = 30e6
 """Parameters of a model that is still small."""
 EQUAL = 1e-3
 """Of SD(r): how far a reward or an effect may be from that of a plain forward."""
+SMALLEST = 1e-3
+"""The smallest SD(r), and of SD(r) the smallest largest effect, that can be compared."""
 SETTINGS: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_size", "pooler_hidden_size"), WIDTH),
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), BLOCKS),
@@ -61,11 +64,15 @@ DROPOUT = ("dropout", "pdrop", "drop_prob")
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What became of an architecture: ``agrees``, ``refused``, ``wrong`` or ``not built``; and how."""
+    """What became of an architecture: ``agrees``, ``refused``, ``wrong``, ``not judged`` or ``not built``; and how."""
 
     architecture: str
     verdict: str
     how: str
+
+
+class NothingMovesError(Exception):
+    """With random weights the rewards or the effects are too small to compare."""
 
 
 def try_all(only: Iterable[str] = ()) -> list[Trial]:
@@ -93,15 +100,21 @@ def try_one(name: str, config: Any, model: Any) -> Trial:
     encoder_decoder = bool(getattr(made.config, "is_encoder_decoder", False))
     try:
         rm = RewardModel(made, tokenizer(), Rendering("hh", append_eos=encoder_decoder), name)
-        rewards, effects = _difference_of_rewards(rm), _difference_of_effects(rm)
+        rewards, effects, is_stream = _difference_of_rewards(rm), _difference_of_effects(rm), _is_hidden_state(rm)
     except InputError as error:
         return Trial(name, "refused", str(error))
+    except NothingMovesError as error:
+        return Trial(name, "not judged", str(error))
     except Exception as error:  # a traceback is what a user would see
         return Trial(name, "wrong", f"{type(error).__name__}: {error}")
     c = rm.capabilities
     ways = [word for word, has in (("packed", c.packing), ("resumed", c.resume), ("ragged", c.ragged)) if has]
     how = ", ".join(ways) or ("its own forward, whole" if c.mixing else "its own forward, each text alone")
-    return Trial(name, "agrees" if max(rewards, effects) < EQUAL else "wrong", f"{how} ({rewards:.0e}, {effects:.0e})")
+    if is_stream is False:
+        return Trial(name, "wrong", f"{how}; the stream at {SITE} is none of the model's hidden states")
+    told = "" if is_stream else "; the model tells no hidden states"
+    verdict = "agrees" if max(rewards, effects) < EQUAL else "wrong"
+    return Trial(name, verdict, f"{how} ({rewards:.0e}, {effects:.0e}){told}")
 
 
 def small(config_class: Any, model_class: Any) -> Any:
@@ -147,24 +160,43 @@ def _difference_of_rewards(rm: RewardModel) -> float:
     scores = rm.score(PAIRS)
     own = torch.tensor([[float(rm.own_outputs(rm.tokenize(p).side(side))[0]) for side in SIDES] for p in PAIRS])
     found = torch.stack([scores.chosen, scores.rejected], 1)
-    worst = float((found - own).abs().max() / own.std().clamp_min(1e-4))
+    if own.std() < SMALLEST:
+        raise NothingMovesError(f"with random weights its rewards hardly vary (SD {float(own.std()):.0e})")
+    worst = float((found - own).abs().max() / own.std())
     return worst if math.isfinite(worst) else math.inf
 
 
 def _difference_of_effects(rm: RewardModel) -> float:
     """The largest, in SD(r), between exact ablations and forwards with the stream edited by a plain hook."""
-    sae, tokens, differences = small_sae(rm.d_model), rm.tokenize(PAIRS[0]), list[float]()
+    sae, tokens, differences, sizes = small_sae(rm.d_model), rm.tokenize(PAIRS[0]), list[float](), list[float]()
     wanted: Mapping[int, Any] = {0: {side: {SITE: None} for side in SIDES}}
-    spread = float(rm.score(PAIRS).chosen.std().clamp_min(1e-4))
+    spread = float(rm.score(PAIRS).chosen.std())
     for _, found in ablations(rm, {SITE: sae}, [tokens], wanted):
         ids, read = tokens.side(found.side), rm.read_positions(tokens)[found.side]
         clean = _own_reward(rm, sae, ids, tokens.divergence, read, None)
         for place in range(0, found.feature.numel(), 8):
             without = _own_reward(rm, sae, ids, tokens.divergence, read, int(found.feature[place]))
             differences.append(abs(clean - without - float(found.effect[place])))
-    if not differences:
-        return math.inf  # nothing was compared
+            sizes.append(abs(clean - without))
+    if max(sizes, default=0.0) < SMALLEST * spread:
+        raise NothingMovesError(f"with random weights no ablation moves its reward (at most {max(sizes, default=0.0):.0e})")
     return max(differences) / spread if all(map(math.isfinite, differences)) else math.inf
+
+
+@torch.no_grad()
+def _is_hidden_state(rm: RewardModel) -> bool | None:
+    """Whether the stream at the site is one of the hidden states that the model itself tells; None where it tells none."""
+    tokens = rm.tokenize(PAIRS[0])
+    batch = pad_texts([(0, "chosen", tokens.chosen, 1, rm.read_positions(tokens)["chosen"])], rm.pad_id)
+    try:
+        out = rm.model(**rm.inputs(batch), output_hidden_states=True)
+    except TypeError:  # its forward has no such option
+        return None
+    names = ("hidden_states", "decoder_hidden_states", "encoder_hidden_states")
+    told = [h for name in names for h in getattr(out, name, None) or () if isinstance(h, Tensor)]
+    x = rm.streams(batch, [SITE])[SITE]
+    told = [h for h in told if h.shape == x.shape]
+    return any(torch.allclose(h, x, rtol=1e-4, atol=1e-4) for h in told) if told else None
 
 
 @torch.no_grad()
@@ -189,7 +221,7 @@ def page(trials: Iterable[Trial]) -> str:
     """The table of docs/reference/architectures.md."""
     trials = list(trials)
     counts = Counter(t.verdict for t in trials)
-    judged = len(trials) - counts["not built"]
+    judged = len(trials) - counts["not built"] - counts["not judged"]
     rows = [
         "# Architectures that were tried",
         "",
@@ -197,9 +229,10 @@ def page(trials: Iterable[Trial]) -> str:
         f"transformers {transformers.__version__} as a small random PM of {BLOCKS} blocks, scores pairs in batches, and",
         "ablates features of an SAE. Rewards are compared with the model's own forward on each text alone, effects with",
         f"forwards whose stream is edited by a plain hook. Equal means within {EQUAL:g} SD(r). The two figures in brackets",
-        "are the largest differences of rewards and of effects.",
+        "are the largest differences of rewards and of effects. The stream must also be one of the hidden states that the",
+        "model itself gives. Not judged is what random weights leave without rewards or effects to compare.",
         "",
-        f"Of {len(trials)} classes {judged} could be built small: {counts['agrees']} agree, {counts['refused']} are",
+        f"Of {len(trials)} classes {judged} could be judged: {counts['agrees']} agree, {counts['refused']} are",
         f"refused, {counts['wrong']} are wrong. What is refused can be scored, but has no single residual stream to ablate.",
         "",
         "*Packed*: both texts of a pair share a row and their prompt. *Resumed*: an ablation runs only the blocks and",

@@ -14,7 +14,7 @@ from tests.model.every_architecture import PAGE, try_all
 def test_every_architecture_agrees_with_plain_forwards_or_is_refused() -> None:
     trials = try_all()
     assert [t for t in trials if t.verdict == "wrong"] == []
-    assert Counter(t.verdict for t in trials)["agrees"] >= 110
+    assert Counter(t.verdict for t in trials)["agrees"] >= 100
 
 
 def test_hybrids_encoder_decoders_and_mixtures_are_read_as_they_read_themselves() -> None:

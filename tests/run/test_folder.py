@@ -1,12 +1,17 @@
-"""What killed writes left in a run folder is gone once the folder is held again; nothing else is touched."""
+"""A run folder: what killed writes left is swept, and nothing else; several processes share the units of a stage."""
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import polars as pl
 import pytest
 
-from rmscope.io import NoDisplay
+from rmscope.errors import InputError
+from rmscope.io import NoDisplay, Progress, silent
+from rmscope.ranks import Ranks
 from rmscope.run.folder import RunFolder
 
 LEFT = [
@@ -45,3 +50,44 @@ def test_what_killed_writes_of_stages_left_is_swept_and_nothing_else(folder: Pat
 def test_a_folder_that_is_only_read_keeps_all(folder: Path) -> None:
     RunFolder(folder, NoDisplay())
     assert all((folder / name).exists() for name in [*LEFT, *OTHERS])
+
+
+def test_ranks_share_the_units_and_each_is_made_once(tmp_path: Path) -> None:
+    items, together = list(range(300)), threading.Barrier(2)
+    made: dict[int, list[int]] = {0: [], 1: []}
+
+    class Thread(Ranks):
+        """A rank that is a thread."""
+
+        def wait(self) -> None:
+            together.wait(60)
+
+    def work(rank: int) -> pl.DataFrame:
+        folder = RunFolder(tmp_path / "run", NoDisplay())
+        folder.ranks = Thread(rank, 2)
+
+        def make(unit: list[int], _progress: Progress) -> dict[str, pl.DataFrame]:
+            made[rank].append(unit[0])
+            return {"squares": pl.DataFrame({"item": unit, "square": [i * i for i in unit]})}
+
+        return folder.in_units("squares", "key", items, silent, make)["squares"]
+
+    with ThreadPoolExecutor(2) as threads:
+        tables = list(threads.map(work, (0, 1)))
+    assert made == {0: [0, 128, 256], 1: [64, 192]}
+    for table in tables:
+        assert table.rows() == [(i, i * i) for i in items]
+
+
+def test_a_unit_that_another_process_wrote_and_that_is_not_seen_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deaf(Ranks):
+        def wait(self) -> None:
+            pass
+
+    monkeypatch.setattr("rmscope.run.folder.LATE", 0.5)
+    folder = RunFolder(tmp_path / "run", NoDisplay())
+    folder.ranks = Deaf(1, 2)
+    with pytest.raises(InputError, match=r"00000\.json, which another process wrote, is not to be seen here"):
+        folder.in_units("squares", "key", list(range(100)), silent, lambda unit, _: {"t": pl.DataFrame({"item": unit})})

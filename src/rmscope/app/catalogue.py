@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from rmscope.app.library import GROUPS, Concept
 from rmscope.report.formatting import real
 from rmscope.report.page import effect_span, shown_effect
 
+T = TypeVar("T")
 TEXT_LENGTH = 200
+PAGE = 50
+"""Pairs or features on one page of a list."""
 SORTS = {
     "rank": "rank",
     "effect": "largest effect",
@@ -93,6 +96,23 @@ def _order(concept: Concept, sort: str) -> tuple[Any, ...]:
         own = real(q)
         return (own is None, own or 0.0, size)
     return (-abs(real(concept["mean_diff"]) or 0.0), size) if sort == "preference" else (size,)
+
+
+@dataclass(frozen=True, slots=True)
+class Listed(Generic[T]):
+    """One page of what matches a query."""
+
+    rows: list[T]
+    matches: int
+    page: int
+    pages: int
+
+    @classmethod
+    def page_of(cls, rows: Sequence[T], asked: str) -> Listed[T]:
+        """The page that is asked for, of :data:`PAGE` rows; one that is not there is the nearest one."""
+        pages = max(1, -(-len(rows) // PAGE))
+        page = min(pages, max(1, int(asked))) if asked.isdecimal() else 1
+        return cls(list(rows[(page - 1) * PAGE : page * PAGE]), len(rows), page, pages)
 
 
 @dataclass(frozen=True, slots=True)

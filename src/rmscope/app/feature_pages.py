@@ -16,6 +16,7 @@ from rmscope.app.features import (
     FeatureQuery,
     causes,
     find_features,
+    fresh_effects,
     holders,
     pairs_that_move,
     quality,
@@ -43,16 +44,13 @@ def add_features(app: FastAPI, web: Web) -> None:
         run = web.open(slug)
         check_feature(run, site, number)
         row: dict[str, Any] = {**run.features.get((site, number), {}), "site": site, "feature": number}
-        stored = run.run.effects(site)
-        own = stored.filter(stored["feature"] == number)
-        effects = {side: own.filter(own["side"] == side)["effect"].to_list() for side in ("chosen", "rejected")}
         return web.page(
             "feature.html",
             slug,
             f=row,
             concept=holders(run.concepts()).get((site, number)),
             view=next(s for s in bounds_of(run) if s["site"] == site),
-            histograms=effect_histograms(effects, f"effect of feature {number}"),
+            histograms=effect_histograms(fresh_effects(run, site, number), f"effect of feature {number}"),
             points=quality(run, site, number),
             examples=row.get("examples") or [],
             studies=studies_of(run, site, number),

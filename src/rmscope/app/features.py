@@ -11,15 +11,15 @@ from typing import Any
 import polars as pl
 
 from rmscope.app.bench import Bench
-from rmscope.app.catalogue import parameters
+from rmscope.app.catalogue import Listed, parameters
 from rmscope.app.library import Concept, OpenRun
 from rmscope.effects.across import Members
 from rmscope.effects.single_tokens import activations_without, token_effects
+from rmscope.pairs.pair import SIDES
+from rmscope.ranking.concepts import members_in
 from rmscope.run.evidence import Context
 from rmscope.run.examples import Examples, by_size, contexts_of, token_texts
 
-PAGE = 50
-"""Features on one page of the list."""
 PAIRS = 8
 """Pairs that are shown when the model is run."""
 SORTS = {"rank": "rank", "effect": "largest effect", "q": "smallest q", "number": "number"}
@@ -43,32 +43,16 @@ class FeatureQuery:
         return cls(**parameters(cls, given, SORTS))
 
 
-@dataclass(frozen=True, slots=True)
-class FeatureList:
-    """One page of the features that match a query."""
-
-    rows: list[Feature]
-    matches: int
-    page: int
-    pages: int
-
-
 def holders(concepts: Sequence[Concept]) -> dict[tuple[str, int], Concept]:
     """The concept of each feature that is in one."""
     held: dict[tuple[str, int], Concept] = {}
     for concept in reversed(concepts):  # a feature is in one concept; if it were in two, that of the better rank tells it
-        for site, features in members_of_row(concept).items():
+        for site, features in members_in(concept).items():
             held.update({(site, j): concept for j in features})
     return held
 
 
-def members_of_row(concept: Concept) -> dict[str, list[int]]:
-    """The features of a concept by site."""
-    others = {other["site"]: list(other["features"]) for other in concept["elsewhere"] or []}
-    return {concept["site"]: list(concept["features"]), **others}
-
-
-def find_features(run: OpenRun, query: FeatureQuery) -> FeatureList:
+def find_features(run: OpenRun, query: FeatureQuery) -> Listed[Feature]:
     """The frozen features that match, in the order that is asked for; a page that is not there is the nearest one."""
     held, text = holders(run.concepts()), query.text.casefold()
     rows = [
@@ -84,9 +68,7 @@ def find_features(run: OpenRun, query: FeatureQuery) -> FeatureList:
         "number": lambda row: (row["site"], row["feature"]),
     }
     rows.sort(key=order[query.sort])
-    pages = max(1, -(-len(rows) // PAGE))
-    page = min(pages, max(1, int(query.page))) if query.page.isdecimal() else 1
-    return FeatureList(rows[(page - 1) * PAGE : page * PAGE], len(rows), page, pages)
+    return Listed.page_of(rows, query.page)
 
 
 def _holds(row: Feature, text: str) -> bool:
@@ -95,6 +77,12 @@ def _holds(row: Feature, text: str) -> bool:
         return int(number) == row["feature"]
     name = row["concept"]["title"] if row["concept"] else ""
     return text in name.casefold() or any(text in token.casefold() for token, _ in row.get("tokens") or [])
+
+
+def fresh_effects(run: OpenRun, site: str, feature: int) -> dict[str, list[float]]:
+    """The exact effects of a feature alone, by side, on the responses of the confirm split in which it was ablated."""
+    own = run.run.confirmed(site).filter(pl.col("feature") == feature)
+    return {side: own.filter(pl.col("side") == side)["effect"].to_list() for side in SIDES}
 
 
 def quality(run: OpenRun, site: str, feature: int) -> list[tuple[float, float]]:

@@ -14,6 +14,7 @@ import polars as pl
 from rmscope.activations.harvest import data_identity
 from rmscope.errors import InputError
 from rmscope.pairs.pair import Pair
+from rmscope.ranking.concepts import members_in
 from rmscope.report.page import concept_group, is_reported
 from rmscope.run.evidence import Context
 from rmscope.run.examples import Examples, by_size, contexts_of
@@ -111,8 +112,7 @@ class OpenRun:
 
     def members(self, concept: Concept) -> list[dict[str, Any]]:
         """The features of a concept at all of its sites, each with its row where it was frozen."""
-        at = [(concept["site"], j) for j in concept["features"]]
-        at += [(other["site"], j) for other in concept["elsewhere"] or [] for j in other["features"]]
+        at = [(site, j) for site, features in members_in(concept).items() for j in features]
         return [{**self.features.get(place, {}), "site": place[0], "feature": place[1]} for place in at]
 
     def concepts(self) -> list[Concept]:

@@ -12,15 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rmscope.app.bench import Bench
-from rmscope.app.catalogue import parameters
+from rmscope.app.catalogue import Listed, parameters
 from rmscope.app.library import ScoredPair
 from rmscope.pairs.pair import SIDES, Pair
 from rmscope.run.data import RunData
 from rmscope.run.examples import token_texts
 from rmscope.sae.base import Active
 
-PAGE = 50
-"""Pairs on one page of the list."""
 SORTS = {"data": "as in the data", "size": "largest |Δr|", "up": "largest Δr", "down": "smallest Δr"}
 PARTS = ("features", "error", "constant", "remainder", "gap")
 
@@ -41,26 +39,14 @@ class PairQuery:
         return cls(**parameters(cls, given, SORTS))
 
 
-@dataclass(frozen=True, slots=True)
-class PairList:
-    """One page of the pairs that match a query."""
-
-    rows: list[ScoredPair]
-    matches: int
-    page: int
-    pages: int
-
-
-def find_pairs(pairs: Iterable[ScoredPair], query: PairQuery) -> PairList:
+def find_pairs(pairs: Iterable[ScoredPair], query: PairQuery) -> Listed[ScoredPair]:
     """The pairs that match, in the order that is asked for; a page that is not there is the nearest one."""
     text = query.text.casefold()
     rows = [row for row in pairs if (not query.split or row.split == query.split) and (not text or _holds(row.pair, text))]
     if query.sort != "data":
         key = {"size": lambda row: -abs(row.delta), "up": lambda row: -row.delta, "down": lambda row: row.delta}
         rows.sort(key=key[query.sort])
-    pages = max(1, -(-len(rows) // PAGE))
-    page = min(pages, max(1, int(query.page))) if query.page.isdecimal() else 1
-    return PairList(rows[(page - 1) * PAGE : page * PAGE], len(rows), page, pages)
+    return Listed.page_of(rows, query.page)
 
 
 def _holds(pair: Pair, text: str) -> bool:

@@ -224,9 +224,8 @@ def _config(
         made_as, own_code = check_code(source, name, options)
         config = transformers.AutoConfig.from_pretrained(name, **options)
         text = config.get_text_config()
-        if getattr(text, "pad_token_id", None) is not None and not 0 <= text.pad_token_id < getattr(
-            text, "vocab_size", 1 << 30
-        ):
+        pad = getattr(text, "pad_token_id", None)
+        if pad is not None and not 0 <= pad < getattr(text, "vocab_size", 1 << 30):
             text.pad_token_id = None  # a token that was added for training, and that the embeddings do not hold
         heads = [shape[0] for key, shape in brought.items() if key.endswith(HEADS)]
         if heads:
@@ -258,11 +257,10 @@ def _other_head(
     """The head of a checkpoint that transformers did not load: another name, a bias, or rewards that are normalised."""
     lacks_head = any(key.endswith(HEADS) for key in info.get("missing_keys", []))
     has_bias = "score.bias" in info.get("unexpected_keys", [])
-    normalised = weights is not None and getattr(model.config, "normalize_reward", False)
+    asked, has_own_code = getattr(model.config, "normalize_reward", False), hasattr(model.config, "auto_map")
+    normalised = asked and weights is not None
     single = isinstance(getattr(model, "score", None), nn.Linear) and model.config.num_labels == 1
-    if getattr(model.config, "normalize_reward", False) and not (
-        (normalised and single) or hasattr(model.config, "auto_map")
-    ):
+    if asked and not has_own_code and not (normalised and single):
         raise InputError(
             f"{source} asks for normalised rewards (normalize_reward), which are followed for a single linear head of a "
             "decoder's own checkpoint; set normalize_reward to false in its config.json to study its rewards as they are."

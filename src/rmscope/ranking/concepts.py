@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -138,11 +139,14 @@ def members_of(table: pl.DataFrame) -> dict[int, dict[str, tuple[int, ...]]]:
 
     ``table`` has the columns concept, site, features and elsewhere.
     """
-    members = {}
-    for concept, site, features, elsewhere in table.select("concept", "site", "features", "elsewhere").iter_rows():
-        others = {other["site"]: tuple(other["features"]) for other in elsewhere or ()}
-        members[concept] = {site: tuple(features), **others}
-    return members
+    rows = table.select("concept", "site", "features", "elsewhere").iter_rows(named=True)
+    return {row["concept"]: members_in(row) for row in rows}
+
+
+def members_in(concept: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The features of one concept by site, from its row."""
+    others = {other["site"]: tuple(other["features"]) for other in concept["elsewhere"] or ()}
+    return {concept["site"]: tuple(concept["features"]), **others}
 
 
 def _merge_sites(at_sites: Sequence[WithActivation]) -> list[Concept]:

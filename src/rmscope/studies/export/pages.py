@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 from markupsafe import Markup
 
+from rmscope.ranking.concepts import members_in
 from rmscope.report import figures
 from rmscope.report.page import concept_group, concept_view, is_reported, render, render_report
 from rmscope.run.measure import OWN
@@ -47,8 +48,7 @@ def export_pages(run: Run, concepts: Sequence[NamedConcept], folder: Path) -> No
     _write(folder / REPORT, render_report(data))
     _write(folder / INDEX, render("export/index.html", data=data, lists=lists_of(shown, view)))
     for c in shown:
-        at = [(c["site"], j) for j in c["features"]]
-        at += [(other["site"], j) for other in c["elsewhere"] or [] for j in other["features"]]
+        at = [(site, j) for site, listed in members_in(c).items() for j in listed]
         values = {
             "c": c,
             "view": view,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rmscope.model.site_names import hook_name, parts_of
+from rmscope.ranking.concepts import members_in
 from rmscope.report import formatting
 from rmscope.report.page import shown_effect
 from rmscope.run.firings import AFTER, BEFORE, FiringText, SiteFirings
@@ -232,8 +233,7 @@ def hook_of(sae: Sae, site: str, feature: int) -> str:
 
 def features_at(concept: Mapping[str, Any], site: str) -> list[int]:
     """The features of a concept at a site."""
-    elsewhere = [j for other in concept["elsewhere"] or [] if other["site"] == site for j in other["features"]]
-    return [*(concept["features"] if concept["site"] == site else []), *elsewhere]
+    return list(members_in(concept).get(site, ()))
 
 
 def explanations(source: Source, creator_id: str, concepts: Sequence[NamedConcept]) -> Iterator[Row]:
