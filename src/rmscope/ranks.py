@@ -1,9 +1,9 @@
 """Several processes on one run folder, started by ``torchrun``: they share the units of the long stages.
 
 Every process (rank) goes through the whole pipeline. Units of 64 pairs are dealt out in turn, and what a unit gives does not
-depend on who makes it, so the tables are those of one process, byte for byte. The little that a shared stage does beside
-its units every rank does, and writes the same bytes. Other stages are the first rank's, and the others wait. Ranks share
-nothing but the folder and a process group that waits. A rank that dies ends all of them; the next start, of any number of
+depend on who makes it, so the tables are those of one process, byte for byte. What a shared stage does beside its units,
+every rank does, with the same bytes. The first rank alone does the other stages, and the others wait. Ranks share the
+folder and a process group, which only waits. If a rank dies, torchrun ends all. The next start, with any number of
 processes, goes on with the units that are there.
 """
 

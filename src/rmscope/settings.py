@@ -107,7 +107,7 @@ class LoadSettings(DeviceSettings):
     output: Annotated[int | list[float] | None, BeforeValidator(_output)] = None
     """Of several outputs: the number of one (0 is the first), or a weight for each, such as 0.5,0,1."""
     judge: Annotated[list[str] | None, BeforeValidator(_answers)] = None
-    """Take a causal LM as a judge: its reward is the logit of the first answer minus that of the second: ' yes, no'."""
+    """Take a causal LM as a judge. Its reward is the first answer's logit minus the second one's, as in ' yes, no'."""
     question: str = "\n\nIs that a good answer?"
     """What a judge is asked after each response. \\n is a line break."""
     trust_remote_code: bool = False
