@@ -38,12 +38,13 @@ def name_question(passages: Sequence[Passage]) -> Question:
 
 
 def read_name(answer: str) -> str:
-    """The name in an answer; empty where there is none."""
+    """The name in an answer, without the marks of passages and the number of a list; empty where there is none."""
     lines = [line for line in (on_one_line(line) for line in answer.splitlines()) if line]
     named = [line for line in lines if re.match(r"\W*name\W*:", line, re.IGNORECASE)]
     line = (named or lines or [""])[0]
     line = re.sub(r"^\W*name\W*:", "", line, flags=re.IGNORECASE)
-    printable = "".join(c for c in line if c.isprintable())
+    line = re.sub(r"^\W*\d+[.)]\s", "", line)
+    printable = "".join(c for c in line if c.isprintable() and c not in OPEN + CLOSE)
     return printable.strip(" *_\"'`“”.").strip()[:NAME_LENGTH].strip()
 
 
