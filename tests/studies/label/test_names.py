@@ -92,7 +92,8 @@ def test_the_question_of_a_name_marks_the_tokens_that_fire() -> None:
         ("NAME: thanks the reader", "thanks the reader"), ('**Name:** "thanks."\n', "thanks"), ("thanks\nmore", "thanks"),
         ("Let me see.\nNAME: thanks", "thanks"), ("", ""), ("\n \n", ""), ("NAME:", ""), ("NAME: " + "x" * 500, "x" * 120),
         ("NAME: a\u202eb\x00c", "abc"), ("<script>alert(1)</script>", "<script>alert(1)</script>"),
-        ("1. Thank you⟦,⟧ your pleasure⟦.⟧", "Thank you, your pleasure"), ("NAME: 2) links", "links"), ("NAME: 3.5 stars", "3.5 stars"),
+        ("1. Thank you⟦,⟧ your pleasure⟦.⟧", "Thank you, your pleasure"), ("NAME: 2) links", "links"),
+        ("NAME: 3.5 stars", "3.5 stars"),
     ],
 )  # fmt: skip
 def test_names_are_one_line_of_printable_text(answer: str, name: str) -> None:
