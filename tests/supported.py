@@ -86,7 +86,10 @@ def pms() -> str:
     architectures = [
         (DECODERS, "rewards, gradients and ablations by the fast ways"),
         (list(OTHERS), "the same, each text in a row of its own"),
-        ([*ENCODERS, *TRUNKS, "bart"], "rewards and ablations, most by the model's own forward, whole"),
+        (
+            [*ENCODERS, *TRUNKS, "bart"],
+            "rewards and ablations, most by the model's own forward, whole (of an encoder-decoder in the decoder)",
+        ),
         (["phi3 with longrope"], "texts beyond the short frequencies run alone"),
         (list(COMPANY), "each text runs alone, because padding changes its reward"),
         (["xlnet", "funnel"], "rewards alone: no stream that can be studied"),

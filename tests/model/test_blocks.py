@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from transformers import (
     AlbertConfig,
+    BartConfig,
     DebertaConfig,
     FunnelConfig,
     Gemma3Config,
@@ -20,6 +22,7 @@ from rmscope.activations.harvest import harvest
 from rmscope.effects.requests import ablations
 from rmscope.errors import InputError
 from rmscope.model.checks import preflight
+from rmscope.model.packing import pad_texts
 from rmscope.model.rendering import Rendering
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES
@@ -88,6 +91,19 @@ def without(rm: RewardModel, sae: Any, ids: Tensor, start: int, feature: int) ->
         rewards.append(float(rm.reward_alone(ids)))
         handle.remove()
     return rewards[0] - rewards[1]
+
+
+def test_of_an_encoder_decoder_the_blocks_are_the_decoders() -> None:
+    """The reward is read from the decoder, which reads the text too: its stream carries all, the encoder's does not."""
+    sizes = {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    made = drawn(BartConfig(d_model=D, encoder_layers=3, decoder_layers=2, decoder_start_token_id=1, **sizes, **IDS))
+    rm = RewardModel(made, tokenizer(), Rendering("hh", append_eos=True), "bart")
+    assert rm.blocks is made.model.decoder.layers
+    tokens = rm.tokenize(PAIRS[0])
+    batch = pad_texts([(0, "chosen", tokens.chosen, 1, rm.read_positions(tokens)["chosen"])], rm.pad_id)
+    other = pad_texts([(0, "rejected", tokens.rejected, 1, rm.read_positions(tokens)["rejected"])], rm.pad_id)
+    empty = [float(rm.rewards(b, {rm.sites[-1]: torch.zeros_like})[0]) for b in (batch, other)]
+    assert empty[0] == pytest.approx(empty[1], abs=1e-6)  # nothing of the text is left
 
 
 def test_a_model_without_such_blocks_scores_and_names_the_reason() -> None:

@@ -24,7 +24,7 @@ def test_hybrids_encoder_decoders_and_mixtures_are_read_as_they_read_themselves(
 
 
 def test_what_has_no_single_stream_is_refused_in_a_sentence() -> None:
-    for trial in try_all(["reformer", "perceiver", "canine"]):
+    for trial in try_all(["reformer", "perceiver", "canine", "xlm", "flaubert"]):
         assert trial.verdict == "refused"
         assert trial.how.endswith(".")
 

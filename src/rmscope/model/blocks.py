@@ -1,13 +1,16 @@
 """Where a model's residual stream is: found by watching one forward pass, not by the names or the lengths of its lists.
 
-The blocks are the longest list of modules that run once each, in order, and take and give a stream [rows, tokens, d]. A
-vision tower does not run on text, and a list of embeddings takes no stream. ALBERT runs one block in every layer; there each
-layer gets a module of its own around the block, so that it has a site of its own.
+The blocks are a list of modules that run once each, in order, each on the stream [rows, tokens, d] of the one before.
+If there are several such lists, the last one to run counts: in an encoder-decoder the decoder's. A vision tower does not run
+on text, and a list of embeddings takes no stream. XLM keeps a list for each part of a block, and none of these hands on the
+stream. ALBERT runs one block in every layer; there each layer gets a module of its own around the block, so that it has a
+site of its own.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,14 +47,17 @@ def find_blocks(model: Any, ids: Tensor, d: int) -> tuple[nn.ModuleList, str]:
     every = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     inside = {id(child) for blocks in every for child in blocks}
     lists = [blocks for blocks in every if id(blocks) not in inside]  # Funnel keeps a list per resolution of its stream
-    calls: list[tuple[int, bool]] = []
+    calls: list[tuple[int, Tensor | None, Tensor | None]] = []
+    """(module, the stream before and after it; None where it works on another shape, or on two streams)."""
     failure = ""
 
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         stream = args[0] if args else kwargs.get("hidden_states")
         parts = list(output) if isinstance(output, (tuple, list)) and output else [output]
         fits = [isinstance(x, Tensor) and x.shape == (1, ids.numel(), d) for x in (stream, *parts)]
-        calls.append((id(module), fits[:2] == [True, True] and sum(fits) == 2))  # Reformer's blocks carry two streams
+        is_one = fits[:2] == [True, True] and sum(fits) == 2  # Reformer's blocks carry two streams
+        before, after = (x.clone() if is_one and isinstance(x, Tensor) else None for x in (stream, parts[0]))
+        calls.append((id(module), before, after))
 
     with ExitStack() as stack:
         for module in {id(m): m for blocks in lists for m in blocks}.values():
@@ -62,13 +68,21 @@ def find_blocks(model: Any, ids: Tensor, d: int) -> tuple[nn.ModuleList, str]:
             failure = one_line(error)
 
     def is_trunk(blocks: nn.ModuleList) -> bool:
+        """Whether each block runs once, in order, and takes what the one before gives: XLM's lists are parts of blocks."""
         places = {id(block): i for i, block in enumerate(blocks)}
-        own = [(places[module], fits) for module, fits in calls if module in places]
-        return own == [(i, True) for i in range(len(blocks))]
+        own = [(places[module], before, after) for module, before, after in calls if module in places]
+        if [i for i, _, _ in own] != list(range(len(blocks))):
+            return False
+        streams = [(before, after) for _, before, after in own if before is not None and after is not None]
+        return len(streams) == len(blocks) and all(torch.equal(a[1], b[0]) for a, b in pairwise(streams))
+
+    def last_run(blocks: nn.ModuleList) -> tuple[bool, int]:
+        ends = [n for n, (module, _, _) in enumerate(calls) if module == id(blocks[-1])]
+        return len(blocks) > 1, ends[-1]
 
     if trunks := [blocks for blocks in lists if is_trunk(blocks)]:
-        return max(trunks, key=len), ""
-    return nn.ModuleList(), failure or "no list of its modules runs once each on a stream [rows, tokens, d]"
+        return max(trunks, key=last_run), ""  # of an encoder-decoder the decoder's, from which the reward is read
+    return nn.ModuleList(), failure or "no list of its modules hands one stream [rows, tokens, d] from each to the next"
 
 
 def separate_layers(model: Any) -> None:
