@@ -14,7 +14,18 @@ from tokenizers.processors import TemplateProcessing
 
 from rmscope.errors import InputError
 from rmscope.model.packing import pack_pairs
-from rmscope.model.rendering import LONG_TEXT, NO_LIMIT, Rendering, divergence, encode, encode_within, pair_tokens, render
+from rmscope.model.rendering import (
+    AT_ONCE,
+    LONG_TEXT,
+    NO_LIMIT,
+    Rendering,
+    divergence,
+    encode,
+    encode_within,
+    pair_tokens,
+    render,
+    tokenize_sides,
+)
 from rmscope.pairs.pair import Message, Pair
 from tests.model.small import EOS, shared_pm, small_pm, tokenizer, user
 
@@ -268,3 +279,12 @@ def test_a_response_that_ends_where_the_other_goes_on_has_no_span_before_its_eos
     chosen, rejected = next(iter(rm.batches([tokens]))).texts
     assert chosen.span.numel() == 0
     assert rejected.span.numel() == tokens.rejected.numel() - 1 - tokens.divergence
+
+
+def test_many_pairs_have_the_tokens_of_each_alone() -> None:
+    pairs = [Pair(str(i), user(f"Which river? {i}"), f"The Seine, {i}.", "The small one.") for i in range(2 * AT_ONCE + 1)]
+    together = tokenize_sides(Rendering("hh"), tokenizer(), pairs)
+    for pair, tokens in zip(pairs, together, strict=True):
+        alone = tokenize_sides(Rendering("hh"), tokenizer(), [pair])[0]
+        assert tokens.chosen.tolist() == alone.chosen.tolist()
+        assert (tokens.rejected.tolist(), tokens.divergence) == (alone.rejected.tolist(), alone.divergence)

@@ -23,6 +23,8 @@ STYLES: tuple[Style, ...] = ("hh", "chat", "plain", "segments")
 SETTINGS_FILE = "rmscope.json"
 LONG_TEXT = 100_000
 """Characters up to which a text is tokenized whole, whatever the context."""
+AT_ONCE = 256
+"""Pairs that are tokenized at once."""
 NO_LIMIT = 1 << 30
 BETWEEN = "\x1f"
 """Stands between the two segments of a rendered text."""
@@ -270,9 +272,13 @@ def can_render(rendering: Rendering, tokenizer: Any, pair: Pair) -> bool:
 
 def tokenize_sides(rendering: Rendering, tokenizer: Any, pairs: Sequence[Pair], context: int = NO_LIMIT) -> list[PairTokens]:
     """The tokens of both sides of each pair; of texts far longer than ``context`` tokens, those of their beginning."""
-    texts = [_render_side(rendering, tokenizer, p, s) for s in SIDES for p in pairs]
-    ids = encode_within(rendering, tokenizer, texts, context)
-    return [pair_tokens(c, r) for c, r in zip(ids[: len(pairs)], ids[len(pairs) :], strict=True)]
+    found = []
+    for start in range(0, len(pairs), AT_ONCE):  # what the tokenizer tells beside the ids takes ten times their memory
+        some = pairs[start : start + AT_ONCE]
+        texts = [_render_side(rendering, tokenizer, p, s) for s in SIDES for p in some]
+        ids = encode_within(rendering, tokenizer, texts, context)
+        found += [pair_tokens(c, r) for c, r in zip(ids[: len(some)], ids[len(some) :], strict=True)]
+    return found
 
 
 class WordTokens:
