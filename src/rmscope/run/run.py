@@ -89,12 +89,12 @@ class Run(RunData):
 
     def check_memory(self) -> None:
         """InputError where the SAEs that are to be trained do not fit the PM's device."""
-        c, device = self.config, str(self.rm.device)
+        c, device, ranks = self.config, str(self.rm.device), self.on_disk.ranks.count
         parts = [] if c.sae_dir else all_parts(self.sites)
         if whole := [part for part in parts if not is_difference(part)]:
-            check_memory([c.sae.d_sae or 0] * len(whole), self.rm.d_model, device)
+            check_memory([c.sae.d_sae or 0] * len(whole), self.rm.d_model, device, ranks)
         if c.diff_features and len(whole) < len(parts):
-            check_memory([c.diff_features] * (len(parts) - len(whole)), self.rm.d_model, device)
+            check_memory([c.diff_features] * (len(parts) - len(whole)), self.rm.d_model, device, ranks)
 
     def plan(self) -> dict[str, Any]:
         """What :meth:`go` would do: counts, and time and memory estimated from one timed unit of pairs."""

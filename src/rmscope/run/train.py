@@ -20,8 +20,10 @@ from rmscope.run import size
 from rmscope.run.brought import check_brought
 from rmscope.run.data import RunData
 from rmscope.sae import Sae, SaeConfig, train_saes
-from rmscope.sae.initial import without_initial
+from rmscope.sae.config import devices_for
+from rmscope.sae.initial import settled, without_initial
 from rmscope.sae.joint import join_parts, load_site
+from rmscope.sae.shares import deal
 
 
 def train(run: RunData, progress: Progress, _key: str) -> None:
@@ -41,7 +43,8 @@ def train_run_saes(run: RunData, config: SaeConfig, folder: Path, progress: Prog
     """SAEs of every site from the run's store, in ``folder``, but for those that the settings bring.
 
     In a reward-aware run the plain SAEs are in ``folder/plain``; they are fine-tuned on the fit split, in
-    ``folder/reward-aware-STEPS``, and copied to ``folder``. Several ranks share the parts; fine-tuning is the first one's.
+    ``folder/reward-aware-STEPS``, and copied to ``folder``. Several ranks share the parts, and one SAE where there are more
+    ranks than parts or one device cannot hold it; fine-tuning is the first one's.
     """
     ranks = run.on_disk.ranks
     steps = run.config.reward_aware
@@ -57,8 +60,9 @@ def train_run_saes(run: RunData, config: SaeConfig, folder: Path, progress: Prog
                 size.diff_features(run, config, folder, progress)  # chosen once, and kept
             ranks.wait()
             trained_as = run.config.difference_config(config, size.diff_features(run, config, folder, progress))
-        if own := parts[ranks.rank :: ranks.count]:
-            train_saes(run.store, trained_as, plain, own, progress, device)
+        with deal(parts, ranks, _devices(run, trained_as, parts)) as (lots, shares):
+            for lot in lots:
+                train_saes(run.store, trained_as, plain, lot, progress, device, shares)
         ranks.wait()
         saes |= train_saes(run.store, trained_as, plain, parts, progress, device)  # each is there by now
     if steps and ranks.is_first:
@@ -67,6 +71,13 @@ def train_run_saes(run: RunData, config: SaeConfig, folder: Path, progress: Prog
     if steps and not ranks.is_first:
         saes = {part: load_site(folder, part) for part in saes}
     return {site: join_parts([saes[part] for part in parts_of(site)], site) for site in run.sites}
+
+
+def _devices(run: RunData, config: SaeConfig, parts: list[str]) -> int:
+    """How many devices the training of one SAE takes."""
+    initial = next(iter(run.initial_saes.values()), None) if config.init else None
+    features = settled(config, initial).features(run.rm.d_model, run.store.training_tokens(parts))
+    return devices_for(features, run.rm.d_model, str(run.rm.device))
 
 
 def _fine_tuned(

@@ -10,6 +10,7 @@ That is a JumpReLU SAE, and it is saved as one, with ``metadata.trained_as``.
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -40,15 +41,18 @@ class BatchTopKTraining(TopKTraining):
 
     def begin(self, x: Float[Tensor, "sample d"]) -> None:
         sae = self.sae
-        typical = upper_quantiles(x - sae.b_dec, sae.W_enc.data.t(), self.config.k_for(sae.m, sae.d) / sae.m) + sae.b_enc
-        sae.threshold.fill_(float(typical.median()))
+        share = self.config.k_for(self.m, sae.d) / self.m
+        typical = upper_quantiles(x - sae.b_dec, sae.W_enc.data.t(), share) + sae.b_enc
+        sae.threshold.fill_(float(torch.cat(self.shares.features.gather(typical)).median()))
 
     def _entries(self, xc: Batch) -> tuple[Sparse, Float[Tensor, " nnz"]]:
         """As for TopK. Also updates the threshold, which has no gradient."""
         sae = self.sae
         self.gradients["threshold"].zero_()
-        count, guess = self.config.k_for(sae.m, sae.d) * len(xc), GUESS * float(sae.threshold[0])
-        token, feature, h = batch_top_entries(xc, sae.W_enc.data.t(), sae.b_enc, count, guess, self.fast(xc))
-        if len(h):
-            sae.threshold.lerp_(h.min().expand(sae.m), THRESHOLD_RATE)
+        ranks, tokens = self.shares.together, int(self.shares.tokens.sum(torch.tensor(len(xc))))
+        count, guess = self.config.k_for(self.m, sae.d) * tokens, GUESS * float(sae.threshold[0])
+        token, feature, h = batch_top_entries(xc, sae.W_enc.data.t(), sae.b_enc, count, guess, self.fast(xc), ranks)
+        smallest = torch.cat(ranks.gather(h.amin(dim=0, keepdim=True) if len(h) else h))
+        if len(smallest):
+            sae.threshold.lerp_(smallest.min().expand(sae.m), THRESHOLD_RATE)
         return Sparse(token.bincount(minlength=len(xc)), feature, sae.m), h

@@ -98,17 +98,29 @@ class SaeConfig(Settings):
         return rising * falling, rising
 
 
-def check_memory(features: Sequence[int], d: int, device: str) -> None:
-    """InputError where SAEs of so many features each, trained at once on streams of width d, do not fit a device.
-
-    Encoder, decoder and Adam's two moments of each are float32.
-    """
+def devices_for(features: int, d: int, device: str) -> int:
+    """Devices whose memory holds the training of one SAE: encoder, decoder and Adam's two moments of each, float32."""
     from rmscope.hardware import memory  # here, because the command line reads settings without torch
 
-    need, total = 24 * sum(features) * d, memory(device)
+    return max(1, -(-24 * features * d // memory(device)))
+
+
+def check_memory(features: Sequence[int], d: int, device: str, devices: int = 1) -> None:
+    """InputError where SAEs of so many features each, trained at once on streams of width d, do not fit.
+
+    Of several devices each trains its part of the SAEs, or, where one device cannot hold an SAE, all train it together.
+    """
+    from rmscope.hardware import memory
+
+    if devices_for(max(features), d, device) == 1 or devices == 1:
+        features, devices = features[: -(-len(features) // devices)], 1
+    else:
+        features = [max(features)]
+    need, total = 24 * sum(features) * d, memory(device) * devices
     if need > total:
         several = f" of {len(features)} SAEs at once" if len(features) > 1 else ""
+        where = device if devices == 1 else f"{device} in {devices} processes"
         raise InputError(
-            f"Setting d_sae {max(features)}: training{several} takes {need / 1e9:,.0f} GB at least, and {device} has "
+            f"Setting d_sae {max(features)}: training{several} takes {need / 1e9:,.0f} GB at least, and {where} has "
             f"{total / 1e9:,.0f} GB; choose a smaller one{', or fewer sites at a time' if several else ''}."
         )

@@ -63,11 +63,11 @@ class GatedTraining(Training):
         gate, magnitude = u + entries.at(sae.b_gate), u * entries.at(stretch) + entries.at(sae.b_mag)
         opened = gate > 0
         f, a = magnitude.relu() * opened, gate.relu()
-        residual = entries.combine(f, sae.W_dec) + sae.b_dec - x
-        by_gate = entries.combine(a, sae.W_dec) + sae.b_dec - x
+        residual = self.total(entries.combine(f, sae.W_dec)) + sae.b_dec - x
+        by_gate = self.total(entries.combine(a, sae.W_dec)) + sae.b_dec - x
         parts = {
             "reconstruction": float(residual.square().sum()) / n,
-            "sparsity": weight * float((entries.per_feature(a) * norms).sum()),
+            "sparsity": weight * float(self.total((entries.per_feature(a) * norms).sum())),
             "auxiliary": float(by_gate.square().sum()) / n,
         }
 
@@ -80,20 +80,21 @@ class GatedTraining(Training):
         entries.outer(du, xc, grad["W_enc.T"])
         grad["b_gate"], grad["b_mag"] = entries.per_feature(dgate), entries.per_feature(dmagnitude)
         grad["r_mag"] = entries.per_feature(dmagnitude * u) * stretch
-        grad["b_dec"] = dx.sum(dim=0) - entries.per_feature(du) @ rows
+        grad["b_dec"] = dx.sum(dim=0) - self.total(entries.per_feature(du) @ rows)
 
         self.density = float(opened.sum()) / (n * sae.m)
         fires = entries.per_feature((f > 0).to(x.dtype))
-        return Step(sum(parts.values()), parts, grad, residual, float(fires.sum()) / n, fires > 0)
+        return Step(sum(parts.values()), parts, grad, residual, float(self.total(fires.sum())) / n, fires > 0)
 
     def revive(self, x: Batch, residual: Batch, dead: Bool[Tensor, " m"], generator: torch.Generator) -> bool:
-        sae, which, xc = self.sae, dead.nonzero().squeeze(1), x - self.sae.b_dec
+        sae, ranks, which, xc = self.sae, self.shares.features, dead.nonzero().squeeze(1), x - self.sae.b_dec
+        counts = [len(part) for part in ranks.gather(which)]
         loss = residual.square().sum(dim=1).cpu().double()
-        picked = torch.multinomial(loss.square() + 1e-12, len(which), len(which) > len(x), generator=generator)
-        direction = torch.nn.functional.normalize(xc[picked.to(x.device)])
+        picked = torch.multinomial(loss.square() + 1e-12, sum(counts), sum(counts) > len(x), generator=generator)
+        direction = torch.nn.functional.normalize(xc[picked.split(counts)[ranks.rank].to(x.device)])
         rows = sae.W_enc.data.t()
-        living = rows if bool(dead.all()) else rows[~dead]
-        row = direction * (REVIVED_NORM * living.norm(dim=1).mean())
+        living = rows if sum(counts) == self.m else rows[~dead]
+        row = direction * (REVIVED_NORM * torch.cat(ranks.gather(living.norm(dim=1))).mean())
         sae.W_dec[which], rows[which] = direction, row
         sae.b_gate[which] = -upper_quantiles(xc, row, START_OPEN)
         sae.b_mag[which], sae.r_mag[which] = 0.0, 0.0

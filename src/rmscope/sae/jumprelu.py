@@ -64,9 +64,9 @@ class JumpReluTraining(Training):
         h, threshold = h + entries.at(sae.b_enc), entries.at(sae.threshold)
         over, kernel = h > threshold, (h - threshold).abs() < width / 2
         f = h * over
-        residual = entries.combine(f, sae.W_dec) + sae.b_dec - x
+        residual = self.total(entries.combine(f, sae.W_dec)) + sae.b_dec - x
         fires = entries.per_feature(over.to(x.dtype))
-        l0 = float(fires.sum()) / n
+        l0 = float(self.total(fires.sum())) / n
         parts = {"reconstruction": float(residual.square().sum()) / n, "sparsity": self.config.l0 * ramp * l0}
 
         dx = residual * (2 / n)
@@ -77,7 +77,7 @@ class JumpReluTraining(Training):
         grad["b_enc"] = entries.per_feature(dh)
         grad["threshold"] = entries.per_feature(kernel * (threshold * df + weight)) / -width
         parts |= self._preact(xc, dead)
-        grad["b_dec"] = dx.sum(dim=0) - grad["b_enc"] @ rows
+        grad["b_dec"] = dx.sum(dim=0) - self.total(grad["b_enc"] @ rows)
 
         self.density = float((h > threshold - width / 2).sum()) / (n * sae.m)
         return Step(sum(parts.values()), parts, grad, residual, l0, fires > 0)
@@ -87,7 +87,7 @@ class JumpReluTraining(Training):
 
     def _preact(self, xc: Batch, dead: Bool[Tensor, " m"] | None) -> dict[str, float]:
         """Adds the gradients of the pre-activation loss of dead features. Returns that loss by name, if there is one."""
-        if dead is None or not self.config.preact_alpha or not bool(dead.any()):
+        if dead is None or not self.config.preact_alpha or not int(self.total(dead.sum())):
             return {}
         sae, grad, which = self.sae, self.gradients, dead.nonzero().squeeze(1)
         norms = sae.W_dec[which].norm(dim=1)
@@ -99,4 +99,4 @@ class JumpReluTraining(Training):
         grad["threshold"].index_add_(0, which, -dh.sum(dim=0))
         loss = short.relu().sum(dim=0) * weight
         grad["W_dec"].index_add_(0, which, (loss / norms.square())[:, None] * sae.W_dec[which])
-        return {"preact": float(loss.sum())}
+        return {"preact": float(self.total(loss.sum()))}

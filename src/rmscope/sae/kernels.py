@@ -25,6 +25,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from rmscope.ranks import ALONE, Ranks
+
 Batch = Float[Tensor, "n d"]
 Rows = Float[Tensor, "m d"]
 Bias = Float[Tensor, " m"]
@@ -160,20 +162,32 @@ def top_entries(x: Batch, rows: Rows, bias: Bias, k: int, fast: bool = False) ->
     return values, features
 
 
-def batch_top_entries(x: Batch, rows: Rows, bias: Bias, count: int, guess: float, fast: bool = False) -> Entries:
+def largest(values: Float[Tensor, "some ..."], k: int, ranks: Ranks = ALONE) -> Bool[Tensor, "some ..."]:
+    """Which values of this rank are among the k largest of all ranks, along the first dimension."""
+    parts = ranks.gather(values)
+    together = torch.cat(parts)
+    best = together.topk(min(k, len(together)), dim=0, sorted=False).indices
+    chosen = torch.zeros_like(together, dtype=torch.bool).scatter_(0, best, True)
+    return chosen.split([len(part) for part in parts])[ranks.rank]
+
+
+def batch_top_entries(
+    x: Batch, rows: Rows, bias: Bias, count: int, guess: float, fast: bool = False, ranks: Ranks = ALONE
+) -> Entries:
     """The ``count`` largest positive <x_t, rows_j> + bias_j of the whole batch, or fewer, sorted by token, then feature.
 
     ``guess`` is a value that the smallest of them probably exceeds. Entries below it are ignored, unless too few are above
     it; then half of it is tried. The result does not depend on the guess, and [n, m] floats are never held or sorted.
+    Of several ``ranks`` each has some of the tokens, or of the features, and returns its own of the ``count`` entries.
     """
     for least in (guess, guess / 2, guess / 4, guess / 8, 0.0):
         token, feature, product = _join(open_entries(x, rows, bias - least, fast))
         value = product + bias[feature]
-        if int((value > least).sum()) >= count:
+        if int(ranks.sum((value > least).sum())) >= count:
             break
     positive = value > 0
-    if int(positive.sum()) > count:
-        positive = torch.zeros_like(positive).index_fill_(0, value.topk(count, sorted=False).indices, True)
+    if int(ranks.sum(positive.sum())) > count:
+        positive = largest(value, count, ranks)
     return token[positive], feature[positive], value[positive]
 
 

@@ -55,13 +55,13 @@ class MatryoshkaTraining(BatchTopKTraining):
         rows, xc = sae.W_enc.data.t(), x - sae.b_dec
 
         flat, h = self._entries(xc)
-        sizes = torch.tensor(prefix_sizes(self.config, sae.m), device=x.device)
-        group = torch.bucketize(flat.feature, sizes, right=True)
+        sizes = torch.tensor(prefix_sizes(self.config, self.m), device=x.device)
+        group = torch.bucketize(flat.feature + self.first, sizes, right=True)
         order = torch.argsort(group, stable=True)
         counts = torch.bincount(group * n + flat.token, minlength=len(sizes) * n)
         entries, f = Sparse(counts, flat.feature[order], sae.m), h[order]
 
-        shares = entries.combine(f, sae.W_dec).view(len(sizes), n, d)
+        shares = self.total(entries.combine(f, sae.W_dec)).view(len(sizes), n, d)
         residuals = shares.cumsum(dim=0) + (sae.b_dec - x)
         dx = residuals * (2 / n)
         through = dx.flip(0).cumsum(dim=0).flip(0)
@@ -70,7 +70,7 @@ class MatryoshkaTraining(BatchTopKTraining):
         entries.outer(dh, xc.repeat(len(sizes), 1), grad["W_enc.T"])
         grad["b_enc"] = entries.per_feature(dh)
         parts = {"reconstruction": float(residuals.square().sum()) / n, **self.auxk(xc, -residuals[-1], dead)}
-        grad["b_dec"] = through[0].sum(dim=0) - grad["b_enc"] @ rows
+        grad["b_dec"] = through[0].sum(dim=0) - self.total(grad["b_enc"] @ rows)
 
         fired = torch.bincount(entries.feature, minlength=sae.m) > 0
-        return Step(sum(parts.values()), parts, grad, residuals[-1], len(h) / n, fired)
+        return Step(sum(parts.values()), parts, grad, residuals[-1], float(self.total((h > 0).sum())) / n, fired)

@@ -53,9 +53,10 @@ class StandardTraining(Training):
 
         entries, h = open_pattern(xc, rows, sae.b_enc, self.density, self.fast(xc))
         f = (h + entries.at(sae.b_enc)).relu()
-        residual = entries.combine(f, sae.W_dec) + sae.b_dec - x
+        residual = self.total(entries.combine(f, sae.W_dec)) + sae.b_dec - x
         sums = entries.per_feature(f)
-        parts = {"reconstruction": float(residual.square().sum()) / n, "sparsity": weight * float((sums * norms).sum())}
+        penalty = weight * float(self.total((sums * norms).sum()))
+        parts = {"reconstruction": float(residual.square().sum()) / n, "sparsity": penalty}
 
         dx = residual * (2 / n)
         dh = (entries.products(dx, sae.W_dec) + weight * entries.at(norms)) * (f > 0)
@@ -63,11 +64,11 @@ class StandardTraining(Training):
         grad["W_dec"].addcmul_((weight * sums / norms)[:, None], sae.W_dec)
         entries.outer(dh, xc, grad["W_enc.T"])
         grad["b_enc"] = entries.per_feature(dh)
-        grad["b_dec"] = dx.sum(dim=0) - grad["b_enc"] @ rows
+        grad["b_dec"] = dx.sum(dim=0) - self.total(grad["b_enc"] @ rows)
 
         fires = entries.per_feature((f > 0).to(x.dtype))
         self.density = float(fires.sum()) / (n * sae.m)
-        return Step(sum(parts.values()), parts, grad, residual, float(fires.sum()) / n, fires > 0)
+        return Step(sum(parts.values()), parts, grad, residual, float(self.total(fires.sum())) / n, fires > 0)
 
     def finish(self) -> None:
         sae = self.sae

@@ -13,13 +13,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rmscope.errors import InputError
 from rmscope.sae.base import Sae, register_sae, register_training
 from rmscope.sae.config import SaeConfig
-from rmscope.sae.kernels import SPARSE_BELOW, Batch, Dense, Pattern, Sparse, top_entries, top_k
+from rmscope.sae.kernels import SPARSE_BELOW, Batch, Dense, Pattern, Sparse, largest, top_entries, top_k
 from rmscope.sae.training import Step, Training
 
 
@@ -67,7 +67,7 @@ class TopKTraining(Training):
 
         entries, h = self._entries(xc)
         f = h.relu()
-        residual = entries.combine(f, sae.W_dec) + sae.b_dec - x
+        residual = self.total(entries.combine(f, sae.W_dec)) + sae.b_dec - x
         loss = float(residual.square().sum()) / n
 
         dx = residual * (2 / n)
@@ -76,37 +76,50 @@ class TopKTraining(Training):
         entries.outer(dh, xc, grad["W_enc.T"])
         grad["b_enc"] = entries.per_feature(dh)
         parts = {"reconstruction": loss, **self.auxk(xc, -residual, dead)}
-        grad["b_dec"] = dx.sum(dim=0) - grad["b_enc"] @ rows
+        grad["b_dec"] = dx.sum(dim=0) - self.total(grad["b_enc"] @ rows)
 
         fired = torch.bincount(entries.feature[h > 0], minlength=sae.m) > 0
-        return Step(sum(parts.values()), parts, grad, residual, float((h > 0).sum()) / n, fired)
+        return Step(sum(parts.values()), parts, grad, residual, float(self.total((h > 0).sum())) / n, fired)
 
     def _entries(self, xc: Batch) -> tuple[Sparse, Float[Tensor, " nnz"]]:
         """The active entries of a batch, and their pre-activations."""
         sae = self.sae
-        h, features = top_entries(xc, sae.W_enc.data.t(), sae.b_enc, sae.cfg["k"], self.fast(xc))
-        return Sparse.of_top(features, sae.m), h.reshape(-1)
+        k = sae.cfg["k"]
+        h, features = top_entries(xc, sae.W_enc.data.t(), sae.b_enc, min(k, sae.m), self.fast(xc))
+        return self._largest_entries(h, features, k, sae.m)
+
+    def _largest_entries(
+        self, h: Float[Tensor, "n some"], features: Int[Tensor, "n some"], k: int, m: int
+    ) -> tuple[Sparse, Float[Tensor, " nnz"]]:
+        """Those of this rank's largest entries per token that are among the k largest of all ranks."""
+        if self.shares.features.count == 1:
+            return Sparse.of_top(features, m), h.reshape(-1)
+        own = self._among_largest(h, k)
+        return Sparse(own.sum(dim=1), features[own], m), h[own]
+
+    def _among_largest(self, h: Float[Tensor, "n some"], k: int) -> Bool[Tensor, "n some"]:
+        return largest(h.t(), k, self.shares.features).t()
 
     def auxk(self, xc: Batch, error: Batch, dead: Bool[Tensor, " m"] | None) -> dict[str, float]:
         """Adds the gradients of AuxK to those of W_dec, W_enc and b_enc. Returns its loss by name, if there is one.
 
         ``xc`` is x - b_dec. The caller adds the gradient of b_dec, which follows from that of b_enc.
         """
-        if dead is None or not self.config.auxk_alpha or not bool(dead.any()):
+        if dead is None or not self.config.auxk_alpha or not (n_dead := int(self.total(dead.sum()))):
             return {}
         sae, grad, which, n = self.sae, self.gradients, dead.nonzero().squeeze(1), len(xc)
         rows, decoder = sae.W_enc.data.t()[which], sae.W_dec[which]
-        k = min(self.config.auxk or max(1, sae.d // 2), len(which))
+        k = min(self.config.auxk or max(1, sae.d // 2), n_dead)
         h = xc @ rows.t() + sae.b_enc[which]
+        values, features = top_k(h, min(k, len(which)))
         entries: Pattern
         if k < SPARSE_BELOW * len(which):
-            h, features = top_k(h, k)
-            entries, h = Sparse.of_top(features, len(which)), h.reshape(-1)
+            entries, h = self._largest_entries(values, features, k, len(which))
         else:
-            chosen = torch.zeros_like(h, dtype=torch.bool).scatter_(1, h.topk(k, dim=1).indices, True)
-            entries, h = Dense(), h * chosen
+            own = self._among_largest(values, k)
+            entries, h = Dense(), h * torch.zeros_like(h, dtype=torch.bool).scatter_(1, features, own)
         z = h.relu()
-        difference = entries.combine(z, decoder) - error
+        difference = self.total(entries.combine(z, decoder)) - error
         dx = difference * (2 * self.config.auxk_alpha / n)
         dh = entries.products(dx, decoder) * (h > 0)
         for name, codes, a in (("W_dec", z, dx), ("W_enc.T", dh, xc)):

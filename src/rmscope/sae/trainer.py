@@ -23,19 +23,19 @@ import polars as pl
 import torch
 from jaxtyping import Bool
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rmscope.activations.harvest import ActivationStream
 from rmscope.activations.store import ActivationStore
 from rmscope.errors import InputError
-from rmscope.io import Progress, atomic, content_hash, silent, write_table
+from rmscope.io import Progress, content_hash, silent, write_table
 from rmscope.model.site_names import parts_of
 from rmscope.sae.base import Sae, training_class
 from rmscope.sae.config import SaeConfig, check_memory
 from rmscope.sae.formats.saelens import CFG
 from rmscope.sae.initial import load_initial, settled, start_from
 from rmscope.sae.kernels import Batch
+from rmscope.sae.shares import SLICE, WHOLE, Shares, cut, join, write_tensors
 from rmscope.sae.training import Step, Training, draw, geometric_median, storage
 
 MEDIAN_ROWS, START_ROWS = 8192, 2048
@@ -43,8 +43,6 @@ MEDIAN_ROWS, START_ROWS = 8192, 2048
 FIGURES_EVERY = 20
 """Steps between two rows of training.parquet."""
 CHECKPOINT = "checkpoint.safetensors"
-SLICE = 1024
-"""Decoder rows that are processed at once where a copy of them is needed."""
 Activations = ActivationStore | ActivationStream
 
 
@@ -56,6 +54,7 @@ def train_saes(
     sites: Sequence[str] | None = None,
     progress: Progress = silent,
     device: str = "cpu",
+    shares: Shares = WHOLE,
 ) -> dict[Any, Sae]:
     """Trains one SAE per site, all in the same order of tokens. The SAEs work on raw activations.
 
@@ -68,14 +67,15 @@ def train_saes(
         sites: some of the store's sites; all by default.
         progress: called as (step, steps, figures in words).
         device: where the training runs.
+        shares: with which ranks it is shared, as :func:`~rmscope.sae.shares.deal` gives them; they all make this call.
 
     Returns:
         The SAEs by site; those of a sweep by (site, name).
 
     Raises:
         InputError: unknown site or family, initial weights that do not fit, a site of two parts, no tokens, sites of
-            different length, a sweep without a common order of tokens, more SAEs than the device can hold, a checkpoint of
-            another training, or a loss that is no longer finite.
+            different length, a sweep without a common order of tokens, more SAEs than the device can hold, more ranks than
+            tokens in a batch, a checkpoint of another training, or a loss that is no longer finite.
     """
     if joint := [site for site in sites or store.sites if len(parts_of(site)) > 1]:
         raise InputError(f"{joint[0]} is two sites side by side; train {' and '.join(parts_of(joint[0]))}.")
@@ -86,6 +86,8 @@ def train_saes(
     [(batch_size, seed)] = orders
     tokens = store.training_tokens(sites or store.sites)
     size = min(batch_size, tokens)
+    if size < shares.tokens.count:
+        raise InputError(f"{shares.tokens.count} processes cannot share batches of {size} tokens; start fewer of them.")
 
     saes: dict[tuple[str, str], Sae] = {}
     plans: list[tuple[str, str, SaeConfig, Sae | None, int, str, Path | None]] = []
@@ -96,19 +98,23 @@ def train_saes(
         steps = max(1, chosen.budget(tokens) // size)
         key = content_hash(chosen.model_dump(), store.identity, site, steps, *([initial.identity()] if initial else []))
         folder = Path(out) / site / name if out is not None else None
-        if done := load_finished(folder, key):
+        done = load_finished(folder, key)
+        everywhere = all(shares.numbers(done is not None))  # a file system of several machines may show it late
+        if done and everywhere:
             saes[site, name] = done
         else:
             plans.append((site, name, chosen, initial, steps, key, folder))
     if plans:
         d = store.d(plans[0][0])
-        check_memory([chosen.features(d, tokens) for _, _, chosen, *_ in plans], d, device)
+        check_memory([chosen.features(d, tokens) for _, _, chosen, *_ in plans], d, device, shares.features.count)
     runs: list[TrainingRun] = []
     for site, name, chosen, initial, steps, key, folder in plans:
         scale = store.norm_scale(site) if chosen.scale == "mean_norm" else 1.0
-        training = _begin(store, site, chosen, tokens, scale, device, initial)
+        training = _begin(store, site, chosen, tokens, scale, device, initial, shares)
         runs.append(TrainingRun(training, steps, site, name, scale, key, folder))
         load_checkpoint(runs[-1])
+        if len(set(shares.numbers(runs[-1].step))) > 1:
+            raise InputError(f"The processes see different checkpoints in {folder}; is the folder shared by all?")
 
     steps, first = max((run.steps for run in runs), default=0), min((run.step for run in runs), default=0)
     epochs, began = -(-steps // (tokens // size)), time.perf_counter()
@@ -130,18 +136,29 @@ def train_saes(
 
 
 def _begin(
-    store: Activations, site: str, config: SaeConfig, tokens: int, scale: float, device: str, initial: Sae | None
+    store: Activations,
+    site: str,
+    config: SaeConfig,
+    tokens: int,
+    scale: float,
+    device: str,
+    initial: Sae | None,
+    shares: Shares,
 ) -> Training:
     """A training before its first step: weights drawn and thresholds set, or both taken from the initial SAE."""
     d, family = store.d(site), training_class(config.architecture)
     generator = torch.Generator().manual_seed(config.seed)
     if initial is not None:
-        going_on: Training = family(start_from(initial, config, scale, generator).to(device), config)
+        sae = start_from(initial, config, scale, generator)
+        cut(sae, shares.rows(sae.m))
+        going_on: Training = family(sae.to(device), config, shares)
         return going_on
     x = store.sample(site, MEDIAN_ROWS, generator) * scale
-    sae: Sae = family.start(d, config.features(d, tokens), config)
-    draw(sae, geometric_median(x), generator)
-    training: Training = family(sae.to(device), config)
+    m = config.features(d, tokens)
+    sae = family.start(d, m, config)
+    cut(sae, shares.rows(m))
+    draw(sae, geometric_median(x), generator, m, shares.rows(m))
+    training: Training = family(sae.to(device), config, shares)
     training.begin(x[:START_ROWS].to(device))
     return training
 
@@ -187,9 +204,10 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         self.sae: Sae = self.training.sae
+        self.shares = self.training.shares
         self.title = f"{self.site} {self.name}".rstrip()
         self.config, self.parameters = self.training.config, storage(self.sae)
-        self.optimiser = torch.optim.Adam(self.parameters.values(), lr=self.config.rate(self.sae.m), fused=True)
+        self.optimiser = torch.optim.Adam(self.parameters.values(), lr=self.config.rate(self.training.m), fused=True)
         self.silent_for = torch.zeros(self.sae.m, dtype=torch.int64, device=self.sae.W_dec.device)
         """The number of tokens since each feature fired, [m]."""
 
@@ -205,7 +223,7 @@ def train_step(run: TrainingRun, x: Batch, tokens_per_second: float, extra: Extr
     """
     training, config, decoder = run.training, run.config, run.sae.W_dec.data
     rate, ramp = config.schedule(run.step, run.steps)
-    result = training.step(x, run.dead, ramp)
+    result = training.shared_step(x, run.dead, ramp)
     loss = result.loss + (extra.loss if extra else 0.0)
     if not loss < float("inf"):
         raise InputError(f"The loss of {run.title} is {loss} at step {run.step}; lower lr or check the data.")
@@ -218,8 +236,8 @@ def train_step(run: TrainingRun, x: Batch, tokens_per_second: float, extra: Extr
     for name, parameter in run.parameters.items():
         parameter.grad = gradients[name]
     if training.clip is not None:
-        torch.nn.utils.clip_grad_norm_(run.parameters.values(), training.clip)
-    run.optimiser.param_groups[0]["lr"] = rate * config.rate(run.sae.m)
+        _clip(run, training.clip)
+    run.optimiser.param_groups[0]["lr"] = rate * config.rate(training.m)
     run.optimiser.step()
     if training.unit_decoder:
         decoder.div_(decoder.norm(dim=1, keepdim=True))
@@ -230,14 +248,26 @@ def train_step(run: TrainingRun, x: Batch, tokens_per_second: float, extra: Extr
     return _record(run, x, result, tokens_per_second, extra) if due else ""
 
 
+def _clip(run: TrainingRun, norm: float) -> None:
+    """Scales the gradients of all ranks' features down to a norm."""
+    if run.shares.features.count == 1:
+        torch.nn.utils.clip_grad_norm_(run.parameters.values(), norm)
+        return
+    squares = {name: (p.grad.double() ** 2).sum() for name, p in run.parameters.items() if p.grad is not None}
+    of_bias = squares.pop("b_dec")
+    total = (run.training.total(torch.stack([*squares.values()]).sum()) + of_bias).sqrt()
+    torch.nn.utils.clip_grads_with_norm_(run.parameters.values(), norm, total.float())
+
+
 def _revive(run: TrainingRun, x: Batch, result: Step) -> None:
     """Redraws dead features, and resets Adam for them, every ``dead_after_tokens`` until the learning rate falls."""
     every = max(1, run.config.dead_after_tokens // len(x))
     dead = run.dead
-    if run.step % every or run.step > (1 - run.config.decay) * run.steps or not bool(dead.any()):
+    if run.step % every or run.step > (1 - run.config.decay) * run.steps or not int(run.training.total(dead.sum())):
         return
     generator = torch.Generator().manual_seed((run.config.seed << 32) + run.step)
-    if not run.training.revive(x, result.residual, dead, generator):
+    residual = torch.cat(run.shares.tokens.gather(result.residual))
+    if not run.training.revive(x, residual, dead, generator):
         return
     run.silent_for.masked_fill_(dead, 0)
     for name, parameter in run.parameters.items():
@@ -249,12 +279,12 @@ def _revive(run: TrainingRun, x: Batch, result: Step) -> None:
 def _record(run: TrainingRun, x: Batch, result: Step, tokens_per_second: float, extra: ExtraLoss | None) -> str:
     """Adds a row to ``training.parquet`` and returns it in words."""
     variance = float((x - x.mean(dim=0)).square().sum())
-    fvu = float(result.residual.square().sum()) / variance if variance else float("nan")
-    dead, rate = int(run.dead.sum()), run.optimiser.param_groups[0]["lr"]
+    fvu = float(run.shares.tokens.sum(result.residual.square().sum())) / variance if variance else float("nan")
+    dead, rate = int(run.training.total(run.dead.sum())), run.optimiser.param_groups[0]["lr"]
     row = {"step": run.step, "tokens": run.step * len(x), "loss": result.loss, "fvu": fvu, "l0": result.l0, "dead": dead}
     row |= {"learning_rate": rate, "tokens_per_second": tokens_per_second}
     run.figures.append(row | ({extra.name: extra.loss} if extra else {}))
-    if run.folder:
+    if run.folder and run.shares.together.is_first:
         write_table(run.folder / "training.parquet", pl.DataFrame(run.figures, infer_schema_length=None))
     told = f"loss {result.loss:.4g}, " + (f"{extra.name} {extra.loss:.4g}, " if extra else "")
     return f"{run.title}: {told}fvu {fvu:.3f}, l0 {result.l0:.1f}, {dead} dead, {tokens_per_second:,.0f} tokens/s"
@@ -267,8 +297,14 @@ def save_checkpoint(run: TrainingRun) -> None:
     for name, p in run.parameters.items():
         tensors |= {f"adam.{part}.{name}": value for part, value in run.optimiser.state[p].items()}
     told = {"key": run.key, "step": str(run.step), "density": repr(run.training.density), "figures": json.dumps(run.figures)}
-    with atomic(run.folder / CHECKPOINT) as temporary:
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary, told)
+    same = {name: tensors.pop(name) for name in list(tensors) if not _is_of_features(name)}
+    if run.shares.tokens.is_first:
+        write_tensors(run.folder / CHECKPOINT, tensors, same, told, run.shares.features)
+
+
+def _is_of_features(name: str) -> bool:
+    """Whether a tensor of a checkpoint has one row per feature."""
+    return not name.endswith(".b_dec") and not name.startswith("adam.step.")
 
 
 def load_checkpoint(run: TrainingRun) -> None:
@@ -280,10 +316,16 @@ def load_checkpoint(run: TrainingRun) -> None:
         told = opened.metadata()
         if told["key"] != run.key:
             raise InputError(f"{path} is of a training with other settings or data; delete it or choose another folder.")
-        run.silent_for.copy_(opened.get_tensor("silent_for"))
+        rows = run.shares.rows(run.training.m)
+
+        def stored(name: str) -> Tensor:
+            """This rank's rows of a tensor."""
+            return opened.get_slice(name)[rows] if _is_of_features(name) else opened.get_tensor(name)
+
+        run.silent_for.copy_(stored("silent_for"))
         for name, p in run.parameters.items():
-            p.copy_(opened.get_tensor(f"sae.{name}"))
-            moments = {part: opened.get_tensor(f"adam.{part}.{name}") for part in ("exp_avg", "exp_avg_sq", "step")}
+            p.copy_(stored(f"sae.{name}"))
+            moments = {part: stored(f"adam.{part}.{name}") for part in ("exp_avg", "exp_avg_sq", "step")}
             run.optimiser.state[p] = {part: value.to(p.device, copy=True) for part, value in moments.items()}
         run.training.density = float(told["density"])
         run.step, run.figures = int(told["step"]), json.loads(told["figures"])
@@ -292,12 +334,14 @@ def load_checkpoint(run: TrainingRun) -> None:
 def finish(run: TrainingRun, metadata: dict[str, Any]) -> Sae:
     """The SAE after the last step, in the units of the stream. It is saved if there is a folder, without the checkpoint."""
     run.training.finish()
+    join(run.sae, run.shares.features)
     sae = run.sae.cpu()
     sae.change_units(run.scale)
     sae.site, sae.metadata = run.site, metadata
-    if run.folder:
+    if run.folder and run.shares.together.is_first:
         sae.save(run.folder)
         (run.folder / CHECKPOINT).unlink(missing_ok=True)
+    run.shares.together.wait()
     return sae
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from rmscope.hardware import has_fast_bfloat16
 from rmscope.sae.base import Sae
 from rmscope.sae.config import SaeConfig
 from rmscope.sae.kernels import Batch
+from rmscope.sae.shares import SLICE, WHOLE, Shares
 
 START_OPEN = 1 / 32
 """Share of tokens on which a feature with a gate or threshold of its own fires at the start, as in Anthropic's January 2025
@@ -30,7 +32,7 @@ class Step:
     gradients: dict[str, Tensor]
     """By parameter, with the keys of :func:`storage`."""
     residual: Batch
-    """x^ - x."""
+    """x^ - x of this rank's tokens."""
     l0: float
     fired: Bool[Tensor, " m"]
 
@@ -47,9 +49,12 @@ class Training(ABC):
     density: float = 1.0
     """Share of the entries that were open in the last batch. It decides whether the next step is sparse."""
 
-    def __init__(self, sae: Any, config: SaeConfig) -> None:
-        self.sae, self.config = sae, config
+    def __init__(self, sae: Any, config: SaeConfig, shares: Shares = WHOLE) -> None:
+        """``sae`` has the features that this rank holds, ``first`` is the number of the first of them, ``m`` that of all."""
+        self.sae, self.config, self.shares = sae, config, shares
         self.gradients = {name: torch.zeros_like(p) for name, p in storage(sae).items()}
+        held = torch.cat(shares.features.gather(torch.tensor([sae.m]))).tolist()
+        self.m, self.first = sum(held), sum(held[: shares.features.rank])
 
     @classmethod
     def start(cls, d: int, m: int, config: SaeConfig) -> Sae:
@@ -61,7 +66,29 @@ class Training(ABC):
 
     @abstractmethod
     def step(self, x: Batch, dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
-        """Loss and gradients on a batch in the units of training. ``ramp`` scales the sparsity penalty, for its warm-up."""
+        """Loss and gradients on a batch in the units of training. ``ramp`` scales the sparsity penalty, for its warm-up.
+
+        Ranks that share the features take it together: what sums over features goes through :meth:`total`.
+        """
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over the ranks that share the features."""
+        return self.shares.features.sum(x)
+
+    def shared_step(self, x: Batch, dead: Bool[Tensor, " m"] | None = None, ramp: float = 1.0) -> Step:
+        """The same on this rank's tokens of a batch. All but the residual is then that of the whole batch."""
+        ranks = self.shares.tokens
+        if ranks.count == 1:
+            return self.step(x, dead, ramp)
+        own = x.tensor_split(ranks.count)[ranks.rank]
+        step, weight = self.step(own, dead, ramp), len(own) / len(x)
+        for gradient in step.gradients.values():
+            ranks.sum(gradient.mul_(weight))
+        figures = torch.tensor([*step.parts.values(), step.l0, self.density], dtype=torch.float64) * weight
+        *terms, l0, self.density = ranks.sum(figures).tolist()
+        fired = ranks.sum(step.fired.int()) > 0
+        parts = dict(zip(step.parts, terms, strict=True))
+        return replace(step, loss=sum(terms), parts=parts, l0=l0, fired=fired)
 
     def revive(self, x: Batch, residual: Batch, dead: Bool[Tensor, " m"], generator: torch.Generator) -> bool:
         """Redraws dead features after a step. False for families that revive features in another way, or not at all."""
@@ -82,10 +109,21 @@ def storage(sae: Sae) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def draw(sae: Sae, b_dec: Float[Tensor, " d"], generator: torch.Generator) -> None:
-    """Decoder rows uniform on the unit sphere, W_enc = W_dec^T (Gao et al. 2024, appendix A.1)."""
-    rows = torch.randn(sae.m, sae.d, generator=generator)
-    sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
+def draw(
+    sae: Sae, b_dec: Float[Tensor, " d"], generator: torch.Generator, m: int | None = None, rows: slice = slice(None)
+) -> None:
+    """Decoder rows uniform on the unit sphere, W_enc = W_dec^T (Gao et al. 2024, appendix A.1).
+
+    Where the SAE holds only some ``rows`` of ``m`` features, all are drawn, some at a time.
+    """
+    m = m or sae.m
+    own, starts = range(m)[rows], [*range(0, m - SLICE + 1, SLICE)] or [0]
+    for start, stop in pairwise([*starts, m]):
+        drawn = torch.randn(stop - start, sae.d, generator=generator)
+        low, high = max(start, own.start), min(stop, own.stop)
+        if low < high:
+            part = drawn[low - start : high - start]
+            sae.W_dec[low - own.start : high - own.start] = part / part.norm(dim=1, keepdim=True)
     sae.W_enc.t().copy_(sae.W_dec)
     sae.b_dec.copy_(b_dec)
 
