@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from rmscope.run.run import Run
 from tests.run.small import settings, tables
@@ -59,6 +61,18 @@ def test_two_processes_write_the_tables_of_one(pm: str, alone: Path, tmp_path: P
     assert not (out / ".parts").exists()
     assert "done before" in finish(config(pm, out), 2)
     assert tables(out) == tables(alone)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_one_sae_of_a_run_together(pm: str, alone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    own = settings(pm, out, sites=["resid_post.1"], seeds=1, ledger_pairs=4, limit=260)
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(own.model_dump(mode="json", exclude_defaults=True)))
+    finish(path, 2)
+    one, two = (load_file(run / "saes/resid_post.1/sae_weights.safetensors") for run in (alone, out))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

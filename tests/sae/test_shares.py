@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +21,37 @@ from rmscope.activations.store import ActivationStore
 from rmscope.errors import InputError
 from rmscope.ranks import Ranks
 from rmscope.sae import Sae, SaeConfig, train_saes
-from rmscope.sae.shares import deal
+from rmscope.sae.shares import Shares, deal
 from rmscope.sae.trainer import CHECKPOINT
 from tests.sae.planted import planted_activations, store_of
 from tests.sae.test_trainer import FAMILIES, KilledError, kill_at
 
-SITE, LIMIT = "embed", 300
-OWN = {"d_sae": 66, "k": 3, "batch_size": 250, "lr": 1e-3, "amp": False, "epochs": 8, "warmup": 0.5, "checkpoint_steps": 7}
+SITE, LIMIT, HALF_DEAD = "embed", 300, 25
+OWN = {"d_sae": 66, "k": 3, "batch_size": 250, "lr": 1e-3, "amp": False, "epochs": 5, "warmup": 0.5, "checkpoint_steps": 7}
 """Neither the batch nor the features are a multiple of four."""
-DEAD = {"dead_after_tokens": 250, "auxk": 5}
-"""Features soon count as dead: AuxK and the other revivals work in most steps."""
+REVIVED = {"dead_after_tokens": 750, "auxk": 5}
 CASES: dict[str, dict[str, Any]] = {
-    f"{family} {what}": {"devices": devices, "settings": {**OWN, **DEAD, **FAMILIES[family]}}
+    f"{family}, {what}": {"devices": devices, "settings": {**OWN, **REVIVED, **FAMILIES[family]}}
     for family in FAMILIES
-    for what, devices in (("tokens", 1), ("features", 2))
+    for what, devices in (("new, features", 2), ("dead, features", 2), ("dead, tokens", 1))
+    if family != "standard" or what.startswith("new")  # of which nothing is revived
 }
-CASES["resumed tokens"] = {"devices": 1, "settings": OWN | DEAD}
-CASES["resumed features"] = {"devices": 2, "settings": OWN | DEAD}
+CASES["standard, new, tokens"] = {"devices": 1, "settings": {**OWN, **FAMILIES["standard"]}}
+CASES["topk, dead, AuxK of one"] = {"devices": 2, "settings": {**OWN, **REVIVED, "auxk": 1}}
+CASES["topk, resumed, tokens"] = {"devices": 1, "settings": OWN | REVIVED}
+CASES["topk, resumed, features"] = {"devices": 2, "settings": OWN | REVIVED}
+
+
+def kill_half(sae: Sae) -> Sae:
+    """An SAE whose first features, all on the first of two processes, are silent."""
+    dead = slice(0, HALF_DEAD)
+    if sae.architecture == "gated":
+        sae.get_parameter("b_gate")[dead] = -1e6
+    elif sae.metadata["trained_as"] == "jumprelu":
+        sae.get_parameter("threshold")[dead] = 20.0
+    else:
+        sae.W_enc[:, dead] *= 0.02
+    return sae
 
 
 @dataclass
@@ -77,11 +93,17 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 @pytest.fixture(scope="module")
 def shared(world: World) -> World:
-    """Every case, trained by two processes. Two of them go on where one process was killed."""
-    for name in CASES:
-        if name.startswith("resumed"):
+    """Every case, trained by two processes. Some go on from an SAE with dead features, some where one process was killed."""
+    for family, settings in FAMILIES.items():
+        first = world.train(f"first {family}", {**OWN, **settings, "epochs": 1})
+        kill_half(first).save(world.root / f"half dead {family}")
+    for name, case in CASES.items():
+        family, what = name.split(", ")[:2]
+        if what == "dead":
+            case["settings"] |= {"d_sae": None, "init": str(world.root / f"half dead {family}")}
+        elif what == "resumed":
             with pytest.raises(KilledError):
-                world.train(name, OWN | DEAD, kill=41)
+                world.train(name, case["settings"], kill=21)
             assert (world.root / name / SITE / CHECKPOINT).is_file()
     assert world.share(2, CASES) == 0
     return world
@@ -91,7 +113,8 @@ def shared(world: World) -> World:
 def test_two_processes_train_the_sae_of_one(name: str, shared: World) -> None:
     alone = shared.train(f"alone {name}", CASES[name]["settings"])
     figures = pl.read_parquet(shared.root / f"alone {name}" / SITE / "training.parquet")
-    assert figures["dead"].max() > 0
+    if "dead" in name:
+        assert max(figures["dead"]) >= HALF_DEAD or min(alone.get_parameter("b_gate")) > -100  # or they were redrawn
     assert_same(shared.weights(name), shared.weights(f"alone {name}"))
     assert Sae.load(shared.root / name / SITE).metadata["rmscope"]["training"] == alone.metadata["rmscope"]["training"]
     told = pl.read_parquet(shared.root / name / SITE / "training.parquet")
@@ -101,17 +124,57 @@ def test_two_processes_train_the_sae_of_one(name: str, shared: World) -> None:
 
 
 def test_after_the_death_of_a_process_one_process_goes_on_to_the_same_sae(world: World) -> None:
-    cases = {f"killed {d}": {"devices": d, "die_at": 21, "settings": OWN | DEAD} for d in (1, 2)}
-    for name, case in cases.items():
-        assert world.share(2, {name: case}) != 0
-        assert (world.root / name / SITE / CHECKPOINT).is_file()
-        world.train(name, OWN | DEAD)
-    world.train("never killed", OWN | DEAD)
-    for name in cases:
-        assert_same(world.weights(name), world.weights("never killed"))
+    assert world.share(2, {"killed": {"devices": 2, "die_at": 21, "settings": OWN | REVIVED}}) != 0
+    assert (world.root / "killed" / SITE / CHECKPOINT).is_file()
+    world.train("killed", OWN | REVIVED)
+    world.train("never killed", OWN | REVIVED)
+    assert_same(world.weights("killed"), world.weights("never killed"))
 
 
+@pytest.mark.slow
 def test_four_processes_share_tokens_and_features(world: World) -> None:
-    world.share(4, {"table": {"devices": 2, "settings": OWN | DEAD}})
-    world.train("alone table", OWN | DEAD)
+    world.share(4, {"table": {"devices": 2, "settings": OWN | REVIVED}})
+    world.train("alone table", OWN | REVIVED)
     assert_same(world.weights("table"), world.weights("alone table"))
+
+
+class Listed(Ranks):
+    """Ranks that are only numbers."""
+
+    def among(self, groups: Sequence[Sequence[int]]) -> Ranks:
+        [own] = [members for members in groups if self.rank in members]
+        return Ranks(own.index(self.rank), len(own))
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3])
+@pytest.mark.parametrize("n_parts", [1, 2, 5])
+@pytest.mark.parametrize("count", [2, 3, 6, 7, 8])
+def test_every_part_is_trained_once_and_no_process_is_idle(count: int, n_parts: int, devices: int) -> None:
+    if count < devices:
+        with (
+            pytest.raises(InputError, match=r"memory of 3 devices at least, and there are 2 processes"),
+            deal(["a"], Listed(0, count), devices),
+        ):
+            pass
+        return
+    trained: dict[str, list[tuple[Shares, int]]] = {}
+    for rank in range(count):
+        with deal([f"diff.{i}" for i in range(n_parts)], Listed(rank, count), devices) as (lots, shares):
+            assert lots
+            assert shares.features.count >= devices
+            assert devices == 1 or all(len(lot) == 1 for lot in lots)  # as many at once would not fit
+            assert devices > 1 or count > n_parts or shares.together.count == 1
+            for lot in lots:
+                for part in lot:
+                    trained.setdefault(part, []).append((shares, rank))
+    assert len(trained) == n_parts
+    for team in trained.values():
+        places = {(shares.tokens.rank, shares.features.rank) for shares, _ in team}
+        first = team[0][0]
+        assert places == set(product(range(first.tokens.count), range(first.features.count)))
+        assert len(team) == len(places) == first.together.count
+
+
+def test_more_processes_than_tokens_in_a_batch_are_refused(world: World) -> None:
+    with pytest.raises(InputError, match="8 processes cannot share batches of 7 tokens"):
+        train_saes(world.store, SaeConfig(**OWN | {"batch_size": 7}), shares=Shares(tokens=Ranks(0, 8)))
