@@ -17,8 +17,7 @@ from pathlib import Path
 from rmscope.activations.store import ActivationStore
 from rmscope.io import Progress
 from rmscope.ranks import ranks_of_torchrun
-from rmscope.sae import SaeConfig, train_saes
-from rmscope.sae.shares import deal
+from rmscope.sae import SaeConfig, shares, train_saes
 
 
 def killer(step: int) -> Progress:
@@ -30,15 +29,16 @@ def killer(step: int) -> Progress:
 
 
 def main(store: str, out: str, cases: str) -> None:
+    shares.SLICE = 10  # what is gathered comes in several pieces
     opened = ActivationStore.open(store)
     with ranks_of_torchrun() as ranks:
         for name, case in json.loads(Path(cases).read_text()).items():
             last = ranks.rank == ranks.count - 1
             progress = killer(case["die_at"] if last and case.get("die_at") else 10**9)
-            with deal(opened.sites, ranks, case["devices"]) as (lots, shares):
-                assert shares.together.count == ranks.count
+            with shares.deal(opened.sites, ranks, case["devices"]) as (lots, own):
+                assert own.together.count == ranks.count
                 for lot in lots:
-                    train_saes(opened, SaeConfig(**case["settings"]), Path(out) / name, lot, progress, "cpu", shares)
+                    train_saes(opened, SaeConfig(**case["settings"]), Path(out) / name, lot, progress, "cpu", own)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 from rmscope import hardware
 from rmscope.errors import InputError
 from rmscope.sae import SaeConfig
-from rmscope.sae.config import check_memory
+from rmscope.sae.config import check_memory, devices_for
 
 D = 576
 
@@ -31,3 +31,14 @@ def test_a_dictionary_that_no_memory_holds_is_refused_and_one_that_just_fits_is_
     for most, features in ((1001, [1001]), (600, [401, 600]), (501, [501, 501]), (10**15, [10**15])):
         with pytest.raises(InputError, match=rf"d_sae {most}: training.* takes .* GB at least, and cpu has"):
             check_memory(features, D, "cpu")
+
+
+def test_several_devices_share_the_saes_or_hold_one_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "memory", lambda _device: 24 * 1000 * D)
+    assert [devices_for(m, D, "cpu") for m in (1, 750, 751, 1500, 1501)] == [1, 1, 2, 2, 3]  # with gradients
+    check_memory([700] * 4, D, "cpu", devices=4)
+    check_memory([1900], D, "cpu", devices=2)
+    check_memory([1900] * 6, D, "cpu", devices=2)  # one after another
+    for features, devices in (([700] * 5, 4), ([2001], 2)):
+        with pytest.raises(InputError, match="GB at least"):
+            check_memory(features, D, "cpu", devices)

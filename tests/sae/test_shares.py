@@ -15,14 +15,17 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from rmscope.activations.store import ActivationStore
 from rmscope.errors import InputError
-from rmscope.ranks import Ranks
+from rmscope.ranks import ALONE, Ranks
 from rmscope.sae import Sae, SaeConfig, train_saes
-from rmscope.sae.shares import Shares, deal
+from rmscope.sae.shares import Shares, cut, deal, write_tensors
+from rmscope.sae.topk import TopKSae
 from rmscope.sae.trainer import CHECKPOINT
+from rmscope.sae.training import draw
 from tests.sae.planted import planted_activations, store_of
 from tests.sae.test_trainer import FAMILIES, KilledError, kill_at
 
@@ -178,3 +181,30 @@ def test_every_part_is_trained_once_and_no_process_is_idle(count: int, n_parts: 
 def test_more_processes_than_tokens_in_a_batch_are_refused(world: World) -> None:
     with pytest.raises(InputError, match="8 processes cannot share batches of 7 tokens"):
         train_saes(world.store, SaeConfig(**OWN | {"batch_size": 7}), shares=Shares(tokens=Ranks(0, 8)))
+
+
+@pytest.mark.parametrize("m", [7, 1023, 1024, 2500])
+def test_a_rank_draws_the_features_that_one_process_draws(m: int) -> None:
+    whole = TopKSae(5, m, k=1)
+    draw(whole, torch.ones(5), torch.Generator().manual_seed(0))
+    plain = torch.randn(m, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(whole.W_dec, plain / plain.norm(dim=1, keepdim=True))
+    for rank in range(3):
+        rows = Shares(features=Ranks(rank, 3)).rows(m)
+        some = TopKSae(5, m, k=1)
+        cut(some, rows)
+        draw(some, torch.ones(5), torch.Generator().manual_seed(0), m, rows)
+        assert torch.equal(some.W_dec, whole.W_dec[rows])
+        assert torch.equal(some.W_enc, whole.W_enc[:, rows])
+
+
+@pytest.mark.parametrize("n", [0, 1, 1024, 2500])
+def test_a_file_that_is_written_piece_by_piece_holds_what_was_given(n: int, tmp_path: Path) -> None:
+    spread = {"odd.W": torch.randn(n, 3), "silent": torch.arange(n), "bias": torch.randn(n)}
+    same = {"step": torch.tensor(4.0), "b_dec": torch.randn(3)}
+    write_tensors(tmp_path / "x.safetensors", spread, same, {"key": "ü"}, ALONE)
+    read = load_file(tmp_path / "x.safetensors")
+    assert read.keys() == {*spread, *same}
+    assert all(torch.equal(read[name], t) and read[name].dtype == t.dtype for name, t in (spread | same).items())
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as opened:
+        assert opened.metadata() == {"key": "ü"}

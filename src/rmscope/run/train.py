@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import polars as pl
+import torch
 
 from rmscope.evaluation.reward_aware import RewardAwareConfig, fine_tune
 from rmscope.io import Progress, silent, write_json
@@ -74,10 +75,11 @@ def train_run_saes(run: RunData, config: SaeConfig, folder: Path, progress: Prog
 
 
 def _devices(run: RunData, config: SaeConfig, parts: list[str]) -> int:
-    """How many devices the training of one SAE takes."""
+    """How many devices the training of one SAE takes, where they are smallest: all ranks deal alike."""
     initial = next(iter(run.initial_saes.values()), None) if config.init else None
     features = settled(config, initial).features(run.rm.d_model, run.store.training_tokens(parts))
-    return devices_for(features, run.rm.d_model, str(run.rm.device))
+    devices = devices_for(features, run.rm.d_model, str(run.rm.device))
+    return max(int(n) for n in run.on_disk.ranks.gather(torch.tensor([devices])))
 
 
 def _fine_tuned(

@@ -99,16 +99,17 @@ class SaeConfig(Settings):
 
 
 def devices_for(features: int, d: int, device: str) -> int:
-    """Devices whose memory holds the training of one SAE: encoder, decoder and Adam's two moments of each, float32."""
+    """Devices whose memory holds the training of one SAE: encoder, decoder, gradients and Adam's two moments, float32."""
     from rmscope.hardware import memory  # here, because the command line reads settings without torch
 
-    return max(1, -(-24 * features * d // memory(device)))
+    return max(1, -(-32 * features * d // memory(device)))
 
 
 def check_memory(features: Sequence[int], d: int, device: str, devices: int = 1) -> None:
     """InputError where SAEs of so many features each, trained at once on streams of width d, do not fit.
 
-    Of several devices each trains its part of the SAEs, or, where one device cannot hold an SAE, all train it together.
+    Encoder, decoder and Adam's two moments of each are float32. Of several devices each trains its part of the SAEs, or,
+    where one device cannot hold an SAE, all train it together.
     """
     from rmscope.hardware import memory
 
