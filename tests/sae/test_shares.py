@@ -29,7 +29,7 @@ from rmscope.sae.training import draw
 from tests.sae.planted import planted_activations, store_of
 from tests.sae.test_trainer import FAMILIES, KilledError, kill_at
 
-SITE, LIMIT, HALF_DEAD = "embed", 300, 25
+SITE, LIMIT = "embed", 300
 OWN = {"d_sae": 66, "k": 3, "batch_size": 250, "lr": 1e-3, "amp": False, "epochs": 5, "warmup": 0.5, "checkpoint_steps": 7}
 """Neither the batch nor the features are a multiple of four."""
 REVIVED = {"dead_after_tokens": 750, "auxk": 5}
@@ -40,14 +40,20 @@ CASES: dict[str, dict[str, Any]] = {
     if family != "standard" or what.startswith("new")  # of which nothing is revived
 }
 CASES["standard, new, tokens"] = {"devices": 1, "settings": {**OWN, **FAMILIES["standard"]}}
-CASES["topk, dead, AuxK of one"] = {"devices": 2, "settings": {**OWN, **REVIVED, "auxk": 1}}
+CASES["topk, dead, AuxK of one feature"] = {"devices": 2, "settings": {**OWN, **REVIVED, "auxk": 1}}
+CASES["topk, dead, rarely firing, tokens"] = {"devices": 1, "settings": {**OWN, "k": 1, "dead_after_tokens": 500}}
+for family in ("topk", "jumprelu", "gated"):
+    CASES[f"{family}, dead on one"] = {"devices": 2, "settings": {**OWN, **REVIVED, **FAMILIES[family]}}
 CASES["topk, resumed, tokens"] = {"devices": 1, "settings": OWN | REVIVED}
 CASES["topk, resumed, features"] = {"devices": 2, "settings": OWN | REVIVED}
 
 
-def kill_half(sae: Sae) -> Sae:
-    """An SAE whose first features, all on the first of two processes, are silent."""
-    dead = slice(0, HALF_DEAD)
+DEAD = {"dead": [j for j in range(66) if j < 15 or j % 3 == 0], "dead on one": [*range(25)]}
+"""Features that never fire: more of them on the first of two processes, or all."""
+
+
+def kill_some(sae: Sae, dead: list[int]) -> Sae:
+    """The SAE with some features silent."""
     if sae.architecture == "gated":
         sae.get_parameter("b_gate")[dead] = -1e6
     elif sae.metadata["trained_as"] == "jumprelu":
@@ -98,12 +104,13 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 def shared(world: World) -> World:
     """Every case, trained by two processes. Some go on from an SAE with dead features, some where one process was killed."""
     for family, settings in FAMILIES.items():
-        first = world.train(f"first {family}", {**OWN, **settings, "epochs": 1})
-        kill_half(first).save(world.root / f"half dead {family}")
+        for what, dead in DEAD.items():
+            first = world.train(f"first {family}", {**OWN, **settings, "epochs": 1})
+            kill_some(first, dead).save(world.root / f"{family} {what}")
     for name, case in CASES.items():
         family, what = name.split(", ")[:2]
-        if what == "dead":
-            case["settings"] |= {"d_sae": None, "init": str(world.root / f"half dead {family}")}
+        if what in DEAD:
+            case["settings"] |= {"d_sae": None, "init": str(world.root / f"{family} {what}")}
         elif what == "resumed":
             with pytest.raises(KilledError):
                 world.train(name, case["settings"], kill=21)
@@ -117,7 +124,7 @@ def test_two_processes_train_the_sae_of_one(name: str, shared: World) -> None:
     alone = shared.train(f"alone {name}", CASES[name]["settings"])
     figures = pl.read_parquet(shared.root / f"alone {name}" / SITE / "training.parquet")
     if "dead" in name:
-        assert max(figures["dead"]) >= HALF_DEAD or min(alone.get_parameter("b_gate")) > -100  # or they were redrawn
+        assert max(figures["dead"]) >= 25 or min(alone.get_parameter("b_gate")) > -100  # or they were redrawn
     assert_same(shared.weights(name), shared.weights(f"alone {name}"))
     assert Sae.load(shared.root / name / SITE).metadata["rmscope"]["training"] == alone.metadata["rmscope"]["training"]
     told = pl.read_parquet(shared.root / name / SITE / "training.parquet")
