@@ -1,11 +1,11 @@
 """Several processes on one run folder, started by ``torchrun``: they share the units of the long stages.
 
 Every process (rank) goes through the whole pipeline. Units of 64 pairs are dealt out in turn, and what a unit gives does not
-depend on who makes it, so the tables are those of one process, byte for byte. What a shared stage does beside its units,
-every rank does, with the same bytes. The first rank alone does the other stages, and the others wait. Ranks share the
-folder and a process group, which only waits; those that train one SAE together have a group of their own, by which they add
-and gather tensors. If a rank dies, torchrun ends all. The next start, with any number of processes, goes on with the units
-that are there.
+depend on who makes it, so the tables are those of one process, byte for byte (but for rounding, where several ranks train
+one SAE: ``sae/shares.py``). What a shared stage does beside its units, every rank does, with the same bytes. The first rank
+alone does the other stages, and the others wait. Ranks share the folder and a process group, which only waits; those that
+train one SAE have groups of their own, over which they add and gather tensors. If a rank dies, torchrun ends all. The next
+start, with any number of processes, goes on with the units that are there.
 """
 
 from __future__ import annotations
