@@ -143,7 +143,7 @@ def test_after_the_death_of_a_process_one_process_goes_on_to_the_same_sae(world:
 
 @pytest.mark.slow
 def test_four_processes_share_tokens_and_features(world: World) -> None:
-    world.share(4, {"table": {"devices": 2, "settings": OWN | REVIVED}})
+    assert world.share(4, {"table": {"devices": 2, "settings": OWN | REVIVED}}) == 0
     world.train("alone table", OWN | REVIVED)
     assert_same(world.weights("table"), world.weights("alone table"))
 
