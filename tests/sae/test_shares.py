@@ -91,6 +91,7 @@ class World:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("shares")
     x, _ = planted_activations(2000, 24, 40, 3)
+    (root / "saes").mkdir()
     return World(root / "saes", store_of(root / "acts", {SITE: x}))
 
 
