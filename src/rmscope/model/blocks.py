@@ -39,16 +39,20 @@ def vocabulary_size(model: Any) -> int:
 
 
 @torch.no_grad()
-def find_blocks(model: Any, ids: Tensor, d: int) -> tuple[nn.ModuleList, str]:
-    """The blocks, and "" or the reason why there are none. ``ids`` [T] is a text, ``d`` the width of the stream."""
+def find_blocks(model: Any, ids: Tensor, d: int) -> tuple[nn.ModuleList, int, str]:
+    """The blocks, how long the tuple is that they return (0: the stream alone), and "" or the reason why there are none.
+
+    ``ids`` [T] is a text, ``d`` the width of the stream.
+    """
     if int(ids.max()) >= vocabulary_size(model):  # on a GPU such a forward ends the process
-        return nn.ModuleList(), "its tokenizer gives tokens that it does not know"
+        return nn.ModuleList(), 0, "its tokenizer gives tokens that it does not know"
     separate_layers(model)
     every = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     inside = {id(child) for blocks in every for child in blocks}
     lists = [blocks for blocks in every if id(blocks) not in inside]  # Funnel keeps a list per resolution of its stream
     calls: list[tuple[int, Tensor | None, Tensor | None]] = []
     """(module, the stream before and after it; None where it works on another shape, or on two streams)."""
+    sizes: dict[int, int] = {}
     failure = ""
 
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -58,6 +62,7 @@ def find_blocks(model: Any, ids: Tensor, d: int) -> tuple[nn.ModuleList, str]:
         is_one = fits[:2] == [True, True] and sum(fits) == 2  # Reformer's blocks carry two streams
         before, after = (x.clone() if is_one and isinstance(x, Tensor) else None for x in (stream, parts[0]))
         calls.append((id(module), before, after))
+        sizes[id(module)] = len(output) if isinstance(output, (tuple, list)) else 0
 
     with ExitStack() as stack:
         for module in {id(m): m for blocks in lists for m in blocks}.values():
@@ -81,8 +86,9 @@ def find_blocks(model: Any, ids: Tensor, d: int) -> tuple[nn.ModuleList, str]:
         return len(blocks) > 1, ends[-1]
 
     if trunks := [blocks for blocks in lists if is_trunk(blocks)]:
-        return max(trunks, key=last_run), ""  # of an encoder-decoder the decoder's, from which the reward is read
-    return nn.ModuleList(), failure or "no list of its modules hands one stream [rows, tokens, d] from each to the next"
+        blocks = max(trunks, key=last_run)  # of an encoder-decoder the decoder's, from which the reward is read
+        return blocks, sizes[id(blocks[-1])], ""
+    return nn.ModuleList(), 0, failure or "no list of its modules hands one stream [rows, tokens, d] from each to the next"
 
 
 def separate_layers(model: Any) -> None:

@@ -153,7 +153,7 @@ def ragged_states(
     (``RewardModel.capabilities.ragged``).
     """
     upto, last = trunk.site_index(site), len(trunk.blocks) - 1
-    n, _ = text.ids.numel(), trunk.outputs  # measured on first use, by a forward pass with the usual attention
+    n = text.ids.numel()
     row = _Row(text, torch.as_tensor(starts, device=trunk.device), last)
     stream = stream.to(trunk.device, trunk.dtype)
     with torch.no_grad(), _ragged_attention(trunk.model, row):

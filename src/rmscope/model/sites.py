@@ -98,7 +98,7 @@ class Trunk:
         self.text_config = model.config.get_text_config()
         self.d_model = int(getattr(self.text_config, "hidden_size", 0) or getattr(self.text_config, "d_model", 0))
         text = (torch.arange(1, 5) if ids is None else ids[: self.context]).to(self.device)
-        self.blocks, self.why_no_blocks = find_blocks(model, text, self.d_model)
+        self.blocks, self.outputs, self.why_no_blocks = find_blocks(model, text, self.d_model)
         self.sites = ["embed", *(f"resid_post.{i}" for i in range(len(self.blocks)))] if len(self.blocks) else []
 
     @property
@@ -165,21 +165,6 @@ class Trunk:
         names = ("sliding_window", "window_size", "attention_chunk_size")
         windows = [getattr(self.text_config, name, None) for name in names]
         return min((w for w in windows if isinstance(w, int) and w > 0), default=1 << 30)
-
-    @cached_property
-    def outputs(self) -> int:
-        """How long the tuple is that a block returns, 0 where it returns the stream alone; measured by one forward pass."""
-        seen: list[int] = []
-
-        def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            seen.append(len(output) if isinstance(output, (tuple, list)) else 0)
-
-        hook = self.blocks[0].register_forward_hook(look)
-        try:
-            self.model.base_model(torch.ones(1, 1, dtype=torch.long, device=self.device))
-        finally:
-            hook.remove()
-        return seen[0]
 
     @contextmanager
     def edit_streams(self, edits: Mapping[str, Edit], stop: bool = False) -> Iterator[None]:
