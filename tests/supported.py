@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rmscope.pairs.pair import SIDES
-from tests.model.small import DECODERS, ENCODERS, OTHERS
+from tests.model.small import DECODERS, ENCODERS, HYBRIDS, OTHERS
 from tests.model.test_blocks import TRUNKS
 from tests.model.test_checkpoint import HEADS
 from tests.model.test_own_forward import COMPANY, READS
@@ -87,8 +87,12 @@ def pms() -> str:
         (DECODERS, "rewards, gradients and ablations by the fast ways"),
         (list(OTHERS), "the same, each text in a row of its own"),
         (
+            list(HYBRIDS),
+            "rewards, gradients and ablations; the blocks after a site run alone, on whole texts (recurrent layers)",
+        ),
+        (
             [*ENCODERS, *TRUNKS, "bart"],
-            "rewards and ablations, most by the model's own forward, whole (of an encoder-decoder in the decoder)",
+            "the same, most by the model's own forward from the site on (of an encoder-decoder in the decoder)",
         ),
         (["phi3 with longrope"], "texts beyond the short frequencies run alone"),
         (list(COMPANY), "each text runs alone, because padding changes its reward"),

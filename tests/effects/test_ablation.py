@@ -16,7 +16,7 @@ from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import SIDES, Pair
 from rmscope.sae.base import Sae
 from tests.effects.naive import reward_with
-from tests.model.small import DECODERS, ENCODER, ENCODERS, EOS, OTHERS, PAIRS, shared_pm, small_pm, small_sae, user
+from tests.model.small import DECODERS, ENCODER, ENCODERS, EOS, HYBRIDS, OTHERS, PAIRS, shared_pm, small_pm, small_sae, user
 
 SITES = ["embed", "resid_post.0", "resid_post.2", "resid_post.3"]
 
@@ -41,7 +41,10 @@ def naive_effect(rm: RewardModel, sae: Sae, ids: Tensor, site: str, start: int, 
 
 @pytest.mark.parametrize(
     ("architecture", "kind"),
-    [*((a, "topk") for a in [*DECODERS, *OTHERS, *ENCODERS]), *((a, "gated") for a in ("llama", "gemma2", *ENCODERS))],
+    [
+        *((a, "topk") for a in [*DECODERS, *OTHERS, *HYBRIDS, *ENCODERS]),
+        *((a, "gated") for a in ("llama", "gemma2", *ENCODERS)),
+    ],
 )
 def test_ablating_a_feature_is_the_naive_forward_without_it(architecture: str, kind: str) -> None:
     rm = shared_pm(architecture)

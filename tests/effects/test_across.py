@@ -12,9 +12,9 @@ from rmscope.pairs.pair import SIDES
 from rmscope.sae.joint import JointSae
 from tests.effects.naive import reward_without
 from tests.model.based import pm_with_base
-from tests.model.small import DECODERS, ENCODERS, OTHERS, PAIRS, small_pm, small_sae
+from tests.model.small import DECODERS, ENCODERS, HYBRIDS, OTHERS, PAIRS, small_pm, small_sae
 
-ARCHITECTURES = [*DECODERS, *OTHERS, *ENCODERS]
+ARCHITECTURES = [*DECODERS, *OTHERS, *HYBRIDS, *ENCODERS]
 SITES = ("resid_post.0", "resid_post.2", "resid_post.3")
 SETS = (
     {"resid_post.0": range(3, 23), "resid_post.2": range(17, 40), "resid_post.3": range(5, 25)},

@@ -38,7 +38,7 @@ def all_estimates(rm: RewardModel, saes: dict[str, Sae], pairs: int = len(PAIRS)
     return list(estimate(rm, saes, tokens, range(pairs)))
 
 
-@pytest.mark.parametrize("architecture", [*DECODERS, *OTHERS, *ENCODERS])
+@pytest.mark.parametrize("architecture", [*DECODERS, *OTHERS, "qwen3_5_text", *ENCODERS])
 def test_estimates_are_those_of_each_text_alone(architecture: str) -> None:
     rm = shared_pm(architecture, torch.float64)
     saes = {site: small_sae(seed=i) for i, site in enumerate(SITES)}
@@ -168,7 +168,7 @@ class Alone:
         return g[0, self.span]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "bloom", ENCODER])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "bloom", "qwen3_5_text", ENCODER])
 def test_a_midpoint_with_one_group_per_feature_is_the_gradient_halfway_to_its_ablation(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

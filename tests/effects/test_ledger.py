@@ -60,7 +60,7 @@ def gap(p: SideParts) -> float:
     return abs(p.features + p.error - (p.end - p.start))
 
 
-@pytest.mark.parametrize("architecture", [*DECODERS, *OTHERS, ENCODER])
+@pytest.mark.parametrize("architecture", [*DECODERS, *OTHERS, "qwen3_5_text", ENCODER])
 @pytest.mark.parametrize("kind", ["mean", "zero"])
 def test_features_and_error_make_up_the_distance_from_the_baseline(architecture: str, kind: str) -> None:
     rm, sae = shared_pm(architecture, gain=TAME), small_sae(bias=0.5)

@@ -108,8 +108,11 @@ def try_one(name: str, config: Any, model: Any) -> Trial:
     except Exception as error:  # a traceback is what a user would see
         return Trial(name, "wrong", f"{type(error).__name__}: {error}")
     c = rm.capabilities
-    ways = [word for word, has in (("packed", c.packing), ("resumed", c.resume), ("ragged", c.ragged)) if has]
-    how = ", ".join(ways) or ("its own forward, whole" if c.mixing else "its own forward, each text alone")
+    ways = {
+        "packed": c.packing, "resumed": c.resume, "ragged": c.ragged, "later blocks": c.skipping and not c.resume,
+        "whole": not (c.skipping or c.resume), "each text alone": not c.mixing,
+    }  # fmt: skip
+    how = ", ".join(way for way, is_taken in ways.items() if is_taken)
     if is_stream is False:
         return Trial(name, "wrong", f"{how}; the stream at {SITE} is none of the model's hidden states")
     told = "" if is_stream else "; the model tells no hidden states"
@@ -236,7 +239,9 @@ def page(trials: Iterable[Trial]) -> str:
         f"refused, {counts['wrong']} are wrong. What is refused can be scored, but has no single residual stream to ablate.",
         "",
         "*Packed*: both texts of a pair share a row and their prompt. *Resumed*: an ablation runs only the blocks and",
-        "tokens after its site. *Ragged*: ablations that begin at different tokens share a row.",
+        "tokens after its site. *Ragged*: ablations that begin at different tokens share a row. *Later blocks*: an ablation",
+        "runs only the blocks after its site, on the whole text. *Whole*: an ablation is a full forward pass. *Each text",
+        "alone*: padding changes its reward.",
         "",
         "| architecture | verdict | how, or why not |",
         "|---|---|---|",

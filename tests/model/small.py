@@ -63,6 +63,19 @@ ENCODERS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """DeBERTa-v3 is deberta-v2 with these settings."""
+LINEAR = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "jamba": {**LLAMA, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "mamba_d_state": 8},
+    "zamba": {**LLAMA, "mamba_dt_rank": 4, "n_mamba_heads": 2, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "qwen3_next": {**LLAMA, **LINEAR, **EXPERTS, "head_dim": 8},
+    "qwen3_5_text": {**LLAMA, **LINEAR, "head_dim": 8},
+    "minimax": {**LLAMA, "head_dim": 8, "num_local_experts": 4, "layer_types": LINEAR["layer_types"]},
+}
+"""Decoders with recurrent or linear-attention layers, which keep no keys and values."""
 DECODERS = list(SETTINGS)
 ENCODER = "bert"
 
@@ -93,7 +106,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def small_model(architecture: str, dtype: torch.dtype = torch.float32, gain: float = 2.0, **changes: Any) -> Any:
     """A random model whose weights are large enough (``gain``) that every block and position matters to its reward."""
-    settings = {**SETTINGS, **OTHERS, **ENCODERS}[architecture]
+    settings = {**SETTINGS, **OTHERS, **HYBRIDS, **ENCODERS}[architecture]
     settings = {
         "vocab_size": VOCABULARY,
         "num_labels": 1,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from rmscope.model.capabilities import Capabilities
-from tests.model.small import DECODERS, ENCODERS, OTHERS, shared_pm, small_pm
+from tests.model.small import DECODERS, ENCODERS, HYBRIDS, OTHERS, shared_pm, small_pm
 
-NOTHING = Capabilities(packing=False, resume=False, ragged=False)
+LATER_BLOCKS = Capabilities(packing=False, resume=False, ragged=False, skipping=True)
 OWN_ATTENTION = {"gptj"}
 """Decoders whose attention does not go through transformers' interface."""
 
@@ -27,9 +28,9 @@ def test_a_decoder_without_4d_masks_can_still_be_resumed(architecture: str) -> N
     assert shared_pm(architecture).capabilities == Capabilities(packing=False, resume=True, ragged=False)
 
 
-@pytest.mark.parametrize("architecture", ENCODERS)
-def test_an_encoder_takes_none_of_it(architecture: str) -> None:
-    assert shared_pm(architecture).capabilities == NOTHING
+@pytest.mark.parametrize("architecture", [*HYBRIDS, *ENCODERS])
+def test_encoders_and_decoders_with_recurrent_layers_begin_at_a_site_on_whole_texts(architecture: str) -> None:
+    assert shared_pm(architecture).capabilities == LATER_BLOCKS
 
 
 def shifted(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -39,7 +40,7 @@ def shifted(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
-        ("rewards", Capabilities(packing=False, resume=True, ragged=True, mixing=0)),
+        ("rewards", Capabilities(packing=False, resume=True, ragged=True, skipping=False, mixing=0)),
         ("resume", Capabilities(packing=True, resume=False, ragged=False)),
         ("resume_ragged", Capabilities(packing=True, resume=True, ragged=False)),
     ],
@@ -59,3 +60,15 @@ def test_a_model_that_refuses_a_cache_is_not_resumed() -> None:
 
     rm.blocks[2].register_forward_pre_hook(refuse, with_kwargs=True)
     assert rm.capabilities == Capabilities(packing=True, resume=False, ragged=False)
+
+
+def test_a_model_whose_last_block_reads_the_first_is_run_whole() -> None:
+    rm = small_pm("bert")
+    seen: list[torch.Tensor] = []
+
+    def read_first(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0] + seen[-1], *args[1:])
+
+    rm.blocks[0].attention.register_forward_hook(lambda _module, _args, output: seen.append(output[0]))
+    rm.blocks[3].register_forward_pre_hook(read_first)
+    assert rm.capabilities == replace(LATER_BLOCKS, skipping=False)

@@ -20,7 +20,10 @@ def test_every_architecture_agrees_with_plain_forwards_or_is_refused() -> None:
 def test_hybrids_encoder_decoders_and_mixtures_are_read_as_they_read_themselves() -> None:
     """A few of them, each of another kind: state space beside attention, an encoder-decoder, experts, latent attention."""
     kinds = ["jamba", "mt5", "qwen2_moe", "deepseek_v3", "xmod"]
-    assert {t.architecture: t.verdict for t in try_all(kinds)} == dict.fromkeys(kinds, "agrees")
+    trials = {t.architecture: t for t in try_all(kinds)}
+    assert {name: t.verdict for name, t in trials.items()} == dict.fromkeys(kinds, "agrees")
+    assert trials["jamba"].how.startswith("later blocks (")
+    assert trials["mt5"].how.startswith("whole, ")  # its first block makes the position bias of all others
 
 
 def test_what_has_no_single_stream_is_refused_in_a_sentence() -> None:

@@ -240,7 +240,7 @@ def test_code_that_comes_with_a_checkpoint_runs_only_when_trusted(gated: Path) -
     torch.testing.assert_close(
         torch.stack([scores.chosen, scores.rejected], 1), torch.tensor(expected), atol=1e-5, rtol=1e-5
     )
-    assert not rm.capabilities.resume  # its head is custom: hooks and full forward passes
+    assert not rm.capabilities.resume  # its head is custom: its own forward is used
 
 
 # Adapters

@@ -242,7 +242,7 @@ def ablate(job: Run, config: settings.AblateConfig) -> Frame:
         write_table(config.out, table)
     note = f"{table.height} exact effects."
     if not job.rm.capabilities.resume:
-        note += " This PM cannot be resumed at a site: each ablation was a whole forward pass."
+        note += " This PM cannot be resumed at a token: each ablation ran the whole text."
     top = table.sort(table["effect"].abs(), descending=True)
     return Frame(title=f"{table.height} exact effects at {site}, the largest", note=note, rows=top.to_dicts(), name="")
 

@@ -4,12 +4,13 @@ Features are encoded once, from the clean run. The edit is x_t - f_tj d_j: the S
 again. Only features that fire are run. A run starts at the site and at the feature's first firing; what comes before is
 taken from the clean run, as streams, keys and values. Many ablations share one row without padding (``model/ragged.py``),
 and the last block runs for the read position only. PMs that take no such rows run batches, each from its earliest firing
-on. PMs that cannot be resumed at a site (encoders) need a full forward pass per ablation, so they are slow.
+on. PMs that cannot be resumed at a site (encoders, decoders with recurrent layers) run whole texts from the site on. Where
+even that gives another reward, each ablation is a full forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rmscope.model.packing import pad_texts
+from rmscope.model.packing import Batch, pad_texts
 from rmscope.model.rendering import PairTokens
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.sites import CleanRun
+from rmscope.model.sites import CleanRun, keep_stream
 from rmscope.pairs.pair import SIDES
 from rmscope.sae.base import Active, Sae
 
@@ -66,10 +67,18 @@ def clean_runs(
 def run_whole(rm: RewardModel, ids: Tensor, sites: Sequence[str]) -> CleanRun:
     """The clean run of one text [T] without keys and values, for PMs that cannot be resumed at a site."""
     ids = ids[: rm.read_position(ids) + 1] if rm.causal else ids
-    batch = pad_texts([(0, "chosen", ids, 1, ids.numel() - 1)], 0)
-    streams = rm.streams(batch, sites) if sites else {}
+    batch, streams = copies_of(ids, 1), dict[str, Tensor]()
+    reward = rm.rewards(batch, {site: keep_stream(streams, site) for site in rm.whole_sites(sites)})
+    streams |= rm.split(batch, sites, streams)
     rest = {site: x[0] for site, x in batch.rest.items()}
-    return CleanRun(ids, {site: x[0] for site, x in streams.items()}, [], float(rm.rewards(batch)[0]), rest=rest)
+    return CleanRun(ids, {site: x[0] for site, x in streams.items()}, [], float(reward[0]), rest=rest)
+
+
+def copies_of(ids: Tensor, n: int, rest: Mapping[str, Tensor] = {}) -> Batch:
+    """A batch of n copies of one text [T]; ``rest`` holds the other part of its stream at sites that are a part."""
+    batch = pad_texts([(0, "chosen", ids, 1, ids.numel() - 1)] * n, 0)
+    batch.rest.update({site: x.expand(n, -1, -1) for site, x in rest.items()})
+    return batch
 
 
 @torch.no_grad()
@@ -78,7 +87,7 @@ def rewards_on_span(
 ) -> Float[Tensor, " variants"]:
     """r of a text with its stream at ``site`` replaced from token ``start`` to the read position, variant by variant.
 
-    Nothing before ``start`` and no block up to the site runs again, unless the PM cannot be resumed at a site.
+    No block up to the site runs again, and nothing before ``start``, as far as the PM takes that (``Capabilities``).
     """
     if streams.shape[1] == 0:
         return torch.full((len(streams),), text.reward)
@@ -86,13 +95,10 @@ def rewards_on_span(
     for part in streams.split(max(1, BATCH_TOKENS // (streams.shape[1] if text.keys else text.ids.numel()))):
         if text.keys:
             rewards.append(rm.resume(text, site, start, part.to(rm.device)).cpu())
-            continue
-
-        def edit(stream: Tensor, part: Tensor = part) -> Tensor:
-            return torch.cat([stream[:, :start], part.to(stream)], 1)
-
-        copies = pad_texts([(0, "chosen", text.ids, 1, text.ids.numel() - 1)] * len(part), 0)
-        rewards.append(rm.rewards(copies, {site: edit}).cpu())
+        else:
+            before = text.streams[site][:start].expand(len(part), -1, -1)
+            copies = copies_of(text.ids, len(part), text.rest)
+            rewards.append(rm.rewards_from(copies, site, torch.cat([before, part.to(before)], 1)).cpu())
     return torch.cat(rewards)
 
 
@@ -138,7 +144,8 @@ def runs_ragged(rm: RewardModel, text: CleanRun) -> bool:
 def cut_batches(rm: RewardModel, text: CleanRun, ids: Sequence[int], firsts: Sequence[int], length: int) -> list[list[int]]:
     """Ablations of one response, in order of their first token of ``length``, in batches that run at once."""
     if not text.keys:
-        return [[i] for i in ids]
+        rows = max(1, BATCH_TOKENS // text.ids.numel()) if rm.capabilities.skipping else 1
+        return [list(ids[i : i + rows]) for i in range(0, len(ids), rows)]
     return (_rows if runs_ragged(rm, text) else _batches)(ids, firsts, length)
 
 

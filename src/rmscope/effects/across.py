@@ -15,9 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rmscope.effects.ablation import Entries, Response, ablate_entries, cut_batches, entries_of, runs_ragged
+from rmscope.effects.ablation import Entries, Response, ablate_entries, copies_of, cut_batches, entries_of, runs_ragged
 from rmscope.model.base import whole_stream
-from rmscope.model.packing import pad_texts
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.site_names import BOTH, kind_of, needs_base, whole_site
 from rmscope.model.sites import Clamp, CleanRun
@@ -129,8 +128,8 @@ def _rewards(
     later = {s: _clamp(clean[s], s, changes, offsets) for s in sorted(clean, key=rm.site_index) if s != site}
     later = {s: clamp for s, clamp in later.items() if clamp.index.numel()}
     if not text.keys:
-        copies = pad_texts([(0, "chosen", text.ids, 1, text.ids.numel() - 1)] * n, 0)
-        return rm.rewards(copies, {site: _clamp(clean[site], site, changes, offsets), **later})
+        stream = _clamp(clean[site], site, changes, offsets)(text.streams[site].expand(n, -1, -1))
+        return rm.rewards_from(copies_of(text.ids, n), site, stream, later)
     stream = clean[site][torch.arange(int(lengths.sum())) - torch.repeat_interleave(offsets, lengths)]
     for change, offset in zip(changes, offsets, strict=True):
         token, contribution = change[site]

@@ -20,7 +20,7 @@ from rmscope.io import content_hash
 from rmscope.model.loading import fingerprint
 from rmscope.model.onednn import use_onednn
 from rmscope.model.packing import Batch
-from rmscope.model.site_names import BASE, BOTH, kind_of
+from rmscope.model.site_names import BASE, BOTH, DIFF, kind_of
 from rmscope.model.sites import Edit, StopForward, Trunk, keep_stream
 
 
@@ -64,6 +64,14 @@ class Base(Trunk):
     @property
     def segment_end(self) -> int | None:
         return self._pm.segment_end
+
+    def check_site(self, site: str, index: int) -> None:
+        """InputError where the site, after block ``index``, is before the first block that preference training changed."""
+        if index < self.first:
+            raise InputError(
+                f"There is no site {site}: preference training changed nothing before block {self.first}; name a site "
+                f"from {DIFF}.{self.first} to {DIFF}.{len(self.blocks) - 1}."
+            )
 
     def _after_blocks(self) -> list[nn.Module]:
         """The modules that come after the list of blocks, such as the final norm: they do not touch a site."""

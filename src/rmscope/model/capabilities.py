@@ -2,14 +2,16 @@
 
 1. Each text runs alone through the model's own forward. That is what the PM was trained to be asked, so it is the reward.
 2. Where the head at the last token of the trunk gives the same, and no token sees a later one, the PM is a decoder, and the
-   faster ways of this package are tried. Everywhere else the own forward is used, whole (:func:`ask_own_forward`).
-3. Each faster way is taken only where it gives the rewards of step 1 (:func:`measure_capabilities`).
+   faster ways of this package are tried. Everywhere else the own forward is used (:func:`ask_own_forward`).
+3. Each faster way is taken only where it gives the rewards of step 1. For encoders that is to skip the blocks up to a site
+   (:func:`measure_capabilities`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +44,9 @@ class Capabilities:
     """A clean run can be resumed after any site, from any token on (needs a key-value cache)."""
     ragged: bool
     """Many resumed runs that begin at different tokens can share one row without padding (:mod:`rmscope.model.ragged`)."""
+    skipping: bool = True
+    """The model's own forward can begin at any site, on whole texts, and skip the blocks up to it. This needs no cache, so
+    encoders and decoders with recurrent layers take it."""
     mixing: int = NO_LIMIT
     """Texts of up to so many tokens may share a forward pass, and a prefix, with texts of other lengths; longer ones run
     alone. It is 0 where padding changes rewards, and finite where the rotary frequencies depend on the longest text."""
@@ -132,8 +137,9 @@ def measure_capabilities(rm: Any) -> Capabilities:
     tokens = probe_tokens(rm, rm.context)
     alone = torch.stack([rm.reward_alone(ids) for ids in _sides(tokens)])
     mixing = _mixing(rm, _sides(tokens), alone)
+    skipping = bool(rm.sites) and _works(rm, partial(_skip, rm, tokens, alone))
     if not rm.causal:
-        return Capabilities(packing=False, resume=False, ragged=False, mixing=mixing, bfloat16=_takes_bfloat16(rm))
+        return Capabilities(False, False, False, skipping, mixing, _takes_bfloat16(rm))
 
     def pack() -> tuple[Tensor, Tensor]:
         return alone, rm.rewards(pack_pairs([(0, tokens, rm.read_positions(tokens))]))
@@ -152,7 +158,25 @@ def measure_capabilities(rm: Any) -> Capabilities:
 
     can_resume = bool(rm.sites) and _works(rm, resume)
     can_share = can_resume and _works(rm, resume_many)
-    return Capabilities(_works(rm, pack), can_resume, can_share, mixing, _takes_bfloat16(rm))
+    return Capabilities(_works(rm, pack), can_resume, can_share, skipping, mixing, _takes_bfloat16(rm))
+
+
+def _skip(rm: Any, tokens: PairTokens, alone: Float[Tensor, " texts"]) -> tuple[Tensor, Tensor]:
+    """Rewards of a text, and of it with half of its stream at a site: by whole forwards, and by one that begins at the site.
+
+    The sites are the first after a block, one in the middle, and the last, since blocks need not be alike. The other text
+    runs in between: what a model may keep of a forward is then that of another text.
+    """
+    ids = tokens.chosen[: rm.read_position(tokens.chosen) + 1]
+    one, two = (pad_texts([(0, "chosen", ids, 1, ids.numel() - 1)] * n, rm.pad_id) for n in (1, 2))
+    streams = rm.streams(one, sorted({rm.sites[1], rm.sites[len(rm.sites) // 2], rm.sites[-1]}))
+    whole = [torch.cat([alone[:1], rm.rewards(one, {site: lambda x: 0.5 * x}).cpu()]) for site in streams]
+    rm.reward_alone(tokens.rejected)
+    rewards = []
+    for site, x in streams.items():
+        with rm.replace_stream(site, torch.cat([x, 0.5 * x])):
+            rewards.append(rm.rewards(two))
+    return torch.cat(whole), torch.cat(rewards)
 
 
 def _takes_bfloat16(rm: Any) -> bool:

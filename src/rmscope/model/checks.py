@@ -31,6 +31,8 @@ FORWARDS = 5
 """A run costs about as much as scoring its pairs this many times."""
 ABLATIONS = 20_000
 """Exact ablations in a run with the default settings, about: 300 features on 16 responses, 200 on 48, and samples."""
+LATER = 0.5
+"""Share of the blocks that are after a site, on average over the default sites."""
 BASE_BYTES = 2e9
 """Memory besides the weights: libraries, activations, an SAE in training."""
 
@@ -160,18 +162,20 @@ def attention(rm: RewardModel) -> Check:
 
 
 def forward(rm: RewardModel) -> Check:
-    """Whether a run can be resumed at a site, and whether many can share one row."""
+    """How an ablation runs: resumed at its site and token, from its site on, or whole."""
     if rm.capabilities.resume:
         way = "in one row" if rm.capabilities.ragged else "in rectangles, because its attention is custom"
         return Check("forward", "ok", f"can be resumed at any site; ablations run {way}")
     if rm.causal:
-        why = "no split forward: it takes no cache of keys and values"
+        why = "no split forward: it takes no cache of keys and values, or has recurrent layers"
     elif isinstance(getattr(rm.model, "score", None), torch.nn.Linear):
-        why = "its own forward does more than read its score at the last token, so it is run whole"
+        why = "its own forward does more than read its score at the last token, so it is used itself"
     else:
-        why = "an encoder, or a head of its own: its own forward is run whole"
-    detail = f"{why}; a full forward pass per ablation"
-    return Check("forward", "warn", detail, "plan for the time (see the cost in rmscope doctor), or lower --limit")
+        why = "an encoder, or a head of its own: its own forward is used"
+    way = "each ablation is a full forward pass"
+    if rm.capabilities.skipping:
+        way = "each ablation runs the blocks after its site, on the whole text"
+    return Check("forward", "warn", f"{why}; {way}", "plan for the time (see the cost in rmscope doctor), or lower --limit")
 
 
 def company(rm: RewardModel) -> list[Check]:
@@ -268,11 +272,11 @@ def tokens_per_second(rm: RewardModel, tokens: Sequence[PairTokens]) -> float:
 
 
 def run_minutes(rm: RewardModel, tokens: Sequence[PairTokens], rate: float, pairs: int) -> float:
-    """Minutes of a run over ``pairs`` pairs like these. Without resuming, each ablation is a full forward pass."""
+    """Minutes of a run over ``pairs`` pairs like these. Without resuming, each ablation runs a whole text."""
     seconds = FORWARDS * run_tokens(tokens) / rate * pairs / len(tokens)
     if not rm.capabilities.resume:
         texts = sum(t.chosen.numel() + t.rejected.numel() for t in tokens) / (2 * len(tokens))
-        seconds += ABLATIONS * texts / rate
+        seconds += ABLATIONS * texts / rate * (LATER if rm.capabilities.skipping else 1)
     return seconds / 60
 
 

@@ -176,7 +176,7 @@ def price(rm: RewardModel, tokens: Sequence[PairTokens]) -> Check:
     rate = tokens_per_second(rm, tokens)
     minutes = run_minutes(rm, tokens, rate, 1000)
     needed, there = run_bytes(rm), machine_bytes(rm.device)
-    whole = "" if rm.capabilities.resume else ", most of it full forward passes for ablations"
+    whole = "" if rm.capabilities.resume else ", most of it for ablations"
     detail = f"{rate:,.0f} tokens per second; a run on 1,000 such pairs takes about {minutes:.2g} minutes{whole}, and "
     detail += f"{needed / 1e9:.1f} GB of {there / 1e9:.0f} GB"
     mend = "use --dtype bfloat16, which halves the weights, or a machine with more memory"

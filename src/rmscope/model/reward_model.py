@@ -23,7 +23,7 @@ from rmscope.model.packing import Batch, by_budget, last_hidden_reads, pack_pair
 from rmscope.model.ragged import ragged_states
 from rmscope.model.rendering import NO_LIMIT, PairTokens, Rendering, WordTokens, encode, render, tokenize_sides
 from rmscope.model.scores import Scores, check_reward, scores_of
-from rmscope.model.site_names import DIFF, needs_base, whole_site
+from rmscope.model.site_names import needs_base, whole_site
 from rmscope.model.sites import Clamp, CleanRun, Edit, StopForward, Trunk, keep_stream
 from rmscope.pairs.pair import SIDES, Message, Pair
 
@@ -57,7 +57,7 @@ class RewardModel(Trunk):
         self._load_base = base or (lambda: None)
         self.own_head = None if head is None else head.to(self.device, self.dtype).eval().requires_grad_(False)
         self.causal = True
-        """Whether the reward is a head at the last token of a decoder; if not, the model's own forward is run whole."""
+        """Whether the reward is a head at the last token of a decoder; if not, the model's own forward is used."""
         outputs = 1
         if head is None:
             self.causal, outputs = ask_own_forward(self)
@@ -111,11 +111,7 @@ class RewardModel(Trunk):
                 f"There is no site {site} without the PM's base, and {self.name} names none; give --base, or study "
                 f"{whole_site(site)}."
             )
-        if index < self.base.first:
-            raise InputError(
-                f"There is no site {site}: preference training changed nothing before block {self.base.first}; name a site "
-                f"from {DIFF}.{self.base.first} to {DIFF}.{len(self.blocks) - 1}."
-            )
+        self.base.check_site(site, index)
         return index
 
     @cached_property
@@ -217,17 +213,19 @@ class RewardModel(Trunk):
     def rewards(self, batch: Batch, edits: Mapping[str, Edit] | None = None) -> Float[Tensor, " texts"]:
         """r of every text of the batch, float32. Each edit changes the stream at its site."""
         with self.edit_batch(batch, edits or {}), torch.set_grad_enabled(bool(edits) and torch.is_grad_enabled()):
-            if not self.causal:
-                return self.reward_of(outputs_of(self.model(**self.inputs(batch))))
             return self._rewards(batch)
 
-    def rewards_from(self, batch: Batch, site: str, stream: Float[Tensor, "rows width d"]) -> Float[Tensor, " texts"]:
-        """r of every text with the stream at ``site`` replaced; blocks up to the site do not run. Differentiable."""
+    def rewards_from(
+        self, batch: Batch, site: str, stream: Float[Tensor, "rows width d"], later: Mapping[str, Edit] = {}
+    ) -> Float[Tensor, " texts"]:
+        """r of every text with the stream at ``site`` replaced, and edited by ``later`` at later sites. Differentiable.
+
+        Blocks up to the site do not run where that gives the same (:attr:`Capabilities.skipping`)."""
         if needs_base(site):
             stream, site = whole_stream(site, stream, self._rest(batch, site)), whole_site(site)
-        if not self.causal:
-            return self.rewards(batch, {site: lambda _x: stream})
-        with self.replace_stream(site, stream):
+        if not self.capabilities.skipping:
+            return self.rewards(batch, {site: lambda _x: stream, **later})
+        with self.replace_stream(site, stream), self.edit_streams(later):
             return self._rewards(batch)
 
     def _rest(self, batch: Batch, site: str) -> Float[Tensor, "rows width d"]:
@@ -245,6 +243,8 @@ class RewardModel(Trunk):
         return edit_of_part(site, edit, self._rest(batch, site)) if needs_base(site) else edit
 
     def _rewards(self, batch: Batch) -> Float[Tensor, " texts"]:
+        if not self.causal:
+            return self.reward_of(outputs_of(self.model(**self.inputs(batch))))
         hidden = self.model.base_model(**self.inputs(batch), use_cache=False).last_hidden_state
         return self.read_out(last_hidden_reads(hidden, batch))
 
