@@ -58,6 +58,14 @@ def test_a_position_names_what_no_word_explains_and_is_form(piece: str, told: st
     assert name == Name(told, pytest.approx(1.0), True)
 
 
+def test_ends_of_sentences_with_a_phrase_are_named_by_the_phrase() -> None:
+    rows, marked = texts({4: [" thank", " you", "."]})
+    stops = np.concatenate([at * [p == "." for p in row] for row, at in zip(rows, marked, strict=True)])
+    name = named(rows, stops)
+    assert name.text.startswith("sentences with “thank")
+    assert not name.form
+
+
 def test_links_and_repetitions_have_names_of_their_own() -> None:
     rows, _ = texts({5: [" https", "://", "abc", ".org"]})
     link = np.concatenate([np.array([float(p in (" https", "://")) for p in row]) for row in rows])

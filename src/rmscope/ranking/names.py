@@ -34,6 +34,7 @@ CLEAR = 0.5
 """A position, a link or a repetition names a concept from this share of its activation on."""
 WITH_WORDS = 0.4
 """Where a position covers most, words are told too if they cover this share of the activation."""
+ENDS = "ends of sentences"
 REPEATED_TOKENS = 4
 """Tokens in a row that make a repetition."""
 LINK = re.compile(r"https?|www|\.(com|org|net|io)\b|://")
@@ -106,7 +107,7 @@ class WordIndex:
         told = " · ".join(f"“{' '.join(gram)}”" for gram in words)
         if share[0] >= CLEAR:
             if share[1] and covered >= WITH_WORDS:
-                return Name(f"{told}, {best}", covered, False)
+                return Name(f"sentences with {told}" if best == ENDS else f"{told}, {best}", covered, False)
             if share[0] >= covered:
                 return Name(best, share[0], share[1])
         return Name(told, covered, False) if words else Name(best or "no single word", share[0], True)
@@ -123,7 +124,7 @@ class WordIndex:
             "links": (np.array([bool(LINK.search(t.lower())) for t in self.text]), False),
             "the end of the text": (self.special | last, True),
             "the first words": (first, True),
-            "ends of sentences": (np.array([bool(re.search(r"[.!?]\s*$", t)) for t in self.text]), True),
+            ENDS: (np.array([bool(re.search(r"[.!?]\s*$", t)) for t in self.text]), True),
             "commas and dashes": (np.array([bool(re.fullmatch(r"\s*[,;:—–-]+\s*", t)) for t in self.text]), True),
             "line breaks": (np.array(["\n" in t for t in self.text]), True),
         }

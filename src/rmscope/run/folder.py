@@ -43,7 +43,7 @@ from rmscope.model.packing import units
 from rmscope.ranks import ALONE
 from rmscope.run.settings import RECORD, read_record
 
-FORMAT = 12
+FORMAT = 13
 """Raised when a stage computes something else from the same settings."""
 
 LOCK, OWNER, PARTS = ".lock", ".owner.json", ".parts"
