@@ -105,7 +105,14 @@ def kills(n: int, folder: Path, pm: str, rng: random.Random) -> Counts:
 def read_all(run: Run) -> None:
     """Everything that a run's readers give."""
     run.evidence, run.scores, run.concepts, run.measured_effects, run.text_baseline, run.noise_floor  # noqa: B018
-    run.frozen_concepts, run.joint_effects(), run.joint_effects("strong"), run.concept_firings
+    (
+        run.frozen_concepts,
+        run.token_texts,
+        run.vocabulary,
+        run.joint_effects(),
+        run.joint_effects("strong"),
+        run.concept_firings,
+    )
     for site in run.sites:
         run.features(site), run.frozen(site), run.sae(site), run.ledger(site)
         for kind in ("estimated", "exact", "strong", "contribution"):

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-import yaml
 
 from rmscope.io import silent, write_table
 from rmscope.pairs.demo import demo_pairs
 from rmscope.run.collect import collect
 from rmscope.run.measure import measure
 from rmscope.run.run import Run
-from rmscope.run.settings import RunConfig
+from rmscope.run.settings import RunConfig, read_record, write_record
 from rmscope.sae import SaeConfig
 
 
@@ -51,8 +50,7 @@ def run_with_concepts(pm: str, out: Path, **changes: Any) -> None:
 
 def forget_checksums(folder: Path) -> None:
     """After a test has rewritten files of a finished run: they would count as damaged."""
-    record = yaml.safe_load((folder / "run.yaml").read_text())
-    (folder / "run.yaml").write_text(yaml.safe_dump({**record, "files": {}}, sort_keys=False))
+    write_record(folder, {**read_record(folder), "files": {}})
 
 
 def tables(folder: Path) -> dict[str, str]:

@@ -23,7 +23,7 @@ from rmscope.pairs.readers import load_pairs
 from rmscope.run import collect, stages, train
 from rmscope.run.folder import RunFolder
 from rmscope.run.run import Run
-from rmscope.run.settings import RunConfig
+from rmscope.run.settings import RunConfig, write_record
 from rmscope.run.stages import STAGES
 from rmscope.sae import Sae
 from rmscope.settings import read_settings
@@ -386,11 +386,24 @@ def test_whether_a_pms_code_may_run_is_never_read_from_a_folder(done: Path, tmp_
     assert "trust_remote_code" not in yaml.safe_load((done / "run.yaml").read_text())["config"]
     theirs = yaml.safe_load((done / "run.yaml").read_text())
     theirs["config"]["trust_remote_code"] = True
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(theirs))
+    write_record(tmp_path, theirs)
     assert not Run.open(tmp_path).config.trust_remote_code
     assert not read_command(RunConfig, tmp_path, {}, {}).trust_remote_code
     assert Run.open(tmp_path, trust_remote_code=True).config.trust_remote_code
     assert read_command(RunConfig, tmp_path, {"trust_remote_code": True}, {}).trust_remote_code
+
+
+def test_a_record_whose_checksum_differs_is_refused_and_the_same_settings_mend_it(done: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(done, folder)
+    config, text = Run.open(done).config, (folder / "run.yaml").read_text()
+    assert "\n  seed: 0\n" in text
+    (folder / "run.yaml").write_text(text.replace("\n  seed: 0\n", "\n  seed: 1\n"))
+    with pytest.raises(InputError, match="is damaged or was changed by hand"):
+        Run.open(folder)
+    Run.create(config.model_copy(update={"out": folder})).go()
+    assert Run.open(folder).config.seed == 0
+    assert tables(folder) == tables(done)
 
 
 def test_evidence_that_is_damaged_or_of_another_version_is_refused_in_a_sentence(done: Path, tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 Each stage has a key, the hash of its settings and of the stage before it. ``run.yaml`` keeps the keys of what is done. Long
 stages work in units of 64 pairs and keep each unit's tables until the stage is whole, so a killed run resumes and ends with
-the same bytes. ``run.yaml`` also keeps the checksum of every file that a stage left: a damaged file is named, and its stage
-is done again. One process at a time works on a folder.
+the same bytes. ``run.yaml`` also keeps its own checksum and that of every file that a stage left: a damaged file is named,
+and its stage is done again. One process at a time works on a folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from typing import Any
 
 import polars as pl
 import torch.distributed as dist
-import yaml
 from filelock import FileLock, Timeout
 
 from rmscope.errors import InputError
@@ -37,11 +36,10 @@ from rmscope.io import (
     silent,
     write_json,
     write_table,
-    write_text,
 )
 from rmscope.model.packing import units
 from rmscope.ranks import ALONE
-from rmscope.run.settings import RECORD, read_record
+from rmscope.run.settings import RECORD, read_record, write_record
 
 FORMAT = 13
 """Raised when a stage computes something else from the same settings."""
@@ -153,7 +151,7 @@ class RunFolder:
 
     def _write(self) -> None:
         if self.ranks.is_first:
-            write_text(self.path / RECORD, yaml.safe_dump(self.record, sort_keys=False, allow_unicode=True))
+            write_record(self.path, self.record)
 
     @property
     def seconds(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,12 +10,12 @@ import yaml
 from pydantic import Field, model_validator
 
 from rmscope.errors import InputError, one_line
-from rmscope.io import local_path
+from rmscope.io import content_hash, local_path, write_text
 from rmscope.sae.config import SaeConfig
 from rmscope.settings import Flag, LoadSettings, ModelSettings, Names, ReadSettings, Seed
 
-RECORD = "run.yaml"
-"""The file that makes a folder a run folder."""
+RECORD, CHECKSUM = "run.yaml", "checksum"
+"""The file that makes a folder a run folder, and its last entry."""
 
 
 class RunConfig(LoadSettings, ReadSettings, ModelSettings):
@@ -138,8 +139,30 @@ DEMO: dict[str, Any] = {
 
 
 def recorded_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the run in a folder, but for ``trust_remote_code``: the folder may be a stranger's."""
-    return {**read_record(folder)["config"], "out": folder, "trust_remote_code": False}
+    """The settings of the run in a folder, but for ``trust_remote_code``: the folder may be a stranger's.
+
+    Raises:
+        InputError: the folder holds no run, or its record is not as a run wrote it.
+    """
+    record = read_record(folder)
+    if record.get(CHECKSUM, checksum(record)) != checksum(record):
+        raise InputError(
+            f"{folder / RECORD} is damaged or was changed by hand (its checksum differs). If you changed it, delete "
+            f"its last line; else start the run again with its settings and --out {folder}: what is sound is kept."
+        )
+    return {**record["config"], "out": folder, "trust_remote_code": False}
+
+
+def checksum(record: Mapping[str, Any]) -> str:
+    """The checksum of a record, which its last line holds."""
+    return content_hash({name: value for name, value in record.items() if name != CHECKSUM})
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Writes ``run.yaml``, with its checksum."""
+    rest = {name: value for name, value in record.items() if name != CHECKSUM}
+    text = yaml.safe_dump({**rest, CHECKSUM: checksum(rest)}, sort_keys=False, allow_unicode=True)
+    write_text(folder / RECORD, text)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
