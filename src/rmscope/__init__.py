@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rmscope.activations.harvest import harvest, stream
     from rmscope.api.effects import ablate, attribute, doctor, ledger, rank
+    from rmscope.api.plan import plan
     from rmscope.api.studies import audit, compare, edit, evaluate, experiment, export, gate, jailbreak, label, sufficiency
     from rmscope.model.judge import load_judge
     from rmscope.model.reward_model import RewardModel
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "rmscope.activations.harvest": ("harvest", "stream"),
     "rmscope.api.effects": ("ablate", "attribute", "doctor", "ledger", "rank"),
+    "rmscope.api.plan": ("plan",),
     "rmscope.model.judge": ("load_judge",),
     "rmscope.model.reward_model": ("RewardModel",),
     "rmscope.pairs.pair": ("Pair",),
@@ -40,7 +42,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [
     "Figure", "Pair", "RewardModel", "Run", "RunConfig", "Sae", "SaeConfig", "ablate", "attribute", "audit", "compare",
     "doctor", "edit", "evaluate", "experiment", "export", "gate", "harvest", "jailbreak", "label", "ledger", "load_edited",
-    "load_judge", "load_pairs", "rank", "stream", "sufficiency", "train_saes",
+    "load_judge", "load_pairs", "plan", "rank", "stream", "sufficiency", "train_saes",
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rmscope.app.settings import ServeConfig
 from rmscope.cli import step_settings as steps
 from rmscope.cli.build import add_command
+from rmscope.run.plan.settings import PlanConfig
 from rmscope.settings import Settings
 from rmscope.studies.audit.settings import AuditConfig
 from rmscope.studies.compare.settings import CompareConfig
@@ -21,6 +22,7 @@ PANELS: dict[str, list[Row]] = {
     "Start here": [
         ("demo", steps.DemoConfig, "cli.steps:demo", "What the embedded, biased PM rewards, beside the truth."),
         ("run", steps.RunCommandConfig, "cli.steps:run", "The pipeline on your own PM and pairs; run it again to resume."),
+        ("plan", PlanConfig, "run.plan.plan:make_plan", "FLOPs, time, disk and memory of a run, before it is run."),
         ("serve", ServeConfig, "app.serve:serve", "A local web app: browse runs, name concepts, try texts on the PM."),
         ("doctor", steps.DoctorConfig, "cli.steps:doctor", "Checks a PM before it is studied, and says how to mend it."),
     ],
@@ -51,7 +53,10 @@ PANELS: dict[str, list[Row]] = {
 }  # fmt: skip
 ON_RUN = {"ablate", "ledger", "rank", "report", "jailbreak", "sufficiency", "compare", "edit", "label", "export"}
 """Commands that take a run folder first."""
-CONFIG_FILE = {"run": "A YAML file of settings that flags override, or a run folder to resume."}
+CONFIG_FILE = {
+    "run": "A YAML file of settings that flags override, or a run folder to resume.",
+    "plan": "A YAML file of a run's settings that flags override, or a run folder.",
+}
 SETTINGS = {name: settings for rows in PANELS.values() for name, settings, _, _ in rows}
 
 for panel, rows in PANELS.items():
