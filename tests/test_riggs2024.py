@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import rmscope as rs
 from rmscope.errors import InputError
 from rmscope.model.rendering import PairTokens
 from rmscope.pairs.demo import demo_pairs
@@ -237,8 +238,8 @@ def test_another_filter_goes_on_from_the_same_scores(done: Run, subject: Path, m
 
 
 def test_the_plan_of_a_filtered_run_needs_no_scores(subject: Path, tmp_path: Path) -> None:
-    plan = Run.create(settings(subject, tmp_path / "none")).plan()
-    assert plan["of largest |Δr|, studied"] == PAIRS < plan["pairs"]
+    plan = rs.plan(**settings(subject, tmp_path / "none").model_dump(exclude_unset=True))
+    assert plan.studied == PAIRS < plan.pairs
 
 
 def test_a_length_that_no_pair_keeps_is_told(subject: Path, tmp_path: Path) -> None:

@@ -69,6 +69,26 @@ def test_a_missing_file_is_one_sentence(pm: str, tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_a_plan_is_one_json_line_and_a_dry_run_is_the_same_plan(pm: str, tmp_path: Path) -> None:
+    asked = ["--model", pm, "--data", "demo:plain", "--limit", "64", "--seeds", "2", "--json"]
+    plans = [
+        json.loads(rmscope_command(*command, *asked).stdout)
+        for command in (("plan",), ("run", "--out", str(tmp_path / "run"), "--dry-run"))
+    ]
+    assert not (tmp_path / "run").exists()
+    for timed in plans:
+        for part in (timed, *timed["stages"], *timed["changes"], timed["best"] or {}):
+            part.pop("seconds", None)  # each was timed anew
+        timed.pop("best")
+        timed["changes"].sort(key=lambda change: change["change"])
+    assert plans[0] == plans[1]
+
+
+def test_unknown_devices_are_one_sentence(pm: str) -> None:
+    asked = ("--model", pm, "--pairs", "100", "--tokens", "50", "--devices", "8xH1000")
+    assert "one of the cards A100" in one_sentence(rmscope_command("plan", *asked))
+
+
 def test_a_bad_row_names_its_line_and_the_mend(pm: str, tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}\n')

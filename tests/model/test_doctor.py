@@ -1,4 +1,4 @@
-"""What the doctor finds beyond the preflight: padding, precision, another rendering, texts that do not fit, cost."""
+"""What the doctor finds beyond the preflight: padding, precision, another rendering, texts that do not fit."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from rmscope.errors import InputError
-from rmscope.model import checks, doctor
 from rmscope.model.checks import Check, rewards_alone
-from rmscope.model.doctor import context, examine, padding, precisions, price, training
+from rmscope.model.doctor import context, examine, padding, precisions, training
 from rmscope.model.rendering import Rendering
 from rmscope.model.reward_model import RewardModel
 from rmscope.pairs.pair import Pair
-from tests.model.small import ENCODER, PAIRS, shared_pm, small_model, small_pm, tokenizer, user
+from tests.model.small import PAIRS, shared_pm, small_model, small_pm, tokenizer, user
 
 MANY = [Pair(str(i), user(f"Is {i} even? Tell me."), f"Yes, {i} it is.", f"No, I don't think {i} is.") for i in range(24)]
 
@@ -26,7 +25,7 @@ def test_a_sound_pm_passes_every_check_and_each_stands_once() -> None:
     assert len(by_name(found)) == len(found)
     own = {"float32, bfloat16"}  # another model stands in for the half of this one
     assert {c.check for c in found if c.status != "ok"} == own
-    assert {"context", "right padding", "left padding", "as in training", "cost"} < by_name(found).keys()
+    assert {"context", "right padding", "left padding", "as in training"} < by_name(found).keys()
 
 
 # Padding
@@ -122,27 +121,3 @@ def test_trying_renderings_leaves_the_pms_own_in_place() -> None:
     rm = small_pm("llama")
     assert "none of 3 other renderings" in training(rm, MANY).detail
     assert rm.rendering == Rendering("hh")
-
-
-# Cost
-
-
-def test_the_cost_grows_with_the_pairs_and_an_encoders_holds_its_ablations() -> None:
-    rm, encoder = shared_pm("llama"), shared_pm(ENCODER)
-    tokens = rm.tokenize_all(PAIRS)
-    one, ten = (checks.run_minutes(rm, tokens, 100.0, n) for n in (4, 40))
-    assert one == pytest.approx(5 * checks.run_tokens(tokens) / 100 / 60)
-    assert ten == pytest.approx(10 * one)
-    texts = sum(t.chosen.numel() + t.rejected.numel() for t in tokens) / 8
-    more = checks.run_minutes(encoder, tokens, 100.0, 4) - one
-    assert more == pytest.approx(checks.ABLATIONS * texts / 2 / 100 / 60)  # half of the blocks are after a site
-    assert "most of it for ablations" in price(encoder, tokens).detail
-
-
-def test_a_pm_that_is_larger_than_the_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    rm = shared_pm("llama")
-    assert price(rm, rm.tokenize_all(PAIRS)).status == "ok"
-    monkeypatch.setattr(doctor, "machine_bytes", lambda _device: 1e9)
-    told = price(rm, rm.tokenize_all(PAIRS))
-    assert told.status == "warn"
-    assert "2.0 GB of 1 GB" in told.detail

@@ -138,8 +138,3 @@ def confirm_pairs_of(folder: Path, site: str, pm: str) -> pl.DataFrame:
     exact = pl.read_parquet(folder / "effects" / site / "exact.parquet").join(confirm, on="pair", how="semi")
     prompt = pl.col("pair").replace_strict(prompts, return_dtype=pl.String).alias("prompt")
     return exact.with_columns(prompt).group_by("feature", "prompt").agg(pl.col("pair").n_unique().alias("n"))
-
-
-def test_a_dry_run_counts_the_fine_tuning(pm: str, tmp_path: Path) -> None:
-    minutes = [Run.create(settings(pm, tmp_path / "r", reward_aware=n)).plan()["minutes, about"] for n in (0, 100_000)]
-    assert minutes[1] > minutes[0] + 1

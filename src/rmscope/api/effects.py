@@ -24,6 +24,7 @@ from rmscope.pairs.demo import plain_demo_pairs
 from rmscope.pairs.pair import SIDES, Pair, one_per_prompt, split_of
 from rmscope.ranking.candidates import firing_counts, freeze, preference_signs
 from rmscope.ranking.confirm import confirm
+from rmscope.run.plan.plan import price
 from rmscope.sae.base import Sae
 from rmscope.sae.joint import JointSae
 
@@ -51,7 +52,9 @@ def doctor(
     if pairs is None:
         plain = plain_demo_pairs()
         pairs = [plain[i] for i in one_per_prompt([p.prompt_key for p in plain], CHECKED_PAIRS)]
-    return examine(rm, pairs, other, progress)
+    result = examine(rm, pairs, other, progress)
+    result.checks.append(price(rm, [t for t in rm.tokenize_all(pairs) if rm.fits(t)]))
+    return result
 
 
 def _site(rm: RewardModel, sae: Sae, site: str | None) -> str:

@@ -31,6 +31,8 @@ from rmscope.pairs.pair import Pair
 from rmscope.report.result import Result
 from rmscope.run.collect import score_evidence
 from rmscope.run.inputs import TIED, Inputs, load_pm, need_prompts
+from rmscope.run.plan.plan import make_plan
+from rmscope.run.plan.settings import PlanConfig
 from rmscope.run.run import Run
 from rmscope.run.settings import DEMO, RunConfig
 from rmscope.run.stages import score_table
@@ -55,7 +57,7 @@ def run(config: settings.RunCommandConfig, display: Display) -> Result:
     """The whole pipeline, or what it would take."""
     job = Run.create(RunConfig(**config.model_dump(exclude={"dry_run"}, exclude_unset=True)), display)
     if config.dry_run:
-        return Figures(title="what would be done", figures=job.plan())
+        return make_plan(PlanConfig(**job.config.model_dump(exclude_unset=True)), display)
     return RunSummary.of(job.go())
 
 

@@ -1,9 +1,7 @@
-"""Checks of a PM: the preflight of every run, and the cost of a run."""
+"""Checks of a PM: the preflight of every run."""
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -16,7 +14,7 @@ from rmscope.errors import InputError
 from rmscope.io import Progress, silent
 from rmscope.model.blocks import REFUSALS
 from rmscope.model.capabilities import PROBE
-from rmscope.model.packing import packed_length, pad_texts
+from rmscope.model.packing import pad_texts
 from rmscope.model.rendering import SETTINGS_FILE, PairTokens, render
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.scores import Scores
@@ -27,14 +25,6 @@ PROBES = 8
 """The number of pairs that are scored alone and in a batch."""
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
 """Spread over batches, in SD of the rewards, above which scores count as batch-dependent."""
-FORWARDS = 5
-"""A run costs about as much as scoring its pairs this many times."""
-ABLATIONS = 20_000
-"""Exact ablations in a run with the default settings, about: 300 features on 16 responses, 200 on 48, and samples."""
-LATER = 0.5
-"""Share of the blocks that are after a site, on average over the default sites."""
-BASE_BYTES = 2e9
-"""Memory besides the weights: libraries, activations, an SAE in training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,44 +244,3 @@ def in_sd(difference: float, alone: Tensor) -> float:
     """A difference of rewards in SD of the rewards."""
     spread = float(alone.std())
     return difference / spread if spread > 0 else 0.0
-
-
-# The cost of a run
-
-
-def run_tokens(tokens: Sequence[PairTokens]) -> int:
-    """Tokens of the pairs, with shared prefixes counted once."""
-    return sum(packed_length(t) for t in tokens)
-
-
-def tokens_per_second(rm: RewardModel, tokens: Sequence[PairTokens]) -> float:
-    """Timed on one forward pass of the first pairs."""
-    started = time.perf_counter()
-    rm.score_tokens(tokens[:PROBES])
-    return run_tokens(tokens[:PROBES]) / (time.perf_counter() - started)
-
-
-def run_minutes(rm: RewardModel, tokens: Sequence[PairTokens], rate: float, pairs: int) -> float:
-    """Minutes of a run over ``pairs`` pairs like these. Without resuming, each ablation runs a whole text."""
-    seconds = FORWARDS * run_tokens(tokens) / rate * pairs / len(tokens)
-    if not rm.capabilities.resume:
-        texts = sum(t.chosen.numel() + t.rejected.numel() for t in tokens) / (2 * len(tokens))
-        seconds += ABLATIONS * texts / rate * (LATER if rm.capabilities.skipping else 1)
-    return seconds / 60
-
-
-def tuning_minutes(tokens: Sequence[PairTokens], rate: float, steps: int, pairs: int) -> float:
-    """Minutes of reward-aware fine-tuning at one site; a backward pass costs as much as two forward passes."""
-    return 3 * run_tokens(tokens) / len(tokens) * pairs * steps / rate / 60
-
-
-def run_bytes(rm: RewardModel) -> float:
-    """Memory of a run in bytes: the weights twice (a faster layout of them, or buffers of gradients), and the rest."""
-    return 2 * sum(p.numel() * p.element_size() for p in rm.model.parameters()) + BASE_BYTES
-
-
-def machine_bytes(device: torch.device) -> float:
-    """Memory of the device that the PM is on, in bytes."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[1])
-    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -1,4 +1,4 @@
-"""The further checks of ``rmscope doctor``: base, context, padding, precision, other renderings, and the price of a run."""
+"""The further checks of ``rmscope doctor``: base, context, padding, precision, other renderings."""
 
 from __future__ import annotations
 
@@ -20,12 +20,8 @@ from rmscope.model.checks import (
     Check,
     Preflight,
     in_sd,
-    machine_bytes,
     preflight,
     rewards_alone,
-    run_bytes,
-    run_minutes,
-    tokens_per_second,
     verdict,
 )
 from rmscope.model.rendering import SETTINGS_FILE, STYLES, PairTokens, Rendering, changed_responses
@@ -51,7 +47,7 @@ def examine(
     result.checks += [responses(rm, pairs, tokens), base(rm), context(rm, tokens), *padding(rm, fitting[:PROBES])]
     if other is not None:
         result.checks.append(precisions(rm, other, fitting[:PROBES]))
-    result.checks += [training(rm, [p for p, t in zip(pairs, tokens, strict=True) if rm.fits(t)]), price(rm, fitting)]
+    result.checks.append(training(rm, [p for p, t in zip(pairs, tokens, strict=True) if rm.fits(t)]))
     return result
 
 
@@ -169,15 +165,3 @@ def _right(rm: RewardModel, rendering: Rendering, pairs: Sequence[Pair]) -> Bool
     finally:
         rm.rendering = before
     return right
-
-
-def price(rm: RewardModel, tokens: Sequence[PairTokens]) -> Check:
-    """Time and memory of a run on 1,000 pairs like these."""
-    rate = tokens_per_second(rm, tokens)
-    minutes = run_minutes(rm, tokens, rate, 1000)
-    needed, there = run_bytes(rm), machine_bytes(rm.device)
-    whole = "" if rm.capabilities.resume else ", most of it for ablations"
-    detail = f"{rate:,.0f} tokens per second; a run on 1,000 such pairs takes about {minutes:.2g} minutes{whole}, and "
-    detail += f"{needed / 1e9:.1f} GB of {there / 1e9:.0f} GB"
-    mend = "use --dtype bfloat16, which halves the weights, or a machine with more memory"
-    return verdict("cost", needed <= there, detail, mend)

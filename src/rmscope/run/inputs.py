@@ -15,13 +15,12 @@ import torch
 
 from rmscope.effects.written import WRITTEN_PAIRS, WrittenShare, written_shares
 from rmscope.errors import InputError
-from rmscope.evaluation.reward_aware import RewardAwareConfig
 from rmscope.model import checks
 from rmscope.model.judge import load_judge
 from rmscope.model.rendering import PairTokens, can_render, changed_responses
 from rmscope.model.reward_model import RewardModel
 from rmscope.model.site_names import BOTH, DIFF
-from rmscope.pairs.pair import Pair, Split, check_pairs, filtered_count, one_per_prompt, split_of
+from rmscope.pairs.pair import Pair, Split, check_pairs, one_per_prompt, split_of
 from rmscope.pairs.readers import ReadReport, load_pairs
 from rmscope.run.settings import RunConfig
 from rmscope.settings import LoadSettings, ReadSettings
@@ -208,26 +207,6 @@ class Inputs:
         blocks = sorted(first + evenly(others, self.config.blocks - len(first)))
         with_base = {first[0], first[-1]} if study == "both" else set[int]()
         return [f"{BOTH if block in with_base else DIFF}.{block}" for block in blocks]
-
-    def plan(self) -> dict[str, Any]:
-        """What a run would take: counts, minutes and bytes, estimated from one timed forward pass."""
-        c, scored, rm = self.config, self.scored, self.rm
-        tokens = scored.tokens
-        studied = filtered_count(len(tokens), c.top_share, c.top_pairs)
-        rate = checks.tokens_per_second(rm, tokens)
-        tuning = len(self.sites) * checks.tuning_minutes(tokens, rate, c.reward_aware, RewardAwareConfig().pairs)
-        scoring = 0.0 if studied == len(tokens) else checks.run_tokens(tokens) / rate / 60
-        fit = sum(tokens[i].chosen.numel() + tokens[i].rejected.numel() for i in scored.of_split("fit"))
-        return {
-            "pairs": len(tokens),
-            **({"of largest |Δr|, studied": studied} if scoring else {}),
-            "tokens (shared prefixes once)": checks.run_tokens(tokens),
-            "sites": ", ".join(self.sites),
-            "tokens per second, forward": round(rate),
-            "minutes, about": round(scoring + tuning + checks.run_minutes(rm, tokens, rate, studied), 1),
-            "GB of memory, about": round(checks.run_bytes(rm) / 1e9, 1),
-            "GB on disk, about": round(fit * studied / len(tokens) * rm.d_model * 2 * len(self.sites) / 1e9, 2),
-        }
 
 
 def evenly(values: Sequence[T], most: int) -> list[T]:

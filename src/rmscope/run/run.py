@@ -96,10 +96,6 @@ class Run(RunData):
         if c.diff_features and len(whole) < len(parts):
             check_memory([c.diff_features] * (len(parts) - len(whole)), self.rm.d_model, device, ranks)
 
-    def plan(self) -> dict[str, Any]:
-        """What :meth:`go` would do: counts, and time and memory estimated from one timed unit of pairs."""
-        return self.inputs.plan()
-
     def contexts(self, site: str, feature: int) -> list[Context]:
         """Confirm pairs on which a feature was ablated: its activation on every token, and the rewards before and after."""
         return contexts(self, self.check_site(site), feature)
