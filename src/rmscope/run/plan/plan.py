@@ -17,7 +17,7 @@ from rmscope.model.checks import Check, verdict
 from rmscope.model.loading import load_tokenizer
 from rmscope.model.rendering import NO_LIMIT, PairTokens, Rendering, tokenize_sides
 from rmscope.model.reward_model import RewardModel
-from rmscope.model.site_names import is_difference
+from rmscope.model.site_names import is_difference, needs_base
 from rmscope.pairs.demo import plain_demo_pairs
 from rmscope.run.inputs import Inputs, PairSet
 from rmscope.run.plan.cards import Devices, devices_of_card, read_devices
@@ -122,7 +122,7 @@ def told(setup: Setup, config: PlanConfig) -> Plan:
         devices=str(setup.devices),
         measured=config.devices is None,
         sites=case.sites,
-        sites_assumed=not case.config.sites,
+        sites_assumed=not case.config.sites and any(map(needs_base, case.sites)),
         features=[case.of_site(site) for site in case.sites],
         stages=stages,
         seconds=setup.total_seconds,

@@ -143,9 +143,15 @@ def _estimated(case: Case) -> int:
     return min(case.config.estimate_pairs or case.data.fit, case.data.fit)
 
 
+def proposed(case: Case, site: str) -> int:
+    """Features of a site that the estimate proposes: none where there are too few prompts for any to be eligible."""
+    prompts = min(case.data.fit_prompts, _estimated(case))
+    return min(2 * case.config.screen, case.of_site(site)) if prompts >= ELIGIBLE_PROMPTS else 0
+
+
 def screened(case: Case, site: str) -> int:
     """Features of a site that are ablated on the fit split."""
-    return min(2 * case.config.screen + case.config.others, case.of_site(site))
+    return min(proposed(case, site) + case.config.others, case.of_site(site))
 
 
 def screen_ablations(case: Case, site: str) -> float:
@@ -168,7 +174,7 @@ def screen(case: Case) -> Amount:
 
 def frozen(case: Case, site: str) -> int:
     """Features of a site that go to the confirm split."""
-    return min(case.config.frozen // len(case.sites), screened(case, site))
+    return min(case.config.frozen // len(case.sites), proposed(case, site))
 
 
 def concepts(case: Case) -> int:
