@@ -17,6 +17,7 @@ from rmscope.run.inputs import Inputs
 from rmscope.run.plan.cards import CARDS, read_devices
 from rmscope.run.plan.case import Case
 from rmscope.run.plan.changes import SHARED
+from rmscope.run.plan.memory import stage_bytes
 from rmscope.run.plan.plan import price
 from rmscope.run.plan.settings import PlanConfig
 from rmscope.run.plan.shape import Lengths, Shape, shape_from_config, shape_of
@@ -196,6 +197,19 @@ def test_an_8b_pm_in_float32_fits_80_gb_and_one_of_70b_does_not(configs: Path) -
     assert not large.fits
     assert large.model_memory == pytest.approx(2 * 69.5e9, rel=0.01)
     assert "cannot spread a PM over devices" in large.summary()
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "gb"),
+    [("score", "bfloat16", 15), ("train", "bfloat16", 24), ("estimate", "float32", 35), ("ablate", "float32", 32)],
+)
+def test_the_memory_is_that_which_one_h200_took(configs: Path, stage: str, dtype: str, gb: float) -> None:
+    """benchmarks/README.md, "On a GPU": 7.2 billion weights, 65,536 features at d 4,096, one site."""
+    given: dict[str, Any] = {"dtype": dtype, "sites": ["resid_post.16"], "sae": {"d_sae": 65_536, "k": 64}}
+    config = RunConfig(model=str(configs / "8b"), data="", out="out", **given)
+    pm = replace(shape_from_config(config), weights=7_200_000_000)
+    planned = Case(config, pm, Lengths.of_numbers(config, 256, 182, 0.7))
+    assert stage_bytes(planned, stage, 1, on_cpu=False) / 1e9 == pytest.approx(gb, rel=0.1)
 
 
 def test_the_change_that_is_named_makes_it_fit_when_it_is_made(configs: Path) -> None:
