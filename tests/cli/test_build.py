@@ -23,7 +23,7 @@ ORDER = [
     "demo", "run", "serve", "doctor",
     "score", "baseline", "harvest", "train", "attribute", "ablate", "ledger", "rank", "evaluate", "report",
     "jailbreak", "experiment", "sufficiency", "compare", "edit", "gate", "label", "export", "audit",
-    "train-pm",
+    "train-pm", "plan",
 ]  # fmt: skip
 SETTINGS = commands.SETTINGS
 

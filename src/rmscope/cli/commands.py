@@ -22,7 +22,6 @@ PANELS: dict[str, list[Row]] = {
     "Start here": [
         ("demo", steps.DemoConfig, "cli.steps:demo", "What the embedded, biased PM rewards, beside the truth."),
         ("run", steps.RunCommandConfig, "cli.steps:run", "The pipeline on your own PM and pairs; run it again to resume."),
-        ("plan", PlanConfig, "run.plan.plan:make_plan", "FLOPs, time, disk and memory of a run, before it is run."),
         ("serve", ServeConfig, "app.serve:serve", "A local web app: browse runs, name concepts, try texts on the PM."),
         ("doctor", steps.DoctorConfig, "cli.steps:doctor", "Checks a PM before it is studied, and says how to mend it."),
     ],
@@ -50,6 +49,9 @@ PANELS: dict[str, list[Row]] = {
         ("audit", AuditConfig, "studies.audit.analyse:analyse", "Plants biases, trains a PM, counts what a run finds."),
     ],
     "Training": [("train-pm", steps.TrainPmConfig, "cli.steps:train_pm", "Trains a PM by a recipe.")],
+    "Planning": [
+        ("plan", PlanConfig, "run.plan.plan:make_plan", "FLOPs, time, disk and memory of a run, before it is run."),
+    ],
 }  # fmt: skip
 ON_RUN = {"ablate", "ledger", "rank", "report", "jailbreak", "sufficiency", "compare", "edit", "label", "export"}
 """Commands that take a run folder first."""
