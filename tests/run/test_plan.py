@@ -139,9 +139,9 @@ def test_other_seeds_are_as_many_trainings_more() -> None:
 
 def test_ablations_after_the_last_block_are_nearly_free_and_a_whole_forward_where_nothing_resumes() -> None:
     own = case()
-    assert own.ablations(100, 0, 10).flops == 0
+    assert own.ablations(100, 0, 10, 0.5).flops == 0
     encoder = Case(own.config, replace(SMALL, resumes=False), own.data)
-    assert encoder.ablations(100, 0, 10).flops == 100 * text_flops(SMALL, 100, 100, 4)
+    assert encoder.ablations(100, 0, 10, 0.5).flops == 100 * text_flops(SMALL, 100, 100, 4)
 
 
 def test_a_difference_site_runs_the_base_beside_the_pm() -> None:

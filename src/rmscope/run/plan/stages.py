@@ -23,7 +23,7 @@ from rmscope.ranking.estimate_quality import PER_RESPONSE
 from rmscope.ranking.flags import UNRELATED_PROMPTS
 from rmscope.run.examples import LARGEST
 from rmscope.run.measure import DRAWS as DONORS_EACH
-from rmscope.run.plan.case import SIDES, Case, pairs_of, parts_in
+from rmscope.run.plan.case import RARE_CONCEPT, SIDES, Case, pairs_of, parts_in
 from rmscope.run.plan.work import Amount, Work, step_work, text_flops
 from rmscope.run.size import FIT_PAIRS, SIZES
 from rmscope.run.written import KEEP
@@ -35,8 +35,8 @@ DENSE = 0.1
 """The share of frozen features that are dense, and are also set to their mean."""
 UNRELATED_FIRES = 0.5
 """The share of unrelated completions in which a feature fires."""
-REPORTED = 0.7
-"""The share of frozen concepts that are reported (18 of 25, zoo:planted)."""
+REPORTED = 0.6
+"""The share of frozen concepts that are reported (18 of 25, zoo:planted; 15 of 30, zoo:hh)."""
 NODES_OF_DIFFERENCE, NODES_OF_WHOLE = 8.3, 32.0
 """Gradients along a ledger's path: of a difference site (zoo:planted), and of the whole stream (zoo:hh: 52, 32 and 12 in the
 median, from the first site to the last)."""
@@ -175,7 +175,7 @@ def screen(case: Case) -> Amount:
     touched = pairs_of(reached, pairs)
     work = case.clean_runs(touched, max(1.0, reached / touched) if touched else 1.0)
     for site in case.sites:
-        work += case.ablations(screen_ablations(case, site), case.after(site), reached)
+        work += case.ablations(screen_ablations(case, site), case.after(site), reached, case.rest(site))
     return Amount(work, parts_in(touched))
 
 
@@ -214,12 +214,12 @@ def ablate(case: Case) -> Amount:
     swapped = case.spread(data.confirm, UNRELATED_PROMPTS, min(map(case.rate, case.sites)))
     work += case.clean_runs(swapped, 1.0)
     for site in (*case.sites, None):
-        after = case.average_after if site is None else case.after(site)
+        after, rest = (case.after_concepts, case.rest_concepts) if site is None else (case.after(site), case.rest(site))
         n, own = confirm_ablations(case, site, SIDES), concepts(case) if site is None else frozen(case, site)
-        work += case.ablations(n, after, reached)
+        work += case.ablations(n, after, reached, rest)
         if case.pm.resumes:
             work += case.ablations(n, after, reached, ENDING)
-        work += case.ablations(own * UNRELATED_PROMPTS * UNRELATED_FIRES, after, swapped)
+        work += case.ablations(own * UNRELATED_PROMPTS * UNRELATED_FIRES, after, swapped, rest)
         if site is not None and case.pm.resumes:
             dense = DENSE * own * SIDES * min(c.feature_prompts, data.confirm)
             work += case.ablations(dense, after, dense / max(1.0, DENSE * own), 1.0)
@@ -240,9 +240,9 @@ def directions(case: Case) -> Amount:
     """Each reported concept on some responses, beside moves in other directions."""
     c, data = case.config, case.data
     prompts = min(c.null_prompts, data.confirm)
-    touched = pairs_of(case.spread(2 * data.confirm, prompts, _concept_rate(case)), data.confirm)
+    touched = pairs_of(case.spread(2 * data.confirm, prompts, _concept_rate(case), RARE_CONCEPT), data.confirm)
     rows = reported(case) * prompts
-    work = case.clean_runs(touched) + case.ablations(rows * 2 * DRAWS, case.average_after, rows)
+    work = case.clean_runs(touched) + case.ablations(rows * 2 * DRAWS, case.after_concepts, rows, case.rest_concepts)
     return Amount(work, parts_in(touched), case.clean_runs(DRAWS))
 
 
@@ -260,14 +260,14 @@ def measure(case: Case) -> Amount:
     c, data = case.config, case.data
     others = c.seeds - 1 if case.trained else 0
     prompts = min(c.measure_prompts, data.measure)
-    reached = case.spread(2 * data.measure, prompts, _concept_rate(case))
+    reached = case.spread(2 * data.measure, prompts, _concept_rate(case), RARE_CONCEPT)
     touched, n = pairs_of(reached, data.measure), reported(case) * prompts * SIDES
     work = case.batches(data.measure) + case.encoding(2 * data.measure * data.span)
     work += case.clean_runs(touched, max(1.0, reached / touched) if touched else 1.0)
     work += case.encoding(others * reached * data.span)
     for _ in range(1 + others):
-        work += case.ablations(n, case.average_after, reached * len(case.sites))
-    work += case.ablations(2 * DONORS_EACH * n, case.average_after, reached, 1.0)
+        work += case.ablations(n, case.after_concepts, reached * len(case.sites), case.rest_concepts)
+    work += case.ablations(2 * DONORS_EACH * n, case.after_concepts, reached, 1.0)
     return Amount(work, parts_in(touched), (2 + others) * _store_read(case, 2 * data.fit * data.span))
 
 
@@ -287,13 +287,13 @@ def evidence(case: Case) -> Amount:
     texts, sites = 2 * WRITTEN_PAIRS, len(case.sites)
     work = 2 * case.clean_runs(WRITTEN_PAIRS)
     if case.of_base:
-        work += case.ablations(texts * (4 * sites + len(KEEP)), case.average_after, texts * (4 * sites + len(KEEP)), 1.0)
-    work += case.ablations(texts * (4 + reported(case)), case.average_after, texts)
+        work += case.ablations(texts * (4 * sites + len(KEEP)), case.after_concepts, texts * (4 * sites + len(KEEP)), 1.0)
+    work += case.ablations(texts * (4 + reported(case)), case.after_concepts, texts, 1.0)
     shown = (min(SHOWN, frozen(case, case.sites[0])) * sites + reported(case)) * (LARGEST + 1)
     pairs = case.data.confirm * (1 - exp(-shown / case.data.confirm)) if case.data.confirm else 0.0
     work += case.batches(pairs) + case.encoding(2 * pairs * case.data.span)
     if case.config.data.startswith("demo:") and case.config.data != "demo:plain":
-        found = case.ablations(ABLATIONS_A_TWIN * CUE_TWINS, case.average_after, 6 * CUE_TWINS)
+        found = case.ablations(ABLATIONS_A_TWIN * CUE_TWINS, case.after_concepts, 6 * CUE_TWINS, case.rest_concepts)
         work += CUES * (case.clean_runs(CUE_TWINS, 3.0) + found)
     figures = _store_read(case, case.data.stored)
     return Amount(serial=work + figures + Work(rows=METRIC_PASSES * figures.rows))
