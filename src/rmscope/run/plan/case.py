@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, exp
 
-from rmscope.effects.ablation import ROW_TOKENS
+from rmscope.effects.ablation import BATCH_TOKENS, ROW_TOKENS
 from rmscope.errors import InputError
 from rmscope.model.packing import UNIT
 from rmscope.model.reward_model import TOKEN_BUDGET
@@ -168,10 +168,11 @@ class Case:
 
     def ablations(self, n: float, after: float, responses: float, share: float) -> Work:
         """n ablations with so many blocks after the site, on so many responses, of each the ``share`` from the first firing
-        on. A PM that cannot be resumed runs the whole text."""
+        on. A PM that cannot be resumed runs the whole text, through all blocks unless it can skip some."""
         data, pm = self.data, self.pm
         if not pm.resumes:
-            return Work(ablation=n * text_flops(pm, data.side, data.side, pm.blocks), calls=n * pm.blocks)
+            blocks, rows = (after, max(1.0, BATCH_TOKENS / data.side)) if pm.skips else (pm.blocks, 1.0)
+            return Work(ablation=n * text_flops(pm, data.side, data.side, blocks), calls=n / rows * blocks)
         blocks = max(0.0, after - READ_BLOCK) if pm.ragged else after
         tokens = n * data.span * share
         calls = max(tokens / ROW_TOKENS, min(n, responses)) * (after + 1)

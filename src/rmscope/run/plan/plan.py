@@ -150,7 +150,7 @@ def price(rm: RewardModel, tokens: Sequence[PairTokens]) -> Check:
     run = RunConfig(model=rm.name, data="", out=".", dtype=str(rm.dtype)[6:])  # type: ignore[arg-type]
     case = Case(run, shape_of(rm), Lengths.of_numbers(run, PRICED, side, shared))
     setup = Setup(case, timed(rm, case, tokens))
-    whole = "" if rm.capabilities.resume else ", most of it full forward passes for ablations"
+    whole = "" if rm.capabilities.resume else ", most of it for ablations"
     minutes = setup.total_seconds / 60
     detail = f"a run on {PRICED:,} such pairs takes about {minutes:.2g} minutes{whole}, and {size(setup.peak)} of "
     detail += f"{size(setup.devices.memory)}"

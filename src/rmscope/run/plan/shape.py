@@ -45,9 +45,11 @@ class Shape:
     base_weights: int = 0
     """Weights of the base that are not the PM's own: equal ones are held once."""
     resumes: bool = True
-    """Whether a run can be resumed at a site; if not, each ablation is a full forward pass."""
+    """Whether a run can be resumed at a token; if not, each ablation runs the whole text."""
     ragged: bool = True
     """Whether many ablations share a row without padding."""
+    skips: bool = True
+    """Whether blocks up to a site need not run again."""
 
     @property
     def of_trained(self) -> int:
@@ -64,8 +66,9 @@ def shape_of(rm: RewardModel) -> Shape:
     own = {p.data_ptr() for p in rm.model.parameters()}
     others = [] if base is None else [p for p in base.model.parameters() if p.data_ptr() not in own]
     can = rm.capabilities
-    return _shape(rm.model, list(rm.blocks), rm.text_config, can.resume, can.ragged, None if base is None else base.first,
-                  sum(p.numel() for p in others))  # fmt: skip
+    first = None if base is None else base.first
+    found = _shape(rm.model, list(rm.blocks), rm.text_config, can.resume, can.ragged, first, sum(p.numel() for p in others))
+    return replace(found, skips=can.skipping)
 
 
 def shape_from_config(config: RunConfig) -> Shape:
