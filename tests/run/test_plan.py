@@ -147,6 +147,8 @@ def test_ablations_after_the_last_block_are_nearly_free_and_a_whole_forward_wher
 def test_a_difference_site_runs_the_base_beside_the_pm() -> None:
     with_base = Case(RunConfig(model="a", data="", out="b"), replace(SMALL, first=2), case().data)
     assert with_base.sites == ["both.2", "both.3"]
+    wide = Case(RunConfig(model="a", data="", out="b", blocks=5), replace(SMALL, blocks=12, first=0), case().data)
+    assert wide.sites == ["diff.0", "both.4", "diff.5", "both.6", "diff.11"]  # as a run of zoo:hh chose them
     assert with_base.of_base == 2
     assert case().of_base == 0
 

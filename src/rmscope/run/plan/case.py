@@ -15,7 +15,7 @@ from rmscope.errors import InputError
 from rmscope.model.packing import UNIT
 from rmscope.model.reward_model import TOKEN_BUDGET
 from rmscope.model.site_names import BOTH, DIFF, all_parts, is_difference, needs_base, parts_of
-from rmscope.run.inputs import evenly
+from rmscope.run.inputs import PROPOSED, evenly
 from rmscope.run.plan.shape import Lengths, Shape
 from rmscope.run.plan.work import Work, text_flops
 from rmscope.run.settings import RunConfig
@@ -47,8 +47,8 @@ class Case:
 
     @cached_property
     def sites(self) -> list[str]:
-        """The sites of the settings. Else those of the setting ``study``, at even distances: which of them a run takes
-        depends on rewards."""
+        """The sites of the settings. Else those of the setting ``study``. Where a run would choose blocks by their rewards,
+        the ones in the middle of the trained blocks stand for those that it studies first (so it was in both zoo PMs)."""
         if self.config.sites:
             return self.config.sites
         blocks, first = self.pm.blocks, self.pm.first
@@ -56,8 +56,12 @@ class Case:
             if self.config.study == "difference":
                 raise InputError("The difference from the PM's base cannot be planned: none is named; give --base.")
             return [f"resid_post.{i}" for i in sorted({max(0, round(blocks * share) - 1) for share in (1 / 3, 2 / 3)})]
-        chosen = evenly(range(first, blocks), self.config.blocks)
-        with_base = {chosen[0], chosen[-1]} if self.config.study == "both" else set[int]()
+        trained, most = range(first, blocks), self.config.blocks
+        start = max(0, (len(trained) - 1) // 2 - PROPOSED // 2)
+        middle = list(trained[start : start + min(PROPOSED, most)])
+        others = [block for block in trained if block not in middle]
+        chosen = sorted(middle + evenly(others, most - len(middle)))
+        with_base = {middle[0], middle[-1]} if self.config.study == "both" else set[int]()
         return [f"{BOTH if block in with_base else DIFF}.{block}" for block in chosen]
 
     @cached_property

@@ -13,11 +13,12 @@ from math import exp
 from rmscope.activations.store import COLUMNS
 from rmscope.effects.directions import DRAWS
 from rmscope.effects.gradients import PROBE_GROUPS
-from rmscope.effects.ledger import NODES
+from rmscope.effects.ledger import CUTS, HALVINGS
+from rmscope.effects.ledger import NODES as PANEL_NODES
 from rmscope.effects.written import WRITTEN_PAIRS
 from rmscope.evaluation.reward_aware import RewardAwareConfig
 from rmscope.model.checks import PROBES
-from rmscope.model.site_names import is_difference
+from rmscope.model.site_names import BASE, is_difference, kind_of, needs_base
 from rmscope.ranking.candidates import ELIGIBLE_PROMPTS
 from rmscope.ranking.estimate_quality import PER_RESPONSE
 from rmscope.ranking.flags import UNRELATED_PROMPTS
@@ -37,12 +38,15 @@ UNRELATED_FIRES = 0.5
 """The share of unrelated completions in which a feature fires."""
 REPORTED = 0.6
 """The share of frozen concepts that are reported (18 of 25, zoo:planted; 15 of 30, zoo:hh)."""
-NODES_OF_DIFFERENCE, NODES_OF_WHOLE = 8.3, 32.0
-"""Gradients along a ledger's path: of a difference site (zoo:planted), and of the whole stream (zoo:hh: 52, 32 and 12 in the
-median, from the first site to the last)."""
-LEDGER_PADDING = 1.8
-"""What a ledger's batches hold for each token of their pairs: few pairs of unlike lengths, some of whose rows go on alone
-(2.5 with 8 pairs, 1.3 to 1.6 with 24)."""
+NODES = {"diff": 0.0, "both": 9.5, "whole": 6.0}
+"""Gradients along a ledger's path for each block after the site, where two panels are not enough: 52, 32 and 12 at three
+sites of the whole stream of zoo:hh; 58 with 7 blocks after both.4 there, 33 and 21 with 3 and 2 in zoo:planted; 8.3 at its
+difference sites."""
+PADDING = {"diff": 1.3, "both": 2.0, "whole": 2.0}
+"""What a ledger's batches hold for each token of their pairs: few pairs of unlike lengths, of which some rows go on alone
+(measured with 8, 16 and 24 pairs)."""
+FIRST_NODES = PANEL_NODES * (len(CUTS) - 1)
+MOST_NODES = FIRST_NODES * 2**HALVINGS
 IG_NODES = 8
 """Gradients of the estimate ``ig``."""
 START_PASSES = 150
@@ -139,7 +143,7 @@ def estimate(case: Case) -> Amount:
         backward = case.gradients(pairs, 1, after)
         work += rest + Work(gradient=backward.gradient, calls=backward.calls / 2)
     else:
-        nodes = PROBE_GROUPS + 1 if c.estimate == "midpoint" else IG_NODES * (1 + 0.5 / NODES)
+        nodes = PROBE_GROUPS + 1 if c.estimate == "midpoint" else IG_NODES * (1 + 0.5 / PANEL_NODES)
         for site in case.sites:
             work += case.gradients(pairs, nodes, case.after(site))
     effects = 2 * pairs * sum(map(case.active, case.sites))
@@ -276,9 +280,11 @@ def decompose(case: Case) -> Amount:
     pairs = min(case.config.ledger_pairs, case.data.measure)
     work = Work()
     for site in case.ledger_sites if pairs else ():
-        nodes = NODES_OF_DIFFERENCE if is_difference(site) else NODES_OF_WHOLE
-        along = case.gradients(pairs, nodes, case.after(site)) + case.batches(pairs, case.after(site)) * (nodes / NODES)
-        work += case.batches(pairs) + LEDGER_PADDING * along
+        kind, after = kind_of(site) if needs_base(site) else "whole", case.after(site)
+        kind = "whole" if kind == BASE else kind
+        nodes = min(MOST_NODES, max(FIRST_NODES, NODES[kind] * after))
+        along = case.gradients(pairs, nodes, after) + case.batches(pairs, after) * (nodes / PANEL_NODES)
+        work += case.batches(pairs) + PADDING[kind] * along
     return Amount(work, parts_in(pairs))
 
 
