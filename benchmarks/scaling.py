@@ -1,7 +1,7 @@
 """How much faster two processes of one thread each do the shared stages of a run than one process of one thread.
 
-Prints one JSON line per stage: seconds alone, seconds together, and their ratio. Every process has one core of its own, so the
-script needs two quiet cores. The pairs fill whole units of 64 on both processes; with fewer, one process waits for the other.
+Prints one JSON line per stage: seconds alone, seconds together, and their ratio. Every process has one core of its own, so
+the script needs two quiet cores. The pairs fill whole units of 64 on both processes; with fewer, one waits for the other.
 
 usage: scaling.py OUT [--pairs 512]
 """
@@ -20,8 +20,8 @@ import yaml
 STAGES = ("score", "harvest", "train", "estimate", "screen", "ablate", "measure", "decompose")
 SETTINGS = {
     "model": "zoo:planted", "data": "demo:planted", "study": "difference", "blocks": 2, "diff_features": 64,
-    "diff_tokens": 200_000, "screen": 20, "others": 0, "responses": 10, "quality_responses": 10, "frozen": 40, "concepts": 12,
-    "feature_prompts": 20, "confirm_prompts": 40, "null_prompts": 4, "measure_prompts": 20, "seeds": 1, "ledger_pairs": 0,
+    "diff_tokens": 200_000, "screen": 20, "others": 0, "responses": 10, "quality_responses": 10, "frozen": 40,
+    "concepts": 12, "feature_prompts": 20, "confirm_prompts": 40, "null_prompts": 4, "measure_prompts": 20, "seeds": 1, "ledger_pairs": 0,
 }  # fmt: skip
 """A small run of the demo's PM."""
 
