@@ -21,7 +21,8 @@ STAGES = ("score", "harvest", "train", "estimate", "screen", "ablate", "measure"
 SETTINGS = {
     "model": "zoo:planted", "data": "demo:planted", "study": "difference", "blocks": 2, "diff_features": 64,
     "diff_tokens": 200_000, "screen": 20, "others": 0, "responses": 10, "quality_responses": 10, "frozen": 40,
-    "concepts": 12, "feature_prompts": 20, "confirm_prompts": 40, "null_prompts": 4, "measure_prompts": 20, "seeds": 1, "ledger_pairs": 0,
+    "concepts": 12, "feature_prompts": 20, "confirm_prompts": 40, "null_prompts": 4, "measure_prompts": 20,
+    "seeds": 1, "ledger_pairs": 0,
 }  # fmt: skip
 """A small run of the demo's PM."""
 
