@@ -60,10 +60,10 @@ def check_device(device: str) -> None:
 
 
 def memory(device: str) -> int:
-    """Bytes of memory that a device has in all."""
+    """Bytes of memory that a device has in all; of a CPU, what each process of a machine has that torchrun started there."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def fast_products(device: torch.device, wanted: bool = True) -> Any:

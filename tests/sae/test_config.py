@@ -25,7 +25,7 @@ def test_what_is_said_stands() -> None:
 
 
 def test_a_dictionary_that_no_memory_holds_is_refused_and_one_that_just_fits_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "memory", lambda _device: 24 * 1000 * D)  # encoder, decoder, two moments: 24 bytes each
+    monkeypatch.setattr(hardware, "memory", lambda _device: 32 * 1000 * D)
     for fitting in ([1000], [400, 600], [0]):
         check_memory(fitting, D, "cpu")
     for most, features in ((1001, [1001]), (600, [401, 600]), (501, [501, 501]), (10**15, [10**15])):
@@ -34,11 +34,20 @@ def test_a_dictionary_that_no_memory_holds_is_refused_and_one_that_just_fits_is_
 
 
 def test_several_devices_share_the_saes_or_hold_one_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "memory", lambda _device: 24 * 1000 * D)
-    assert [devices_for(m, D, "cpu") for m in (1, 750, 751, 1500, 1501)] == [1, 1, 2, 2, 3]  # with gradients
+    monkeypatch.setattr(hardware, "memory", lambda _device: 32 * 1000 * D)
+    assert [devices_for(m, D, "cpu") for m in (1, 1000, 1001, 2000, 2001)] == [1, 1, 2, 2, 3]
     check_memory([700] * 4, D, "cpu", devices=4)
     check_memory([1900], D, "cpu", devices=2)
     check_memory([1900] * 6, D, "cpu", devices=2)  # one after another
     for features, devices in (([700] * 5, 4), ([2001], 2)):
         with pytest.raises(InputError, match="GB at least"):
             check_memory(features, D, "cpu", devices)
+
+
+def test_an_sae_must_fit_beside_the_pm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "memory", lambda _device: 32 * 1000 * D)
+    beside = 32 * 400 * D
+    assert [devices_for(m, D, "cpu", beside) for m in (600, 601, 1200)] == [1, 2, 2]
+    check_memory([1200], D, "cpu", 2, beside)
+    with pytest.raises(InputError, match=r"cpu has .* GB beside the PM"):
+        check_memory([601], D, "cpu", 1, beside)

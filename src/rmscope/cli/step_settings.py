@@ -167,4 +167,4 @@ class RunCommandConfig(RunConfig):
     """What the command ``run`` takes."""
 
     dry_run: bool = False
-    """Only say what would be done, and about how long it takes."""
+    """Only tell what the run would take, as rmscope plan does: work, time, disk and memory of each stage."""

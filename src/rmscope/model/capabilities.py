@@ -164,12 +164,13 @@ def measure_capabilities(rm: Any) -> Capabilities:
 def _skip(rm: Any, tokens: PairTokens, alone: Float[Tensor, " texts"]) -> tuple[Tensor, Tensor]:
     """Rewards of a text, and of it with half of its stream at a site: by whole forwards, and by one that begins at the site.
 
-    The sites are the first after a block, one in the middle, and the last, since blocks need not be alike. The other text
-    runs in between: what a model may keep of a forward is then that of another text.
+    Of decoders the sites are the first after a block, one in the middle, and the last, of others all after blocks: blocks
+    need not be alike. The other text runs in between: what a model may keep of a forward is then that of another text.
     """
     ids = tokens.chosen[: rm.read_position(tokens.chosen) + 1]
     one, two = (pad_texts([(0, "chosen", ids, 1, ids.numel() - 1)] * n, rm.pad_id) for n in (1, 2))
-    streams = rm.streams(one, sorted({rm.sites[1], rm.sites[len(rm.sites) // 2], rm.sites[-1]}))
+    some = {rm.sites[1], rm.sites[len(rm.sites) // 2], rm.sites[-1]} if rm.causal else rm.sites[1:]
+    streams = rm.streams(one, sorted(some))
     whole = [torch.cat([alone[:1], rm.rewards(one, {site: lambda x: 0.5 * x}).cpu()]) for site in streams]
     rm.reward_alone(tokens.rejected)
     rewards = []

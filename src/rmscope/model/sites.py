@@ -124,6 +124,11 @@ class Trunk:
         return self.sites.index(whole) - 1
 
     @property
+    def bytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 

@@ -88,13 +88,14 @@ class Run(RunData):
             self.on_disk.ranks.wait()
 
     def check_memory(self) -> None:
-        """InputError where the SAEs that are to be trained do not fit the PM's device."""
+        """InputError where the SAEs that are to be trained do not fit the PM's device beside it."""
         c, device, ranks = self.config, str(self.rm.device), self.on_disk.ranks.count
-        parts = [] if c.sae_dir else all_parts(self.sites)
+        is_trained = c.sae_dir is not None or {"train", "seeds"} <= self.on_disk.keys.keys()
+        parts = [] if is_trained else all_parts(self.sites)
         if whole := [part for part in parts if not is_difference(part)]:
-            check_memory([c.sae.d_sae or 0] * len(whole), self.rm.d_model, device, ranks)
+            check_memory([c.sae.d_sae or 0] * len(whole), self.rm.d_model, device, ranks, self.rm.bytes)
         if c.diff_features and len(whole) < len(parts):
-            check_memory([c.diff_features] * (len(parts) - len(whole)), self.rm.d_model, device, ranks)
+            check_memory([c.diff_features] * (len(parts) - len(whole)), self.rm.d_model, device, ranks, self.rm.bytes)
 
     def contexts(self, site: str, feature: int) -> list[Context]:
         """Confirm pairs on which a feature was ablated: its activation on every token, and the rewards before and after."""

@@ -15,7 +15,7 @@ from rmscope.sae.config import SaeConfig
 from rmscope.settings import Flag, LoadSettings, ModelSettings, Names, ReadSettings, Seed
 
 RECORD, CHECKSUM = "run.yaml", "checksum"
-"""The file that makes a folder a run folder, and its last entry."""
+"""The file that makes a folder a run folder, and its first entry."""
 
 
 class RunConfig(LoadSettings, ReadSettings, ModelSettings):
@@ -148,21 +148,20 @@ def recorded_settings(folder: Path) -> dict[str, Any]:
     if record.get(CHECKSUM, checksum(record)) != checksum(record):
         raise InputError(
             f"{folder / RECORD} is damaged or was changed by hand (its checksum differs). If you changed it, delete "
-            f"its last line; else start the run again with its settings and --out {folder}: what is sound is kept."
+            f"its first line; else start the run again with its settings and --out {folder}: what is sound is kept."
         )
     return {**record["config"], "out": folder, "trust_remote_code": False}
 
 
 def checksum(record: Mapping[str, Any]) -> str:
-    """The checksum of a record, which its last line holds."""
+    """The checksum of a record, which its first line holds."""
     return content_hash({name: value for name, value in record.items() if name != CHECKSUM})
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Writes ``run.yaml``, with its checksum."""
-    rest = {name: value for name, value in record.items() if name != CHECKSUM}
-    text = yaml.safe_dump({**rest, CHECKSUM: checksum(rest)}, sort_keys=False, allow_unicode=True)
-    write_text(folder / RECORD, text)
+    text = yaml.safe_dump({n: value for n, value in record.items() if n != CHECKSUM}, sort_keys=False, allow_unicode=True)
+    write_text(folder / RECORD, f"{CHECKSUM}: '{checksum(yaml.safe_load(text))}'\n{text}")
 
 
 def read_record(folder: Path) -> dict[str, Any]:

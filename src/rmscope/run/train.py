@@ -78,7 +78,7 @@ def _devices(run: RunData, config: SaeConfig, parts: list[str]) -> int:
     """How many devices the training of one SAE takes, where they are smallest: all ranks deal alike."""
     initial = next(iter(run.initial_saes.values()), None) if config.init else None
     features = settled(config, initial).features(run.rm.d_model, run.store.training_tokens(parts))
-    devices = devices_for(features, run.rm.d_model, str(run.rm.device))
+    devices = devices_for(features, run.rm.d_model, str(run.rm.device), run.rm.bytes)
     return max(int(n) for n in run.on_disk.ranks.gather(torch.tensor([devices])))
 
 

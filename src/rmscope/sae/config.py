@@ -98,30 +98,35 @@ class SaeConfig(Settings):
         return rising * falling, rising
 
 
-def devices_for(features: int, d: int, device: str) -> int:
-    """Devices whose memory holds the training of one SAE: encoder, decoder, gradients and Adam's two moments, float32."""
+TRAINING = 32
+"""Bytes per feature and dimension of the stream: encoder, decoder, their gradients and Adam's two moments, float32."""
+
+
+def devices_for(features: int, d: int, device: str, beside: int = 0) -> int:
+    """Devices that hold the training of one SAE, each ``beside`` some bytes such as the PM's."""
     from rmscope.hardware import memory  # here, because the command line reads settings without torch
 
-    return max(1, -(-32 * features * d // memory(device)))
+    return max(1, -(-TRAINING * features * d // max(1, memory(device) - beside)))
 
 
-def check_memory(features: Sequence[int], d: int, device: str, devices: int = 1) -> None:
+def check_memory(features: Sequence[int], d: int, device: str, devices: int = 1, beside: int = 0) -> None:
     """InputError where SAEs of so many features each, trained at once on streams of width d, do not fit.
 
-    Encoder, decoder and Adam's two moments of each are float32. Of several devices each trains its part of the SAEs, or,
-    where one device cannot hold an SAE, all train it together.
+    Of several devices each trains its part of the SAEs, or, where one device cannot hold an SAE beside the PM (so many bytes
+    ``beside``), all train it together.
     """
     from rmscope.hardware import memory
 
-    if devices_for(max(features), d, device) == 1 or devices == 1:
+    if devices_for(max(features), d, device, beside) == 1 or devices == 1:
         features, devices = features[: -(-len(features) // devices)], 1
     else:
         features = [max(features)]
-    need, total = 24 * sum(features) * d, memory(device) * devices
+    need, total = TRAINING * sum(features) * d, (memory(device) - beside) * devices
     if need > total:
         several = f" of {len(features)} SAEs at once" if len(features) > 1 else ""
         where = device if devices == 1 else f"{device} in {devices} processes"
+        has = f"{max(0, total) / 1e9:,.0f} GB" + (" beside the PM" if beside else "")
         raise InputError(
             f"Setting d_sae {max(features)}: training{several} takes {need / 1e9:,.0f} GB at least, and {where} has "
-            f"{total / 1e9:,.0f} GB; choose a smaller one{', or fewer sites at a time' if several else ''}."
+            f"{has}; choose a smaller one{', or fewer sites at a time' if several else ''}."
         )

@@ -14,7 +14,7 @@ from rmscope.effects.ablation import BATCH_TOKENS, ROW_TOKENS
 from rmscope.errors import InputError
 from rmscope.model.packing import UNIT
 from rmscope.model.reward_model import TOKEN_BUDGET
-from rmscope.model.site_names import BOTH, DIFF, all_parts, is_difference, needs_base, parts_of
+from rmscope.model.site_names import BOTH, DIFF, all_parts, is_difference, needs_base, parts_of, whole_site
 from rmscope.run.inputs import PROPOSED, evenly
 from rmscope.run.plan.shape import Lengths, Shape
 from rmscope.run.plan.work import Work, text_flops
@@ -82,7 +82,9 @@ class Case:
 
     def block(self, site: str) -> int:
         """The block after which a site is; -1 for ``embed``. InputError where the PM has no such block."""
-        name = site.rpartition(".")[2]
+        kind, _, name = whole_site(site).rpartition(".")
+        if site != "embed" and kind != "resid_post":
+            raise InputError(f"There is no site {site!r}; a plan knows embed, resid_post.N, diff.N, base.N and both.N.")
         number = -1 if site == "embed" else int(name) if name.isdecimal() else self.pm.blocks
         if number >= self.pm.blocks or (needs_base(site) and (self.pm.first is None or number < self.pm.first)):
             raise InputError(f"There is no site {site!r} in this PM of {self.pm.blocks} blocks; name others.")

@@ -78,7 +78,7 @@ def changes(setup: Setup) -> Iterator[Change]:
         yield f"sites: {half} of {len(case.sites)}", _with(sites=evenly(case.sites, half))
     if any(needs_base(site) for site in case.sites) and not c.sites:
         yield "base: none", _without_base
-    for part in (part for part in case.trained if not is_difference(part)):
+    for part in (part for part in case.trained if not is_difference(part) and not c.sae.prefixes):
         m = case.features(part) // 2
         yield f"d_sae: {m}", _with(sae=c.sae.model_copy(update={"d_sae": m, "k": None}))
         break
@@ -89,8 +89,8 @@ def changes(setup: Setup) -> Iterator[Change]:
     if (c.estimate_pairs or case.data.fit) > FEWEST:
         yield f"estimate_pairs: {FEWEST}", _with(estimate_pairs=FEWEST)
     for name in ("screen", "confirm_prompts", "feature_prompts", "measure_prompts", "null_prompts"):
-        value = getattr(c, name) // 2
-        yield f"{name}: {value}", _with(**{name: max(1, value)})
+        if (value := getattr(c, name) // 2) > 0:
+            yield f"{name}: {value}", _with(**{name: value})
     if c.seeds > 1:
         yield "seeds: 1", _with(seeds=1)
     if c.ledger_pairs:

@@ -55,7 +55,7 @@ def make_plan(config: PlanConfig, display: Display | None = None) -> Plan:
     read_devices(config.devices)
     if config.model.startswith("zoo:"):
         inputs = Inputs(run)
-        pm, data = shape_of(inputs.rm), _lengths(config, run, inputs)
+        pm, data = shape_of(inputs.rm, config.base is not None), _lengths(config, run, inputs)
     else:
         pm, data = shape_from_config(run), _lengths(config, run, None)
     return told(Setup(Case(run, pm, data), devices_of_card(config.devices, run.dtype)), config)
@@ -64,7 +64,7 @@ def make_plan(config: PlanConfig, display: Display | None = None) -> Plan:
 def _on_this_machine(config: PlanConfig, run: RunConfig, inputs: Inputs) -> Setup:
     data, rm = _lengths(config, run, inputs), inputs.rm
     tokens = inputs.scored.tokens if config.data and not config.pairs else rm.tokenize_all(plain_demo_pairs())
-    case = Case(run, shape_of(rm), data)
+    case = Case(run, shape_of(rm, config.base is not None), data)
     return Setup(case, timed(rm, case, [t for t in tokens if rm.fits(t)]))
 
 
@@ -101,6 +101,8 @@ def _lengths(config: PlanConfig, run: RunConfig, inputs: Inputs | None) -> Lengt
         ) from error
     tokens = tokenize_sides(Rendering.find(local_path(run.model), tokenizer), tokenizer, pairs, run.max_tokens or NO_LIMIT)
     kept = [i for i, t in enumerate(tokens) if t.longest <= (run.max_tokens or NO_LIMIT)]
+    if not kept:
+        raise InputError(f"No pair of {run.data} has sides of at most {run.max_tokens} tokens; raise max_tokens.")
     return Lengths.of(PairSet(pairs, tokens).only(kept), run)
 
 

@@ -67,7 +67,7 @@ def measured_rates(rm: RewardModel, pm: Shape, tokens: Sequence[PairTokens], sae
         harvest=forward * (HARVEST if fast else 1.0),
         ablation=forward,
         gradient=forward,
-        encode=forward * ENCODE,
+        encode=forward * ENCODE if on_cpu else _product(pm.d, m, str(rm.device)),
         **{name: rate * scale for name, rate in CORE.items()},
         rows=ROWS,
         disk=DISK,
@@ -98,6 +98,19 @@ def _batches(rm: RewardModel, pm: Shape, tokens: Sequence[PairTokens], call: flo
         work = text_flops(pm, sum(ends.values()), batch.ids.shape[1], pm.blocks)
         rates.append(work / max(seconds - pm.blocks * call, seconds / 4))
     return median(rates[1:] or rates)
+
+
+def _product(d: int, m: int, device: str) -> float:
+    """FLOP/s of a float32 product as large as an encoder's on some tokens, on a card."""
+    x, rows = torch.randn(STEP_TOKENS, d, device=device), torch.randn(d, min(m, max(1, LARGEST // d)), device=device)
+
+    def multiply() -> None:
+        x @ rows
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+
+    multiply()
+    return 2 * x.numel() * rows.shape[1] / median(_seconds(multiply) for _ in range(STEPS))
 
 
 @torch.no_grad()

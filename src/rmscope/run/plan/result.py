@@ -50,7 +50,7 @@ class Plan(Result):
     """Whether the rates were measured on this machine; if not, they are those of a table of cards."""
     sites: list[str]
     sites_assumed: bool
-    """Whether the run itself would choose the sites: those here are others at even distances."""
+    """Whether the run itself would choose the sites: those here are in the middle of the blocks that training changed."""
     features: list[int]
     """Of the SAEs of each site."""
     stages: list[StagePlan]
@@ -68,8 +68,9 @@ class Plan(Result):
     changes: list[ChangePlan]
 
     def summary(self) -> str:
-        told = f"{self.model} on {self.pairs:,} pairs, {self.devices}: about {duration(self.seconds)}, {size(self.disk)} on "
-        told += f"disk, {size(self.memory)} of {size(self.device_memory)} of memory"
+        told = f"{self.model} on {self.pairs:,} pair{'s' * (self.pairs != 1)}, {self.devices}: about "
+        told += f"{duration(self.seconds)}, {size(self.disk)} on disk, {size(self.memory)} of {size(self.device_memory)} of "
+        told += "memory"
         if self.fits:
             return told + (f". With {self.best.change} it takes {duration(self.best.seconds)}." if self.best else ".")
         told += ". It does not fit"

@@ -19,7 +19,7 @@ class PlanConfig(RunConfig):
     data: str = ""
     """The pairs, whose tokens are counted, as of a run; or --pairs and --tokens describe them."""
     out: Path = Path("plan")
-    """The run folder, of which only the settings of a run that is there are read."""
+    """Not used: a plan writes nothing."""
     devices: str | None = None
     """Cards to plan for, such as H100, 8xH100 or 4x8xH100 (four machines of eight); left out, the device of this machine is
     timed."""

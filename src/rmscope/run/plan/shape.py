@@ -34,8 +34,6 @@ class Shape:
     d: int
     attention: int
     """Width of the queries of a block: heads times their size."""
-    keys: int
-    """Width of the keys of a block, that of its values too."""
     block: float
     """Weights of a block that a token is multiplied with; of experts those that a token runs through."""
     weights: int
@@ -57,11 +55,16 @@ class Shape:
         return 0 if self.first is None else self.blocks - self.first
 
 
-def shape_of(rm: RewardModel) -> Shape:
-    """The sizes of a loaded PM, and of its base, which is loaded for it where one is named."""
+def shape_of(rm: RewardModel, is_base_asked: bool = False) -> Shape:
+    """The sizes of a loaded PM, and of its base, which is loaded for it where one is named.
+
+    InputError where ``is_base_asked`` and the base cannot be used.
+    """
     try:
         base = rm.base
     except InputError:
+        if is_base_asked:
+            raise
         base = None
     own = {p.data_ptr() for p in rm.model.parameters()}
     others = [] if base is None else [p for p in base.model.parameters() if p.data_ptr() not in own]
@@ -96,7 +99,8 @@ def shape_from_config(config: RunConfig) -> Shape:
     blocks = max(lists, key=lambda found: sum(p.numel() for block in found for p in block.parameters()))
     first = None if named in (None, NO_BASE) else 0
     if first is not None and adapter.is_file():
-        first = min(read_json(adapter).get("layers_to_transform") or [0])
+        changed = read_json(adapter).get("layers_to_transform") or 0
+        first = changed if isinstance(changed, int) else min(changed)
     beside = 0 if first is None else sum(p.numel() for block in blocks[first:] for p in block.parameters())
     if first == 0 and not adapter.is_file():
         beside = sum(p.numel() for p in model.parameters())
@@ -117,7 +121,6 @@ def _shape(
         blocks=len(blocks),
         d=d,
         attention=heads * size,
-        keys=int(getattr(text, "num_key_value_heads", 0) or heads) * size,
         block=sum(_met(name, p, text) for block in blocks for name, p in _own(block).named_parameters()) / len(blocks),
         weights=sum(p.numel() for p in model.parameters()),
         first=first,
