@@ -60,7 +60,7 @@ def pm(tmp_path_factory: pytest.TempPathFactory) -> str:
     return pm
 
 
-@pytest.fixture(scope="module", params=["difference", "both"])
+@pytest.fixture(scope="module", params=[pytest.param("difference", marks=pytest.mark.slow), "both"])
 def run(request: pytest.FixtureRequest, pm: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     out = tmp_path_factory.mktemp("runs") / "whole"
     Run.create(settings(pm, out, study=request.param, diff_features=48, diff_tokens=8192, limit=200)).go()
@@ -203,7 +203,7 @@ def test_concepts_are_made_of_frozen_features_each_told_once(run: Run) -> None:
     assert len(run.evidence.concepts) == concepts.height
 
 
-@pytest.mark.parametrize("study", ["difference", "both"])
+@pytest.mark.parametrize("study", [pytest.param("difference", marks=pytest.mark.slow), "both"])
 def test_the_effect_of_a_concept_is_the_joint_ablation_of_its_features_at_all_of_its_sites(
     pm: str, study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
