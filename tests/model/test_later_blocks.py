@@ -67,6 +67,18 @@ def test_an_ablation_runs_the_blocks_after_its_site_alone_and_many_share_a_batch
     assert ran == [(i, n) for n in rows for i in range(block + 1, BLOCKS)]
 
 
+@pytest.mark.parametrize("block", range(1, BLOCKS))
+def test_an_encoder_whose_block_reads_what_the_one_before_kept_skips_none(block: int) -> None:
+    kept: list[torch.Tensor] = []
+    rm = small_pm("bert")
+    inner = list(rm.blocks[block - 1].children())[-1]
+    inner.register_forward_hook(lambda _m, _a, output: kept.append(output))
+    list(rm.blocks[block].children())[-1].register_forward_hook(
+        lambda _m, _a, output: output + 0.3 * kept[-1][: len(output)]
+    )
+    assert not rm.capabilities.skipping
+
+
 def test_the_check_names_the_way() -> None:
     assert "recurrent layers; each ablation runs the blocks after its site" in forward(shared_pm("jamba")).detail
     assert "an encoder, or a head of its own" in forward(shared_pm("bert")).detail

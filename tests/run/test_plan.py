@@ -26,7 +26,7 @@ from rmscope.run.plan.work import Amount, Work, text_flops
 from rmscope.run.run import Run
 from rmscope.run.settings import RunConfig
 from rmscope.run.stages import STAGES
-from tests.model.small import ENCODER, PAIRS, shared_pm, tokenizer
+from tests.model.small import ENCODER, PAIRS, saved_pm, shared_pm, tokenizer
 from tests.run.small import settings
 
 SMALL = Shape(blocks=4, d=32, attention=32, block=1e4, weights=50_000)
@@ -319,3 +319,15 @@ def test_the_run_that_is_planned_has_the_settings_of_the_plan() -> None:
     given: dict[str, Any] = {"model": "m", "data": "d", "seeds": 2, "sae": {"d_sae": 7}, "seed": 3, "pairs": 5, "tokens": 6}
     run = PlanConfig(**given).run_config()
     assert (run.model, run.seeds, run.sae.d_sae, run.sae.seed) == ("m", 2, 7, 3)
+
+
+@pytest.mark.parametrize("site", ["foo.2", "resid_pre.2", "model.layers.2", "resid_post.9"])
+def test_a_site_that_the_pm_does_not_have_is_refused(site: str) -> None:
+    with pytest.raises(InputError, match="There is no site"):
+        Case(RunConfig(model="a", data="", out=Path(), sites=[site]), SMALL, case().data).block(site)
+
+
+def test_a_base_that_is_asked_for_and_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    pm = saved_pm(tmp_path / "pm")
+    with pytest.raises(InputError):
+        rs.plan(model=pm, base=str(tmp_path / "none"), pairs=100, tokens=20)

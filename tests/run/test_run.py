@@ -401,6 +401,10 @@ def test_a_record_whose_checksum_differs_is_refused_and_the_same_settings_mend_i
     (folder / "run.yaml").write_text(text.replace("\n  seed: 0\n", "\n  seed: 1\n"))
     with pytest.raises(InputError, match="is damaged or was changed by hand"):
         Run.open(folder)
+    (folder / "run.yaml").write_text(text[: len(text) // 2].rpartition("\n")[0] + "\n")  # cut off between two lines
+    with pytest.raises(InputError, match=r"run\.yaml"):
+        Run.open(folder)
+    (folder / "run.yaml").write_text(text.replace("\n  seed: 0\n", "\n  seed: 1\n"))
     Run.create(config.model_copy(update={"out": folder})).go()
     assert Run.open(folder).config.seed == 0
     assert tables(folder) == tables(done)

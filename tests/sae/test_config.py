@@ -51,3 +51,10 @@ def test_an_sae_must_fit_beside_the_pm(monkeypatch: pytest.MonkeyPatch) -> None:
     check_memory([1200], D, "cpu", 2, beside)
     with pytest.raises(InputError, match=r"cpu has .* GB beside the PM"):
         check_memory([601], D, "cpu", 1, beside)
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = hardware.memory("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert hardware.memory("cpu") == alone // 4
